@@ -1,0 +1,260 @@
+"""The ingot: one folder with a graph, its weights, its contract and the proof of its numbers.
+
+Standard library only, so that anything may read a manifest. A folder appears whole or not at all:
+it is made beside its destination under a temporary name and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from plugins.errors import IngotError
+
+SCHEMA_VERSION = 1
+MANIFEST = "ingot.json"
+GRAPH = "model.onnx"
+WEIGHTS = "weights.safetensors"
+REPORT = "report"
+
+Verdict = Literal["passed", "failed", "skipped"]
+
+
+class ManifestError(IngotError):
+    """A folder that is not an ingot this version can trust."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One graph input or output: numpy dtype name, and integers or symbolic dimension names."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class StateInfo:
+    """One state: the graph input it enters by and the output that replaces it.
+
+    Attributes:
+        kind: ``key`` or ``value``.
+        axis: axis that grows by the new tokens each call, or None.
+        shared: whether input and output may be one buffer of fixed capacity along ``axis``.
+    """
+
+    kind: str
+    input: str
+    output: str
+    dtype: str
+    input_shape: tuple[int | str, ...]
+    output_shape: tuple[int | str, ...]
+    axis: int | None
+    shared: bool
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Size and SHA-256 of one file of the folder."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``ingot.json``, schema version 1.
+
+    Attributes:
+        source: checkpoint name, revision and SHA-256.
+        generation: token ids that end or pad a generation, and the longest context.
+        graph: opset, node count and operator counts.
+        parameters: in all; ``active_parameters`` are those one token uses.
+        tools: package versions the ingot was made with.
+        files: every other file of the folder.
+        validation: verdict and summary figures.
+    """
+
+    model_type: str
+    task: str
+    target: str
+    precision: str
+    main_output: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    states: tuple[StateInfo, ...]
+    vocab_size: int
+    source: dict[str, Any]
+    generation: dict[str, Any]
+    graph: dict[str, Any]
+    parameters: int
+    active_parameters: int
+    weight_bytes: int
+    tools: dict[str, str]
+    files: dict[str, FileInfo] = field(default_factory=dict)
+    validation: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def verdict(self) -> Verdict:
+        value: Verdict = self.validation.get("verdict", "skipped")
+        return value
+
+    def write(self, folder: Path) -> None:
+        """Write ``ingot.json`` into a folder."""
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read ``ingot.json``.
+
+        Raises:
+            ManifestError: no manifest, or one of another schema version.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise ManifestError(
+                f"{folder} is not an ingot: it has no {MANIFEST}. Make one with "
+                "`python -m export --model CHECKPOINT --target ort --out DIR`."
+            )
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            version = raw["schema_version"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ManifestError(f"{path} is damaged ({error}); export again.") from error
+        if version != SCHEMA_VERSION:
+            raise ManifestError(
+                f"{path} has schema version {version}; this Ingot reads {SCHEMA_VERSION}. "
+                "Export again, or use the version of Ingot that wrote it."
+            )
+        try:
+            raw["inputs"] = tuple(_tensor(item) for item in raw["inputs"])
+            raw["outputs"] = tuple(_tensor(item) for item in raw["outputs"])
+            raw["states"] = tuple(_state(item) for item in raw["states"])
+            raw["files"] = {name: FileInfo(**item) for name, item in raw["files"].items()}
+            return cls(**raw)
+        except (KeyError, TypeError) as error:
+            raise ManifestError(f"{path} is damaged ({error}); export again.") from error
+
+    def check_files(self, folder: Path, *, hashes: bool = True) -> None:
+        """Prove that the folder holds the files this manifest describes.
+
+        Args:
+            folder: the ingot.
+            hashes: compare SHA-256 too, not only sizes.
+
+        Raises:
+            ManifestError: naming the first file that is missing or changed.
+        """
+        for name, expected in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise ManifestError(f"{folder} is incomplete: {name} is missing; export again.")
+            same = path.stat().st_size == expected.bytes
+            if not same or (hashes and sha256(path) != expected.sha256):
+                raise ManifestError(
+                    f"{path} is not the file that was validated (its "
+                    f"{'SHA-256' if same else 'size'} differs from {MANIFEST}); export again."
+                )
+
+
+def _tensor(item: dict[str, Any]) -> TensorInfo:
+    return TensorInfo(item["name"], item["dtype"], tuple(item["shape"]))
+
+
+def _state(item: dict[str, Any]) -> StateInfo:
+    shapes = {name: tuple(item[name]) for name in ("input_shape", "output_shape")}
+    return StateInfo(**{**item, **shapes})
+
+
+def sha256(path: Path, advance: Callable[[int], None] = lambda _bytes: None) -> str:
+    """SHA-256 of a file, read in pieces."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            total.update(piece)
+            advance(len(piece))
+    return total.hexdigest()
+
+
+def file_infos(folder: Path, known: dict[str, str]) -> dict[str, FileInfo]:
+    """Every file below a folder but the manifest, by relative name.
+
+    Args:
+        folder: the folder.
+        known: hashes already computed while writing, by relative name.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    names.pop(MANIFEST, None)
+    return {
+        name: FileInfo(path.stat().st_size, known.get(name) or sha256(path))
+        for name, path in names.items()
+    }
+
+
+def check_destination(out: Path, overwrite: bool) -> None:
+    """Refuse a destination that is taken, before any work is done.
+
+    Raises:
+        ManifestError: ``out`` exists and may not be replaced.
+    """
+    if not out.exists():
+        return
+    if not overwrite:
+        raise ManifestError(f"{out} exists; give --overwrite to replace it, or another --out.")
+    empty = out.is_dir() and not any(out.iterdir())
+    if not empty and not (out / MANIFEST).is_file():
+        raise ManifestError(f"{out} exists and is not an ingot, so it is left alone.")
+
+
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A temporary sibling of ``out`` that becomes ``out`` if the block ends well.
+
+    A process killed inside the block leaves ``out`` as it was; the next export to the same place
+    removes what that process left under the temporary name.
+    """
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(out)
+    stage = out.parent / f".{out.name}.partial-{os.getpid()}"
+    stage.mkdir()
+    try:
+        yield stage
+        if out.exists():
+            old = out.parent / f".{out.name}.replaced-{os.getpid()}"
+            out.rename(old)
+            stage.rename(out)
+            shutil.rmtree(old)
+        else:
+            stage.rename(out)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _remove_abandoned(out: Path) -> None:
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.(partial|replaced)-(\d+)")
+    for path in out.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match and not _alive(int(match.group(2))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()

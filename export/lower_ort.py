@@ -1,0 +1,27 @@
+"""Canonical ONNX -> a graph for ONNX Runtime's CPU provider, one small pass per difference."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
+
+from export.passes.attention import AttentionToGroupQueryAttention
+from export.passes.moe import MoeDispatchToMoE
+from export.passes.tied import TiedHeadToFusedMatMul
+
+
+def lower_ort(model: ir.Model) -> None:
+    """Swap in ONNX Runtime's own kernels, in place, wherever their numbers are right."""
+    passes = ir.passes.Sequential(
+        MoeDispatchToMoE(),
+        AttentionToGroupQueryAttention(),
+        TiedHeadToFusedMatMul(),
+        RemoveUnusedNodesPass(),
+        NameFixPass(),
+    )
+    passes(model)
+
+
+def shares_buffers(model: ir.Model) -> bool:
+    """Whether each cache may be one buffer for past and present."""
+    return any(node.op_type == "GroupQueryAttention" for node in model.graph)

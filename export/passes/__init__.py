@@ -1,0 +1,1 @@
+"""Small graph passes over onnx-ir models, one file each."""

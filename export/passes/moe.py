@@ -1,0 +1,103 @@
+"""``ingot::MoeDispatch`` -> ``com.microsoft::MoE``, ONNX Runtime's own kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from export.passes.constants import constant, integers
+from export.passes.weights import rearrange
+from plugins.moe_dispatch import DOMAIN, NAME
+
+INT64_MIN = np.iinfo(np.int64).min
+
+
+class MoeDispatchToMoE(ir.passes.InPlacePass):
+    """Swaps the operator and rearranges the experts' weights for it, at export.
+
+    The CPU kernel takes a gated MLP only as SiLU with the rows of gate and up interleaved; for
+    another activation the node stays and runs through its function body. Among equal router
+    logits the kernel takes the *higher* expert id, and the operator's meaning is the lower, so
+    the experts are stored in reverse order and the router's logits reversed.
+
+    ONNX Runtime lets the kernel write its output over its input, and the kernel then reads what it
+    has overwritten (1.31.1: wrong by the size of the activations). A ``Where`` that always takes
+    the output keeps the input alive past the kernel. Its condition depends on an input of the
+    graph, because the optimizer removes a constant one.
+
+    Postcondition: no ``MoeDispatch`` with ``activation="silu"`` is left.
+    """
+
+    def __init__(self, alive: str = "attention_mask") -> None:
+        super().__init__()
+        self.alive = alive
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        always: ir.Value | None = None
+        for node in list(model.graph):
+            silu = node.domain == DOMAIN and node.op_type == NAME
+            if not silu or node.attributes["activation"].as_string() != "silu":
+                continue
+            always = always or self._always(model)
+            self._swap(model, node, always)
+            modified = True
+        if modified:
+            model.opset_imports["com.microsoft"] = 1
+            used = {node.op_identifier() for node in model.graph}
+            for identifier in [key for key in model.functions if key not in used]:
+                del model.functions[identifier]
+        return ir.passes.PassResult(model, modified=modified)
+
+    def _always(self, model: ir.Model) -> ir.Value:
+        """A boolean scalar that is true in every call and that no optimizer can fold."""
+        source = next(v for v in model.graph.inputs if v.name == self.alive)
+        smallest = ir.node("ReduceMin", [source], attributes={"keepdims": 0})
+        bound = constant(model, "int64_min", np.array(INT64_MIN, dtype=np.int64))
+        true = ir.node("GreaterOrEqual", [smallest.outputs[0], bound])
+        model.graph.insert_before(model.graph[0], [smallest, true])
+        return true.outputs[0]
+
+    def _swap(self, model: ir.Model, node: ir.Node, always: ir.Value) -> None:
+        x, router_logits, gate_up, down = node.inputs
+        assert gate_up is not None and down is not None
+        for value, change in ((gate_up, _interleaved), (down, _reversed)):
+            assert value.shape is not None
+            rearrange(value, change, tuple(value.shape.numpy()))
+        # starts, ends, axes, steps
+        along_experts = [integers(model, [n]) for n in (-1, INT64_MIN, 1, -1)]
+        reverse = ir.node("Slice", [router_logits, *along_experts])
+        moe = ir.node(
+            "MoE",
+            [x, reverse.outputs[0], gate_up, None, down],
+            domain="com.microsoft",
+            attributes={
+                "k": node.attributes["top_k"].as_int(),
+                "normalize_routing_weights": node.attributes["normalize"].as_int(),
+                "activation_type": "swiglu",
+                "swiglu_fusion": 1,
+                # swiglu(x) = x * sigmoid(alpha * x) * (up + beta): plain SiLU gating.
+                "activation_alpha": 1.0,
+                "activation_beta": 0.0,
+            },
+        )
+        keep = ir.node("Where", [always, moe.outputs[0], x])
+        for result in (moe.outputs[0], keep.outputs[0]):
+            result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
+        model.graph.insert_before(node, [reverse, moe, keep])
+        ir.convenience.replace_all_uses_with(node.outputs[0], keep.outputs[0])
+        model.graph.remove(node, safe=True)
+
+
+def _interleaved(gate_up: np.ndarray) -> np.ndarray:
+    """``[E, 2I, H]``, gate rows then up rows -> experts reversed, gate and up rows alternating."""
+    experts, rows, hidden = gate_up.shape
+    out = np.empty_like(gate_up)
+    for expert in range(experts):
+        halves = gate_up[expert].reshape(2, rows // 2, hidden)
+        out[experts - 1 - expert] = halves.swapaxes(0, 1).reshape(rows, hidden)
+    return out
+
+
+def _reversed(down: np.ndarray) -> np.ndarray:
+    return down[::-1]

@@ -1,0 +1,37 @@
+"""What one export is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+TARGETS = ("onnx", "ort")
+TASKS = ("generate", "features")
+PRESETS = ("tiny", "small", "full")
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """One export.
+
+    Attributes:
+        model: a family name, a checkpoint folder, or ``org/name`` on the hub.
+        target: one of ``TARGETS``.
+        out: the ingot folder to make.
+        task: one of ``TASKS``.
+        preset: with a family name, the shape of a seeded random checkpoint made first.
+        revision: branch, tag or commit on the hub.
+        seed: of a preset's weights.
+        extra_outputs: ``router_logits`` and ``hidden_states``, each layer's as further outputs.
+        overwrite: replace an ingot that is at ``out``.
+    """
+
+    model: str
+    target: str
+    out: Path
+    task: str = "generate"
+    preset: str | None = None
+    revision: str | None = None
+    seed: int = 0
+    extra_outputs: tuple[str, ...] = ()
+    overwrite: bool = False

@@ -1,0 +1,86 @@
+"""Writing a graph's weights into one safetensors file, streamed: one tensor in memory at a time.
+
+The file is both a safetensors file and the graph's ONNX external data: an external tensor is a
+file, an offset and a length, and safetensors stores plain row-major bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import onnx_ir as ir
+
+from export.progress import Advance
+
+DTYPES = {
+    ir.DataType.FLOAT: "F32",
+    ir.DataType.FLOAT16: "F16",
+    ir.DataType.BFLOAT16: "BF16",
+    ir.DataType.INT64: "I64",
+}
+# The data starts at a multiple of this, so that maps and vector loads are aligned.
+ALIGNMENT = 4096
+
+
+def lazy_weights(model: ir.Model) -> list[ir.Value]:
+    """The initializers that are weights; small constants stay inside the graph file."""
+    values = model.graph.initializers.values()
+    return [value for value in values if isinstance(value.const_value, ir.LazyTensor)]
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes that ``write_weights`` will write, without its header."""
+    return sum(value.const_value.nbytes for value in lazy_weights(model) if value.const_value)
+
+
+def write_weights(model: ir.Model, folder: Path, name: str, advance: Advance) -> str:
+    """Write every lazy weight to ``folder/name`` and make the graph refer to it.
+
+    Returns:
+        SHA-256 of the file.
+    """
+    values = lazy_weights(model)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets = []
+    end = 0
+    for value in values:
+        tensor = value.const_value
+        assert tensor is not None and value.name is not None
+        offsets.append(end)
+        end += tensor.nbytes
+        header[value.name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape.numpy()),
+            "data_offsets": [offsets[-1], end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    total = hashlib.sha256()
+    with (folder / name).open("wb") as file:
+        for head in (len(text).to_bytes(8, "little"), text):
+            file.write(head)
+            total.update(head)
+        for value in values:
+            tensor = value.const_value
+            assert tensor is not None
+            array = tensor.numpy()
+            assert array.nbytes == tensor.nbytes and array.flags.c_contiguous, value.name
+            data = memoryview(array).cast("B") if array.size else b""
+            file.write(data)
+            total.update(data)
+            advance(array.nbytes)
+    for value, offset in zip(values, offsets, strict=True):
+        tensor = value.const_value
+        assert tensor is not None and value.name is not None
+        value.const_value = ir.ExternalTensor(
+            name,
+            offset + 8 + len(text),
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=value.name,
+            base_dir=folder,
+        )
+    return total.hexdigest()

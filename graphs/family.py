@@ -1,0 +1,126 @@
+"""What an architecture file declares, and finding the file a checkpoint needs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from graphs.checkpoint import Checkpoint, CheckpointError, Part, WeightMap, check_weights
+from plugins.errors import IngotError
+
+# One file of this folder each, named after the Hugging Face `model_type`.
+FAMILIES = ("olmoe",)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        model_type: Hugging Face's name, and the module's.
+        hub_name: the released checkpoint on the hub.
+        read_config: parsed ``config.json`` -> the architecture's config.
+        tasks: task name -> module class, each taking that config.
+        other_spelling: parameter name and shape -> the parts it may be split into on disk, or ().
+        tied: tensors that repeat another where ``tie_word_embeddings`` is true.
+        head_tensors: tensors that only the head of ``generate`` uses.
+        presets: config fields of the seeded checkpoints ``tiny``, ``small`` and ``full``.
+    """
+
+    model_type: str
+    hub_name: str
+    read_config: Callable[[dict[str, Any]], Any]
+    tasks: Mapping[str, type[nn.Module]]
+    other_spelling: Callable[[str, tuple[int, ...]], tuple[Part, ...]]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    head_tensors: tuple[str, ...] = ()
+    presets: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+    def build(self, raw_config: dict[str, Any], task: str) -> nn.Module:
+        """The eager graph on the meta device: shapes, but no weights yet.
+
+        Raises:
+            IngotError: a task the family lacks, or a config it does not implement.
+        """
+        if task not in self.tasks:
+            raise IngotError(
+                f"{self.model_type} has no task {task!r}; it has: {', '.join(self.tasks)}."
+            )
+        config = self.read_config(raw_config)
+        with torch.device("meta"):
+            return self.tasks[task](config).eval()
+
+    def weight_map(self, model: nn.Module, checkpoint: Checkpoint, task: str) -> WeightMap:
+        """Which tensors of the checkpoint make each parameter, checked to be all of them.
+
+        A bare model saved on its own has names without ``model.``, and a bare graph may be
+        exported from a whole checkpoint; both spellings are found.
+
+        Raises:
+            CheckpointError: a missing, extra or misshapen tensor.
+        """
+        names = checkpoint.entries
+        on_disk = "model." if any(name.startswith("model.") for name in names) else ""
+        in_graph = "" if "model" not in dict(model.named_children()) else "model."
+
+        def spelled(name: str) -> str:
+            if name.startswith(in_graph) and name not in self.head_tensors:
+                return on_disk + name.removeprefix(in_graph)
+            return name
+
+        result: dict[str, tuple[Part, ...]] = {}
+        for name, parameter in model.named_parameters():
+            shape = tuple(parameter.shape)
+            whole = (Part(spelled(name), shape),)
+            split = self.other_spelling(spelled(name), shape)
+            found = split and any(part.name in names for part in split)
+            result[name] = split if found else whole
+        tied = self.tied if getattr(model, "config").tie_word_embeddings else {}
+        unused = self.head_tensors if task == "features" else ()
+        check_weights(checkpoint, result, tied=tied, unused=unused)
+        return result
+
+
+def find_family(model_type: str) -> Family:
+    """The family of one ``model_type``.
+
+    Raises:
+        CheckpointError: an architecture Ingot does not have.
+    """
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"config.json: model_type is {model_type!r}; supported: {', '.join(FAMILIES)}."
+        )
+    return cast(Family, importlib.import_module(f"graphs.{model_type}").FAMILY)
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The family that ``config.json`` names.
+
+    Raises:
+        CheckpointError: no ``model_type``, or one Ingot does not have.
+    """
+    model_type = checkpoint.config.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(
+            f"config.json has no model_type; supported: {', '.join(FAMILIES)}."
+        )
+    return find_family(model_type)
+
+
+def active_parameters(model: nn.Module) -> tuple[int, int]:
+    """Parameters of a model in all, and those one token uses (K of E experts)."""
+    total = active = 0
+    config = getattr(model, "config")
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        share = 1.0
+        if ".experts." in name:
+            share = config.num_experts_per_tok / config.num_experts
+        active += round(parameter.numel() * share)
+    return total, active

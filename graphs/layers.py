@@ -1,0 +1,101 @@
+"""Pieces that several architectures share. Shape letters as in ``docs/design.md``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Hugging Face's `hidden_act` names -> the names the custom operators use.
+HIDDEN_ACT = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+class ModelOutput(NamedTuple):
+    """What every graph returns.
+
+    Attributes:
+        main: ``logits [B, T, V]``, or ``last_hidden_state [B, T, H]`` of a bare model.
+        present: the new states, in the order of the model's ``states``.
+        router_logits: per MoE layer ``[B*T, E]`` float32; empty unless asked for.
+        hidden_states: the embedding, every layer's output but the last, and the final norm's
+            output, each ``[B, T, H]`` (transformers' order); empty unless asked for.
+    """
+
+    main: torch.Tensor
+    present: tuple[torch.Tensor, ...]
+    router_logits: tuple[torch.Tensor, ...] = ()
+    hidden_states: tuple[torch.Tensor, ...] = ()
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467), statistics in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., size]`` -> the same shape and dtype."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def causal_mask(attention_mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Which keys each new token may see.
+
+    A token sees the unmasked keys up to itself. It always sees itself, also where it is padding:
+    a row without any key would be NaN, and poison later layers through the cache.
+
+    Args:
+        attention_mask: ``[B, S]`` int64, 1 for real tokens, 0 for padding, past included.
+        tokens: T, how many of the S are new.
+
+    Returns:
+        ``[B, 1, T, S]`` bool.
+    """
+    total = attention_mask.shape[1]
+    # Counted from the end, so that the graph needs S and T only and never the size of a cache
+    # input, which may have spare room where past and present share one buffer.
+    key_from_end = torch.arange(total, device=attention_mask.device).flip(0)
+    query_from_end = torch.arange(tokens, device=attention_mask.device).flip(0)
+    visible = key_from_end[None, :] >= query_from_end[:, None]
+    itself = key_from_end[None, :] == query_from_end[:, None]
+    return (visible & (attention_mask[:, None, None, :] != 0)) | itself
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    past_key: torch.Tensor,
+    past_value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Grouped-query attention over the cache and the new tokens.
+
+    Args:
+        query: ``[B, T, Hq, D]``.
+        key: ``[B, T, Hkv, D]``, as is ``value``.
+        past_key: ``[B, Hkv, P, D]``, as is ``past_value``.
+        mask: ``[B, 1, T, S]`` bool.
+        scale: factor on the scores.
+
+    Returns:
+        ``[B, T, Hq*D]`` and the new caches ``[B, Hkv, S, D]``.
+    """
+    key = torch.cat((past_key, key.transpose(1, 2)), dim=2)
+    value = torch.cat((past_value, value.transpose(1, 2)), dim=2)
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key, value, attn_mask=mask, scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2).flatten(2), key, value

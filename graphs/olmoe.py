@@ -1,0 +1,349 @@
+"""OLMoE: a pre-norm decoder whose MLP is a mixture of experts.
+
+Source: Muennighoff et al. 2024, "OLMoE: Open Mixture-of-Experts Language Models",
+arXiv:2409.02060, section 2 and appendix B; config and tensor names are Hugging Face's. What sets
+it apart from Llama: RMS norms over the whole query and key projections, an optional clip of
+queries, keys and values, and top-k weights that are not renormalised unless the config says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from graphs.checkpoint import Part
+from graphs.config import ConfigError, ConfigReader
+from graphs.family import Family
+from graphs.layers import HIDDEN_ACT, ModelOutput, RMSNorm, attention, causal_mask
+from graphs.rope import RopeParameters, RotaryEmbedding, rotate
+from graphs.state import StateSpec, key_value_states
+from plugins.moe_dispatch import moe_dispatch
+
+
+@dataclass(frozen=True)
+class OlmoeConfig:
+    """The fields of an OLMoE ``config.json`` that shape the result, by their own names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    hidden_act: str
+    rms_norm_eps: float
+    attention_bias: bool
+    clip_qkv: float | None
+    num_experts: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool
+    tie_word_embeddings: bool
+    rope: RopeParameters
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def read(cls, raw: dict[str, Any]) -> OlmoeConfig:
+        """From a parsed ``config.json``; absent fields take transformers' defaults.
+
+        Raises:
+            ConfigError: a field of another type, or one that the graph does not implement.
+        """
+        config = ConfigReader(raw, "olmoe")
+        hidden_size = config.size("hidden_size", 2048)
+        heads = config.size("num_attention_heads", 16)
+        key_value_heads = config.size("num_key_value_heads", heads)
+        experts = config.size("num_experts", config.size("num_local_experts", 64))
+        chosen = config.size("num_experts_per_tok", 8)
+        if hidden_size % heads:
+            raise ConfigError(
+                f"config.json: hidden_size {hidden_size} is not a multiple of "
+                f"num_attention_heads {heads}."
+            )
+        if heads % key_value_heads:
+            raise ConfigError(
+                f"config.json: num_attention_heads {heads} is not a multiple of "
+                f"num_key_value_heads {key_value_heads}."
+            )
+        if chosen > experts:
+            raise ConfigError(
+                f"config.json: num_experts_per_tok {chosen} is more than num_experts {experts}."
+            )
+        config.must_be("head_dim", hidden_size // heads, "q_norm spans hidden_size")
+        rope = RopeParameters.read(
+            config, hidden_size // heads, config.size("max_position_embeddings", 4096)
+        )
+        result = cls(
+            vocab_size=config.size("vocab_size", 50304),
+            hidden_size=hidden_size,
+            intermediate_size=config.size("intermediate_size", 2048),
+            num_hidden_layers=config.size("num_hidden_layers", 16),
+            num_attention_heads=heads,
+            num_key_value_heads=key_value_heads,
+            hidden_act=config.choice("hidden_act", HIDDEN_ACT, "silu"),
+            rms_norm_eps=config.take("rms_norm_eps", float, 1e-5),
+            attention_bias=config.take("attention_bias", bool, False),
+            clip_qkv=config.optional_float("clip_qkv"),
+            num_experts=experts,
+            num_experts_per_tok=chosen,
+            norm_topk_prob=config.take("norm_topk_prob", bool, False),
+            tie_word_embeddings=config.take("tie_word_embeddings", bool, False),
+            rope=rope,
+        )
+        config.finish()
+        return result
+
+
+class OlmoeAttention(nn.Module):
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, bias = config.num_key_value_heads * config.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.k_norm = RMSNorm(width, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor,
+        past_key: torch.Tensor,
+        past_value: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query = self.q_norm(self.q_proj(x))
+        key = self.k_norm(self.k_proj(x))
+        value = self.v_proj(x)
+        clip = self.config.clip_qkv
+        if clip is not None:
+            query, key, value = (part.clamp(-clip, clip) for part in (query, key, value))
+        heads = (-1, self.config.head_dim)
+        out, present_key, present_value = attention(
+            rotate(query.unflatten(-1, heads), cos, sin),
+            rotate(key.unflatten(-1, heads), cos, sin),
+            value.unflatten(-1, heads),
+            past_key,
+            past_value,
+            mask,
+            self.config.head_dim**-0.5,
+        )
+        return self.o_proj(out), present_key, present_value
+
+
+class OlmoeExperts(nn.Module):
+    """The experts' weights, fused: rows of gate, then of up."""
+
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__()
+        e, h, i = config.num_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * i, h))
+        self.down_proj = nn.Parameter(torch.empty(e, h, i))
+
+
+class OlmoeSparseMoeBlock(nn.Module):
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = OlmoeExperts(config)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[B, T, H]`` -> ``[B, T, H]`` and router logits ``[B*T, E]`` float32."""
+        tokens = x.flatten(0, 1)
+        logits = self.gate(tokens)
+        router_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        y = moe_dispatch(
+            tokens,
+            router_logits,
+            self.experts.gate_up_proj,
+            self.experts.down_proj,
+            self.config.num_experts_per_tok,
+            self.config.norm_topk_prob,
+            self.config.hidden_act,
+        )
+        return y.view_as(x), router_logits
+
+
+class OlmoeDecoderLayer(nn.Module):
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__()
+        self.self_attn = OlmoeAttention(config)
+        self.mlp = OlmoeSparseMoeBlock(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor,
+        past_key: torch.Tensor,
+        past_value: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        mixed, present_key, present_value = self.self_attn(
+            self.input_layernorm(x), cos, sin, mask, past_key, past_value
+        )
+        x = x + mixed
+        mixed, router_logits = self.mlp(self.post_attention_layernorm(x))
+        return x + mixed, present_key, present_value, router_logits
+
+
+class OlmoeModel(nn.Module):
+    """The bare model: ``last_hidden_state [B, T, H]`` after the final norm."""
+
+    main_output = "last_hidden_state"
+
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            OlmoeDecoderLayer(config) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config.rope)
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        c = self.config
+        return key_value_states(c.num_hidden_layers, c.num_key_value_heads, c.head_dim)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: tuple[torch.Tensor, ...],
+    ) -> ModelOutput:
+        """One prefill or decode call.
+
+        Args:
+            input_ids: ``[B, T]`` int64.
+            attention_mask: ``[B, S]`` int64, 1 for tokens, 0 for padding, the past included.
+            position_ids: ``[B, T]`` int64.
+            past: key and value of each layer in turn, ``[B, Hkv, P, D]``; P may be 0.
+        """
+        x = self.embed_tokens(input_ids)
+        cos, sin = (table.to(x.dtype) for table in self.rotary_emb(position_ids))
+        mask = causal_mask(attention_mask, input_ids.shape[1])
+        present: list[torch.Tensor] = []
+        router_logits: list[torch.Tensor] = []
+        hidden_states = [x]
+        for index, layer in enumerate(self.layers):
+            x, key, value, logits = layer(
+                x, cos, sin, mask, past[2 * index], past[2 * index + 1]
+            )
+            present += [key, value]
+            router_logits.append(logits)
+            hidden_states.append(x)
+        hidden_states[-1] = x = self.norm(x)
+        return ModelOutput(x, tuple(present), tuple(router_logits), tuple(hidden_states))
+
+
+class OlmoeForCausalLM(nn.Module):
+    """The bare model and a language-model head: ``logits [B, T, V]``."""
+
+    main_output = "logits"
+
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = OlmoeModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        return self.model.states
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: tuple[torch.Tensor, ...],
+    ) -> ModelOutput:
+        """As ``OlmoeModel.forward``, with logits for every new token."""
+        out: ModelOutput = self.model(input_ids, attention_mask, position_ids, past)
+        tied = self.config.tie_word_embeddings
+        head = self.model.embed_tokens.weight if tied else self.lm_head.weight
+        return out._replace(main=F.linear(out.main, head))
+
+
+def expert_parts(name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+    """The per-expert spelling of a fused expert parameter; empty for every other parameter.
+
+    Both spellings are on the hub: ``mlp.experts.{e}.gate_proj.weight`` and so on from
+    transformers 4, and the fused ``mlp.experts.gate_up_proj`` that transformers 5 can write.
+    """
+    owner, _, leaf = name.rpartition(".")
+    if leaf == "gate_up_proj":
+        half = (shape[1] // 2, shape[2])
+        return tuple(
+            Part(f"{owner}.{expert}.{which}.weight", half)
+            for expert in range(shape[0])
+            for which in ("gate_proj", "up_proj")
+        )
+    if leaf == "down_proj" and owner.endswith("experts"):
+        return tuple(Part(f"{owner}.{e}.down_proj.weight", shape[1:]) for e in range(shape[0]))
+    return ()
+
+
+FAMILY = Family(
+    model_type="olmoe",
+    hub_name="allenai/OLMoE-1B-7B-0924",
+    read_config=OlmoeConfig.read,
+    tasks={"generate": OlmoeForCausalLM, "features": OlmoeModel},
+    other_spelling=expert_parts,
+    tied={"lm_head.weight": "model.embed_tokens.weight"},
+    head_tensors=("lm_head.weight",),
+    presets={
+        "tiny": {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 512,
+            "eos_token_id": None,
+            "pad_token_id": 1,
+        },
+        "small": {
+            "vocab_size": 50304,
+            "hidden_size": 512,
+            "intermediate_size": 256,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "eos_token_id": None,
+            "pad_token_id": 1,
+        },
+        # The released OLMoE-1B-7B.
+        "full": {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "eos_token_id": 50279,
+            "pad_token_id": 1,
+        },
+    },
+)

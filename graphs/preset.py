@@ -1,0 +1,107 @@
+"""Seeded random checkpoints in the shape of a family: real Hugging Face folders, made offline.
+
+Weights are scaled so that activations stay near 1 through every layer and the router's choices
+have real margins; a checkpoint of zeros or of tiny weights would hide every mistake.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from graphs.checkpoint import CONFIG, INDEX, SINGLE
+from graphs.family import Family
+from plugins.errors import IngotError
+
+SHARD_BYTES = 2 << 30
+
+
+def preset_config(family: Family, preset: str) -> dict[str, Any]:
+    """The ``config.json`` of a preset.
+
+    Raises:
+        IngotError: a preset the family lacks.
+    """
+    if preset not in family.presets:
+        raise IngotError(
+            f"{family.model_type} has no preset {preset!r}; it has: {', '.join(family.presets)}."
+        )
+    return {"model_type": family.model_type, **family.presets[preset]}
+
+
+def random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """One float32 weight, the same for the same name, shape and seed wherever it is made."""
+    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    normal = torch.randn(shape, generator=generator)
+    if "norm" in name:
+        return 1.0 + 0.1 * normal
+    if name.endswith("bias"):
+        return 0.1 * normal
+    if "embed" in name:
+        return normal
+    # A router's logits spread over several units, so that its top-k has margins.
+    gain = 2.0 if name.endswith("gate.weight") else 1.0
+    return normal * (gain / math.sqrt(shape[-1]))
+
+
+def tensors(family: Family, config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a checkpoint, experts in their per-expert spelling."""
+    for name, parameter in family.build(config, "generate").named_parameters():
+        shape = tuple(parameter.shape)
+        for part in family.other_spelling(name, shape):
+            yield part.name, part.shape
+        if not family.other_spelling(name, shape):
+            yield name, shape
+
+
+def write_checkpoint(
+    folder: Path,
+    family: Family,
+    config: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda _bytes: None,
+) -> None:
+    """Write a seeded checkpoint folder, holding one shard in memory at a time.
+
+    Args:
+        folder: created; must not exist.
+        family: the architecture.
+        config: its ``config.json``.
+        dtype: dtype of every tensor.
+        seed: of the weights.
+        advance: told the bytes of each tensor made.
+    """
+    folder.mkdir(parents=True)
+    size = dtype.itemsize
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    used = 0
+    for name, shape in tensors(family, config):
+        if used and used + math.prod(shape) * size > SHARD_BYTES:
+            shards.append([])
+            used = 0
+        shards[-1].append((name, shape))
+        used += math.prod(shape) * size
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = SINGLE
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        made = {}
+        for name, shape in shard:
+            made[name] = random_weight(name, shape, seed).to(dtype)
+            weight_map[name] = file
+            advance(made[name].nbytes)
+        save_file(made, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}, indent=1))
+    text = {**config, "dtype": str(dtype).removeprefix("torch.")}
+    (folder / CONFIG).write_text(json.dumps(text, indent=2) + "\n")

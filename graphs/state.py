@@ -1,0 +1,50 @@
+"""The states a graph carries from call to call: their names, kinds and symbolic shapes.
+
+Names follow Optimum and onnxruntime-genai. Letters: B batch, P past tokens, S = P + T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
+Dimension = int | str
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One state tensor: a graph input and the graph output that replaces it.
+
+    Attributes:
+        kind: ``key`` and ``value`` grow along ``axis``; others keep their shape.
+        input: graph input name.
+        output: graph output name.
+        input_shape: integers and symbolic names.
+        output_shape: likewise.
+        axis: the axis that grows by T each call, or None.
+    """
+
+    kind: Literal["key", "value"]
+    input: str
+    output: str
+    input_shape: tuple[Dimension, ...]
+    output_shape: tuple[Dimension, ...]
+    axis: int | None
+
+
+def key_value_states(layers: int, heads: int, head_size: int) -> tuple[StateSpec, ...]:
+    """``past_key_values.{i}.key|value [B, Hkv, P, D]`` -> ``present.{i}.key|value`` with S for P."""
+    kinds: tuple[Literal["key", "value"], ...] = ("key", "value")
+    return tuple(
+        StateSpec(
+            kind,
+            f"past_key_values.{layer}.{kind}",
+            f"present.{layer}.{kind}",
+            (BATCH, heads, PAST, head_size),
+            (BATCH, heads, TOTAL, head_size),
+            2,
+        )
+        for layer in range(layers)
+        for kind in kinds
+    )

@@ -1,0 +1,1 @@
+"""Running an ingot: sessions, generation, serving. Nothing here imports PyTorch."""

@@ -1,0 +1,133 @@
+"""``python -m runtime generate INGOT``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from plugins.errors import IngotError
+from runtime.generate import Sampling, generate
+from runtime.session import Session, SessionError, load
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(piece) for piece in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise SessionError(
+            f"--prompt-ids {text!r} is not a list of token ids such as 1,2,3."
+        ) from error
+
+
+def _tokenizer(folder: Path) -> Any:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise SessionError(
+            f"{folder} holds no tokenizer.json, so text cannot be encoded; give token ids: "
+            "--prompt-ids 1,2,3."
+        )
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path))
+
+
+@click.command("generate")
+@click.argument("ingot", type=click.Path(path_type=Path))
+@click.option("--prompt", multiple=True, help="Text; give it several times for a batch.")
+@click.option("--prompt-ids", multiple=True, help="Token ids such as 1,2,3, instead of text.")
+@click.option("--max-new-tokens", default=64, show_default=True)
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", default=0, show_default=True, help="0 is off.")
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--stop-id", multiple=True, type=int, help="Instead of the model's own.")
+@click.option("--threads", default=0, show_default=True, help="0 lets the runtime choose.")
+@click.option("--no-verify", is_flag=True, help="Check file sizes only, not their SHA-256.")
+@click.option("--allow-failed", is_flag=True, help="Run an ingot that failed its validation.")
+def generate_command(
+    ingot: Path,
+    prompt: tuple[str, ...],
+    prompt_ids: tuple[str, ...],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    stop_id: tuple[int, ...],
+    threads: int,
+    no_verify: bool,
+    allow_failed: bool,
+) -> None:
+    """Generate from an ingot folder; tokens appear as they are made."""
+    try:
+        if bool(prompt) == bool(prompt_ids):
+            raise SessionError("give either --prompt or --prompt-ids.")
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        prompts = [_ids(text) for text in prompt_ids]
+        tokenizer = None
+        if prompt:
+            session = load(
+                ingot, threads=threads, verify=not no_verify, allow_failed=allow_failed
+            )
+            tokenizer = _tokenizer(ingot)
+            prompts = [tokenizer.encode(text).ids for text in prompt]
+        else:
+            session = load(
+                ingot, threads=threads, verify=not no_verify, allow_failed=allow_failed
+            )
+        stop = list(stop_id) or None
+        _stream(session, prompts, tokenizer, max_new_tokens, sampling, stop)
+    except IngotError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def _stream(
+    session: Session,
+    prompts: list[list[int]],
+    tokenizer: Any,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: list[int] | None,
+) -> None:
+    made: list[list[int]] = [[] for _ in prompts]
+    shown = ""
+    marks = [time.perf_counter()]
+    for step in generate(
+        session, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids
+    ):
+        marks.append(time.perf_counter())
+        for row, token in zip(made, step, strict=True):
+            if token is not None:
+                row.append(token)
+        # One prompt streams; several would interleave, so they are printed when all are done.
+        if len(prompts) == 1 and made[0]:
+            if tokenizer is None:
+                click.echo(f"{made[0][-1]} ", nl=False)
+                continue
+            text = tokenizer.decode(made[0])
+            # A character may need several tokens; hold back what is not whole yet.
+            if not text.endswith("\ufffd"):
+                click.echo(text[len(shown) :], nl=False)
+                shown = text
+    if len(prompts) == 1:
+        click.echo()
+    else:
+        for row in made:
+            click.echo(" ".join(map(str, row)) if tokenizer is None else tokenizer.decode(row))
+    prefill, decode = marks[1] - marks[0], marks[-1] - marks[1]
+    tokens = sum(map(len, made)) - len(made)
+    speed = f", decode {tokens / decode:.1f} tokens/s" if tokens and decode else ""
+    click.echo(f"prefill {prefill:.3f} s{speed}", err=True)
+
+
+@click.group()
+def main() -> None:
+    """Run an ingot."""
+
+
+main.add_command(generate_command)

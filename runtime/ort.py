@@ -1,0 +1,133 @@
+"""The session over ONNX Runtime's CPU provider, for the targets ``onnx`` and ``ort``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from export.ingot import GRAPH, Manifest, StateInfo
+from runtime.session import Floats, Ids, SessionError
+
+
+class OrtSession:
+    """Runs an ingot on ONNX Runtime; see ``runtime.session.Session``.
+
+    A cache whose past and present may share a buffer is allocated once, at its capacity, and
+    appended to in place. Another cache is handed on from output to input without a copy.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int = 0) -> None:
+        self.manifest = manifest
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Warnings about unused constants of the function bodies are of no use to a user.
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(folder / GRAPH), options, providers=["CPUExecutionProvider"]
+            )
+        # ONNX Runtime's exceptions share no public base class.
+        except Exception as error:
+            version = onnxruntime.__version__
+            made_with = manifest.tools.get("onnxruntime", "another version")
+            raise SessionError(
+                f"ONNX Runtime {version} cannot load {folder / GRAPH} (made with {made_with}): "
+                f"{error}"
+            ) from error
+        self._inputs = {item.name for item in manifest.inputs}
+        self.reset(1, 0)
+
+    def reset(self, batch: int, capacity: int) -> None:
+        """See ``Session.reset``."""
+        self.batch = batch
+        self.capacity = capacity
+        self.mask: Ids = np.zeros((batch, 0), dtype=np.int64)
+        self._state = {
+            state.input: _value(self._zeros(state)) for state in self.manifest.states
+        }
+
+    def _zeros(self, state: StateInfo) -> Floats:
+        length = self.capacity if state.shared else 0
+        shape = [self.batch if d == "batch" else d for d in state.input_shape]
+        sizes = [length if isinstance(d, str) else d for d in shape]
+        return np.zeros(sizes, dtype=np.dtype(state.dtype))
+
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        """See ``Session.step``."""
+        self._check(input_ids, attention_mask)
+        batch, tokens = input_ids.shape
+        past = self.mask.shape[1]
+        # ONNX Runtime's GroupQueryAttention refuses several rows of several tokens after a past.
+        if past and tokens > 1 and batch > 1 and any(s.shared for s in self.manifest.states):
+            pieces = [
+                self._run(input_ids[:, t : t + 1], attention_mask[:, t : t + 1])
+                for t in range(tokens)
+            ]
+            return np.concatenate(pieces, axis=1)
+        return self._run(input_ids, attention_mask)
+
+    def _run(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        mask = np.concatenate((self.mask, attention_mask), axis=1)
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -input_ids.shape[1] :]
+        feeds = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+        binding = self._session.io_binding()
+        held = {name: _value(array) for name, array in feeds.items() if name in self._inputs}
+        for name, value in {**held, **self._state}.items():
+            binding.bind_ortvalue_input(name, value)
+        main = self.manifest.main_output
+        binding.bind_output(main)
+        for state in self.manifest.states:
+            if state.shared:
+                binding.bind_ortvalue_output(state.output, self._state[state.input])
+            else:
+                binding.bind_output(state.output)
+        self._session.run_with_iobinding(binding)
+        names = [main, *(state.output for state in self.manifest.states)]
+        results = dict(zip(names, binding.get_outputs(), strict=True))
+        for state in self.manifest.states:
+            if not state.shared:
+                self._state[state.input] = results[state.output]
+        self.mask = mask
+        output: Floats = results[main].numpy()
+        return output
+
+    def state(self) -> dict[str, Floats]:
+        """See ``Session.state``."""
+        seen = self.mask.shape[1]
+        result = {}
+        for state in self.manifest.states:
+            array = self._state[state.input].numpy()
+            if state.shared and state.axis is not None:
+                array = array.take(range(seen), axis=state.axis)
+            result[state.output] = array.copy()
+        return result
+
+    def _check(self, input_ids: Ids, attention_mask: Ids) -> None:
+        for name, array in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+            if array.dtype != np.int64 or array.ndim != 2:
+                raise SessionError(
+                    f"{name} is {array.dtype} of shape {list(array.shape)}; it must be int64 "
+                    "[batch, tokens]."
+                )
+        if input_ids.shape != attention_mask.shape or input_ids.shape[0] != self.batch:
+            raise SessionError(
+                f"input_ids {list(input_ids.shape)} and attention_mask "
+                f"{list(attention_mask.shape)} must both be [{self.batch}, tokens]."
+            )
+        if input_ids.shape[1] < 1:
+            raise SessionError("input_ids holds no tokens; give at least one.")
+        total = self.mask.shape[1] + input_ids.shape[1]
+        if total > self.capacity:
+            raise SessionError(
+                f"{total} tokens do not fit the session's capacity of {self.capacity}."
+            )
+        vocabulary = self.manifest.vocab_size
+        if input_ids.min() < 0 or input_ids.max() >= vocabulary:
+            wrong = input_ids[(input_ids < 0) | (input_ids >= vocabulary)][0]
+            raise SessionError(f"token id {wrong} is outside the vocabulary of {vocabulary}.")
+
+
+def _value(array: Ids | Floats) -> onnxruntime.OrtValue:
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))

@@ -1,0 +1,77 @@
+"""What every backend offers: one call from tokens to logits, with the state kept inside.
+
+Shape letters: B batch, T new tokens, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from export.ingot import Manifest
+from plugins.errors import IngotError
+
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class SessionError(IngotError):
+    """A call the session refuses: what was given, and what the graph takes."""
+
+
+class Session(Protocol):
+    """A loaded ingot and the state of one batch of sequences."""
+
+    manifest: Manifest
+
+    def reset(self, batch: int, capacity: int) -> None:
+        """Forget all state and make room for ``batch`` sequences of ``capacity`` tokens."""
+
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        """Feed T new tokens of every sequence.
+
+        Args:
+            input_ids: ``[B, T]``.
+            attention_mask: ``[B, T]``, 1 for tokens, 0 for left padding.
+
+        Returns:
+            The main output: ``logits [B, T, V]`` or ``last_hidden_state [B, T, H]``.
+
+        Raises:
+            SessionError: another batch, ids outside the vocabulary, or no room left.
+        """
+
+    def state(self) -> dict[str, Floats]:
+        """A copy of every state, by output name, cut to the tokens seen so far."""
+
+
+def load(
+    path: Path | str, *, threads: int = 0, verify: bool = True, allow_failed: bool = False
+) -> Session:
+    """Open an ingot.
+
+    Args:
+        path: the ingot folder.
+        threads: of the backend; 0 lets it choose.
+        verify: compare the SHA-256 of every file with the manifest, not only sizes.
+        allow_failed: open an ingot whose validation failed.
+
+    Raises:
+        IngotError: not an ingot, a damaged one, or one that failed its validation.
+    """
+    folder = Path(path)
+    manifest = Manifest.read(folder)
+    manifest.check_files(folder, hashes=verify)
+    if manifest.verdict == "failed" and not allow_failed:
+        raise SessionError(
+            f"{folder} failed its validation, so its numbers are wrong; see {folder / 'report'}. "
+            "Export it again, or give --allow-failed to run it all the same."
+        )
+    if manifest.target not in ("onnx", "ort"):
+        raise SessionError(f"{folder} is for {manifest.target}; this version runs onnx and ort.")
+    from runtime.ort import OrtSession
+
+    return OrtSession(folder, manifest, threads=threads)

@@ -1,0 +1,1 @@
+"""Numerical validation of an ingot against the eager PyTorch graph."""
