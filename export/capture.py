@@ -61,7 +61,7 @@ class _Traced(nn.Module):
     def __init__(self, model: nn.Module, extra_outputs: tuple[str, ...]) -> None:
         super().__init__()
         # Kept out of the module tree: its parameters must stay arguments of the call.
-        object.__setattr__(self, "model", model)
+        object.__setattr__(self, "_model", model)
         self.extra_outputs = extra_outputs
 
     def forward(
@@ -73,7 +73,7 @@ class _Traced(nn.Module):
         past: tuple[torch.Tensor, ...],
     ) -> tuple[torch.Tensor, ...]:
         arguments = (input_ids, attention_mask, position_ids, past)
-        out = torch.func.functional_call(self.model, weights, arguments)
+        out = torch.func.functional_call(self.__dict__["_model"], weights, arguments)
         extra = [tensor for name in self.extra_outputs for tensor in getattr(out, name)]
         return (out.main, *out.present, *extra)
 
@@ -146,7 +146,7 @@ def _trace(
         )
     auto = torch.export.Dim.AUTO
     dynamic_shapes = (
-        {name: None for name in weights},
+        dict.fromkeys(weights),
         {0: auto, 1: auto},
         {0: auto, 1: auto},
         {0: auto, 1: auto},

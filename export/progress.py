@@ -57,8 +57,15 @@ class RichStages(Stages):
     @contextlib.contextmanager
     def show(self, name: str, total: int | None) -> Iterator[Advance]:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn
-        from rich.progress import TextColumn, TimeElapsedColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TransferSpeedColumn,
+        )
 
         console = Console(stderr=True)
         if not console.is_terminal:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from export.progress import Advance
@@ -67,9 +68,9 @@ def write_weights(model: ir.Model, folder: Path, name: str, advance: Advance) ->
             assert tensor is not None
             array = tensor.numpy()
             assert array.nbytes == tensor.nbytes and array.flags.c_contiguous, value.name
-            data = memoryview(array).cast("B") if array.size else b""
-            file.write(data)
-            total.update(data)
+            data = array.reshape(-1).view(np.uint8)
+            file.write(data.data)
+            total.update(data.data)
             advance(array.nbytes)
     for value, offset in zip(values, offsets, strict=True):
         tensor = value.const_value

@@ -149,8 +149,8 @@ def _read_index(path: Path) -> dict[str, Entry]:
         pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
         if pickles:
             raise CheckpointError(
-                f"{path} holds pickle weights only ({', '.join(pickles[:3])}); loading a pickle can "
-                "run any code, so Ingot reads safetensors alone. Convert it with transformers: "
+                f"{path} holds pickle weights only ({', '.join(pickles[:3])}); loading a pickle "
+                "can run any code, so Ingot reads safetensors alone. Convert it with transformers: "
                 "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)."
             )
         raise CheckpointError(f"{path} has neither {SINGLE} nor {INDEX}.")
@@ -291,7 +291,5 @@ def load_parameters(
     for name, parameter in list(module.named_parameters()):
         value = assemble(checkpoint, weight_map[name], tuple(parameter.shape), dtype)
         owner, _, leaf = name.rpartition(".")
-        setattr(
-            module.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False)
-        )
+        setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
         advance(value.nbytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 from plugins.errors import IngotError
@@ -110,7 +111,8 @@ class ConfigReader:
 
     def optional_float(self, name: str) -> float | None:
         """A float, or None where the field is absent or null."""
-        return self.take(name, float, 0.0) if self.raw.get(name) is not None else self.skip(name)
+        value = self.take(name, float, float("nan"))
+        return None if math.isnan(value) else value
 
     def skip(self, name: str) -> None:
         """Mark a field as dealt with elsewhere."""
@@ -141,8 +143,8 @@ class ConfigReader:
         if self.raw.get("quantization_config"):
             method = dict(self.raw["quantization_config"]).get("quant_method", "unknown")
             raise ConfigError(
-                f"config.json: quantization_config (quant_method {method!r}): quantised checkpoints "
-                "are not supported; export the float32, float16 or bfloat16 original."
+                f"config.json: quantization_config (quant_method {method!r}): quantised "
+                "checkpoints are not supported; export the float32, float16 or bfloat16 original."
             )
         for name, value in self.raw.items():
             # Absent, null, false and empty all mean "feature off" in Hugging Face configs.

@@ -107,9 +107,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
     """
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str):
-        raise CheckpointError(
-            f"config.json has no model_type; supported: {', '.join(FAMILIES)}."
-        )
+        raise CheckpointError(f"config.json has no model_type; supported: {', '.join(FAMILIES)}.")
     return find_family(model_type)
 
 

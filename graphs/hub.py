@@ -37,9 +37,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     from huggingface_hub import errors
 
     try:
-        return Path(
-            hub.snapshot_download(model, revision=revision, allow_patterns=list(PATTERNS))
-        )
+        return Path(hub.snapshot_download(model, revision=revision, allow_patterns=list(PATTERNS)))
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{model} has no revision {revision!r} on the hub.") from error
     except errors.GatedRepoError as error:

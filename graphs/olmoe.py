@@ -241,9 +241,7 @@ class OlmoeModel(nn.Module):
         router_logits: list[torch.Tensor] = []
         hidden_states = [x]
         for index, layer in enumerate(self.layers):
-            x, key, value, logits = layer(
-                x, cos, sin, mask, past[2 * index], past[2 * index + 1]
-            )
+            x, key, value, logits = layer(x, cos, sin, mask, past[2 * index], past[2 * index + 1])
             present += [key, value]
             router_logits.append(logits)
             hidden_states.append(x)

@@ -73,14 +73,13 @@ def write_checkpoint(
     """Write a seeded checkpoint folder, holding one shard in memory at a time.
 
     Args:
-        folder: created; must not exist.
+        folder: an existing, empty folder.
         family: the architecture.
         config: its ``config.json``.
         dtype: dtype of every tensor.
         seed: of the weights.
         advance: told the bytes of each tensor made.
     """
-    folder.mkdir(parents=True)
     size = dtype.itemsize
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     used = 0

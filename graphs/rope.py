@@ -106,6 +106,12 @@ class RopeParameters:
             self.values.get("original_max_position_embeddings", self.max_position_embeddings)
         )
 
+    @property
+    def context_length(self) -> int:
+        """Longest sequence the frequencies are meant for; dynamic ones stretch with the call."""
+        stretch = self.values["factor"] if self.rope_type == "dynamic" else 1
+        return int(self.max_position_embeddings * stretch)
+
     def frequencies(self) -> tuple[torch.Tensor, float]:
         """Inverse frequencies ``[D/2]`` float32 and the factor on cos and sin."""
         exponent = torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim
@@ -155,9 +161,7 @@ class RopeParameters:
         steps = torch.arange(self.dim // 2, dtype=torch.float32, device="cpu")
         extrapolated = 1 - torch.clamp((steps - low) / (high - low), 0, 1)
         position = self.rope_theta**exponent
-        inverse = (1.0 / (factor * position)) * (1 - extrapolated) + (
-            1.0 / position
-        ) * extrapolated
+        inverse = (1.0 / (factor * position)) * (1 - extrapolated) + (1.0 / position) * extrapolated
         return inverse, float(attention)
 
 

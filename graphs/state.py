@@ -34,7 +34,7 @@ class StateSpec:
 
 
 def key_value_states(layers: int, heads: int, head_size: int) -> tuple[StateSpec, ...]:
-    """``past_key_values.{i}.key|value [B, Hkv, P, D]`` -> ``present.{i}.key|value`` with S for P."""
+    """``past_key_values.{i}.key|value [B, Hkv, P, D]`` -> ``present.{i}.*``, S for P."""
     kinds: tuple[Literal["key", "value"], ...] = ("key", "value")
     return tuple(
         StateSpec(

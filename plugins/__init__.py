@@ -1,1 +1,1 @@
-"""Custom operators of the ``ingot`` domain: each one's meaning, shape rule, ONNX schema and kernels."""
+"""Custom operators of the ``ingot`` domain: meaning, shape rule, ONNX schema and kernels of each."""

@@ -98,7 +98,7 @@ def moe_dispatch(
     act = ACTIVATIONS[activation]
     ids, weights = route(router_logits.to(compute), top_k, normalize)
     y = torch.zeros(x.shape, dtype=compute, device=x.device)
-    for expert in ids.unique().tolist():
+    for expert in torch.unique(ids).tolist():
         token, slot = torch.nonzero(ids == expert, as_tuple=True)
         gate, up = (x[token].to(compute) @ gate_up[expert].to(compute).T).chunk(2, dim=-1)
         out = (act(gate) * up) @ down[expert].to(compute).T

@@ -70,15 +70,11 @@ def generate_command(
         prompts = [_ids(text) for text in prompt_ids]
         tokenizer = None
         if prompt:
-            session = load(
-                ingot, threads=threads, verify=not no_verify, allow_failed=allow_failed
-            )
+            session = load(ingot, threads=threads, verify=not no_verify, allow_failed=allow_failed)
             tokenizer = _tokenizer(ingot)
             prompts = [tokenizer.encode(text).ids for text in prompt]
         else:
-            session = load(
-                ingot, threads=threads, verify=not no_verify, allow_failed=allow_failed
-            )
+            session = load(ingot, threads=threads, verify=not no_verify, allow_failed=allow_failed)
         stop = list(stop_id) or None
         _stream(session, prompts, tokenizer, max_new_tokens, sampling, stop)
     except IngotError as error:

@@ -106,7 +106,7 @@ def generate(
     sampling = sampling or Sampling()
     stops = set(manifest.generation["eos_token_ids"] if stop_ids is None else stop_ids)
     ids, mask = pad_left(prompts, manifest.generation["pad_token_id"])
-    longest = manifest.generation["max_position_embeddings"]
+    longest = manifest.generation["context_length"]
     if ids.shape[1] + max_new_tokens > longest:
         raise SessionError(
             f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones exceed this model's "

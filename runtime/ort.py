@@ -9,6 +9,7 @@ import onnxruntime
 
 from export.ingot import GRAPH, Manifest, StateInfo
 from runtime.session import Floats, Ids, SessionError
+from runtime.tokens import TokenInputs
 
 
 class OrtSession:
@@ -37,30 +38,27 @@ class OrtSession:
                 f"{error}"
             ) from error
         self._inputs = {item.name for item in manifest.inputs}
+        self._tokens = TokenInputs(manifest.vocab_size)
         self.reset(1, 0)
 
     def reset(self, batch: int, capacity: int) -> None:
         """See ``Session.reset``."""
-        self.batch = batch
-        self.capacity = capacity
-        self.mask: Ids = np.zeros((batch, 0), dtype=np.int64)
-        self._state = {
-            state.input: _value(self._zeros(state)) for state in self.manifest.states
-        }
+        self._tokens.reset(batch, capacity)
+        self._state = {state.input: _value(self._zeros(state)) for state in self.manifest.states}
 
     def _zeros(self, state: StateInfo) -> Floats:
-        length = self.capacity if state.shared else 0
-        shape = [self.batch if d == "batch" else d for d in state.input_shape]
-        sizes = [length if isinstance(d, str) else d for d in shape]
+        length = self._tokens.capacity if state.shared else 0
+        named = {"batch": self._tokens.batch, "past_sequence": length}
+        sizes = [named[d] if isinstance(d, str) else d for d in state.input_shape]
         return np.zeros(sizes, dtype=np.dtype(state.dtype))
 
     def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         """See ``Session.step``."""
-        self._check(input_ids, attention_mask)
+        self._tokens.check(input_ids, attention_mask)
         batch, tokens = input_ids.shape
-        past = self.mask.shape[1]
         # ONNX Runtime's GroupQueryAttention refuses several rows of several tokens after a past.
-        if past and tokens > 1 and batch > 1 and any(s.shared for s in self.manifest.states):
+        shared = any(state.shared for state in self.manifest.states)
+        if self._tokens.seen and tokens > 1 and batch > 1 and shared:
             pieces = [
                 self._run(input_ids[:, t : t + 1], attention_mask[:, t : t + 1])
                 for t in range(tokens)
@@ -69,9 +67,7 @@ class OrtSession:
         return self._run(input_ids, attention_mask)
 
     def _run(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        mask = np.concatenate((self.mask, attention_mask), axis=1)
-        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -input_ids.shape[1] :]
-        feeds = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+        feeds = self._tokens.append(input_ids, attention_mask)
         binding = self._session.io_binding()
         held = {name: _value(array) for name, array in feeds.items() if name in self._inputs}
         for name, value in {**held, **self._state}.items():
@@ -89,13 +85,12 @@ class OrtSession:
         for state in self.manifest.states:
             if not state.shared:
                 self._state[state.input] = results[state.output]
-        self.mask = mask
         output: Floats = results[main].numpy()
         return output
 
     def state(self) -> dict[str, Floats]:
         """See ``Session.state``."""
-        seen = self.mask.shape[1]
+        seen = self._tokens.seen
         result = {}
         for state in self.manifest.states:
             array = self._state[state.input].numpy()
@@ -103,30 +98,6 @@ class OrtSession:
                 array = array.take(range(seen), axis=state.axis)
             result[state.output] = array.copy()
         return result
-
-    def _check(self, input_ids: Ids, attention_mask: Ids) -> None:
-        for name, array in (("input_ids", input_ids), ("attention_mask", attention_mask)):
-            if array.dtype != np.int64 or array.ndim != 2:
-                raise SessionError(
-                    f"{name} is {array.dtype} of shape {list(array.shape)}; it must be int64 "
-                    "[batch, tokens]."
-                )
-        if input_ids.shape != attention_mask.shape or input_ids.shape[0] != self.batch:
-            raise SessionError(
-                f"input_ids {list(input_ids.shape)} and attention_mask "
-                f"{list(attention_mask.shape)} must both be [{self.batch}, tokens]."
-            )
-        if input_ids.shape[1] < 1:
-            raise SessionError("input_ids holds no tokens; give at least one.")
-        total = self.mask.shape[1] + input_ids.shape[1]
-        if total > self.capacity:
-            raise SessionError(
-                f"{total} tokens do not fit the session's capacity of {self.capacity}."
-            )
-        vocabulary = self.manifest.vocab_size
-        if input_ids.min() < 0 or input_ids.max() >= vocabulary:
-            wrong = input_ids[(input_ids < 0) | (input_ids >= vocabulary)][0]
-            raise SessionError(f"token id {wrong} is outside the vocabulary of {vocabulary}.")
 
 
 def _value(array: Ids | Floats) -> onnxruntime.OrtValue:

@@ -13,7 +13,7 @@ def constant(model: ir.Model, name: str, value: np.ndarray) -> ir.Value:
         model.graph.register_initializer(
             ir.Value(
                 name=name,
-                shape=tensor.shape,
+                shape=ir.Shape(value.shape),
                 type=ir.TensorType(tensor.dtype),
                 const_value=tensor,
             )

@@ -19,7 +19,7 @@ class AttachFunctionBodies(ir.passes.InPlacePass):
             if node.domain != moe_dispatch.DOMAIN or node.op_identifier() in model.functions:
                 continue
             activation = node.attributes["activation"].as_string()
-            function = ir.from_proto(moe_dispatch.function_body(activation))
+            function = ir.serde.deserialize_function(moe_dispatch.function_body(activation))
             model.functions[function.identifier()] = function
             modified = True
         if modified:

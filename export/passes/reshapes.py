@@ -23,11 +23,11 @@ class SizesFromTokens(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         inputs = {value.name: value for value in model.graph.inputs}
         source = {}
-        for token in reversed(self.tokens):
-            value = inputs[token]
-            assert value.shape is not None
-            for axis, dimension in enumerate(value.shape):
-                source[str(dimension)] = (value, axis)
+        for name in reversed(self.tokens):
+            token = inputs[name]
+            assert token.shape is not None
+            for axis, dimension in enumerate(token.shape):
+                source[str(dimension)] = (token, axis)
         modified = False
         for node in model.graph:
             value = node.inputs[0] if node.op_type == "Shape" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -46,6 +47,9 @@ class WeightsToInitializers(ir.passes.InPlacePass):
         self.prefix = prefix
         self.read = read
 
+    def _read(self, name: str) -> np.ndarray:
+        return self.read(name).numpy()
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         weights = [v for v in graph.inputs if (v.name or "").startswith(self.prefix)]
@@ -59,7 +63,7 @@ class WeightsToInitializers(ir.passes.InPlacePass):
                 name,
                 tuple(value.shape.numpy()),
                 value.dtype,
-                lambda name=name: self.read(name).numpy(),
+                partial(self._read, name),
             )
             graph.register_initializer(value)
         return ir.passes.PassResult(model, modified=bool(weights))
@@ -82,7 +86,7 @@ class FoldWeightTransposes(ir.passes.InPlacePass):
             sizes = weight.shape.numpy()
             rearrange(
                 weight,
-                lambda array, perm=perm: array.transpose(perm),
+                partial(np.transpose, axes=perm),
                 tuple(sizes[axis] for axis in perm),
             )
             ir.convenience.replace_all_uses_with(node.outputs[0], weight)

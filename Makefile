@@ -1,0 +1,41 @@
+# The commands a developer needs; each creates .venv first where it is missing.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+MODEL ?= olmoe
+TARGET ?= ort
+PRESET ?= tiny
+OUT ?= out/$(notdir $(MODEL))-$(TARGET)
+
+.PHONY: setup export test test-slow lint format clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[cpu,dev]'
+	touch $@
+
+# A family name gets a seeded checkpoint of PRESET's shape; a folder or hub name is used as it is.
+export: setup
+	$(BIN)/python -m export --model $(MODEL) --target $(TARGET) --out $(OUT) --overwrite --preview \
+		$(if $(findstring /,$(MODEL)),,--preset $(PRESET))
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow -n 0
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf out dist build .pytest_cache .mypy_cache .ruff_cache

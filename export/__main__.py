@@ -1,0 +1,5 @@
+"""``python -m export``."""
+
+from export.cli import export_command
+
+export_command(prog_name="python -m export")

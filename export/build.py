@@ -1,0 +1,244 @@
+"""One export from request to ingot folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from export.capture import OPSET, Captured, capture
+from export.ingot import (
+    GRAPH,
+    WEIGHTS,
+    Manifest,
+    StateInfo,
+    TensorInfo,
+    check_destination,
+    file_infos,
+    staged,
+)
+from export.lower_ort import lower_ort, shares_buffers
+from export.progress import Stages
+from export.request import ExportRequest
+from export.weights import weight_bytes, write_weights
+from graphs.checkpoint import Checkpoint, assemble
+from graphs.family import FAMILIES, Family, active_parameters, family_of, find_family
+from graphs.hub import resolve
+from graphs.preset import preset_config, write_checkpoint
+from plugins.errors import IngotError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "safetensors")
+
+
+class ExportError(IngotError):
+    """An export that cannot begin."""
+
+
+# Given the staged folder, the opened checkpoint and the progress; returns ingot.json's summary.
+Validate = Callable[[Path, Checkpoint, Stages], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished export: its manifest and the checkpoint folder it came from."""
+
+    manifest: Manifest
+    checkpoint: Path
+
+
+def build(request: ExportRequest, stages: Stages, validate: Validate | None) -> Result:
+    """Export, validate and put the ingot in place.
+
+    Args:
+        request: what to export.
+        stages: shows and measures the steps.
+        validate: runs before the folder appears; None skips it and says so in ``ingot.json``.
+
+    Raises:
+        IngotError: anything wrong with the request, the checkpoint or the destination; nothing is
+            left at ``request.out`` that was not there before.
+    """
+    check_destination(request.out, request.overwrite)
+    checkpoint = Checkpoint.open(_checkpoint_folder(request, stages))
+    family = family_of(checkpoint)
+    model = family.build(checkpoint.config, request.task)
+    weight_map = family.weight_map(model, checkpoint, request.task)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    _check_space(request.out, 4 * sum(math.prod(shape) for shape in shapes.values()))
+
+    def read(name: str) -> torch.Tensor:
+        return assemble(checkpoint, weight_map[name], shapes[name], torch.float32)
+
+    with staged(request.out) as folder:
+        with stages.stage("capture graph"):
+            captured = capture(model, read, extra_outputs=request.extra_outputs)
+        if request.target == "ort":
+            with stages.stage("lower to ONNX Runtime"):
+                lower_ort(captured.model)
+        size = weight_bytes(captured.model)
+        with stages.stage("write weights", size) as advance:
+            weights_hash = write_weights(captured.model, folder, WEIGHTS, advance)
+            ir.save(captured.model, folder / GRAPH)
+        for name in TOKENIZER_FILES:
+            if (checkpoint.path / name).is_file():
+                shutil.copyfile(checkpoint.path / name, folder / name)
+        manifest = _manifest(request, family, checkpoint, model, captured)
+        known = {WEIGHTS: weights_hash}
+        manifest = replace(manifest, files=file_infos(folder, known))
+        manifest.write(folder)
+        summary: dict[str, Any] = {"verdict": "skipped", "reason": "--no-validate was given"}
+        if validate is not None:
+            summary = validate(folder, checkpoint, stages)
+        manifest = replace(manifest, files=file_infos(folder, known), validation=summary)
+        manifest.write(folder)
+    return Result(manifest, checkpoint.path)
+
+
+def _checkpoint_folder(request: ExportRequest, stages: Stages) -> Path:
+    """The folder to export: found, downloaded, or made from a preset beside the destination."""
+    if request.model not in FAMILIES:
+        if request.preset is not None:
+            raise ExportError(
+                f"--preset goes with a family name ({', '.join(FAMILIES)}), not {request.model!r}."
+            )
+        return resolve(request.model, request.revision)
+    family = find_family(request.model)
+    if Path(request.model).is_dir():
+        raise ExportError(
+            f"{request.model!r} is a family name and also a folder here; write ./{request.model} "
+            "for the folder."
+        )
+    if request.preset is None:
+        return resolve(family.hub_name, request.revision)
+    config = preset_config(family, request.preset)
+    dtype = torch.bfloat16 if request.preset == "full" else torch.float32
+    name = f"{request.model}-{request.preset}-seed{request.seed}"
+    folder = request.out.absolute().parent / "checkpoints" / name
+    if (folder / "config.json").is_file():
+        written = json.loads((folder / "config.json").read_text())
+        if {**written, **config} == written:
+            return folder
+        raise ExportError(f"{folder} holds another config than preset {request.preset}; remove it.")
+    model = family.build(config, "generate")
+    size = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    _check_space(folder, size)
+    with stages.stage(f"make {request.preset} checkpoint", size) as advance, staged(folder) as made:
+        write_checkpoint(made, family, config, dtype=dtype, seed=request.seed, advance=advance)
+    return folder
+
+
+def _check_space(path: Path, needed: int) -> None:
+    existing = next(p for p in path.absolute().parents if p.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ExportError(
+            f"{path} needs {needed / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB free."
+        )
+
+
+def _manifest(
+    request: ExportRequest,
+    family: Family,
+    checkpoint: Checkpoint,
+    model: torch.nn.Module,
+    captured: Captured,
+) -> Manifest:
+    config = getattr(model, "config")
+    total, active = active_parameters(model)
+    shared = shares_buffers(captured.model)
+    graph = captured.model.graph
+    operators = Counter(node.op_type for node in graph)
+    return Manifest(
+        model_type=family.model_type,
+        task=request.task,
+        target=request.target,
+        precision="float32",
+        main_output=captured.main_output,
+        inputs=tuple(_tensor_info(value) for value in graph.inputs),
+        outputs=tuple(_tensor_info(value) for value in graph.outputs),
+        states=tuple(
+            StateInfo(
+                kind=state.kind,
+                input=state.input,
+                output=state.output,
+                dtype="float32",
+                input_shape=state.input_shape,
+                output_shape=state.output_shape,
+                axis=state.axis,
+                shared=shared,
+            )
+            for state in captured.states
+        ),
+        vocab_size=config.vocab_size,
+        source={
+            "checkpoint": checkpoint.path.name,
+            "revision": request.revision,
+            "sha256": checkpoint.digest(),
+        },
+        generation=_generation(checkpoint, config),
+        graph={"opset": OPSET, "nodes": sum(operators.values()), "operators": dict(operators)},
+        parameters=total,
+        active_parameters=active,
+        weight_bytes=4 * total,
+        tools=_tool_versions(),
+    )
+
+
+def _tensor_info(value: ir.Value) -> TensorInfo:
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    dimensions = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
+    return TensorInfo(value.name, value.dtype.numpy().name, dimensions)
+
+
+def _generation(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
+    """What ends, begins and pads a sequence; ``generation_config.json`` wins where it is there."""
+    raw = dict(checkpoint.config)
+    file = checkpoint.path / "generation_config.json"
+    if file.is_file():
+        given = json.loads(file.read_text(encoding="utf-8"))
+        raw.update({name: value for name, value in given.items() if value is not None})
+    eos = raw.get("eos_token_id")
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    pad = raw.get("pad_token_id")
+    return {
+        "eos_token_ids": ends,
+        # Padding is masked, so any id of the vocabulary serves.
+        "pad_token_id": pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else 0,
+        "context_length": config.rope.context_length,
+    }
+
+
+def _tool_versions() -> dict[str, str]:
+    versions = {"ingot": _version("ingot") or "0 (not installed)"}
+    for name in TOOLS:
+        found = _version(name)
+        if found is not None:
+            versions[name] = found
+    return versions
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

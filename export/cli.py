@@ -1,0 +1,182 @@
+"""The command line: ``python -m export``, and the ``ingot`` group.
+
+Only this file joins the folders together. Heavy packages are imported when a command runs, so
+that ``--help`` answers at once and works without them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import click
+
+from export.request import PRESETS, TARGETS, TASKS, ExportRequest
+from plugins.errors import IngotError
+
+if TYPE_CHECKING:
+    from export.ingot import Manifest
+    from export.progress import Stages
+    from graphs.checkpoint import Checkpoint
+
+PACKAGES = ("export", "graphs", "plugins", "runtime", "validate")
+PREVIEW_TOKENS = 16
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in modules that are imported when used."""
+
+    commands_at: ClassVar = {
+        "export": ("export.cli", "export_command"),
+        "generate": ("runtime.cli", "generate_command"),
+        "validate": ("validate.cli", "validate_command"),
+    }
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands_at)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.commands_at:
+            return None
+        module, name = self.commands_at[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+
+def check_packages() -> None:
+    """Prove that our five package names are ours: another distribution may ship one of them.
+
+    Raises:
+        IngotError: naming the package and where it was found.
+    """
+    here = Path(__file__).resolve().parent.parent
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin is None or origin.parent.parent != here:
+            raise IngotError(
+                f"the Python package {name!r} resolves to {origin}, which is not Ingot's; another "
+                f"distribution hides it (configobj ships a 'validate'). Uninstall that one, or use "
+                "Ingot in an environment of its own."
+            )
+
+
+def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
+    # SystemExit unwinds the stack, so the temporary folder is removed.
+    sys.exit(143)
+
+
+@click.command("export")
+@click.option("--model", required=True, help="olmoe, a checkpoint folder, or org/name on the hub.")
+@click.option("--target", type=click.Choice(TARGETS), default="ort", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="The folder to make.")
+@click.option("--task", type=click.Choice(TASKS), default="generate", show_default=True)
+@click.option(
+    "--preset",
+    type=click.Choice(PRESETS),
+    help="With a family name: first make a seeded random checkpoint of this shape.",
+)
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--seed", default=0, show_default=True, help="Of a preset's weights.")
+@click.option(
+    "--output",
+    "extra_outputs",
+    multiple=True,
+    type=click.Choice(("router_logits", "hidden_states")),
+    help="Also make each layer's tensor of this kind an output.",
+)
+@click.option("--no-validate", is_flag=True, help="Skip the comparison with eager PyTorch.")
+@click.option("--preview", is_flag=True, help=f"Generate {PREVIEW_TOKENS} tokens at the end.")
+@click.option("--overwrite", is_flag=True, help="Replace an ingot that is at --out.")
+def export_command(
+    model: str,
+    target: str,
+    out: Path | None,
+    task: str,
+    preset: str | None,
+    revision: str | None,
+    seed: int,
+    extra_outputs: tuple[str, ...],
+    no_validate: bool,
+    preview: bool,
+    overwrite: bool,
+) -> None:
+    """Turn a Hugging Face checkpoint into a validated ingot.
+
+    Exit status: 0 the ingot is there and passed, 1 it is there and failed its validation, 2 it
+    could not be made and nothing was left behind.
+    """
+    signal.signal(signal.SIGTERM, _on_terminate)
+    try:
+        check_packages()
+        name = Path(model).name + (f"-{preset}" if preset else "")
+        request = ExportRequest(
+            model=model,
+            target=target,
+            out=out or Path(f"{name}-{target}"),
+            task=task,
+            preset=preset,
+            revision=revision,
+            seed=seed,
+            extra_outputs=tuple(dict.fromkeys(extra_outputs)),
+            overwrite=overwrite,
+        )
+        manifest = _export(request, validate=not no_validate, preview=preview)
+    except IngotError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        click.echo("interrupted; nothing was left behind", err=True)
+        sys.exit(130)
+    sys.exit(1 if manifest.verdict == "failed" else 0)
+
+
+def _export(request: ExportRequest, *, validate: bool, preview: bool) -> Manifest:
+    from export.progress import RichStages
+
+    stages = RichStages()
+    with stages.stage("load PyTorch and the exporter"):
+        from export.build import build
+        from export.summary import print_summary
+    result = build(request, stages, _validate if validate else None)
+    print_summary(request.out, result.checkpoint, result.manifest, stages)
+    if preview and request.task == "generate" and result.manifest.verdict != "failed":
+        _preview(request.out, result.manifest.vocab_size)
+    return result.manifest
+
+
+def _validate(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str, Any]:
+    from export.ingot import Manifest
+    from validate.eager import EagerSession
+    from validate.run import validate_ingot
+
+    with stages.stage("load eager reference"):
+        expected = EagerSession(checkpoint, Manifest.read(folder).task)
+    with stages.stage("validate against eager PyTorch"):
+        validation = validate_ingot(folder, expected, verify=False)
+        validation.write(folder)
+    return validation.summary()
+
+
+def _preview(folder: Path, vocab_size: int) -> None:
+    from runtime.generate import generate
+    from runtime.session import load
+
+    prompt = [token % vocab_size for token in range(2, 10)]
+    session = load(folder, verify=False)
+    steps = generate(session, [prompt], max_new_tokens=PREVIEW_TOKENS, stop_ids=())
+    tokens = [str(token) for (token,) in steps]
+    click.echo(f"prompt ids:    {' '.join(map(str, prompt))}")
+    click.echo(f"generated ids: {' '.join(tokens)}")
+    ids = ",".join(map(str, prompt))
+    click.echo(f"more: python -m runtime generate {folder} --prompt-ids {ids}")
+
+
+@click.group(cls=LazyGroup)
+@click.version_option(package_name="ingot")
+def main() -> None:
+    """Ahead-of-time export of sparse and state-space language models."""

@@ -1,0 +1,66 @@
+"""The table at the end of an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from export.ingot import Manifest
+from export.progress import Stages
+
+
+def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stages) -> None:
+    """What was made, what each step cost, and the verdict, on standard output."""
+    console = Console()
+    table = Table(title=f"{manifest.model_type} -> {manifest.target}", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    operators = manifest.graph["operators"]
+    kernels = [f"{n} {op}" for op, n in operators.items() if op in NOTABLE]
+    table.add_row("checkpoint", str(checkpoint))
+    table.add_row("ingot", str(out))
+    table.add_row("nodes", f"{manifest.graph['nodes']} ({', '.join(kernels)})")
+    share = manifest.active_parameters / manifest.parameters
+    table.add_row("parameters", f"{manifest.parameters:,}")
+    table.add_row("active per token", f"{manifest.active_parameters:,} ({share:.0%})")
+    table.add_row("weights", f"{manifest.weight_bytes:,} bytes, {manifest.precision}")
+    for stage in stages.finished:
+        cost = f"{stage.seconds:.1f} s, peak memory {stage.peak_bytes / 1e6:,.0f} MB"
+        table.add_row(stage.name, cost)
+    peak = max(stage.peak_bytes for stage in stages.finished)
+    seconds = sum(stage.seconds for stage in stages.finished)
+    table.add_row("total", f"{seconds:.1f} s, peak memory {peak / 1e6:,.0f} MB")
+    table.add_section()
+    for name, value in _verdict_rows(manifest):
+        table.add_row(name, value)
+    console.print(table)
+
+
+NOTABLE = ("Attention", "GroupQueryAttention", "MoE", "MoeDispatch")
+
+
+def _verdict_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    found = manifest.validation
+    if manifest.verdict == "skipped":
+        return [("verdict", "[yellow]skipped[/yellow] (--no-validate)")]
+    colour = "green" if manifest.verdict == "passed" else "red"
+    rows = [
+        (
+            "verdict",
+            f"[{colour}]{manifest.verdict}[/{colour}] against {found['against']}: "
+            f"{found['compared']} tensors, prefill of {found['prefill_tokens']} and "
+            f"{found['decode_steps']} decode steps, batch {found['batch']} with left padding",
+        )
+    ]
+    for group in ("main", "states"):
+        if f"{group}_max_abs" in found:
+            name = manifest.main_output if group == "main" else "states"
+            rms, largest = found[f"{group}_relative_rms"], found[f"{group}_max_abs"]
+            rows.append((name, f"relative RMS {rms:.1e}, max abs {largest:.1e}"))
+    if "top1_agreement" in found:
+        rows.append(("top-1 agreement", f"{found['top1_agreement']:.1%}"))
+    if "first_failure" in found:
+        rows.append(("first failure", found["first_failure"]))
+    return rows

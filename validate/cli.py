@@ -1,0 +1,49 @@
+"""``python -m validate INGOT --checkpoint DIR``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from plugins.errors import IngotError
+
+
+@click.command("validate")
+@click.argument("ingot", type=click.Path(path_type=Path))
+@click.option(
+    "--checkpoint",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The checkpoint folder the ingot was made from.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the token ids.")
+def validate_command(ingot: Path, checkpoint: Path, seed: int) -> None:
+    """Compare an ingot with eager PyTorch again.
+
+    Exit status: 0 passed, 1 failed, 2 could not run.
+    """
+    from export.ingot import Manifest
+    from export.progress import RichStages
+
+    try:
+        manifest = Manifest.read(ingot)
+        stages = RichStages()
+        with stages.stage("load eager reference"):
+            from graphs.checkpoint import Checkpoint
+            from validate.eager import EagerSession
+            from validate.run import validate_ingot
+
+            opened = Checkpoint.open(checkpoint)
+            expected = EagerSession(opened, manifest.task)
+        with stages.stage("validate against eager PyTorch"):
+            validation = validate_ingot(ingot, expected, seed=seed)
+    except IngotError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    for name, value in validation.summary().items():
+        click.echo(f"{name:20} {value}")
+    for failure in validation.failures:
+        click.echo(f"FAILED {failure.step}, {failure.name}: {failure.problem}")
+    sys.exit(1 if validation.failures else 0)

@@ -1,0 +1,121 @@
+"""The eager PyTorch graph as a session: the reference every target is compared with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from graphs.checkpoint import Checkpoint, WeightMap, assemble, load_parameters
+from graphs.family import family_of
+from graphs.layers import ModelOutput
+from graphs.state import BATCH, StateSpec
+from runtime.session import Floats, Ids
+from runtime.tokens import TokenInputs
+
+
+class EagerSession:
+    """Runs a checkpoint in float32 on the eager graph.
+
+    A model that would take more than half of the free memory is streamed: each layer's weights
+    are read from the checkpoint when it runs and dropped after.
+
+    Attributes:
+        router_margin: smallest difference seen between the K-th and the next router logit, or
+            None for a graph without routers. A margin near rounding error can flip a choice.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, task: str, *, streamed: bool | None = None) -> None:
+        family = family_of(checkpoint)
+        self.model = family.build(checkpoint.config, task)
+        weight_map = family.weight_map(self.model, checkpoint, task)
+        size = 4 * sum(parameter.numel() for parameter in self.model.parameters())
+        if streamed if streamed is not None else size > _free_memory() / 2:
+            _stream_weights(self.model, checkpoint, weight_map)
+        else:
+            load_parameters(self.model, checkpoint, weight_map, torch.float32)
+        self.states: tuple[StateSpec, ...] = getattr(self.model, "states")
+        config = getattr(self.model, "config")
+        self._top_k: int | None = getattr(config, "num_experts_per_tok", None)
+        self._tokens = TokenInputs(config.vocab_size)
+        self.router_margin: float | None = None
+        self.reset(1, 0)
+
+    def reset(self, batch: int, capacity: int) -> None:
+        """See ``runtime.session.Session.reset``."""
+        self._tokens.reset(batch, capacity)
+        self._past = tuple(
+            torch.zeros([batch if d == BATCH else 0 if isinstance(d, str) else d for d in shape])
+            for shape in (state.input_shape for state in self.states)
+        )
+
+    @torch.inference_mode()
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        """See ``runtime.session.Session.step``."""
+        self._tokens.check(input_ids, attention_mask)
+        feeds = self._tokens.append(input_ids, attention_mask)
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in feeds.items()}
+        out: ModelOutput = self.model(**tensors, past=self._past)
+        self._past = out.present
+        self._note_margin(out, attention_mask)
+        result: Floats = out.main.numpy()
+        return result
+
+    def _note_margin(self, out: ModelOutput, attention_mask: Ids) -> None:
+        real = torch.from_numpy(attention_mask.reshape(-1) != 0)
+        for logits in out.router_logits:
+            if self._top_k is None or self._top_k == logits.shape[-1]:
+                continue
+            ordered = logits[real].sort(-1, descending=True).values
+            margin = float((ordered[:, self._top_k - 1] - ordered[:, self._top_k]).min())
+            self.router_margin = min(margin, self.router_margin or margin)
+
+    def state(self) -> dict[str, Floats]:
+        """See ``runtime.session.Session.state``."""
+        return {
+            spec.output: np.ascontiguousarray(tensor.numpy())
+            for spec, tensor in zip(self.states, self._past, strict=True)
+        }
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _stream_weights(model: nn.Module, checkpoint: Checkpoint, weight_map: WeightMap) -> None:
+    """Give each layer, and each module outside the layers, its weights only while it runs."""
+    layers = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    blocks = [block for layer_list in layers for block in layer_list]
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    names = {id(module): name for name, module in model.named_modules()}
+    for block in blocks:
+        prefix = names[id(block)] + "."
+        own = {
+            name.removeprefix(prefix): parts
+            for name, parts in weight_map.items()
+            if name.startswith(prefix)
+        }
+        block.register_forward_pre_hook(_loader(checkpoint, own))
+        block.register_forward_hook(_dropper)
+    # What is left (embedding, final norm, head) is small beside the layers and stays.
+    for name, parameter in list(model.named_parameters()):
+        if id(parameter) in inside:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        value = assemble(checkpoint, weight_map[name], tuple(parameter.shape), torch.float32)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _loader(checkpoint: Checkpoint, weight_map: WeightMap) -> Callable[..., None]:
+    def load(module: nn.Module, _arguments: Any) -> None:
+        load_parameters(module, checkpoint, weight_map, torch.float32)
+
+    return load
+
+
+def _dropper(module: nn.Module, _arguments: Any, _output: Any) -> None:
+    module.to("meta")

@@ -1,0 +1,47 @@
+"""Seeded token inputs that would show a mistake: two rows, one padded on the left, no repeats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.session import Ids
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One validation run: a prefill, then decode steps whose tokens are given (teacher forcing).
+
+    Attributes:
+        input_ids: ``[B, prefill + decode]``.
+        attention_mask: likewise; the second row begins with padding.
+        prefill: tokens of the first call; every later call has one.
+    """
+
+    input_ids: Ids
+    attention_mask: Ids
+    prefill: int
+
+    @property
+    def steps(self) -> list[tuple[str, slice]]:
+        """Name and columns of every call."""
+        total = self.input_ids.shape[1]
+        decode = range(self.prefill, total)
+        return [("prefill", slice(0, self.prefill))] + [
+            (f"decode {column - self.prefill + 1}", slice(column, column + 1)) for column in decode
+        ]
+
+
+def make_inputs(
+    vocab_size: int, seed: int = 0, *, prefill: int = 19, decode: int = 8, padding: int = 7
+) -> Inputs:
+    """Inputs for any vocabulary.
+
+    The lengths are odd and no multiple of a power of two, so that a kernel's tail is used too.
+    """
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, vocab_size, size=(2, prefill + decode), dtype=np.int64)
+    mask = np.ones_like(ids)
+    mask[1, :padding] = 0
+    return Inputs(ids, mask, prefill)
