@@ -30,7 +30,7 @@ from export.lower_ort import lower_ort, shares_buffers
 from export.progress import Stages
 from export.request import ExportRequest
 from export.weights import weight_bytes, write_weights
-from graphs.checkpoint import Checkpoint, assemble
+from graphs.checkpoint import Checkpoint, assemble, assemble_row
 from graphs.family import FAMILIES, Family, active_parameters, family_of, find_family
 from graphs.hub import resolve
 from graphs.preset import preset_config, write_checkpoint
@@ -86,8 +86,11 @@ def build(request: ExportRequest, stages: Stages, validate: Validate | None) -> 
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     _check_space(request.out, 4 * sum(math.prod(shape) for shape in shapes.values()))
 
-    def read(name: str) -> torch.Tensor:
-        return assemble(checkpoint, weight_map[name], shapes[name], torch.float32)
+    def read(name: str, block: int) -> torch.Tensor:
+        parts, shape = weight_map[name], shapes[name]
+        if len(shape) == 3:
+            return assemble_row(checkpoint, parts, shape, torch.float32, block)
+        return assemble(checkpoint, parts, shape, torch.float32)
 
     with staged(request.out) as folder:
         with stages.stage("capture graph"):

@@ -80,7 +80,7 @@ class _Traced(nn.Module):
 
 def capture(
     model: nn.Module,
-    read_weight: Callable[[str], torch.Tensor],
+    read_block: Callable[[str, int], torch.Tensor],
     *,
     extra_outputs: tuple[str, ...] = (),
 ) -> Captured:
@@ -88,7 +88,8 @@ def capture(
 
     Args:
         model: an eager graph on the meta device.
-        read_weight: parameter name -> the parameter, called only when weights are written.
+        read_block: parameter name and block -> that block (one expert of a stack ``[E, ...]``, or
+            with block 0 a whole parameter); called only when weights are written.
         extra_outputs: of ``EXTRA_OUTPUTS``; each layer's tensor becomes ``{name}.{i}``.
     """
     states: tuple[StateSpec, ...] = getattr(model, "states")
@@ -115,7 +116,7 @@ def capture(
     }
     optimizer.optimize(result, onnx_shape_inference=False)
     passes = ir.passes.Sequential(
-        WeightsToInitializers(WEIGHT_PREFIX, read_weight),
+        WeightsToInitializers(WEIGHT_PREFIX, read_block),
         FoldWeightTransposes(),
         NameDimensions(inputs),
         SimplifyReshapes(),

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from export.passes.weights import Weight
 from export.progress import Advance
 
 DTYPES = {
@@ -25,24 +26,24 @@ DTYPES = {
 ALIGNMENT = 4096
 
 
-def lazy_weights(model: ir.Model) -> list[ir.Value]:
+def weights_of(model: ir.Model) -> list[ir.Value]:
     """The initializers that are weights; small constants stay inside the graph file."""
     values = model.graph.initializers.values()
-    return [value for value in values if isinstance(value.const_value, ir.LazyTensor)]
+    return [value for value in values if isinstance(value.const_value, Weight)]
 
 
 def weight_bytes(model: ir.Model) -> int:
     """Bytes that ``write_weights`` will write, without its header."""
-    return sum(value.const_value.nbytes for value in lazy_weights(model) if value.const_value)
+    return sum(value.const_value.nbytes for value in weights_of(model) if value.const_value)
 
 
 def write_weights(model: ir.Model, folder: Path, name: str, advance: Advance) -> str:
-    """Write every lazy weight to ``folder/name`` and make the graph refer to it.
+    """Write every weight to ``folder/name`` and make the graph refer to it.
 
     Returns:
         SHA-256 of the file.
     """
-    values = lazy_weights(model)
+    values = weights_of(model)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets = []
     end = 0
@@ -65,13 +66,16 @@ def write_weights(model: ir.Model, folder: Path, name: str, advance: Advance) ->
             total.update(head)
         for value in values:
             tensor = value.const_value
-            assert tensor is not None
-            array = tensor.numpy()
-            assert array.nbytes == tensor.nbytes and array.flags.c_contiguous, value.name
-            data = array.reshape(-1).view(np.uint8)
-            file.write(data.data)
-            total.update(data.data)
-            advance(array.nbytes)
+            assert isinstance(tensor, Weight)
+            begin = file.tell()
+            for block in range(tensor.blocks):
+                array = tensor.read_block(block)
+                assert array.flags.c_contiguous, value.name
+                data = array.reshape(-1).view(np.uint8).data
+                file.write(data)
+                total.update(data)
+                advance(len(data))
+            assert file.tell() - begin == tensor.nbytes, value.name
     for value, offset in zip(values, offsets, strict=True):
         tensor = value.const_value
         assert tensor is not None and value.name is not None

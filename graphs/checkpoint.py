@@ -110,9 +110,9 @@ class Checkpoint:
         return tensor
 
     def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
-        finite = torch.isfinite(tensor)
-        if not finite.all():
-            index = (~finite).nonzero()[0].tolist()
+        # One pass without a copy: NaN and infinity both reach the extremes.
+        if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+            index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
             raise CheckpointError(
                 f"{self.entries[name].file.name}: {name} holds a {tensor[tuple(index)].item()} at "
                 f"index {index}; every weight must be finite. The file is damaged, or the training "
@@ -157,6 +157,9 @@ def _read_index(path: Path) -> dict[str, Entry]:
     weight_map = _read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{path / INDEX} has no weight_map object.")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(f"{INDEX} places {name} in {shard!r}, which is no file name.")
     entries: dict[str, Entry] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
@@ -270,6 +273,20 @@ def assemble(
         out[at : at + size] = checkpoint.read(part.name).reshape(-1)
         at += size
     return out.reshape(shape)
+
+
+def assemble_row(
+    checkpoint: Checkpoint,
+    parts: tuple[Part, ...],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    row: int,
+) -> torch.Tensor:
+    """``assemble(...)[row]``, reading no more than that row needs: one expert of many."""
+    if len(parts) == 1:
+        return checkpoint.read(parts[0].name).reshape(shape)[row].to(dtype)
+    each = len(parts) // shape[0]
+    return assemble(checkpoint, parts[row * each : (row + 1) * each], shape[1:], dtype)
 
 
 def load_parameters(

@@ -100,6 +100,9 @@ class ConfigReader:
                 f"config.json: {name} is {value!r}; {self.model_type} expects "
                 f"{'an' if kind is int else 'a'} {kind.__name__}."
             )
+        # Python's JSON reader takes NaN and Infinity, which JSON itself does not have.
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"config.json: {name} is {value}; it must be finite.")
         return value
 
     def size(self, name: str, default: int) -> int:
@@ -141,7 +144,9 @@ class ConfigReader:
     def finish(self) -> None:
         """Refuse every field nobody took, unless it cannot change the result."""
         if self.raw.get("quantization_config"):
-            method = dict(self.raw["quantization_config"]).get("quant_method", "unknown")
+            method = self.raw["quantization_config"]
+            if isinstance(method, dict):
+                method = method.get("quant_method", "unknown")
             raise ConfigError(
                 f"config.json: quantization_config (quant_method {method!r}): quantised "
                 "checkpoints are not supported; export the float32, float16 or bfloat16 original."

@@ -80,7 +80,10 @@ class Family:
             split = self.other_spelling(spelled(name), shape)
             found = split and any(part.name in names for part in split)
             result[name] = split if found else whole
-        tied = self.tied if getattr(model, "config").tie_word_embeddings else {}
+        tied = {}
+        if getattr(model, "config").tie_word_embeddings:
+            for name, repeated in self.tied.items():
+                tied[name] = on_disk + repeated.removeprefix("model.")
         unused = self.head_tensors if task == "features" else ()
         check_weights(checkpoint, result, tied=tied, unused=unused)
         return result

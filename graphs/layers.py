@@ -95,7 +95,9 @@ def attention(
     """
     key = torch.cat((past_key, key.transpose(1, 2)), dim=2)
     value = torch.cat((past_value, value.transpose(1, 2)), dim=2)
+    # The torch exporter refuses grouped queries where the head counts are equal.
+    grouped = query.shape[2] != key.shape[1]
     out = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key, value, attn_mask=mask, scale=scale, enable_gqa=True
+        query.transpose(1, 2), key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
     )
     return out.transpose(1, 2).flatten(2), key, value

@@ -60,6 +60,7 @@ class OlmoeConfig:
         heads = config.size("num_attention_heads", 16)
         key_value_heads = config.size("num_key_value_heads", heads)
         experts = config.size("num_experts", config.size("num_local_experts", 64))
+        config.must_be("num_local_experts", experts, "it is another name of num_experts")
         chosen = config.size("num_experts_per_tok", 8)
         if hidden_size % heads:
             raise ConfigError(

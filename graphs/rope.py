@@ -67,22 +67,27 @@ class RopeParameters:
         """
         new = config.take("rope_parameters", dict, {})
         old = config.take("rope_scaling", dict, {})
-        if new and old and {**new, **old} != new:
+        theta = config.take("rope_theta", float, 10000.0)
+        if new and old and {"rope_theta": theta, **new} != {"rope_theta": theta, **old}:
             raise ConfigError(
                 "config.json: rope_scaling and rope_parameters disagree; keep one of them."
             )
         values = dict(new or old)
-        theta = values.pop("rope_theta", None) or config.take("rope_theta", float, 10000.0)
-        config.skip("rope_theta")
+        theta = ConfigReader(values, config.model_type).take("rope_theta", float, theta)
+        values.pop("rope_theta", None)
+        if theta <= 0:
+            raise ConfigError(f"config.json: rope_theta is {theta}; it must be positive.")
         legacy_type = values.pop("type", None)
         rope_type = values.pop("rope_type", None) or legacy_type or "default"
-        if rope_type not in _SCALED:
+        if not isinstance(rope_type, str) or rope_type not in _SCALED:
             raise ConfigError(
                 f"config.json: rope type {rope_type!r} is not implemented; supported: "
                 f"{', '.join(_SCALED)}."
             )
         if values.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
             raise ConfigError("config.json: partial_rotary_factor other than 1 is not implemented.")
+        if rope_type == "yarn" and values.get("truncate", True) is None:
+            values["truncate"] = False  # as in transformers, where only its absence means true
         values = {name: value for name, value in values.items() if value is not None}
         required, optional = _SCALED[rope_type]
         for name, value in values.items():
@@ -91,8 +96,17 @@ class RopeParameters:
                     f"config.json: {name} does not belong to rope type {rope_type!r}; it takes "
                     f"{', '.join(sorted(required | optional)) or 'nothing'}."
                 )
-            if not isinstance(value, bool if name == "truncate" else (int, float)):
-                raise ConfigError(f"config.json: rope parameter {name} is {value!r}.")
+            if name == "truncate":
+                good, expected = isinstance(value, bool), "true or false"
+            else:
+                # Zero turns an optional number off; the others divide.
+                divides = name in required or name == "original_max_position_embeddings"
+                good, expected = type(value) in (int, float), "a positive number"
+                good = good and 0 <= value < math.inf and not (divides and value == 0)
+            if not good:
+                raise ConfigError(
+                    f"config.json: rope parameter {name} is {value!r}; it must be {expected}."
+                )
         for name in required:
             if name not in values:
                 raise ConfigError(f"config.json: rope type {rope_type!r} needs {name}.")

@@ -1,1 +1,1 @@
-"""Custom operators of the ``ingot`` domain: meaning, shape rule, ONNX schema and kernels of each."""
+"""Custom operators of the ``ingot`` domain: their meaning, ONNX schemas and kernels."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 
 from export.passes.constants import constant, integers
-from export.passes.weights import rearrange
+from export.passes.weights import ReadBlock, rearrange
 from plugins.moe_dispatch import DOMAIN, NAME
 
 INT64_MIN = np.iinfo(np.int64).min
@@ -61,9 +64,12 @@ class MoeDispatchToMoE(ir.passes.InPlacePass):
     def _swap(self, model: ir.Model, node: ir.Node, always: ir.Value) -> None:
         x, router_logits, gate_up, down = node.inputs
         assert gate_up is not None and down is not None
-        for value, change in ((gate_up, _interleaved), (down, _reversed)):
+        experts = down.shape[0] if down.shape is not None else None
+        assert isinstance(experts, int)
+        for value, change in ((gate_up, _interleaved), (down, _same)):
             assert value.shape is not None
-            rearrange(value, change, tuple(value.shape.numpy()))
+            shape = tuple(value.shape.numpy())
+            rearrange(value, partial(_reversed, change, experts), shape)
         # starts, ends, axes, steps
         along_experts = [integers(model, [n]) for n in (-1, INT64_MIN, 1, -1)]
         reverse = ir.node("Slice", [router_logits, *along_experts])
@@ -89,15 +95,18 @@ class MoeDispatchToMoE(ir.passes.InPlacePass):
         model.graph.remove(node, safe=True)
 
 
+def _reversed(
+    change: Callable[[np.ndarray], np.ndarray], experts: int, read: ReadBlock
+) -> ReadBlock:
+    return lambda block: change(read(experts - 1 - block))
+
+
 def _interleaved(gate_up: np.ndarray) -> np.ndarray:
-    """``[E, 2I, H]``, gate rows then up rows -> experts reversed, gate and up rows alternating."""
-    experts, rows, hidden = gate_up.shape
-    out = np.empty_like(gate_up)
-    for expert in range(experts):
-        halves = gate_up[expert].reshape(2, rows // 2, hidden)
-        out[experts - 1 - expert] = halves.swapaxes(0, 1).reshape(rows, hidden)
-    return out
+    """One expert's ``[2I, H]``: gate rows then up rows -> gate and up rows in turn."""
+    rows, hidden = gate_up.shape
+    halves = gate_up.reshape(2, rows // 2, hidden)
+    return np.ascontiguousarray(halves.swapaxes(0, 1)).reshape(rows, hidden)
 
 
-def _reversed(down: np.ndarray) -> np.ndarray:
-    return down[::-1]
+def _same(down: np.ndarray) -> np.ndarray:
+    return down

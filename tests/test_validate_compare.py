@@ -1,0 +1,168 @@
+"""The one comparator, fed everything it must fail on and the little it may let pass."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from validate.compare import Comparison, compare
+from validate.tolerances import TOLERANCES
+
+Floats = npt.NDArray[np.float32]
+KINDS = {"logits": "logits", "hidden": "hidden", "key": "key", "value": "value"}
+
+
+def _random(*shape: int, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def _one(expected: Floats, actual: npt.NDArray[np.floating], name: str = "key") -> Comparison:
+    """The comparison of one tensor, which must be the only one unless nothing was compared."""
+    results = compare("prefill", {name: expected}, {name: actual}, KINDS)
+    first, rest = results[0], results[1:]
+    assert (first.step, first.name) == ("prefill", name)
+    assert [other.name for other in rest] == ([] if first.errors else ["all outputs"])
+    assert all(other.problem for other in rest)
+    return first
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_passes_on_equal_tensors(kind: str) -> None:
+    found = _one(_random(5, 64), _random(5, 64), kind)
+    assert found.problem == ""
+    assert found.errors is not None and found.errors.max_abs == 0.0
+    assert found.top1 == (1.0 if kind == "logits" else None)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_passes_on_rounding_noise(kind: str) -> None:
+    expected = _random(5, 64)
+    found = _one(expected, expected + np.float32(1e-6) * _random(5, 64, seed=1), kind)
+    assert found.problem == ""
+    assert found.errors is not None and 1e-7 < found.errors.relative_rms < 1e-5
+
+
+def test_fails_on_a_missing_output() -> None:
+    both = {"key": _random(4), "value": _random(4)}
+    results = compare("decode 3", both, {"value": both["value"]}, KINDS)
+    assert [(r.name, bool(r.problem)) for r in results] == [("key", True), ("value", False)]
+    assert "target has no such output" in results[0].problem
+    assert results[0].step == "decode 3"
+
+
+def test_fails_on_an_extra_output() -> None:
+    both = {"key": _random(4), "value": _random(4)}
+    results = compare("prefill", {"value": both["value"]}, both, KINDS)
+    assert [(r.name, bool(r.problem)) for r in results] == [("value", False), ("key", True)]
+    assert "reference has no such output" in results[1].problem
+
+
+def test_fails_on_another_shape_of_the_same_size() -> None:
+    expected = _random(4, 6)
+    assert "[6, 4], expected [4, 6]" in _one(expected, expected.reshape(6, 4)).problem
+    # A shape that would broadcast is another shape all the same.
+    assert "[1, 6], expected [4, 6]" in _one(expected, expected[:1]).problem
+
+
+def test_fails_on_another_dtype() -> None:
+    expected = _random(4, 6)
+    assert "float64, expected float32" in _one(expected, expected.astype(np.float64)).problem
+    assert "float16, expected float32" in _one(expected, expected.astype(np.float16)).problem
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_fails_on_nan_and_infinity_on_either_side(bad: float) -> None:
+    good = _random(4, 6)
+    damaged = good.copy()
+    damaged[2, 3] = bad
+    assert "target holds NaN or infinity" in _one(good, damaged).problem
+    assert "reference holds NaN or infinity" in _one(damaged, good).problem
+    # The same NaN on both sides proves nothing either.
+    assert "NaN or infinity" in _one(damaged, damaged).problem
+
+
+def test_fails_where_nothing_was_compared() -> None:
+    (found,) = compare("prefill", {}, {}, KINDS)
+    assert (found.name, found.problem) == ("all outputs", "nothing was compared")
+
+
+def test_fails_on_an_empty_tensor() -> None:
+    assert "empty" in _one(_random(0, 6), _random(0, 6)).problem
+
+
+def test_fails_on_a_constant_reference_and_a_constant_target() -> None:
+    zeros, ones = np.zeros((4, 6), np.float32), np.ones((4, 6), np.float32)
+    assert "every element of the reference is 0.0" in _one(zeros, _random(4, 6)).problem
+    assert "every element of the target is 1.0" in _one(_random(4, 6), ones).problem
+    # Two equal constants agree, and prove as little.
+    assert "every element" in _one(zeros, zeros).problem
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("scale", [1.001, 0.999, 1.00005, -1.0])
+def test_fails_on_a_wrong_scale(kind: str, scale: float) -> None:
+    expected = _random(5, 64)
+    assert _one(expected, expected * np.float32(scale), kind).problem
+
+
+def test_names_the_norm_where_only_the_scale_is_off() -> None:
+    # Below the limit on the RMS error, so that the norm's own, narrower limit has to catch it.
+    expected = _random(5, 64)
+    assert "norm ratio 1.00005" in _one(expected, expected * np.float32(1.00005)).problem
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_fails_on_one_element_far_off(kind: str) -> None:
+    expected = _random(5, 64)
+    actual = expected.copy()
+    actual[3, 17] += 0.1
+    assert "relative RMS error" in _one(expected, actual, kind).problem
+
+
+def test_fails_on_two_rows_swapped() -> None:
+    # Every sum over the tensor stays the same; only the places differ.
+    expected = _random(5, 64)
+    assert _one(expected, expected[[1, 0, 2, 3, 4]]).problem
+
+
+def test_accepts_another_top_token_within_a_tie_only() -> None:
+    limit = TOLERANCES["float32", "logits"]
+    expected = _random(400, 50)
+    expected[0, 7] = expected[0].max() + 1
+    tied, apart = expected.copy(), expected.copy()
+    tied[0, 8], apart[0, 8] = expected[0, 7], expected[0, 7]
+
+    def swapped(reference: Floats, by: float) -> tuple[Floats, Floats]:
+        """A reference where token 7 leads token 8 by ``by``, and a target that turns the two."""
+        before, after = reference.copy(), reference.copy()
+        before[0, 8] = before[0, 7] - np.float32(by)
+        after[0, 7], after[0, 8] = before[0, 8], before[0, 7]
+        return before, after
+
+    near = _one(*swapped(expected, 0.2 * limit.tie), "logits")
+    assert near.problem == "" and near.top1 == pytest.approx(399 / 400)
+    far = _one(*swapped(expected, 3 * limit.tie), "logits")
+    # The RMS over all the logits does not see so few of them; the likeliest token does.
+    assert far.errors is not None and far.errors.relative_rms < limit.relative_rms
+    assert far.problem == "1 of 400 likeliest tokens differ, and not by a tie"
+    # A hidden state has no likeliest token.
+    assert _one(*swapped(expected, 3 * limit.tie), "hidden").problem == ""
+
+
+def test_compares_every_name_even_after_a_failure() -> None:
+    good = {name: _random(3, 8, seed=seed) for seed, name in enumerate(KINDS)}
+    bad = {name: -array if name == "logits" else array for name, array in good.items()}
+    results = compare("prefill", good, bad, KINDS)
+    assert [(r.name, bool(r.problem)) for r in results] == [
+        ("logits", True),
+        ("hidden", False),
+        ("key", False),
+        ("value", False),
+    ]
+
+
+def test_has_a_reason_for_every_tolerance() -> None:
+    for limit in TOLERANCES.values():
+        assert 0 < limit.relative_rms <= 1e-3 and 0 < limit.norm_ratio <= 1e-3
+        assert len(limit.reason) > 20
