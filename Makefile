@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
+FAMILIES := olmoe
 MODEL ?= olmoe
 TARGET ?= ort
 PRESET ?= tiny
@@ -20,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # A family name gets a seeded checkpoint of PRESET's shape; a folder or hub name is used as it is.
 export: setup
 	$(BIN)/python -m export --model $(MODEL) --target $(TARGET) --out $(OUT) --overwrite --preview \
-		$(if $(findstring /,$(MODEL)),,--preset $(PRESET))
+		$(if $(filter $(MODEL),$(FAMILIES)),--preset $(PRESET))
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -142,7 +142,7 @@ class Manifest:
             raw["states"] = tuple(_state(item) for item in raw["states"])
             raw["files"] = {name: FileInfo(**item) for name, item in raw["files"].items()}
             return cls(**raw)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ManifestError(f"{path} is damaged ({error}); export again.") from error
 
     def check_files(self, folder: Path, *, hashes: bool = True) -> None:
@@ -206,8 +206,11 @@ def check_destination(out: Path, overwrite: bool) -> None:
     """Refuse a destination that is taken, before any work is done.
 
     Raises:
-        ManifestError: ``out`` exists and may not be replaced.
+        ManifestError: ``out`` exists and may not be replaced, or lies below a file.
     """
+    above = next(path for path in out.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise ManifestError(f"{out} cannot be made: {above} is a file; give another --out.")
     if not out.exists():
         return
     if not overwrite:
@@ -228,26 +231,40 @@ def staged(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(out)
     stage = out.parent / f".{out.name}.partial-{os.getpid()}"
-    stage.mkdir()
+    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
     try:
+        # Inside the block, so that a signal right after it still finds its way to the removal.
+        stage.mkdir()
         yield stage
         if out.exists():
-            old = out.parent / f".{out.name}.replaced-{os.getpid()}"
             out.rename(old)
-            stage.rename(out)
-            shutil.rmtree(old)
-        else:
-            stage.rename(out)
+        stage.rename(out)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if not out.exists() and old.exists():
+            old.rename(out)
+        for path in (stage, old):
+            _remove(path)
 
 
 def _remove_abandoned(out: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(out.name)}\.(partial|replaced)-(\d+)")
     for path in out.parent.iterdir():
         match = pattern.fullmatch(path.name)
-        if match and not _alive(int(match.group(2))):
-            shutil.rmtree(path, ignore_errors=True)
+        if not match or _alive(int(match.group(2))):
+            continue
+        if match.group(1) == "replaced" and not out.exists():
+            # Killed between its two renames: what was there comes back.
+            path.rename(out)
+        else:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    # A link that was replaced goes, and not what it points to.
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

@@ -117,10 +117,6 @@ class ConfigReader:
         value = self.take(name, float, float("nan"))
         return None if math.isnan(value) else value
 
-    def skip(self, name: str) -> None:
-        """Mark a field as dealt with elsewhere."""
-        self.taken.add(name)
-
     def choice(self, name: str, supported: dict[str, T], default: str) -> T:
         """A string field mapped through a table; a value outside it is refused with the table."""
         value = self.take(name, str, default)

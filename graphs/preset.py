@@ -38,7 +38,8 @@ def preset_config(family: Family, preset: str) -> dict[str, Any]:
 
 def random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """One float32 weight, the same for the same name, shape and seed wherever it is made."""
-    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    # torch keeps the low 32 bits of a seed alone; a CRC that starts from ours fits in them.
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
     normal = torch.randn(shape, generator=generator)
     if "norm" in name:
         return 1.0 + 0.1 * normal
@@ -89,7 +90,7 @@ def write_checkpoint(
             used = 0
         shards[-1].append((name, shape))
         used += math.prod(shape) * size
-    weight_map = {}
+    weight_map, total = {}, 0
     for number, shard in enumerate(shards, start=1):
         file = SINGLE
         if len(shards) > 1:
@@ -98,9 +99,12 @@ def write_checkpoint(
         for name, shape in shard:
             made[name] = random_weight(name, shape, seed).to(dtype)
             weight_map[name] = file
+            total += made[name].nbytes
             advance(made[name].nbytes)
         save_file(made, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}, indent=1))
+        # transformers does not open an index without metadata.
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
     text = {**config, "dtype": str(dtype).removeprefix("torch.")}
     (folder / CONFIG).write_text(json.dumps(text, indent=2) + "\n")

@@ -5,20 +5,23 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from plugins.errors import IngotError
-from runtime.generate import Sampling, generate
-from runtime.session import Session, SessionError, load
+
+# numpy and ONNX Runtime are imported when a command runs, so that --help works without them.
+if TYPE_CHECKING:
+    from runtime.generate import Sampling
+    from runtime.session import Session
 
 
 def _ids(text: str) -> list[int]:
     try:
         return [int(piece) for piece in text.replace(",", " ").split()]
     except ValueError as error:
-        raise SessionError(
+        raise IngotError(
             f"--prompt-ids {text!r} is not a list of token ids such as 1,2,3."
         ) from error
 
@@ -26,7 +29,7 @@ def _ids(text: str) -> list[int]:
 def _tokenizer(folder: Path) -> Any:
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise SessionError(
+        raise IngotError(
             f"{folder} holds no tokenizer.json, so text cannot be encoded; give token ids: "
             "--prompt-ids 1,2,3."
         )
@@ -63,9 +66,12 @@ def generate_command(
     allow_failed: bool,
 ) -> None:
     """Generate from an ingot folder; tokens appear as they are made."""
+    from runtime.generate import Sampling
+    from runtime.session import load
+
     try:
         if bool(prompt) == bool(prompt_ids):
-            raise SessionError("give either --prompt or --prompt-ids.")
+            raise IngotError("give either --prompt or --prompt-ids.")
         sampling = Sampling(temperature, top_k, top_p, seed)
         prompts = [_ids(text) for text in prompt_ids]
         tokenizer = None
@@ -90,6 +96,8 @@ def _stream(
     sampling: Sampling,
     stop_ids: list[int] | None,
 ) -> None:
+    from runtime.generate import generate
+
     made: list[list[int]] = [[] for _ in prompts]
     shown = ""
     marks = [time.perf_counter()]
@@ -111,7 +119,7 @@ def _stream(
                 click.echo(text[len(shown) :], nl=False)
                 shown = text
     if len(prompts) == 1:
-        click.echo()
+        click.echo("" if tokenizer is None else tokenizer.decode(made[0])[len(shown) :])
     else:
         for row in made:
             click.echo(" ".join(map(str, row)) if tokenizer is None else tokenizer.decode(row))

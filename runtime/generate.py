@@ -35,6 +35,8 @@ class Sampling:
             raise SessionError(f"top-k is {self.top_k}; it must be 0 (off) or more.")
         if not 0.0 < self.top_p <= 1.0:
             raise SessionError(f"top-p is {self.top_p}; it must be above 0 and at most 1.")
+        if self.seed < 0:
+            raise SessionError(f"seed is {self.seed}; it must be 0 or more.")
 
 
 def choose(logits: Floats, sampling: Sampling, random: np.random.Generator) -> Ids:
@@ -46,11 +48,13 @@ def choose(logits: Floats, sampling: Sampling, random: np.random.Generator) -> I
 
 
 def _sample(logits: Floats, sampling: Sampling, random: np.random.Generator) -> int:
-    scores = logits.astype(np.float64) / sampling.temperature
+    # Counted from the likeliest token and not from 0, so that no temperature is too small.
+    with np.errstate(over="ignore"):
+        scores = (logits.astype(np.float64) - logits.max()) / sampling.temperature
     order = np.argsort(-scores, kind="stable")
     if sampling.top_k:
         order = order[: sampling.top_k]
-    weights: npt.NDArray[np.float64] = np.exp(scores[order] - scores[order[0]])
+    weights: npt.NDArray[np.float64] = np.exp(scores[order])
     weights /= weights.sum()
     # The token that crosses top_p is kept, so at least one always is.
     kept = 1 + int(np.searchsorted(weights.cumsum(), sampling.top_p))
@@ -66,7 +70,10 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Ids, Ids]:
     ids = np.full((len(prompts), longest), pad, dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
+        try:
+            ids[row, longest - len(prompt) :] = prompt
+        except OverflowError as error:
+            raise SessionError(f"token id {max(prompt, key=abs)} is in no vocabulary.") from error
         mask[row, longest - len(prompt) :] = 1
     return ids, mask
 

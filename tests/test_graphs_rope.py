@@ -440,7 +440,8 @@ def test_refuses_a_malformed_rope_theta(value: Any) -> None:
 
 @pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
 def test_refuses_rope_fields_that_are_not_objects(name: str) -> None:
-    refused(name, "linear", **{name: "linear"})
+    raw: dict[str, Any] = {name: "linear"}
+    refused(name, "linear", **raw)
 
 
 def test_refuses_a_partial_rotation() -> None:

@@ -74,7 +74,9 @@ class EagerSession:
                 continue
             ordered = logits[real].sort(-1, descending=True).values
             margin = float((ordered[:, self._top_k - 1] - ordered[:, self._top_k]).min())
-            self.router_margin = min(margin, self.router_margin or margin)
+            self.router_margin = min(
+                margin, margin if self.router_margin is None else self.router_margin
+            )
 
     def state(self) -> dict[str, Floats]:
         """See ``runtime.session.Session.state``."""

@@ -1,0 +1,63 @@
+"""Fixtures shared by all tests: seeded tiny checkpoints, and ingots made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from export.build import build
+from export.progress import Stages
+from export.request import ExportRequest
+from graphs.family import find_family
+from graphs.preset import preset_config, write_checkpoint
+
+MakeCheckpoint = Callable[..., Path]
+MakeIngot = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """``make(family, dtype=..., **config)``: a new seeded checkpoint folder, preset ``tiny``."""
+
+    def make(family: str = "olmoe", *, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        found = find_family(family)
+        merged = {**preset_config(found, "tiny"), **config}
+        write_checkpoint(folder, found, merged, dtype=dtype, seed=7)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_ingot(tmp_path_factory: pytest.TempPathFactory) -> MakeIngot:
+    """``make(checkpoint, target, **request)``: a new ingot, not validated."""
+
+    def make(checkpoint: Path, target: str, **request: Any) -> Path:
+        out = tmp_path_factory.mktemp("ingot") / target
+        build(ExportRequest(str(checkpoint), target, out, **request), Stages(), None)
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_checkpoint: MakeCheckpoint) -> Path:
+    """A tiny OLMoE checkpoint; read only."""
+    return make_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tiny: Path, make_ingot: MakeIngot) -> Path:
+    """``tiny`` as an ``onnx`` ingot; read only."""
+    return make_ingot(tiny, "onnx")
+
+
+@pytest.fixture(scope="session")
+def tiny_ort(tiny: Path, make_ingot: MakeIngot) -> Path:
+    """``tiny`` as an ``ort`` ingot; read only."""
+    return make_ingot(tiny, "ort")

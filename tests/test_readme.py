@@ -1,0 +1,90 @@
+"""The README's commands, run as written, in a copy of the repository."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked files and this environment, so that nothing is installed again."""
+    folder = tmp_path_factory.mktemp("clone")
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    for name in names:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    environment = folder / ".venv"
+    environment.mkdir()
+    for entry in Path(sys.prefix).iterdir():
+        (environment / entry.name).symlink_to(entry)
+    # Newer than the copied pyproject.toml, so that make has nothing to install.
+    (environment / ".installed").unlink(missing_ok=True)
+    (environment / ".installed").touch()
+    return folder
+
+
+def run(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    # The copy's own packages, not those of the editable install.
+    variables = {**os.environ, "PYTHONPATH": str(cwd), "COLUMNS": "100"}
+    return subprocess.run(
+        ["bash", "-c", command], cwd=cwd, env=variables, capture_output=True, text=True
+    )
+
+
+def test_the_two_commands(clone: Path) -> None:
+    block = re.search(r"```sh\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    export, test = block.group(1).splitlines()
+    done = run(export, clone)
+    assert done.returncode == 0, done.stderr
+    assert "verdict" in done.stdout
+    assert "passed" in done.stdout
+    generated = re.search(r"generated ids: ([\d ]+)", done.stdout)
+    assert generated is not None
+    assert len(generated.group(1).split()) == 16
+    # The README shows what this very command printed.
+    assert generated.group(0).strip() in README
+    # This suite is what `make test` runs; here only that the command exists.
+    assert test == "make test"
+    assert run("make --dry-run test", clone).returncode == 0
+
+
+def test_an_own_checkpoint(clone: Path) -> None:
+    commands = re.findall(r"^python -m .*$", README, re.MULTILINE)
+    assert len(commands) == 2
+    checkpoint = clone / "out" / "checkpoints" / "olmoe-tiny-seed0"
+    assert checkpoint.is_dir(), "test_the_two_commands made it"
+    shutil.copytree(checkpoint, clone / "DIR")
+    _write_tokenizer(clone / "DIR")
+    for command in commands:
+        done = run(f"PATH={clone}/.venv/bin:$PATH; {command}", clone)
+        assert done.returncode == 0, done.stderr
+    python = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert python is not None
+    (clone / "example.py").write_text(python.group(1))
+    done = run(".venv/bin/python example.py", clone)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 8
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))

@@ -1,0 +1,271 @@
+"""A validation: it passes what is right on every seed, and fails each small wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from export.ingot import Manifest
+from graphs.checkpoint import Checkpoint
+from runtime.session import Floats, Ids, load
+from validate.eager import EagerSession
+from validate.inputs import make_inputs
+from validate.run import Stepper, Validation, compare_sessions, validate_ingot
+
+Tensors = dict[str, torch.Tensor]
+STATES = [f"present.{layer}.{kind}" for layer in range(2) for kind in ("key", "value")]
+
+
+@pytest.fixture(scope="module")
+def eager(tiny: Path) -> EagerSession:
+    return EagerSession(Checkpoint.open(tiny), "generate", streamed=False)
+
+
+@pytest.fixture(scope="module", params=["onnx", "ort"])
+def ingot(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue(f"tiny_{request.param}")
+    return path
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_passes_on_every_seed(ingot: Path, eager: EagerSession, seed: int) -> None:
+    validation = validate_ingot(ingot, eager, seed=seed)
+    assert (validation.verdict, validation.failures) == ("passed", [])
+    # A prefill and eight decode steps, of logits and four states each.
+    steps = ["prefill", *(f"decode {number}" for number in range(1, 9))]
+    expected = [(step, name) for step in steps for name in ["logits", *STATES]]
+    assert [(c.step, c.name) for c in validation.comparisons] == expected
+    assert all(c.errors and c.errors.relative_rms < 1e-5 for c in validation.comparisons)
+
+
+def test_sums_up_what_it_compared(ingot: Path, eager: EagerSession, tmp_path: Path) -> None:
+    validation = validate_ingot(ingot, eager, seed=3)
+    summary = validation.summary()
+    main = [c for c in validation.comparisons if c.name == "logits"]
+    states = [c for c in validation.comparisons if c.name != "logits"]
+    assert summary["verdict"] == "passed" and summary["seed"] == 3
+    assert (summary["batch"], summary["prefill_tokens"], summary["decode_steps"]) == (2, 19, 8)
+    assert summary["compared"] == 45
+    for name, group in (("main", main), ("states", states)):
+        found = [c.errors for c in group if c.errors]
+        assert summary[f"{name}_max_abs"] == max(e.max_abs for e in found)
+        assert summary[f"{name}_relative_rms"] == max(e.relative_rms for e in found)
+    assert summary["top1_agreement"] == 1.0
+    assert "first_failure" not in summary
+    assert 0 < summary["router_margin"] < 1
+
+    validation.write(tmp_path)
+    written = json.loads((tmp_path / "report" / "validation.json").read_text())
+    assert len(written.pop("comparisons")) == 45
+    assert written == summary
+
+
+def _steps(session: Stepper) -> list[dict[str, Floats]]:
+    """Every output after every call of one validation."""
+    inputs = make_inputs(512)
+    session.reset(*inputs.input_ids.shape)
+    found = []
+    for _, columns in inputs.steps:
+        ids, mask = inputs.input_ids[:, columns], inputs.attention_mask[:, columns]
+        found.append({"logits": session.step(ids, mask), **session.state()})
+    return found
+
+
+def test_streams_a_checkpoint_to_exactly_the_same_numbers(tiny: Path) -> None:
+    loaded = EagerSession(Checkpoint.open(tiny), "generate", streamed=False)
+    streamed = EagerSession(Checkpoint.open(tiny), "generate", streamed=True)
+    for expected, found in zip(_steps(loaded), _steps(streamed), strict=True):
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array)
+    # It held the layers' weights only while they ran.
+    held = {name for name, p in streamed.model.named_parameters() if p.device.type != "meta"}
+    assert held == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert streamed.router_margin == loaded.router_margin is not None
+
+
+def test_forgets_everything_at_a_reset(eager: EagerSession) -> None:
+    first = _steps(eager)
+    for before, after in zip(first, _steps(eager), strict=True):
+        for name, array in before.items():
+            np.testing.assert_array_equal(after[name], array)
+
+
+def _variant(
+    tiny: Path,
+    folder: Path,
+    config: dict[str, Any] | None = None,
+    edit: Callable[[Tensors], None] = lambda _weights: None,
+) -> EagerSession:
+    """The eager graph of a copy of a checkpoint with one thing changed."""
+    copy = shutil.copytree(tiny, folder / "checkpoint")
+    raw = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**raw, **(config or {})}))
+    weights = load_file(copy / "model.safetensors")
+    edit(weights)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return EagerSession(Checkpoint.open(copy), "generate", streamed=False)
+
+
+def _swap_experts(weights: Tensors) -> None:
+    for which in ("gate_proj", "up_proj", "down_proj"):
+        first, second = (f"model.layers.1.mlp.experts.{e}.{which}.weight" for e in (2, 5))
+        weights[first], weights[second] = weights[second], weights[first]
+
+
+def _swap_gate_and_up_of_one_expert(weights: Tensors) -> None:
+    gate, up = (f"model.layers.0.mlp.experts.4.{w}_proj.weight" for w in ("gate", "up"))
+    weights[gate], weights[up] = weights[up], weights[gate]
+
+
+def _drop_query_norm(weights: Tensors) -> None:
+    name = "model.layers.1.self_attn.q_norm.weight"
+    weights[name] = torch.ones_like(weights[name])
+
+
+def _nudge_one_router_row(weights: Tensors) -> None:
+    weights["model.layers.0.mlp.gate.weight"][3] *= 1.01
+
+
+def _nudge_final_norm(weights: Tensors) -> None:
+    # As an epsilon that is too large would.
+    weights["model.norm.weight"] *= 1.0005
+
+
+WRONG: dict[str, tuple[dict[str, Any], Callable[[Tensors], None]]] = {
+    "rope_theta off by 1 %": ({"rope_theta": 10100.0}, lambda _weights: None),
+    "norm_topk_prob flipped": ({"norm_topk_prob": True}, lambda _weights: None),
+    "another rms_norm_eps": ({"rms_norm_eps": 1e-3}, lambda _weights: None),
+    "one expert fewer a token": ({"num_experts_per_tok": 1}, lambda _weights: None),
+    "gelu for silu": ({"hidden_act": "gelu"}, lambda _weights: None),
+    "two experts swapped": ({}, _swap_experts),
+    "gate and up swapped in one expert": ({}, _swap_gate_and_up_of_one_expert),
+    "no query norm": ({}, _drop_query_norm),
+    "a router row 1 % off": ({}, _nudge_one_router_row),
+    "the final norm 0.05 % off": ({}, _nudge_final_norm),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_fails_an_ingot_of_another_model(
+    tiny: Path, tiny_ort: Path, tmp_path: Path, wrong: str
+) -> None:
+    config, edit = WRONG[wrong]
+    validation = validate_ingot(tiny_ort, _variant(tiny, tmp_path, config, edit))
+    assert validation.verdict == "failed"
+    assert any(failure.name == "logits" for failure in validation.failures)
+    first = validation.failures[0]
+    assert validation.summary()["first_failure"] == f"{first.step}, {first.name}: {first.problem}"
+
+
+def test_fails_no_copy_of_the_checkpoint(tiny: Path, ingot: Path, tmp_path: Path) -> None:
+    # The control of the controls: copying and writing back changes nothing.
+    assert validate_ingot(ingot, _variant(tiny, tmp_path)).verdict == "passed"
+
+
+class Faulty:
+    """A right session with one fault in what it is fed or hands out."""
+
+    def __init__(self, inner: Stepper) -> None:
+        self.inner = inner
+
+    def reset(self, batch: int, capacity: int) -> None:
+        self.inner.reset(batch, capacity)
+
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        return self.inner.step(input_ids, attention_mask)
+
+    def state(self) -> dict[str, Floats]:
+        return self.inner.state()
+
+
+class IgnoresPadding(Faulty):
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        return self.inner.step(input_ids, np.ones_like(attention_mask))
+
+
+class SwapsRows(Faulty):
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        return self.inner.step(input_ids, attention_mask)[::-1]
+
+
+class DropsAState(Faulty):
+    def state(self) -> dict[str, Floats]:
+        return {k: v for k, v in self.inner.state().items() if k != "present.1.value"}
+
+
+class ScalesAState(Faulty):
+    def state(self) -> dict[str, Floats]:
+        found = self.inner.state()
+        return {**found, "present.0.key": found["present.0.key"] * np.float32(1.001)}
+
+
+class TurnsNanLate(Faulty):
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        logits = self.inner.step(input_ids, attention_mask)
+        return logits if input_ids.shape[1] > 1 else logits * np.float32(np.nan)
+
+
+def _compared(
+    target: Path, eager: EagerSession, actual: Callable[[Stepper], Stepper]
+) -> Validation:
+    manifest, inputs = Manifest.read(target), make_inputs(512)
+    found = compare_sessions(
+        eager, actual(load(target)), inputs, manifest.main_output, manifest.states
+    )
+    return Validation(found, inputs, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("fault", "first"),
+    [
+        (IgnoresPadding, "prefill, logits"),
+        (SwapsRows, "prefill, logits"),
+        (DropsAState, "prefill, present.1.value"),
+        (ScalesAState, "prefill, present.0.key"),
+        (TurnsNanLate, "decode 1, logits"),
+    ],
+)
+def test_fails_a_session_with_a_fault(
+    tiny_onnx: Path, eager: EagerSession, fault: type[Faulty], first: str
+) -> None:
+    assert _compared(tiny_onnx, eager, Faulty).verdict == "passed"
+    validation = _compared(tiny_onnx, eager, fault)
+    assert validation.verdict == "failed"
+    assert validation.summary()["first_failure"].startswith(first)
+
+
+def test_remembers_a_router_margin_of_zero(tiny: Path, tmp_path: Path) -> None:
+    def tie(weights: Tensors) -> None:
+        # Two equal rows: a token that ranks them second and third has no margin at all.
+        weights["model.layers.0.mlp.gate.weight"][6] = weights["model.layers.0.mlp.gate.weight"][1]
+
+    session = _variant(tiny, tmp_path, edit=tie)
+    inputs = make_inputs(512)
+    session.reset(2, 100)
+    session.step(inputs.input_ids, inputs.attention_mask)
+    assert session.router_margin == 0.0
+    for token in range(20):
+        session.step(np.full((2, 1), token), np.ones((2, 1), np.int64))
+    assert session.router_margin == 0.0
+
+
+def test_makes_inputs_that_would_show_a_mistake() -> None:
+    inputs = make_inputs(512, seed=1)
+    assert inputs.input_ids.shape == inputs.attention_mask.shape == (2, 27)
+    assert inputs.attention_mask.tolist() == [[1] * 27, [0] * 7 + [1] * 20]
+    assert inputs.input_ids.min() >= 0 and inputs.input_ids.max() < 512
+    assert not (inputs.input_ids[0] == inputs.input_ids[1]).all()
+    assert (make_inputs(512, seed=1).input_ids == inputs.input_ids).all()
+    assert (make_inputs(512, seed=2).input_ids != inputs.input_ids).any()
+    # Every column is fed once, in order.
+    columns = [c for _, part in inputs.steps for c in range(27)[part]]
+    assert columns == list(range(27))
