@@ -32,7 +32,7 @@ from export.request import ExportRequest
 from export.weights import weight_bytes, write_weights
 from graphs.checkpoint import Checkpoint, assemble, assemble_row
 from graphs.family import FAMILIES, Family, active_parameters, family_of, find_family
-from graphs.hub import resolve
+from graphs.hub import describe, resolve
 from graphs.preset import preset_config, write_checkpoint
 from plugins.errors import IngotError
 
@@ -194,8 +194,7 @@ def _manifest(
         ),
         vocab_size=config.vocab_size,
         source={
-            "checkpoint": checkpoint.path.name,
-            "revision": request.revision,
+            **describe(checkpoint.path),
             "sha256": checkpoint.digest(),
         },
         generation=_generation(checkpoint, config),

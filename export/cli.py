@@ -152,12 +152,13 @@ def _export(request: ExportRequest, *, validate: bool, preview: bool) -> Manifes
 def _validate(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str, Any]:
     from export.ingot import Manifest
     from validate.eager import EagerSession
-    from validate.run import validate_ingot
+    from validate.run import CALLS, validate_ingot
 
-    with stages.stage("load eager reference"):
-        expected = EagerSession(checkpoint, Manifest.read(folder).task)
-    with stages.stage("validate against eager PyTorch"):
-        validation = validate_ingot(folder, expected, verify=False)
+    manifest = Manifest.read(folder)
+    with stages.stage("load eager reference", manifest.weight_bytes) as advance:
+        expected = EagerSession(checkpoint, manifest.task, advance=advance)
+    with stages.stage("validate against eager PyTorch", CALLS, "steps") as advance:
+        validation = validate_ingot(folder, expected, verify=False, advance=advance)
         validation.write(folder)
     return validation.summary()
 

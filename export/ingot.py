@@ -145,12 +145,19 @@ class Manifest:
         except (AttributeError, KeyError, TypeError) as error:
             raise ManifestError(f"{path} is damaged ({error}); export again.") from error
 
-    def check_files(self, folder: Path, *, hashes: bool = True) -> None:
+    def check_files(
+        self,
+        folder: Path,
+        *,
+        hashes: bool = True,
+        advance: Callable[[int], None] = lambda _bytes: None,
+    ) -> None:
         """Prove that the folder holds the files this manifest describes.
 
         Args:
             folder: the ingot.
             hashes: compare SHA-256 too, not only sizes.
+            advance: told the bytes hashed.
 
         Raises:
             ManifestError: naming the first file that is missing or changed.
@@ -160,7 +167,7 @@ class Manifest:
             if not path.is_file():
                 raise ManifestError(f"{folder} is incomplete: {name} is missing; export again.")
             same = path.stat().st_size == expected.bytes
-            if not same or (hashes and sha256(path) != expected.sha256):
+            if not same or (hashes and sha256(path, advance) != expected.sha256):
                 raise ManifestError(
                     f"{path} is not the file that was validated (its "
                     f"{'SHA-256' if same else 'size'} differs from {MANIFEST}); export again."

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 Advance = Callable[[int], None]
+Unit = Literal["bytes", "steps"]
 
 
 @dataclass(frozen=True)
@@ -33,49 +35,47 @@ class Stages:
     finished: list[Stage] = field(default_factory=list)
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
-        """A step; ``total`` is its size in bytes where it is known.
+    def stage(self, name: str, total: int | None = None, unit: Unit = "bytes") -> Iterator[Advance]:
+        """A step; ``total`` is its size in ``unit`` where it is known.
 
         Yields:
-            a function to call with the bytes done.
+            a function to call with the amount done.
         """
         _reset_peak()
         start = time.perf_counter()
-        with self.show(name, total) as advance:
+        with self.show(name, total, unit) as advance:
             yield advance
         self.finished.append(Stage(name, time.perf_counter() - start, peak_bytes()))
 
     @contextlib.contextmanager
-    def show(self, name: str, total: int | None) -> Iterator[Advance]:
+    def show(self, name: str, total: int | None, unit: Unit) -> Iterator[Advance]:
         """Nothing to see; see ``RichStages``."""
-        yield lambda _bytes: None
+        yield lambda _amount: None
 
 
 class RichStages(Stages):
     """Steps as progress bars on a terminal, one line each in a log."""
 
     @contextlib.contextmanager
-    def show(self, name: str, total: int | None) -> Iterator[Advance]:
+    def show(self, name: str, total: int | None, unit: Unit) -> Iterator[Advance]:
+        from rich import progress as bars
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            SpinnerColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TransferSpeedColumn,
-        )
 
         console = Console(stderr=True)
         if not console.is_terminal:
             console.print(f"{name} ...")
-            yield lambda _bytes: None
+            yield lambda _amount: None
             return
-        columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
-        if total is not None:
-            columns[2:2] = [BarColumn(), DownloadColumn(), TransferSpeedColumn()]
-        with Progress(*columns, console=console) as progress:
+        columns: list[bars.ProgressColumn] = [
+            bars.SpinnerColumn(),
+            bars.TextColumn("{task.description}"),
+        ]
+        if total is not None and unit == "bytes":
+            columns += [bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn()]
+        elif total is not None:
+            columns += [bars.BarColumn(), bars.MofNCompleteColumn()]
+        columns.append(bars.TimeElapsedColumn())
+        with bars.Progress(*columns, console=console) as progress:
             task = progress.add_task(name, total=total)
             yield lambda done: progress.advance(task, done)
 

@@ -16,6 +16,14 @@ OFFLINE = (
 )
 
 
+def describe(folder: Path) -> dict[str, str | None]:
+    """What to call a checkpoint folder in a manifest: hub name and commit, or the folder's name."""
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return {"checkpoint": name, "revision": folder.name}
+    return {"checkpoint": folder.resolve().name, "revision": None}
+
+
 def resolve(model: str, revision: str | None = None) -> Path:
     """The local folder of ``model``.
 

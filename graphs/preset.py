@@ -20,7 +20,8 @@ from graphs.checkpoint import CONFIG, INDEX, SINGLE
 from graphs.family import Family
 from plugins.errors import IngotError
 
-SHARD_BYTES = 2 << 30
+# Small, because one shard at a time is held in memory.
+SHARD_BYTES = 512 << 20
 
 
 def preset_config(family: Family, preset: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from export.ingot import Manifest
 from plugins.errors import IngotError
 
 # numpy and ONNX Runtime are imported when a command runs, so that --help works without them.
@@ -24,6 +25,25 @@ def _ids(text: str) -> list[int]:
         raise IngotError(
             f"--prompt-ids {text!r} is not a list of token ids such as 1,2,3."
         ) from error
+
+
+def _load(folder: Path, threads: int, *, verify: bool, allow_failed: bool) -> Session:
+    """``load`` with a progress bar over the hashes, on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from runtime.session import load
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        size = sum(file.bytes for file in Manifest.read(folder).files.values())
+        task = bar.add_task("checking hashes", total=size, visible=verify)
+        return load(
+            folder,
+            threads=threads,
+            verify=verify,
+            allow_failed=allow_failed,
+            advance=lambda done: bar.advance(task, done),
+        )
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -67,20 +87,16 @@ def generate_command(
 ) -> None:
     """Generate from an ingot folder; tokens appear as they are made."""
     from runtime.generate import Sampling
-    from runtime.session import load
 
     try:
         if bool(prompt) == bool(prompt_ids):
             raise IngotError("give either --prompt or --prompt-ids.")
         sampling = Sampling(temperature, top_k, top_p, seed)
         prompts = [_ids(text) for text in prompt_ids]
-        tokenizer = None
-        if prompt:
-            session = load(ingot, threads=threads, verify=not no_verify, allow_failed=allow_failed)
-            tokenizer = _tokenizer(ingot)
+        session = _load(ingot, threads, verify=not no_verify, allow_failed=allow_failed)
+        tokenizer = _tokenizer(ingot) if prompt else None
+        if tokenizer is not None:
             prompts = [tokenizer.encode(text).ids for text in prompt]
-        else:
-            session = load(ingot, threads=threads, verify=not no_verify, allow_failed=allow_failed)
         stop = list(stop_id) or None
         _stream(session, prompts, tokenizer, max_new_tokens, sampling, stop)
     except IngotError as error:

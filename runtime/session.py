@@ -5,6 +5,7 @@ Shape letters: B batch, T new tokens, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -49,7 +50,12 @@ class Session(Protocol):
 
 
 def load(
-    path: Path | str, *, threads: int = 0, verify: bool = True, allow_failed: bool = False
+    path: Path | str,
+    *,
+    threads: int = 0,
+    verify: bool = True,
+    allow_failed: bool = False,
+    advance: Callable[[int], None] = lambda _bytes: None,
 ) -> Session:
     """Open an ingot.
 
@@ -58,13 +64,14 @@ def load(
         threads: of the backend; 0 lets it choose.
         verify: compare the SHA-256 of every file with the manifest, not only sizes.
         allow_failed: open an ingot whose validation failed.
+        advance: told the bytes compared; gigabytes of weights take a while.
 
     Raises:
         IngotError: not an ingot, a damaged one, or one that failed its validation.
     """
     folder = Path(path)
     manifest = Manifest.read(folder)
-    manifest.check_files(folder, hashes=verify)
+    manifest.check_files(folder, hashes=verify, advance=advance)
     if manifest.verdict == "failed" and not allow_failed:
         raise SessionError(
             f"{folder} failed its validation, so its numbers are wrong; see {folder / 'report'}. "

@@ -98,6 +98,8 @@ TABLE: dict[str, tuple[dict[str, Any], int, int]] = {
         64,
         4096,
     ),
+    # The ramp ends past the last frequency.
+    "yarn, long context": ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, 64, 131072),
     # The ramp starts below dimension 0.
     "yarn, short context": ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, 16, CONTEXT),
     "llama3": (

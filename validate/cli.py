@@ -30,15 +30,15 @@ def validate_command(ingot: Path, checkpoint: Path, seed: int) -> None:
     try:
         manifest = Manifest.read(ingot)
         stages = RichStages()
-        with stages.stage("load eager reference"):
+        with stages.stage("load eager reference", manifest.weight_bytes) as advance:
             from graphs.checkpoint import Checkpoint
             from validate.eager import EagerSession
-            from validate.run import validate_ingot
+            from validate.run import CALLS, validate_ingot
 
             opened = Checkpoint.open(checkpoint)
-            expected = EagerSession(opened, manifest.task)
-        with stages.stage("validate against eager PyTorch"):
-            validation = validate_ingot(ingot, expected, seed=seed)
+            expected = EagerSession(opened, manifest.task, advance=advance)
+        with stages.stage("validate against eager PyTorch", CALLS, "steps") as advance:
+            validation = validate_ingot(ingot, expected, seed=seed, advance=advance)
     except IngotError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

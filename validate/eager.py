@@ -26,12 +26,25 @@ class EagerSession:
     A model that would take more than half of the free memory is streamed: each layer's weights
     are read from the checkpoint when it runs and dropped after.
 
+    Args:
+        checkpoint: the weights.
+        task: ``generate`` or ``features``.
+        streamed: whether to stream; decided by the free memory where absent.
+        advance: told the bytes of each weight that is loaded up front.
+
     Attributes:
         router_margin: smallest difference seen between the K-th and the next router logit, or
             None for a graph without routers. A margin near rounding error can flip a choice.
     """
 
-    def __init__(self, checkpoint: Checkpoint, task: str, *, streamed: bool | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        task: str,
+        *,
+        streamed: bool | None = None,
+        advance: Callable[[int], None] = lambda _bytes: None,
+    ) -> None:
         family = family_of(checkpoint)
         self.model = family.build(checkpoint.config, task)
         weight_map = family.weight_map(self.model, checkpoint, task)
@@ -39,7 +52,7 @@ class EagerSession:
         if streamed if streamed is not None else size > _free_memory() / 2:
             _stream_weights(self.model, checkpoint, weight_map)
         else:
-            load_parameters(self.model, checkpoint, weight_map, torch.float32)
+            load_parameters(self.model, checkpoint, weight_map, torch.float32, advance)
         self.states: tuple[StateSpec, ...] = getattr(self.model, "states")
         config = getattr(self.model, "config")
         self._top_k: int | None = getattr(config, "num_experts_per_tok", None)

@@ -33,15 +33,16 @@ class Inputs:
         ]
 
 
-def make_inputs(
-    vocab_size: int, seed: int = 0, *, prefill: int = 19, decode: int = 8, padding: int = 7
-) -> Inputs:
-    """Inputs for any vocabulary.
+# Odd, so that a kernel's tail is used too.
+PREFILL = 19
+DECODE = 8
+PADDING = 7
 
-    The lengths are odd and no multiple of a power of two, so that a kernel's tail is used too.
-    """
+
+def make_inputs(vocab_size: int, seed: int = 0) -> Inputs:
+    """Inputs for any vocabulary: two rows, ``PREFILL`` tokens and ``DECODE`` more."""
     random = np.random.default_rng(seed)
-    ids = random.integers(0, vocab_size, size=(2, prefill + decode), dtype=np.int64)
+    ids = random.integers(0, vocab_size, size=(2, PREFILL + DECODE), dtype=np.int64)
     mask = np.ones_like(ids)
-    mask[1, :padding] = 0
-    return Inputs(ids, mask, prefill)
+    mask[1, :PADDING] = 0
+    return Inputs(ids, mask, PREFILL)

@@ -14,7 +14,10 @@ from export.ingot import REPORT, Manifest, StateInfo, Verdict
 from runtime.session import Floats, Ids, load
 from validate.compare import Comparison, compare
 from validate.eager import EagerSession
-from validate.inputs import Inputs, make_inputs
+from validate.inputs import DECODE, Inputs, make_inputs
+
+# Calls of one validation: the prefill and each decode step.
+CALLS = 1 + DECODE
 
 
 class Stepper(Protocol):

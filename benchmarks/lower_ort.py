@@ -1,0 +1,112 @@
+"""Why the ``ort`` target swaps what it swaps: each kernel against what it replaces, interleaved.
+
+Run with ``.venv/bin/python benchmarks/lower_ort.py``; docs/performance.md holds a run's output. One
+layer of OLMoE-1B-7B's shape, float32. Every figure is the median of interleaved repetitions.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+
+from export.build import build
+from export.passes.attention import AttentionToGroupQueryAttention
+from export.passes.moe import MoeDispatchToMoE
+from export.progress import Stages
+from export.request import ExportRequest
+from graphs.family import find_family
+from graphs.preset import preset_config, write_checkpoint
+from runtime.session import Session, load
+
+REPETITIONS = 7
+
+
+def variants(folder: Path) -> dict[str, Session]:
+    """The same layer with neither swap, with one, and with both."""
+    family = find_family("olmoe")
+    config = {**preset_config(family, "full"), "num_hidden_layers": 1, "vocab_size": 1024}
+    config.update(eos_token_id=None, max_position_embeddings=16384)
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir()
+    write_checkpoint(checkpoint, family, config)
+    unchanged = {
+        "function body, Attention": (MoeDispatchToMoE, AttentionToGroupQueryAttention),
+        "MoE, Attention": (AttentionToGroupQueryAttention,),
+        "MoE, GroupQueryAttention": (),
+    }
+    sessions: dict[str, Session] = {}
+    for name, passes in unchanged.items():
+        out = folder / name.replace(" ", "-")
+        patches = [mock.patch.object(p, "call", _nothing) for p in passes]
+        for patch in patches:
+            patch.start()
+        build(ExportRequest(str(checkpoint), "ort", out), Stages(), None)
+        for patch in patches:
+            patch.stop()
+        sessions[name] = load(out, verify=False)
+    return sessions
+
+
+def _nothing(_self: object, model: ir.Model) -> ir.passes.PassResult:
+    return ir.passes.PassResult(model, modified=False)
+
+
+def median_ms(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Milliseconds of each call; the calls take turns, so that drift hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(REPETITIONS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def step(session: Session, batch: int, tokens: int) -> Callable[[], None]:
+    random = np.random.default_rng(batch)
+    ids = random.integers(0, 1024, (batch, tokens))
+    return lambda: void(session.step(ids, np.ones_like(ids)))
+
+
+def prefill(session: Session, batch: int, tokens: int) -> Callable[[], None]:
+    call = step(session, batch, tokens)
+
+    def run() -> None:
+        session.reset(batch, tokens + REPETITIONS)
+        call()
+
+    return run
+
+
+def void(_result: object) -> None:
+    """A call for its duration alone."""
+
+
+def main() -> None:
+    print(f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as folder:
+        sessions = variants(Path(folder))
+        print("| batch | tokens | call | " + " | ".join(sessions) + " |")
+        print("|---|---|---|" + "---|" * len(sessions))
+        for batch, tokens in ((1, 16), (1, 128), (1, 512), (1, 2048), (4, 128), (4, 1024)):
+            calls = {name: prefill(session, batch, tokens) for name, session in sessions.items()}
+            row(batch, tokens, "prefill", median_ms(calls))
+            calls = {name: step(session, batch, 1) for name, session in sessions.items()}
+            row(batch, tokens, "decode after it", median_ms(calls))
+
+
+def row(batch: int, tokens: int, call: str, found: dict[str, float]) -> None:
+    cells = " | ".join(f"{value:.1f} ms" for value in found.values())
+    print(f"| {batch} | {tokens} | {call} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+"""The command lines: what is refused in one line, what is left behind, and what repeats."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from export.cli import export_command, main
+from export.ingot import GRAPH, MANIFEST, WEIGHTS, Manifest, sha256
+from graphs.family import find_family
+from graphs.preset import preset_config, write_checkpoint
+from runtime.session import SessionError, load
+from validate.cli import validate_command
+from validate.tolerances import TOLERANCES
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """The command installs a handler of SIGTERM, which must not outlive the test."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of a checkpoint, to be damaged."""
+    return Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "exports").mkdir()
+    return tmp_path / "exports" / "out"
+
+
+def _module(
+    *arguments: str | Path, cwd: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """``python -m ...`` as a user runs it."""
+    command = [sys.executable, "-m", *map(str, arguments)]
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
+
+
+def _export(*arguments: str | Path) -> Result:
+    """The same command in this process, which has the exporter loaded already."""
+    return CliRunner().invoke(export_command, [str(argument) for argument in arguments])
+
+
+def _refused(stderr: str, named: str) -> None:
+    """One ``error:`` line that names the thing, and nothing else but the progress."""
+    lines = [line for line in stderr.splitlines() if not line.endswith(" ...")]
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("error: ")
+    assert named in lines[0]
+
+
+def _edit_weights(folder: Path, edit: Callable[[Tensors], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _edit_config(folder: Path, **changes: Any) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **changes}))
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 100)
+
+
+LOST = "model.layers.1.mlp.experts.3.up_proj.weight"
+EXTRA = "model.layers.0.self_attn.sinks"
+WRONG = "model.layers.0.self_attn.k_norm.weight"
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "one missing": (
+        lambda f: _edit_weights(f, lambda w: w.pop(LOST)),
+        f"{LOST} [32, 64] is missing",
+    ),
+    "one extra": (lambda f: _edit_weights(f, lambda w: w.update({EXTRA: torch.ones(4)})), EXTRA),
+    "one wrong shape": (
+        lambda f: _edit_weights(f, lambda w: w.update({WRONG: torch.ones(33)})),
+        f"{WRONG} has shape [33]; config.json makes it [32]",
+    ),
+    "truncated": (_truncate, "model.safetensors is not a whole safetensors file"),
+    "another family": (lambda f: _edit_config(f, model_type="llama"), "model_type is 'llama'"),
+    "a NaN": (
+        lambda f: _edit_weights(f, lambda w: w["lm_head.weight"][3].fill_(torch.nan)),
+        "lm_head.weight holds a nan at index [3, 0]",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_refuses_a_bad_checkpoint_and_leaves_nothing(copy: Path, out: Path, bad: str) -> None:
+    damage, named = BAD[bad]
+    damage(copy)
+    result = _export("--model", copy, "--target", "onnx", "--out", out)
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit), "anything else would print a stack trace"
+    _refused(result.stderr, named)
+    assert result.stdout == ""
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("bad", ["one missing", "truncated"])
+def test_refuses_a_bad_checkpoint_as_a_module(copy: Path, out: Path, bad: str) -> None:
+    damage, named = BAD[bad]
+    damage(copy)
+    done = _module("export", "--model", copy, "--out", out, cwd=copy.parent)
+    assert done.returncode == 2
+    _refused(done.stderr, named)
+    assert "Traceback" not in done.stdout + done.stderr
+    assert list(out.parent.iterdir()) == []
+
+
+def test_refuses_a_taken_destination_before_any_work(tiny_onnx: Path, tmp_path: Path) -> None:
+    taken = Path(shutil.copytree(tiny_onnx, tmp_path / "taken"))
+    before = {path: path.stat().st_mtime_ns for path in taken.rglob("*")}
+    # The checkpoint does not exist, so looking at it at all would give another message.
+    result = _export("--model", tmp_path / "absent", "--out", taken)
+    assert result.exit_code == 2
+    _refused(result.stderr, f"{taken} exists; give --overwrite")
+    assert {path: path.stat().st_mtime_ns for path in taken.rglob("*")} == before
+
+
+def test_never_overwrites_what_is_not_an_ingot(tiny: Path) -> None:
+    result = _export("--model", tiny, "--out", tiny, "--overwrite")
+    assert result.exit_code == 2
+    _refused(result.stderr, "exists and is not an ingot, so it is left alone")
+    assert (tiny / "model.safetensors").is_file()
+
+
+def test_refuses_a_destination_below_a_file(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    result = _export("--model", tiny, "--out", tmp_path / "file" / "out")
+    assert result.exit_code == 2
+    _refused(result.stderr, f"{tmp_path / 'file'} is a file")
+
+
+def test_refuses_a_preset_for_a_folder(tiny: Path, out: Path) -> None:
+    result = _export("--model", tiny, "--preset", "tiny", "--out", out)
+    assert result.exit_code == 2
+    _refused(result.stderr, "--preset goes with a family name (olmoe)")
+    assert list(out.parent.iterdir()) == []
+
+
+def test_refuses_what_is_neither_a_folder_nor_a_name(out: Path) -> None:
+    for model in ("mixtral", "./absent", "org/name/more"):
+        result = _export("--model", model, "--out", out)
+        assert result.exit_code == 2
+        _refused(result.stderr, f"{model!r} is neither a folder")
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "offered"),
+    [
+        ("--task", "classify", "'generate', 'features'"),
+        ("--target", "coreml", "'onnx', 'ort'"),
+        ("--preset", "huge", "'tiny', 'small', 'full'"),
+        ("--output", "attentions", "'router_logits', 'hidden_states'"),
+    ],
+)
+def test_offers_the_choices_for_an_unknown_one(
+    tiny: Path, out: Path, option: str, value: str, offered: str
+) -> None:
+    result = _export("--model", tiny, "--out", out, option, value)
+    assert result.exit_code == 2
+    assert f"'{value}' is not one of {offered}" in result.stderr
+    assert list(out.parent.iterdir()) == []
+
+
+HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy", "rich"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--help"], ["export", "generate", "validate"]),
+        (["export", "--help"], ["--model", "--target", "--overwrite", "Exit status"]),
+        (["generate", "--help"], ["--prompt-ids", "--temperature"]),
+        (["validate", "--help"], ["--checkpoint", "Exit status"]),
+        (["--version"], ["0."]),
+    ],
+    ids=str,
+)
+def test_helps_without_loading_anything_heavy(
+    tmp_path: Path, arguments: list[str], shown: list[str]
+) -> None:
+    code = "from export.cli import main; main(prog_name='ingot')"
+    command = [sys.executable, "-X", "importtime", "-c", code, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(text in done.stdout for text in shown)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "click" in imported, "the list of imports was not read"
+    assert {name.partition(".")[0] for name in imported}.isdisjoint(HEAVY)
+
+
+def test_helps_as_a_module(tmp_path: Path) -> None:
+    for module in ("export", "runtime", "validate"):
+        done = _module(module, "--help", cwd=tmp_path)
+        assert done.returncode == 0
+        assert f"Usage: python -m {module}" in done.stdout
+
+
+def test_knows_no_other_command() -> None:
+    result = CliRunner().invoke(main, ["import"])
+    assert result.exit_code == 2
+    assert "No such command 'import'" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["package", "module", "namespace"])
+def test_names_a_package_that_hides_ours(tiny: Path, out: Path, tmp_path: Path, kind: str) -> None:
+    # What configobj's `validate` does, if it is found first.
+    other = tmp_path / "other"
+    other.mkdir()
+    if kind == "module":
+        (other / "validate.py").write_text("")
+    else:
+        (other / "validate").mkdir()
+    if kind == "package":
+        (other / "validate" / "__init__.py").write_text("")
+    arguments = ("--model", tiny, "--out", out, "--preset", "tiny")
+    done = _module("export", *arguments, cwd=tmp_path, PYTHONPATH=str(other))
+    assert done.returncode == 2
+    # A folder without __init__.py hides nothing: the next refusal is reached.
+    expected = "--preset goes with" if kind == "namespace" else "package 'validate' resolves to"
+    _refused(done.stderr, expected)
+    assert kind == "namespace" or str(other) in done.stderr
+
+
+def test_repeats_an_export_to_the_last_byte(copy: Path, out: Path) -> None:
+    # Of another process with another hash seed, so that no order of a set can decide anything.
+    first = _module(
+        "export",
+        "--model",
+        copy,
+        "--target",
+        "ort",
+        "--out",
+        out,
+        cwd=copy.parent,
+        PYTHONHASHSEED="1",
+    )
+    assert first.returncode == 0, first.stderr
+    assert "passed" in first.stdout and "Traceback" not in first.stderr
+    kept = Path(shutil.copytree(out, out.parent / "kept"))
+    second = _export("--model", copy, "--target", "ort", "--out", out, "--overwrite", "--preview")
+    assert second.exit_code == 0, second.output
+    names = {path.relative_to(kept) for path in kept.rglob("*") if path.is_file()}
+    assert names >= {Path(GRAPH), Path(WEIGHTS), Path(MANIFEST), Path("report/validation.json")}
+    assert names == {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
+    for name in sorted(names):
+        assert (out / name).read_bytes() == (kept / name).read_bytes(), name
+    assert Manifest.read(out).verdict == "passed"
+    (preview,) = re.findall(r"generated ids: ([\d ]+)\n", second.stdout)
+    assert len(preview.split()) == 16
+    assert f"python -m runtime generate {out} --prompt-ids " in second.stdout
+
+
+def test_keeps_an_ingot_that_fails_and_says_so(
+    tiny: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No graph meets a tolerance of nothing: the one way to a failure without a wrong exporter.
+    strict = replace(TOLERANCES["float32", "logits"], relative_rms=0.0)
+    monkeypatch.setitem(TOLERANCES, ("float32", "logits"), strict)
+    result = _export("--model", tiny, "--target", "onnx", "--out", out, "--preview")
+    assert result.exit_code == 1, result.output
+    assert "failed against eager PyTorch" in result.stdout
+    assert "generated ids" not in result.stdout
+    assert Manifest.read(out).verdict == "failed"
+    report = json.loads((out / "report" / "validation.json").read_text())
+    assert report["first_failure"].startswith("prefill, logits: relative RMS error")
+    with pytest.raises(SessionError, match="failed its validation"):
+        load(out)
+
+
+def _validate(ingot: Path, checkpoint: Path) -> Result:
+    arguments = [str(ingot), "--checkpoint", str(checkpoint)]
+    return CliRunner().invoke(validate_command, arguments)
+
+
+def test_validates_again_and_passes(tiny: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    done = _module("validate", tiny_onnx, "--checkpoint", tiny, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^verdict +passed$", done.stdout, re.MULTILINE)
+    assert "FAILED" not in done.stdout
+
+
+def _fails(result: Result) -> None:
+    assert result.exit_code == 1
+    assert re.search(r"^verdict +failed$", result.stdout, re.MULTILINE)
+    assert re.search(r"^FAILED prefill, logits: relative RMS error", result.stdout, re.MULTILINE)
+
+
+def test_fails_an_ingot_with_two_experts_swapped(
+    tiny: Path, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    ingot = Path(shutil.copytree(tiny_onnx, tmp_path / "ingot"))
+    file = ingot / WEIGHTS
+    data = bytearray(file.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    stacks = [name for name in header if ".0.mlp.experts." in name]
+    assert len(stacks) == 2
+    for name in stacks:
+        # In the file's own bytes, because writing it anew would move the tensors.
+        begin, end = (8 + length + offset for offset in header[name]["data_offsets"])
+        size = (end - begin) // header[name]["shape"][0]
+        first, second = slice(begin, begin + size), slice(begin + size, begin + 2 * size)
+        data[first], data[second] = data[second], data[first]
+    file.write_bytes(data)
+    refused = _validate(ingot, tiny)
+    assert refused.exit_code == 2
+    _refused(refused.stderr, f"{WEIGHTS} is not the file that was validated")
+
+    raw = json.loads((ingot / MANIFEST).read_text())
+    raw["files"][WEIGHTS]["sha256"] = sha256(file)
+    (ingot / MANIFEST).write_text(json.dumps(raw))
+    _fails(_validate(ingot, tiny))
+
+
+def test_fails_an_ingot_of_another_seed(tiny_onnx: Path, tmp_path: Path) -> None:
+    family = find_family("olmoe")
+    write_checkpoint(tmp_path, family, preset_config(family, "tiny"), seed=8)
+    _fails(_validate(tiny_onnx, tmp_path))
+
+
+def test_answers_a_validation_that_cannot_run_with_one_line(
+    tiny: Path, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    for ingot, checkpoint, named in (
+        (tiny, tiny, "is not an ingot"),
+        (tiny_onnx, tmp_path, "has no config.json"),
+        (tiny_onnx, tmp_path / "absent", "is not a folder"),
+    ):
+        result = _validate(ingot, checkpoint)
+        assert result.exit_code == 2
+        _refused(result.stderr, named)
+        assert result.stdout == ""
