@@ -110,6 +110,8 @@ class RopeParameters:
         for name in required:
             if name not in values:
                 raise ConfigError(f"config.json: rope type {rope_type!r} needs {name}.")
+        if rope_type == "dynamic" and dim == 2:
+            raise ConfigError("config.json: rope type 'dynamic' needs a head size above 2.")
         if dim % 2:
             raise ConfigError(f"config.json: rotary embeddings need an even head size, not {dim}.")
         return cls(rope_type, float(theta), dim, max_position_embeddings, values)

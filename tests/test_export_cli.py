@@ -242,7 +242,8 @@ def test_names_a_package_that_hides_ours(tiny: Path, out: Path, tmp_path: Path, 
     if kind == "package":
         (other / "validate" / "__init__.py").write_text("")
     arguments = ("--model", tiny, "--out", out, "--preset", "tiny")
-    done = _module("export", *arguments, cwd=tmp_path, PYTHONPATH=str(other))
+    path = os.pathsep.join(filter(None, [str(other), os.environ.get("PYTHONPATH")]))
+    done = _module("export", *arguments, cwd=tmp_path, PYTHONPATH=path)
     assert done.returncode == 2
     # A folder without __init__.py hides nothing: the next refusal is reached.
     expected = "--preset goes with" if kind == "namespace" else "package 'validate' resolves to"

@@ -472,3 +472,10 @@ def test_refuses_an_odd_head_size() -> None:
 def test_refuses_spellings_that_disagree(old: dict[str, Any]) -> None:
     new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
     refused("rope_scaling", "rope_parameters", "keep one", rope_parameters=new, rope_scaling=old)
+
+
+def test_refuses_dynamic_frequencies_for_a_head_of_two() -> None:
+    # The exponent of the grown base is D / (D - 2).
+    raw = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}
+    with pytest.raises(ConfigError, match="head size above 2"):
+        RopeParameters.read(ConfigReader(raw, "olmoe"), 2, 64)
