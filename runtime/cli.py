@@ -34,7 +34,9 @@ def _load(folder: Path, threads: int, *, verify: bool, allow_failed: bool) -> Se
 
     from runtime.session import load
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # Elsewhere than on a terminal, Progress would leave an empty line.
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         size = sum(file.bytes for file in Manifest.read(folder).files.values())
         task = bar.add_task("checking hashes", total=size, visible=verify)
         return load(

@@ -214,6 +214,24 @@ class TurnsNanLate(Faulty):
         return logits if input_ids.shape[1] > 1 else logits * np.float32(np.nan)
 
 
+class ScramblesPadding(Faulty):
+    """Right wherever a token is; padding may hold anything."""
+
+    def reset(self, batch: int, capacity: int) -> None:
+        super().reset(batch, capacity)
+        self.mask: Ids = np.zeros((batch, 0), np.int64)
+
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        self.mask = np.concatenate((self.mask, attention_mask), axis=1)
+        logits = self.inner.step(input_ids, attention_mask)
+        return np.where(attention_mask[..., None] == 0, np.float32(np.nan), logits)
+
+    def state(self) -> dict[str, Floats]:
+        padding = self.mask[:, None, :, None] == 0
+        found = self.inner.state()
+        return {name: np.where(padding, np.float32(9), array) for name, array in found.items()}
+
+
 def _compared(
     target: Path, eager: EagerSession, actual: Callable[[Stepper], Stepper]
 ) -> Validation:
@@ -241,6 +259,10 @@ def test_fails_a_session_with_a_fault(
     validation = _compared(tiny_onnx, eager, fault)
     assert validation.verdict == "failed"
     assert validation.summary()["first_failure"].startswith(first)
+
+
+def test_leaves_padding_out_of_the_comparison(tiny_onnx: Path, eager: EagerSession) -> None:
+    assert _compared(tiny_onnx, eager, ScramblesPadding).failures == []
 
 
 def test_remembers_a_router_margin_of_zero(tiny: Path, tmp_path: Path) -> None:
