@@ -19,6 +19,10 @@ Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
+# ONNX Runtime hangs when asked for more threads than the system gives.
+MOST_THREADS = 1024
+
+
 class SessionError(IngotError):
     """A call the session refuses: what was given, and what the graph takes."""
 
@@ -69,6 +73,8 @@ def load(
     Raises:
         IngotError: not an ingot, a damaged one, or one that failed its validation.
     """
+    if not 0 <= threads <= MOST_THREADS:
+        raise SessionError(f"threads is {threads}; it must be 0 to {MOST_THREADS}.")
     folder = Path(path)
     manifest = Manifest.read(folder)
     manifest.check_files(folder, hashes=verify, advance=advance)

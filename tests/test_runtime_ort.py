@@ -279,3 +279,9 @@ def test_names_the_versions_where_the_graph_cannot_be_loaded(
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(SessionError, match=r"ONNX Runtime 1\.\d+\.\d+ cannot load .*made with 1\."):
         OrtSession(tmp_path, manifest)
+
+
+@pytest.mark.parametrize("threads", [-1, 100_000])
+def test_refuses_a_thread_count_no_machine_has(tiny_ort: Path, threads: int) -> None:
+    with pytest.raises(SessionError, match=f"threads is {threads}"):
+        load(tiny_ort, threads=threads)
