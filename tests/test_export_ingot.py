@@ -348,6 +348,11 @@ def test_is_whole_or_as_it_was_wherever_a_signal_strikes(
     assert "stage.mkdir()" in struck and "stage.rename(out)" in struck
 
 
+def _interruptible() -> None:
+    """A shell starts background jobs with SIGINT ignored, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def dead_pid() -> int:
     """A process id that no process has: of a child that ended and was waited for."""
@@ -429,7 +434,12 @@ def test_is_whole_or_as_it_was_when_killed(
         (out / "weights").write_bytes(before)
     command = [sys.executable, "-c", STEPS, str(out)]
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        preexec_fn=_interruptible,
+        args=command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     assert process.stdin is not None and process.stdout is not None
     while process.stdout.readline().strip() != moment:
@@ -468,7 +478,9 @@ class Export:
         command += ["--target", "onnx", "--out", str(out), "--no-validate"]
         # Text on standard error would be kept in a pipe that nobody empties; a file never blocks.
         self.log: IO[bytes] = (out.parent.parent / "log").open("wb")
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=self.log, preexec_fn=_interruptible
+        )
 
     def partials(self) -> list[Path]:
         return [path for path in self.out.parent.iterdir() if path != self.out]
