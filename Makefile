@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-FAMILIES := olmoe
+FAMILIES := granite olmoe
 MODEL ?= olmoe
 TARGET ?= ort
 PRESET ?= tiny

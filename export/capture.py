@@ -26,6 +26,7 @@ from export.passes.dimensions import NameDimensions
 from export.passes.functions import AttachFunctionBodies
 from export.passes.metadata import DropTracerMetadata
 from export.passes.reshapes import SimplifyReshapes, SizesFromTokens
+from export.passes.scales import FoldScales
 from export.passes.weights import FoldWeightTransposes, WeightsToInitializers
 from graphs.state import BATCH, PAST, SEQUENCE, TOTAL, StateSpec
 from plugins import moe_dispatch
@@ -118,6 +119,7 @@ def capture(
     passes = ir.passes.Sequential(
         WeightsToInitializers(WEIGHT_PREFIX, read_block),
         FoldWeightTransposes(),
+        FoldScales(),
         NameDimensions(inputs),
         SimplifyReshapes(),
         SizesFromTokens(("input_ids", "attention_mask")),

@@ -71,7 +71,11 @@ def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
 
 
 @click.command("export")
-@click.option("--model", required=True, help="olmoe, a checkpoint folder, or org/name on the hub.")
+@click.option(
+    "--model",
+    required=True,
+    help="granite, olmoe, a checkpoint folder, or a hub name.",
+)
 @click.option("--target", type=click.Choice(TARGETS), default="ort", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="The folder to make.")
 @click.option("--task", type=click.Choice(TASKS), default="generate", show_default=True)

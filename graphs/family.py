@@ -14,7 +14,12 @@ from graphs.checkpoint import Checkpoint, CheckpointError, Part, WeightMap, chec
 from plugins.errors import IngotError
 
 # One file of this folder each, named after the Hugging Face `model_type`.
-FAMILIES = ("olmoe",)
+FAMILIES = ("granite", "olmoe")
+
+
+def one_spelling(_name: str, _shape: tuple[int, ...]) -> tuple[Part, ...]:
+    """``Family.other_spelling`` of an architecture whose tensors have one spelling only."""
+    return ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "vocab.txt", "merge
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 OFFLINE = (
     "Without a network: give the path of a checkpoint folder, a hub name that is already in the "
-    "Hugging Face cache, or a family name (olmoe) with --preset tiny for seeded random weights."
+    "Hugging Face cache, or a family name with --preset tiny for seeded random weights."
 )
 
 

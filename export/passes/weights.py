@@ -55,6 +55,17 @@ def rearrange(
     value.const_value = Weight(value.name, shape, before.dtype, change(before.read_block))
 
 
+def scale(value: ir.Value, factor: float) -> None:
+    """Store a weight multiplied by a factor; every use of it must account for that."""
+    before = value.const_value
+    assert isinstance(before, Weight) and value.name is not None
+    shape = tuple(before.shape.numpy())
+    read = before.read_block
+    value.const_value = Weight(
+        value.name, shape, before.dtype, lambda block: read(block) * np.float32(factor)
+    )
+
+
 class WeightsToInitializers(ir.passes.InPlacePass):
     """Turns the graph inputs that stand for weights into initializers read from the checkpoint.
 

@@ -1,0 +1,163 @@
+"""transformers as the outside oracle: what every architecture's tests have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import MakeIngot
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from export.capture import Captured, capture
+from graphs.checkpoint import Checkpoint
+from runtime.generate import generate
+from runtime.session import Session, load
+from validate.eager import EagerSession
+
+WAYS = ("eager", "onnx", "ort")
+TARGETS = ("onnx", "ort")
+PREFILL, DECODE = 13, 6
+PADDING = (0, 4, 9)
+LIMIT = 1e-4
+
+
+def capture_once() -> Callable[..., Captured]:
+    """``capture`` that traces the first model it gets and returns copies of that from then on."""
+    made: list[Captured] = []
+
+    def capture_or_copy(*arguments: Any, **options: Any) -> Captured:
+        if not made:
+            made.append(capture(*arguments, **options))
+        return replace(made[0], model=made[0].model.clone())
+
+    return capture_or_copy
+
+
+class Subject:
+    """One config: the folder, transformers' model of it, and our three ways to run it."""
+
+    def __init__(self, name: str, folder: Path, make_ingot: MakeIngot) -> None:
+        self.name = name
+        self.folder = folder
+        # from_pretrained returns a model in evaluation mode.
+        self.oracle: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        # Tracing costs seconds, and both targets start from the same canonical graph.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("export.build.capture", capture_once())
+            self.ingots = {target: make_ingot(folder, target) for target in ("onnx", "ort")}
+        self.sessions: dict[str, Session | EagerSession] = {
+            "eager": EagerSession(Checkpoint.open(folder), "generate"),
+            **{target: load(ingot) for target, ingot in self.ingots.items()},
+        }
+
+
+def relative_rms(expected: np.ndarray, actual: np.ndarray) -> float:
+    difference = actual.astype(np.float64) - expected
+    return float(np.sqrt((difference**2).mean() / (expected.astype(np.float64) ** 2).mean()))
+
+
+def tokens(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask of three rows with different left padding."""
+    random = np.random.default_rng(3)
+    ids = random.integers(0, vocab_size, (len(PADDING), PREFILL + DECODE))
+    mask = np.ones_like(ids)
+    for row, padding in enumerate(PADDING):
+        mask[row, :padding] = 0
+    return ids, mask
+
+
+@torch.no_grad()
+def oracle_steps(model: Any, ids: np.ndarray, mask: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """transformers with its own cache: a prefill, then one token at a time."""
+    cache: Any = DynamicCache(config=model.config)
+    results = []
+    at = 0
+    for count in (PREFILL, *[1] * DECODE):
+        end = at + count
+        seen = torch.from_numpy(mask[:, :end])
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, at:]
+        out = model(
+            torch.from_numpy(ids[:, at:end]),
+            attention_mask=seen,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        found = {"logits": out.logits.numpy()}
+        for index, layer in enumerate(cache.layers):
+            found[f"present.{index}.key"] = layer.keys.numpy()
+            found[f"present.{index}.value"] = layer.values.numpy()
+        results.append(found)
+        at = end
+    return results
+
+
+def check_logits_and_caches(subject: Subject, way: str) -> None:
+    """Every step of prefill and cached decode, logits and every cache."""
+    ids, mask = tokens(512)
+    expected = oracle_steps(subject.oracle, ids, mask)
+    session = subject.sessions[way]
+    session.reset(len(ids), ids.shape[1])
+    at = 0
+    for want, count in zip(expected, (PREFILL, *[1] * DECODE), strict=True):
+        end = at + count
+        real, seen = mask[:, at:end] != 0, mask[:, :end] != 0
+        logits = session.step(ids[:, at:end], mask[:, at:end])
+        assert relative_rms(want["logits"][real], logits[real]) < LIMIT
+        state = session.state()
+        assert state.keys() == want.keys() - {"logits"}
+        for name, array in state.items():
+            assert array.shape == want[name].shape
+            want_real = want[name].swapaxes(1, 2)[seen]
+            assert relative_rms(want_real, array.swapaxes(1, 2)[seen]) < LIMIT, name
+        at = end
+
+
+def check_cached_decode(subject: Subject, way: str) -> None:
+    if subject.name == "rope dynamic":
+        pytest.skip("dynamic frequencies depend on the length of each call, by definition")
+    ids, mask = tokens(512)
+    session = subject.sessions[way]
+    session.reset(len(ids), ids.shape[1])
+    full = session.step(ids, mask)
+    session.reset(len(ids), ids.shape[1])
+    pieces = [session.step(ids[:, :PREFILL], mask[:, :PREFILL])]
+    for column in range(PREFILL, PREFILL + DECODE):
+        pieces.append(session.step(ids[:, column : column + 1], mask[:, column : column + 1]))
+    real = mask != 0
+    assert relative_rms(full[real], np.concatenate(pieces, axis=1)[real]) < LIMIT
+
+
+def check_greedy_generation(subject: Subject, way: str) -> None:
+    prompt = [11, 205, 7, 300, 42, 8, 99, 501, 3]
+    ids = torch.tensor([prompt])
+    expected = subject.oracle.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=32,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0, len(prompt) :].tolist()
+    session = load(subject.ingots[way])
+    made = [step[0] for step in generate(session, [prompt], max_new_tokens=32)]
+    assert len(made) == 32
+    assert made == expected
+
+
+def check_padded_batch(subject: Subject, way: str) -> None:
+    if subject.name == "rope dynamic":
+        pytest.skip("dynamic frequencies depend on the longest row of the batch, by definition")
+    ids, mask = tokens(512)
+    session = subject.sessions[way]
+    session.reset(len(ids), ids.shape[1])
+    together = session.step(ids, mask)
+    for row, padding in enumerate(PADDING):
+        session.reset(1, ids.shape[1])
+        alone = session.step(ids[row : row + 1, padding:], mask[row : row + 1, padding:])
+        assert relative_rms(alone[0], together[row, padding:]) < LIMIT
