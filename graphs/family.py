@@ -22,6 +22,11 @@ def one_spelling(_name: str, _shape: tuple[int, ...]) -> tuple[Part, ...]:
     return ()
 
 
+def no_gain(_name: str, _config: dict[str, Any]) -> float:
+    """``Family.preset_gain`` of an architecture without multipliers."""
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture.
@@ -35,6 +40,8 @@ class Family:
         tied: tensors that repeat another where ``tie_word_embeddings`` is true.
         head_tensors: tensors that only the head of ``generate`` uses.
         presets: config fields of the seeded checkpoints ``tiny``, ``small`` and ``full``.
+        preset_gain: tensor name and config -> factor on that seeded weight, for an architecture
+            whose multipliers would otherwise take its activations away from 1.
     """
 
     model_type: str
@@ -45,6 +52,7 @@ class Family:
     tied: Mapping[str, str] = field(default_factory=dict)
     head_tensors: tuple[str, ...] = ()
     presets: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    preset_gain: Callable[[str, dict[str, Any]], float] = no_gain
 
     def build(self, raw_config: dict[str, Any], task: str) -> nn.Module:
         """The eager graph on the meta device: shapes, but no weights yet.

@@ -236,6 +236,18 @@ class GraniteForCausalLM(nn.Module):
         return out._replace(main=F.linear(out.main, head) / self.config.logits_scaling)
 
 
+def preset_gain(name: str, config: dict[str, Any]) -> float:
+    """Undo the multipliers, as training does, so that no part of the signal drowns another."""
+    if "embed_tokens" in name:
+        return 1 / float(config["embedding_multiplier"])
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return 2 / float(config["residual_multiplier"])
+    if name.endswith("lm_head.weight"):
+        return float(config["logits_scaling"])
+    # Queries and keys of this size make attention choose rather than average.
+    return 2.0 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
+
+
 FAMILY = Family(
     model_type="granite",
     hub_name="ibm-granite/granite-3.3-2b-instruct",
@@ -244,6 +256,7 @@ FAMILY = Family(
     other_spelling=one_spelling,
     tied={"lm_head.weight": "model.embed_tokens.weight"},
     head_tensors=("lm_head.weight",),
+    preset_gain=preset_gain,
     presets={
         "tiny": {
             "vocab_size": 512,

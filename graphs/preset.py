@@ -98,7 +98,8 @@ def write_checkpoint(
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         made = {}
         for name, shape in shard:
-            made[name] = random_weight(name, shape, seed).to(dtype)
+            gain = family.preset_gain(name, config)
+            made[name] = (gain * random_weight(name, shape, seed)).to(dtype)
             weight_map[name] = file
             total += made[name].nbytes
             advance(made[name].nbytes)
