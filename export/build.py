@@ -81,6 +81,11 @@ def build(request: ExportRequest, stages: Stages, validate: Validate | None) -> 
     check_destination(request.out, request.overwrite)
     checkpoint = Checkpoint.open(_checkpoint_folder(request, stages))
     family = family_of(checkpoint)
+    for name in request.extra_outputs:
+        if name not in family.extra_outputs:
+            raise ExportError(
+                f"{family.model_type} has no {name}; it has: {', '.join(family.extra_outputs)}."
+            )
     model = family.build(checkpoint.config, request.task)
     weight_map = family.weight_map(model, checkpoint, request.task)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -32,7 +32,6 @@ from graphs.state import BATCH, PAST, SEQUENCE, TOTAL, StateSpec
 from plugins import moe_dispatch
 
 OPSET = 23
-EXTRA_OUTPUTS = ("router_logits", "hidden_states")
 WEIGHT_PREFIX = "weight."
 
 # FX overload of each custom op -> the function that emits its node.
@@ -91,7 +90,8 @@ def capture(
         model: an eager graph on the meta device.
         read_block: parameter name and block -> that block (one expert of a stack ``[E, ...]``, or
             with block 0 a whole parameter); called only when weights are written.
-        extra_outputs: of ``EXTRA_OUTPUTS``; each layer's tensor becomes ``{name}.{i}``.
+        extra_outputs: ``router_logits``, ``hidden_states`` or both, as far as the architecture has
+            them; each layer's tensor becomes ``{name}.{i}``.
     """
     states: tuple[StateSpec, ...] = getattr(model, "states")
     main_output: str = getattr(model, "main_output")

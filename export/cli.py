@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from export.request import PRESETS, TARGETS, TASKS, ExportRequest
+from export.request import EXTRA_OUTPUTS, PRESETS, TARGETS, TASKS, ExportRequest
 from plugins.errors import IngotError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
     "--output",
     "extra_outputs",
     multiple=True,
-    type=click.Choice(("router_logits", "hidden_states")),
+    type=click.Choice(EXTRA_OUTPUTS),
     help="Also make each layer's tensor of this kind an output.",
 )
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with eager PyTorch.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TARGETS = ("onnx", "ort")
+EXTRA_OUTPUTS = ("router_logits", "hidden_states")
 TASKS = ("generate", "features")
 PRESETS = ("tiny", "small", "full")
 
@@ -22,7 +23,7 @@ class ExportRequest:
         preset: with a family name, the shape of a seeded random checkpoint made first.
         revision: branch, tag or commit on the hub.
         seed: of a preset's weights.
-        extra_outputs: ``router_logits`` and ``hidden_states``, each layer's as further outputs.
+        extra_outputs: of ``EXTRA_OUTPUTS``, each layer's tensor as a further output.
         overwrite: replace an ingot that is at ``out``.
     """
 

@@ -40,6 +40,7 @@ class Family:
         tied: tensors that repeat another where ``tie_word_embeddings`` is true.
         head_tensors: tensors that only the head of ``generate`` uses.
         presets: config fields of the seeded checkpoints ``tiny``, ``small`` and ``full``.
+        extra_outputs: what its graph returns a layer beside the main output and the states.
         preset_gain: tensor name and config -> factor on that seeded weight, for an architecture
             whose multipliers would otherwise take its activations away from 1.
     """
@@ -52,6 +53,7 @@ class Family:
     tied: Mapping[str, str] = field(default_factory=dict)
     head_tensors: tuple[str, ...] = ()
     presets: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    extra_outputs: tuple[str, ...] = ("hidden_states",)
     preset_gain: Callable[[str, dict[str, Any]], float] = no_gain
 
     def build(self, raw_config: dict[str, Any], task: str) -> nn.Module:

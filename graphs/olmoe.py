@@ -307,6 +307,7 @@ FAMILY = Family(
     other_spelling=expert_parts,
     tied={"lm_head.weight": "model.embed_tokens.weight"},
     head_tensors=("lm_head.weight",),
+    extra_outputs=("router_logits", "hidden_states"),
     presets={
         "tiny": {
             "vocab_size": 512,

@@ -26,6 +26,7 @@ from oracle import (
 from transformers import GraniteConfig as OracleConfig
 from transformers import GraniteModel
 
+from export.build import ExportError
 from export.passes.scales import FoldScales
 from graphs.checkpoint import Checkpoint
 from graphs.config import ConfigError
@@ -212,3 +213,11 @@ def test_refuses_a_field_it_does_not_implement() -> None:
 def test_the_full_preset_has_the_released_size() -> None:
     model = FAMILY.build(FAMILY.presets["full"], "generate")
     assert 2.5e9 < sum(parameter.numel() for parameter in model.parameters()) < 2.6e9
+
+
+def test_refuses_router_logits_it_does_not_have(
+    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
+) -> None:
+    folder = make_checkpoint("granite")
+    with pytest.raises(ExportError, match="granite has no router_logits; it has: hidden_states"):
+        make_ingot(folder, "onnx", extra_outputs=("router_logits",))
