@@ -159,7 +159,7 @@ def test_refuses_a_destination_below_a_file(tiny: Path, tmp_path: Path) -> None:
 def test_refuses_a_preset_for_a_folder(tiny: Path, out: Path) -> None:
     result = _export("--model", tiny, "--preset", "tiny", "--out", out)
     assert result.exit_code == 2
-    _refused(result.stderr, "--preset goes with a family name (olmoe)")
+    _refused(result.stderr, "--preset goes with a family name (granite, olmoe)")
     assert list(out.parent.iterdir()) == []
 
 
