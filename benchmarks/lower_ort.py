@@ -1,7 +1,7 @@
 """Why the ``ort`` target swaps what it swaps: each kernel against what it replaces, interleaved.
 
-Run with ``.venv/bin/python benchmarks/lower_ort.py``; docs/performance.md holds a run's output. One
-layer of OLMoE-1B-7B's shape, float32. Every figure is the median of interleaved repetitions.
+Run with ``.venv/bin/python benchmarks/lower_ort.py``; docs/performance.md has figures of such runs.
+One layer of OLMoE-1B-7B's shape, float32. Every figure is the median of interleaved repetitions.
 """
 
 from __future__ import annotations
