@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.passes.constants import constant, integers
+from export.passes.replace import take_place
 
 SWAP_HEADS = (0, 2, 1, 3)
 
@@ -88,10 +89,7 @@ class AttentionToGroupQueryAttention(ir.passes.InPlacePass):
         model.graph.insert_before(node, swapped)
         back, merge = _consumers(node)
         for old, new in zip((merge.outputs[0], key, value), swapped.outputs, strict=True):
-            new.shape, new.type, name = old.shape, old.type, old.name
-            old.name = None
-            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-            new.name = name
+            take_place(old, new)
         concats = [_producer(key), _producer(value)]
         model.graph.remove([merge, back, node, *concats], safe=True)
 

@@ -28,10 +28,7 @@ class NameDimensions(ir.passes.InPlacePass):
                 if isinstance(found, ir.SymbolicDim) and isinstance(wanted, str):
                     names[str(found.value)] = wanted
         # The tracer knows that the total is past + new tokens and may spell it as that sum.
-        sums = {
-            frozenset(("past_sequence", "sequence")): "total_sequence",
-            frozenset(("sequence", "past_sequence")): "total_sequence",
-        }
+        sums = {frozenset(("past_sequence", "sequence")): "total_sequence"}
 
         def renamed(symbol: str) -> str:
             text = re.sub(r"\bs\d+\b", lambda m: names.get(m.group(), m.group()), symbol)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from export.passes.replace import take_place
 from export.passes.weights import Weight, scale
 
 
@@ -27,10 +28,7 @@ class FoldScales(ir.passes.InPlacePass):
             producer = value.producer()
             if producer is None or not _fold(producer, factor):
                 continue
-            result = node.outputs[0]
-            name, result.name = result.name, None
-            ir.convenience.replace_all_uses_with(result, value, replace_graph_outputs=True)
-            value.name = name
+            take_place(node.outputs[0], value)
             model.graph.remove(node, safe=True)
             modified = True
         return ir.passes.PassResult(model, modified=modified)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from export.passes.replace import take_place
+
 
 class TiedHeadToFusedMatMul(ir.passes.InPlacePass):
     """``MatMul(x, Transpose(weight))`` -> ``com.microsoft::FusedMatMul`` with ``transB``.
@@ -30,13 +32,8 @@ class TiedHeadToFusedMatMul(ir.passes.InPlacePass):
                 domain="com.microsoft",
                 attributes={"transB": 1},
             )
-            result = node.outputs[0]
-            new = fused.outputs[0]
-            new.shape, new.type, name = result.shape, result.type, result.name
-            result.name = None
             model.graph.insert_before(node, fused)
-            ir.convenience.replace_all_uses_with(result, new, replace_graph_outputs=True)
-            new.name = name
+            take_place(node.outputs[0], fused.outputs[0])
             model.graph.remove(node, safe=True)
             if not turn.outputs[0].uses():
                 model.graph.remove(turn, safe=True)
