@@ -3,7 +3,6 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-FAMILIES := granite olmoe
 MODEL ?= olmoe
 TARGET ?= ort
 PRESET ?= tiny
@@ -18,10 +17,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[cpu,dev]'
 	touch $@
 
-# A family name gets a seeded checkpoint of PRESET's shape; a folder or hub name is used as it is.
+# A family's name gets a seeded checkpoint of PRESET's shape; a folder or hub name is used as it is.
 export: setup
 	$(BIN)/python -m export --model $(MODEL) --target $(TARGET) --out $(OUT) --overwrite --preview \
-		$(if $(filter $(MODEL),$(FAMILIES)),--preset $(PRESET))
+		$(if $(wildcard graphs/$(MODEL).py),--preset $(PRESET))
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -30,7 +30,7 @@ from export.lower_ort import lower_ort, shares_buffers
 from export.progress import Stages
 from export.request import ExportRequest
 from export.weights import weight_bytes, write_weights
-from graphs.checkpoint import Checkpoint, assemble, assemble_row
+from graphs.checkpoint import Checkpoint, assemble, assemble_row, stack_height
 from graphs.family import FAMILIES, Family, active_parameters, family_of, find_family
 from graphs.hub import describe, resolve
 from graphs.preset import preset_config, write_checkpoint
@@ -93,7 +93,7 @@ def build(request: ExportRequest, stages: Stages, validate: Validate | None) -> 
 
     def read(name: str, block: int) -> torch.Tensor:
         parts, shape = weight_map[name], shapes[name]
-        if len(shape) == 3:
+        if stack_height(shape) > 1:
             return assemble_row(checkpoint, parts, shape, torch.float32, block)
         return assemble(checkpoint, parts, shape, torch.float32)
 
@@ -140,18 +140,23 @@ def _checkpoint_folder(request: ExportRequest, stages: Stages) -> Path:
         return resolve(family.hub_name, request.revision)
     config = preset_config(family, request.preset)
     dtype = torch.bfloat16 if request.preset == "full" else torch.float32
+    # One model of the preset serves both tasks without a head of their own.
+    task = "generate" if request.task == "features" else request.task
     name = f"{request.model}-{request.preset}-seed{request.seed}"
+    name += "" if task == "generate" else f"-{task}"
     folder = request.out.absolute().parent / "checkpoints" / name
     if (folder / "config.json").is_file():
         written = json.loads((folder / "config.json").read_text())
         if {**written, **config} == written:
             return folder
         raise ExportError(f"{folder} holds another config than preset {request.preset}; remove it.")
-    model = family.build(config, "generate")
+    model = family.build(config, task)
     size = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
     _check_space(folder, size)
     with stages.stage(f"make {request.preset} checkpoint", size) as advance, staged(folder) as made:
-        write_checkpoint(made, family, config, dtype=dtype, seed=request.seed, advance=advance)
+        write_checkpoint(
+            made, family, config, task=task, dtype=dtype, seed=request.seed, advance=advance
+        )
     return folder
 
 
@@ -193,7 +198,7 @@ def _manifest(
                 input_shape=state.input_shape,
                 output_shape=state.output_shape,
                 axis=state.axis,
-                shared=shared,
+                shared=shared and state.axis is not None,
             )
             for state in captured.states
         ),
@@ -208,6 +213,7 @@ def _manifest(
         active_parameters=active,
         weight_bytes=4 * total,
         tools=_tool_versions(),
+        labels=_labels(checkpoint, request.task, config),
     )
 
 
@@ -231,8 +237,16 @@ def _generation(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
         "eos_token_ids": ends,
         # Padding is masked, so any id of the vocabulary serves.
         "pad_token_id": pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else 0,
-        "context_length": config.rope.context_length,
+        "context_length": config.rope.context_length if hasattr(config, "rope") else None,
     }
+
+
+def _labels(checkpoint: Checkpoint, task: str, config: Any) -> tuple[str, ...]:
+    """Names of the classes, by their number."""
+    if task != "classify":
+        return ()
+    named = checkpoint.config.get("id2label") or {}
+    return tuple(str(named.get(str(n), f"LABEL_{n}")) for n in range(config.num_labels))
 
 
 def _tool_versions() -> dict[str, str]:

@@ -28,15 +28,21 @@ from export.passes.metadata import DropTracerMetadata
 from export.passes.reshapes import SimplifyReshapes, SizesFromTokens
 from export.passes.scales import FoldScales
 from export.passes.weights import FoldWeightTransposes, WeightsToInitializers
-from graphs.state import BATCH, PAST, SEQUENCE, TOTAL, StateSpec
-from plugins import moe_dispatch
+from graphs.state import BATCH, PAST, SEQUENCE, TOTAL, Dimension, StateSpec
+from plugins import mamba2_scan, moe_dispatch, moe_linear
 
 OPSET = 23
 WEIGHT_PREFIX = "weight."
+POSITIONS = "position_ids"
+# input_ids, attention_mask and position_ids come before the states.
+TOKEN_INPUTS = 3
 
 # FX overload of each custom op -> the function that emits its node.
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.ingot.moe_dispatch.default: moe_dispatch.translate,
+    torch.ops.ingot.mamba2_scan.default: mamba2_scan.translate,
+    torch.ops.ingot.moe_linear.default: moe_linear.translate,
+    torch.ops.ingot.choose_experts.default: moe_linear.translate_choose_experts,
 }
 
 
@@ -56,7 +62,7 @@ class Captured:
 
 
 class _Traced(nn.Module):
-    """The model as a function of its weights, with outputs flattened into a tuple."""
+    """The model as a function of its weights, with outputs by their documented names."""
 
     def __init__(self, model: nn.Module, extra_outputs: tuple[str, ...]) -> None:
         super().__init__()
@@ -71,11 +77,20 @@ class _Traced(nn.Module):
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
         past: tuple[torch.Tensor, ...],
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> dict[str, torch.Tensor]:
+        model: nn.Module = self.__dict__["_model"]
         arguments = (input_ids, attention_mask, position_ids, past)
-        out = torch.func.functional_call(self.__dict__["_model"], weights, arguments)
-        extra = [tensor for name in self.extra_outputs for tensor in getattr(out, name)]
-        return (out.main, *out.present, *extra)
+        out = torch.func.functional_call(model, weights, arguments)
+        states: tuple[StateSpec, ...] = getattr(model, "states")
+        return {
+            getattr(model, "main_output"): out.main,
+            **{state.output: each for state, each in zip(states, out.present, strict=True)},
+            **{
+                f"{name}.{index}": tensor
+                for name in self.extra_outputs
+                for index, tensor in enumerate(getattr(out, name))
+            },
+        }
 
 
 def capture(
@@ -91,12 +106,13 @@ def capture(
         read_block: parameter name and block -> that block (one expert of a stack ``[E, ...]``, or
             with block 0 a whole parameter); called only when weights are written.
         extra_outputs: ``router_logits``, ``hidden_states`` or both, as far as the architecture has
-            them; each layer's tensor becomes ``{name}.{i}``.
+            them; each one's i-th tensor becomes ``{name}.{i}``.
     """
     states: tuple[StateSpec, ...] = getattr(model, "states")
     main_output: str = getattr(model, "main_output")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    exported = _trace(_Traced(model, extra_outputs), shapes, states)
+    inputs = _inputs(states)
+    exported = _trace(_Traced(model, extra_outputs), shapes, inputs)
     with _quiet():
         program = torch.onnx.export(
             exported,
@@ -108,13 +124,8 @@ def capture(
         )
     assert program is not None
     result = program.model
-    _name_interface(result, list(shapes), states, main_output, _extra_names(model, extra_outputs))
-    inputs = {
-        "input_ids": (BATCH, SEQUENCE),
-        "attention_mask": (BATCH, TOTAL),
-        "position_ids": (BATCH, SEQUENCE),
-        **{state.input: state.input_shape for state in states},
-    }
+    outputs = list(exported.call_spec.out_spec.context)
+    _name_interface(result, [*(WEIGHT_PREFIX + name for name in shapes), *inputs], outputs)
     optimizer.optimize(result, onnx_shape_inference=False)
     passes = ir.passes.Sequential(
         WeightsToInitializers(WEIGHT_PREFIX, read_block),
@@ -134,53 +145,60 @@ def capture(
     return Captured(result, main_output, states)
 
 
+def _inputs(states: tuple[StateSpec, ...]) -> dict[str, tuple[Dimension, ...]]:
+    """Every input but the weights, in order, with its symbolic shape.
+
+    The mask covers the past as well where a cache holds it; a state of fixed size holds no
+    positions that could be masked, and neither does a graph without state.
+    """
+    cached = any(PAST in state.input_shape for state in states)
+    return {
+        "input_ids": (BATCH, SEQUENCE),
+        "attention_mask": (BATCH, TOTAL if cached else SEQUENCE),
+        POSITIONS: (BATCH, SEQUENCE),
+        **{state.input: state.input_shape for state in states},
+    }
+
+
 def _trace(
-    traced: nn.Module, shapes: dict[str, tuple[int, ...]], states: tuple[StateSpec, ...]
+    traced: nn.Module, shapes: dict[str, tuple[int, ...]], inputs: dict[str, tuple[Dimension, ...]]
 ) -> torch.export.ExportedProgram:
     # Sizes that differ from each other and from 0 and 1, which the tracer would specialise.
     sizes = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8}
     with FakeTensorMode():
         weights = {name: torch.empty(shape) for name, shape in shapes.items()}
-        input_ids = torch.zeros(sizes[BATCH], sizes[SEQUENCE], dtype=torch.int64)
-        attention_mask = torch.ones(sizes[BATCH], sizes[TOTAL], dtype=torch.int64)
-        past = tuple(
-            torch.zeros([sizes[d] if isinstance(d, str) else d for d in state.input_shape])
-            for state in states
-        )
-    auto = torch.export.Dim.AUTO
-    dynamic_shapes = (
-        dict.fromkeys(weights),
-        {0: auto, 1: auto},
-        {0: auto, 1: auto},
-        {0: auto, 1: auto},
-        tuple(
-            {axis: auto for axis, d in enumerate(state.input_shape) if isinstance(d, str)}
-            for state in states
+        tokens, states = [], []
+        for index, shape in enumerate(inputs.values()):
+            size = [sizes[d] if isinstance(d, str) else d for d in shape]
+            if index < TOKEN_INPUTS:
+                tokens.append(torch.ones(size, dtype=torch.int64))
+            else:
+                states.append(torch.zeros(size))
+    dynamic = [
+        {axis: torch.export.Dim.AUTO for axis, d in enumerate(shape) if isinstance(d, str)}
+        for shape in inputs.values()
+    ]
+    return torch.export.export(
+        traced,
+        (weights, *tokens, tuple(states)),
+        dynamic_shapes=(
+            dict.fromkeys(weights),
+            *dynamic[:TOKEN_INPUTS],
+            tuple(dynamic[TOKEN_INPUTS:]),
         ),
+        strict=False,
     )
-    arguments = (weights, input_ids, attention_mask, torch.zeros_like(input_ids), past)
-    return torch.export.export(traced, arguments, dynamic_shapes=dynamic_shapes, strict=False)
 
 
-def _extra_names(model: nn.Module, extra_outputs: tuple[str, ...]) -> list[str]:
-    layers: int = getattr(model, "config").num_hidden_layers
-    counts = {"router_logits": layers, "hidden_states": layers + 1}
-    return [f"{name}.{index}" for name in extra_outputs for index in range(counts[name])]
+def _name_interface(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
+    """Give inputs and outputs their documented names; weights get a prefix until they move.
 
-
-def _name_interface(
-    model: ir.Model,
-    weights: list[str],
-    states: tuple[StateSpec, ...],
-    main_output: str,
-    extra: list[str],
-) -> None:
-    """Give inputs and outputs their documented names; weights get a prefix until they move."""
-    names = [WEIGHT_PREFIX + name for name in weights]
-    names += ["input_ids", "attention_mask", "position_ids", *(state.input for state in states)]
-    for value, name in zip(model.graph.inputs, names, strict=True):
+    A token input that nothing reads, such as the positions of a model without any, goes.
+    """
+    for value, name in zip(list(model.graph.inputs), inputs, strict=True):
         value.name = name
-    names = [main_output, *(state.output for state in states), *extra]
+        if name == POSITIONS and not value.uses():
+            model.graph.inputs.remove(value)
     # One value may be two outputs (a hidden state that is the last); each output gets its own.
     seen: set[int] = set()
     for index, value in enumerate(model.graph.outputs):
@@ -190,7 +208,7 @@ def _name_interface(
             model.graph.append(copy)
             model.graph.outputs[index] = copy.outputs[0]
         seen.add(id(value))
-    for value, name in zip(model.graph.outputs, names, strict=True):
+    for value, name in zip(model.graph.outputs, outputs, strict=True):
         value.name = name
 
 

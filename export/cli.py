@@ -33,6 +33,7 @@ class LazyGroup(click.Group):
     commands_at: ClassVar = {
         "export": ("export.cli", "export_command"),
         "generate": ("runtime.cli", "generate_command"),
+        "classify": ("runtime.cli", "classify_command"),
         "validate": ("validate.cli", "validate_command"),
     }
 
@@ -74,7 +75,7 @@ def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
 @click.option(
     "--model",
     required=True,
-    help="granite, olmoe, a checkpoint folder, or a hub name.",
+    help="granite, jetmoe, mamba2, olmoe, a checkpoint folder, or a hub name.",
 )
 @click.option("--target", type=click.Choice(TARGETS), default="ort", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="The folder to make.")

@@ -46,7 +46,7 @@ class StateInfo:
     """One state: the graph input it enters by and the output that replaces it.
 
     Attributes:
-        kind: ``key`` or ``value``.
+        kind: ``key``, ``value``, ``conv`` or ``ssm``.
         axis: axis that grows by the new tokens each call, or None.
         shared: whether input and output may be one buffer of fixed capacity along ``axis``.
     """
@@ -75,7 +75,9 @@ class Manifest:
 
     Attributes:
         source: checkpoint name, revision and SHA-256.
-        generation: token ids that end or pad a generation, and the longest context.
+        generation: token ids that end or pad a generation, and the longest context, which is None
+            for a state of fixed size.
+        labels: names of a classifier's classes.
         graph: opset, node count and operator counts.
         parameters: in all; ``active_parameters`` are those one token uses.
         tools: package versions the ingot was made with.
@@ -99,6 +101,7 @@ class Manifest:
     active_parameters: int
     weight_bytes: int
     tools: dict[str, str]
+    labels: tuple[str, ...] = ()
     files: dict[str, FileInfo] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -140,6 +143,7 @@ class Manifest:
             raw["inputs"] = tuple(_tensor(item) for item in raw["inputs"])
             raw["outputs"] = tuple(_tensor(item) for item in raw["outputs"])
             raw["states"] = tuple(_state(item) for item in raw["states"])
+            raw["labels"] = tuple(raw["labels"])
             raw["files"] = {name: FileInfo(**item) for name, item in raw["files"].items()}
             return cls(**raw)
         except (AttributeError, KeyError, TypeError) as error:

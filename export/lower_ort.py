@@ -6,7 +6,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 from export.passes.attention import AttentionToGroupQueryAttention
+from export.passes.convolution import CausalConvToBlocked
 from export.passes.moe import MoeDispatchToMoE
+from export.passes.moe_linear import MoeLinearToMatMuls
+from export.passes.scan import Mamba2ScanToLinearAttention
 from export.passes.tied import TiedHeadToFusedMatMul
 
 
@@ -14,6 +17,9 @@ def lower_ort(model: ir.Model) -> None:
     """Swap in ONNX Runtime's own kernels, in place, wherever their numbers are right."""
     passes = ir.passes.Sequential(
         MoeDispatchToMoE(),
+        MoeLinearToMatMuls(),
+        Mamba2ScanToLinearAttention(),
+        CausalConvToBlocked(),
         AttentionToGroupQueryAttention(),
         TiedHeadToFusedMatMul(),
         RemoveUnusedNodesPass(),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 TARGETS = ("onnx", "ort")
 EXTRA_OUTPUTS = ("router_logits", "hidden_states")
-TASKS = ("generate", "features")
+TASKS = ("generate", "features", "classify")
 PRESETS = ("tiny", "small", "full")
 
 

@@ -38,20 +38,31 @@ def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stage
     console.print(table)
 
 
-NOTABLE = ("Attention", "GroupQueryAttention", "MoE", "MoeDispatch")
+NOTABLE = (
+    "Attention",
+    "CausalConvWithState",
+    "GroupQueryAttention",
+    "LinearAttention",
+    "Mamba2Scan",
+    "MoE",
+    "MoeDispatch",
+    "MoeLinear",
+)
 
 
 def _verdict_rows(manifest: Manifest) -> list[tuple[str, str]]:
     found = manifest.validation
     if manifest.verdict == "skipped":
         return [("verdict", "[yellow]skipped[/yellow] (--no-validate)")]
+    calls = f"prefill of {found['prefill_tokens']} and {found['decode_steps']} decode steps"
+    if not manifest.states:
+        calls = f"{found['calls']} calls of {found['prefill_tokens']} tokens and more"
     colour = "green" if manifest.verdict == "passed" else "red"
     rows = [
         (
             "verdict",
             f"[{colour}]{manifest.verdict}[/{colour}] against {found['against']}: "
-            f"{found['compared']} tensors, prefill of {found['prefill_tokens']} and "
-            f"{found['decode_steps']} decode steps, batch {found['batch']} with left padding",
+            f"{found['compared']} tensors, {calls}, batch {found['batch']} with left padding",
         )
     ]
     for group in ("main", "states"):

@@ -275,6 +275,14 @@ def assemble(
     return out.reshape(shape)
 
 
+def stack_height(shape: tuple[int, ...]) -> int:
+    """E of a stack of matrices ``[E, ...]``, one an expert; 1 of any other parameter.
+
+    A depthwise convolution ``[C, 1, W]`` has three axes too, and is no stack.
+    """
+    return shape[0] if len(shape) == 3 and shape[1] > 1 else 1
+
+
 def assemble_row(
     checkpoint: Checkpoint,
     parts: tuple[Part, ...],

@@ -15,6 +15,7 @@ NO_EFFECT = frozenset(
         "_commit_hash",
         "_name_or_path",
         "architectures",
+        "aux_loss_coef",
         "attention_dropout",
         "bos_token_id",
         "decoder_start_token_id",
@@ -126,6 +127,13 @@ class ConfigReader:
                 f"implement; supported: {', '.join(supported)}."
             )
         return supported[value]
+
+    def labels(self) -> int:
+        """How many classes a classifier has: those ``id2label`` names, or ``num_labels``."""
+        named = self.take("id2label", dict, {})
+        if named:
+            self.must_be("num_labels", len(named), f"id2label names {len(named)} classes")
+        return len(named) or self.size("num_labels", 2)
 
     def must_be(self, name: str, expected: Any, why: str) -> None:
         """A field that is accepted with one value only (or absent)."""

@@ -10,11 +10,18 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from graphs.checkpoint import Checkpoint, CheckpointError, Part, WeightMap, check_weights
+from graphs.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Part,
+    WeightMap,
+    check_weights,
+    stack_height,
+)
 from plugins.errors import IngotError
 
 # One file of this folder each, named after the Hugging Face `model_type`.
-FAMILIES = ("granite", "olmoe")
+FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
 
 
 def one_spelling(_name: str, _shape: tuple[int, ...]) -> tuple[Part, ...]:
@@ -38,7 +45,8 @@ class Family:
         tasks: task name -> module class, each taking that config.
         other_spelling: parameter name and shape -> the parts it may be split into on disk, or ().
         tied: tensors that repeat another where ``tie_word_embeddings`` is true.
-        head_tensors: tensors that only the head of ``generate`` uses.
+        prefix: what the names of the bare model's tensors begin with in a whole model.
+        head_tensors: tensors of the heads, which the bare model leaves aside.
         presets: config fields of the seeded checkpoints ``tiny``, ``small`` and ``full``.
         extra_outputs: what its graph returns a layer beside the main output and the states.
         preset_gain: tensor name and config -> factor on that seeded weight, for an architecture
@@ -49,7 +57,8 @@ class Family:
     hub_name: str
     read_config: Callable[[dict[str, Any]], Any]
     tasks: Mapping[str, type[nn.Module]]
-    other_spelling: Callable[[str, tuple[int, ...]], tuple[Part, ...]]
+    other_spelling: Callable[[str, tuple[int, ...]], tuple[Part, ...]] = one_spelling
+    prefix: str = "model."
     tied: Mapping[str, str] = field(default_factory=dict)
     head_tensors: tuple[str, ...] = ()
     presets: Mapping[str, dict[str, Any]] = field(default_factory=dict)
@@ -73,15 +82,16 @@ class Family:
     def weight_map(self, model: nn.Module, checkpoint: Checkpoint, task: str) -> WeightMap:
         """Which tensors of the checkpoint make each parameter, checked to be all of them.
 
-        A bare model saved on its own has names without ``model.``, and a bare graph may be
+        A bare model saved on its own has names without the prefix, and a bare graph may be
         exported from a whole checkpoint; both spellings are found.
 
         Raises:
             CheckpointError: a missing, extra or misshapen tensor.
         """
         names = checkpoint.entries
-        on_disk = "model." if any(name.startswith("model.") for name in names) else ""
-        in_graph = "" if "model" not in dict(model.named_children()) else "model."
+        on_disk = self.prefix if any(name.startswith(self.prefix) for name in names) else ""
+        whole_model = self.prefix.rstrip(".") in dict(model.named_children())
+        in_graph = self.prefix if whole_model else ""
 
         def spelled(name: str) -> str:
             if name.startswith(in_graph) and name not in self.head_tensors:
@@ -98,7 +108,7 @@ class Family:
         tied = {}
         if getattr(model, "config").tie_word_embeddings:
             for name, repeated in self.tied.items():
-                tied[name] = on_disk + repeated.removeprefix("model.")
+                tied[name] = on_disk + repeated.removeprefix(self.prefix)
         unused = self.head_tensors if task == "features" else ()
         check_weights(checkpoint, result, tied=tied, unused=unused)
         return result
@@ -133,10 +143,9 @@ def active_parameters(model: nn.Module) -> tuple[int, int]:
     """Parameters of a model in all, and those one token uses (K of E experts)."""
     total = active = 0
     config = getattr(model, "config")
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         total += parameter.numel()
-        share = 1.0
-        if ".experts." in name:
-            share = config.num_experts_per_tok / config.num_experts
+        experts = stack_height(tuple(parameter.shape))
+        share = config.num_experts_per_tok / experts if experts > 1 else 1.0
         active += round(parameter.numel() * share)
     return total, active

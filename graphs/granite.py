@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphs.config import ConfigError, ConfigReader
-from graphs.family import Family, one_spelling
+from graphs.family import Family
 from graphs.layers import HIDDEN_ACT, ModelOutput, RMSNorm, attention, causal_mask
 from graphs.rope import RopeParameters, RotaryEmbedding, rotate
 from graphs.state import StateSpec, key_value_states
@@ -253,7 +253,6 @@ FAMILY = Family(
     hub_name="ibm-granite/granite-3.3-2b-instruct",
     read_config=GraniteConfig.read,
     tasks={"generate": GraniteForCausalLM, "features": GraniteModel},
-    other_spelling=one_spelling,
     tied={"lm_head.weight": "model.embed_tokens.weight"},
     head_tensors=("lm_head.weight",),
     preset_gain=preset_gain,

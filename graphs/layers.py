@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from plugins.moe_dispatch import route
+
 # Hugging Face's `hidden_act` names -> the names the custom operators use.
 HIDDEN_ACT = {
     "silu": "silu",
@@ -23,11 +25,12 @@ class ModelOutput(NamedTuple):
     """What every graph returns.
 
     Attributes:
-        main: ``logits [B, T, V]``, or ``last_hidden_state [B, T, H]`` of a bare model.
+        main: ``logits [B, T, V]``, ``last_hidden_state [B, T, H]`` of a bare model, or
+            ``logits [B, num_labels]`` of a classifier.
         present: the new states, in the order of the model's ``states``.
-        router_logits: per MoE layer ``[B*T, E]`` float32; empty unless asked for.
-        hidden_states: the embedding, every layer's output but the last, and the final norm's
-            output, each ``[B, T, H]`` (transformers' order); empty unless asked for.
+        router_logits: per router ``[B*T, E]`` float32.
+        hidden_states: each ``[B, T, H]``, as transformers orders them: the embedding, every layer's
+            output but the last, and the final norm's output.
     """
 
     main: torch.Tensor
@@ -76,8 +79,8 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    past_key: torch.Tensor,
-    past_value: torch.Tensor,
+    past_key: torch.Tensor | None,
+    past_value: torch.Tensor | None,
     mask: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -86,18 +89,44 @@ def attention(
     Args:
         query: ``[B, T, Hq, D]``.
         key: ``[B, T, Hkv, D]``, as is ``value``.
-        past_key: ``[B, Hkv, P, D]``, as is ``past_value``.
+        past_key: ``[B, Hkv, P, D]``, as is ``past_value``; None where there is no cache.
         mask: ``[B, 1, T, S]`` bool.
         scale: factor on the scores.
 
     Returns:
         ``[B, T, Hq*D]`` and the new caches ``[B, Hkv, S, D]``.
     """
-    key = torch.cat((past_key, key.transpose(1, 2)), dim=2)
-    value = torch.cat((past_value, value.transpose(1, 2)), dim=2)
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    if past_key is not None and past_value is not None:
+        key = torch.cat((past_key, key), dim=2)
+        value = torch.cat((past_value, value), dim=2)
     # The torch exporter refuses grouped queries where the head counts are equal.
     grouped = query.shape[2] != key.shape[1]
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2), key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
     )
     return out.transpose(1, 2).flatten(2), key, value
+
+
+def load_balancing_loss(
+    router_logits: tuple[torch.Tensor, ...], top_k: int, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """How unevenly the routers load their experts; 1 times K where all are loaded alike.
+
+    ``E * sum_e f_e * p_e``, with f_e the share of tokens that chose expert e and p_e its mean
+    probability, over all routers together (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6).
+
+    Args:
+        router_logits: each ``[B*T, E]``.
+        top_k: K, experts per token.
+        attention_mask: ``[B, T]``; padding does not count.
+
+    Returns:
+        A scalar.
+    """
+    real = attention_mask.reshape(-1) != 0
+    logits = torch.cat([router[real] for router in router_logits])
+    experts = logits.shape[-1]
+    ids, _ = route(logits, top_k, normalize=False)
+    share = F.one_hot(ids, experts).sum(1).to(logits.dtype).mean(0)
+    return experts * (share * logits.softmax(-1).mean(0)).sum()

@@ -42,20 +42,33 @@ def random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     # torch keeps the low 32 bits of a seed alone; a CRC that starts from ours fits in them.
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
     normal = torch.randn(shape, generator=generator)
-    if "norm" in name:
+    if "norm" in name or name.endswith(".D"):
         return 1.0 + 0.1 * normal
+    if name.endswith((".A_log", ".dt_bias")):
+        return _recurrence_weight(name, torch.rand(shape, generator=generator))
     if name.endswith("bias"):
         return 0.1 * normal
     if "embed" in name:
         return normal
     # A router's logits spread over several units, so that its top-k has margins.
-    gain = 2.0 if name.endswith("gate.weight") else 1.0
+    gain = 2.0 if name.endswith(("gate.weight", "router.layer.weight")) else 1.0
     return normal * (gain / math.sqrt(shape[-1]))
 
 
-def tensors(family: Family, config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _recurrence_weight(name: str, uniform: torch.Tensor) -> torch.Tensor:
+    """Decays as Mamba2 is initialised with: A from -16 to -1, time steps from 0.001 to 0.1."""
+    if name.endswith(".A_log"):
+        return (1.0 + 15.0 * uniform).log()
+    step = 10.0 ** (-3.0 + 2.0 * uniform)
+    # The inverse of softplus.
+    return step + (-torch.expm1(-step)).log()
+
+
+def tensors(
+    family: Family, config: dict[str, Any], task: str = "generate"
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a checkpoint, experts in their per-expert spelling."""
-    for name, parameter in family.build(config, "generate").named_parameters():
+    for name, parameter in family.build(config, task).named_parameters():
         shape = tuple(parameter.shape)
         for part in family.other_spelling(name, shape):
             yield part.name, part.shape
@@ -68,6 +81,7 @@ def write_checkpoint(
     family: Family,
     config: dict[str, Any],
     *,
+    task: str = "generate",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     advance: Callable[[int], None] = lambda _bytes: None,
@@ -78,6 +92,7 @@ def write_checkpoint(
         folder: an existing, empty folder.
         family: the architecture.
         config: its ``config.json``.
+        task: whose model is written; ``generate`` serves ``features`` too.
         dtype: dtype of every tensor.
         seed: of the weights.
         advance: told the bytes of each tensor made.
@@ -85,7 +100,7 @@ def write_checkpoint(
     size = dtype.itemsize
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     used = 0
-    for name, shape in tensors(family, config):
+    for name, shape in tensors(family, config, task):
         if used and used + math.prod(shape) * size > SHARD_BYTES:
             shards.append([])
             used = 0

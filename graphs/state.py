@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Kind = Literal["key", "value", "conv", "ssm"]
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
 Dimension = int | str
 
@@ -17,7 +18,7 @@ class StateSpec:
     """One state tensor: a graph input and the graph output that replaces it.
 
     Attributes:
-        kind: ``key`` and ``value`` grow along ``axis``; others keep their shape.
+        kind: ``key`` and ``value`` grow along ``axis``; ``conv`` and ``ssm`` keep their shape.
         input: graph input name.
         output: graph output name.
         input_shape: integers and symbolic names.
@@ -25,7 +26,7 @@ class StateSpec:
         axis: the axis that grows by T each call, or None.
     """
 
-    kind: Literal["key", "value"]
+    kind: Kind
     input: str
     output: str
     input_shape: tuple[Dimension, ...]
@@ -35,7 +36,7 @@ class StateSpec:
 
 def key_value_states(layers: int, heads: int, head_size: int) -> tuple[StateSpec, ...]:
     """``past_key_values.{i}.key|value [B, Hkv, P, D]`` -> ``present.{i}.*``, S for P."""
-    kinds: tuple[Literal["key", "value"], ...] = ("key", "value")
+    kinds: tuple[Kind, ...] = ("key", "value")
     return tuple(
         StateSpec(
             kind,
@@ -47,4 +48,23 @@ def key_value_states(layers: int, heads: int, head_size: int) -> tuple[StateSpec
         )
         for layer in range(layers)
         for kind in kinds
+    )
+
+
+def recurrent_states(
+    layers: int, conv: tuple[int, ...], ssm: tuple[int, ...]
+) -> tuple[StateSpec, ...]:
+    """``past_states.{i}.conv [B, *conv]`` and ``.ssm [B, *ssm]`` -> ``present_states.{i}.*``."""
+    kinds: tuple[tuple[Kind, tuple[int, ...]], ...] = (("conv", conv), ("ssm", ssm))
+    return tuple(
+        StateSpec(
+            kind,
+            f"past_states.{layer}.{kind}",
+            f"present_states.{layer}.{kind}",
+            (BATCH, *shape),
+            (BATCH, *shape),
+            None,
+        )
+        for layer in range(layers)
+        for kind, shape in kinds
     )

@@ -1,4 +1,4 @@
-"""``python -m runtime generate INGOT``."""
+"""``python -m runtime generate INGOT`` and ``python -m runtime classify INGOT``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ def _ids(text: str) -> list[int]:
         raise IngotError(
             f"--prompt-ids {text!r} is not a list of token ids such as 1,2,3."
         ) from error
+
+
+def _given(prompt: tuple[str, ...], prompt_ids: tuple[str, ...]) -> list[list[int]]:
+    """The prompts given as ids; none where they are text."""
+    if bool(prompt) == bool(prompt_ids):
+        raise IngotError("give either --prompt or --prompt-ids.")
+    return [_ids(text) for text in prompt_ids]
 
 
 def _load(folder: Path, threads: int, *, verify: bool, allow_failed: bool) -> Session:
@@ -91,10 +98,8 @@ def generate_command(
     from runtime.generate import Sampling
 
     try:
-        if bool(prompt) == bool(prompt_ids):
-            raise IngotError("give either --prompt or --prompt-ids.")
         sampling = Sampling(temperature, top_k, top_p, seed)
-        prompts = [_ids(text) for text in prompt_ids]
+        prompts = _given(prompt, prompt_ids)
         session = _load(ingot, threads, verify=not no_verify, allow_failed=allow_failed)
         tokenizer = _tokenizer(ingot) if prompt else None
         if tokenizer is not None:
@@ -147,9 +152,46 @@ def _stream(
     click.echo(f"prefill {prefill:.3f} s{speed}", err=True)
 
 
+@click.command("classify")
+@click.argument("ingot", type=click.Path(path_type=Path))
+@click.option("--prompt", multiple=True, help="Text; give it several times for a batch.")
+@click.option("--prompt-ids", multiple=True, help="Token ids such as 1,2,3, instead of text.")
+@click.option("--threads", default=0, show_default=True, help="0 lets the runtime choose.")
+@click.option("--no-verify", is_flag=True, help="Check file sizes only, not their SHA-256.")
+@click.option("--allow-failed", is_flag=True, help="Run an ingot that failed its validation.")
+def classify_command(
+    ingot: Path,
+    prompt: tuple[str, ...],
+    prompt_ids: tuple[str, ...],
+    threads: int,
+    no_verify: bool,
+    allow_failed: bool,
+) -> None:
+    """Class scores of an ingot exported with --task classify: a line for each prompt."""
+    from runtime.classify import classify, probabilities
+
+    try:
+        prompts = _given(prompt, prompt_ids)
+        session = _load(ingot, threads, verify=not no_verify, allow_failed=allow_failed)
+        if prompt:
+            tokenizer = _tokenizer(ingot)
+            prompts = [tokenizer.encode(text).ids for text in prompt]
+        logits = classify(session, prompts)
+    except IngotError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    labels = session.manifest.labels
+    # One class is a regression: its number is the answer.
+    scores = probabilities(logits) if len(labels) > 1 else logits
+    for row in scores:
+        order = sorted(range(len(labels)), key=lambda n: -row[n])
+        click.echo("  ".join(f"{labels[n]} {row[n]:.4f}" for n in order))
+
+
 @click.group()
 def main() -> None:
     """Run an ingot."""
 
 
 main.add_command(generate_command)
+main.add_command(classify_command)

@@ -103,10 +103,10 @@ def generate(
         SessionError: an ingot without logits, an empty prompt, or a prompt that does not fit.
     """
     manifest = session.manifest
-    if manifest.main_output != "logits":
+    if manifest.task != "generate":
         raise SessionError(
-            f"this ingot was exported for the task {manifest.task!r} and has no logits; export it "
-            "with --task generate."
+            f"this ingot was exported for the task {manifest.task!r} and cannot generate; export "
+            "it with --task generate."
         )
     if max_new_tokens < 1:
         raise SessionError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
@@ -114,7 +114,8 @@ def generate(
     stops = set(manifest.generation["eos_token_ids"] if stop_ids is None else stop_ids)
     ids, mask = pad_left(prompts, manifest.generation["pad_token_id"])
     longest = manifest.generation["context_length"]
-    if ids.shape[1] + max_new_tokens > longest:
+    # A state of fixed size has no longest context.
+    if longest is not None and ids.shape[1] + max_new_tokens > longest:
         raise SessionError(
             f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones exceed this model's "
             f"context of {longest}; shorten the prompt or lower --max-new-tokens."

@@ -38,7 +38,7 @@ class OrtSession:
                 f"{error}"
             ) from error
         self._inputs = {item.name for item in manifest.inputs}
-        self._tokens = TokenInputs(manifest.vocab_size)
+        self._tokens = TokenInputs(manifest.vocab_size, manifest.states)
         self.reset(1, 0)
 
     def reset(self, batch: int, capacity: int) -> None:

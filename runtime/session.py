@@ -36,14 +36,15 @@ class Session(Protocol):
         """Forget all state and make room for ``batch`` sequences of ``capacity`` tokens."""
 
     def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        """Feed T new tokens of every sequence.
+        """Feed T new tokens of every sequence; without state, each call stands alone.
 
         Args:
             input_ids: ``[B, T]``.
             attention_mask: ``[B, T]``, 1 for tokens, 0 for left padding.
 
         Returns:
-            The main output: ``logits [B, T, V]`` or ``last_hidden_state [B, T, H]``.
+            The main output: ``logits [B, T, V]``, ``last_hidden_state [B, T, H]``, or of a
+            classifier ``logits [B, num_labels]``.
 
         Raises:
             SessionError: another batch, ids outside the vocabulary, or no room left.

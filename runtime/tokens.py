@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import numpy as np
 
 from runtime.session import Ids, SessionError
+
+
+class State(Protocol):
+    """What is asked of a state here: the axis that grows by each call's tokens, if any."""
+
+    @property
+    def axis(self) -> int | None: ...
 
 
 class TokenInputs:
@@ -12,6 +22,8 @@ class TokenInputs:
 
     Args:
         vocab_size: ids must be below it.
+        states: the graph's states. Where one grows, the attention mask covers its past as well;
+            a graph without any takes each call for itself.
 
     Attributes:
         batch: B, rows of every call.
@@ -19,8 +31,10 @@ class TokenInputs:
         mask: ``[B, P]``, the attention mask of the tokens seen.
     """
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, states: Sequence[State]) -> None:
         self.vocab_size = vocab_size
+        self.stateful = bool(states)
+        self.cached = any(state.axis is not None for state in states)
         self.reset(1, 0)
 
     def reset(self, batch: int, capacity: int) -> None:
@@ -31,16 +45,17 @@ class TokenInputs:
 
     @property
     def seen(self) -> int:
-        """P, the tokens of every row so far, padding included."""
-        return int(self.mask.shape[1])
+        """P, the tokens of every row so far, padding included; 0 without state."""
+        return int(self.mask.shape[1]) if self.stateful else 0
 
     def append(self, input_ids: Ids, attention_mask: Ids) -> dict[str, Ids]:
         """The graph's inputs for T more tokens, ``[B, T]`` each; call ``check`` first."""
-        self.mask = np.concatenate((self.mask, attention_mask), axis=1)
+        past = self.mask[:, : self.seen]
+        self.mask = np.concatenate((past, attention_mask), axis=1)
         positions = np.maximum(self.mask.cumsum(axis=1) - 1, 0)
         return {
             "input_ids": input_ids,
-            "attention_mask": self.mask,
+            "attention_mask": self.mask if self.cached else attention_mask,
             "position_ids": positions[:, -input_ids.shape[1] :],
         }
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from export.cli import export_command, main
 from export.ingot import GRAPH, MANIFEST, WEIGHTS, Manifest, sha256
-from graphs.family import find_family
+from graphs.family import FAMILIES, find_family
 from graphs.preset import preset_config, write_checkpoint
 from runtime.session import SessionError, load
 from validate.cli import validate_command
@@ -159,7 +159,7 @@ def test_refuses_a_destination_below_a_file(tiny: Path, tmp_path: Path) -> None:
 def test_refuses_a_preset_for_a_folder(tiny: Path, out: Path) -> None:
     result = _export("--model", tiny, "--preset", "tiny", "--out", out)
     assert result.exit_code == 2
-    _refused(result.stderr, "--preset goes with a family name (granite, olmoe)")
+    _refused(result.stderr, f"--preset goes with a family name ({', '.join(FAMILIES)})")
     assert list(out.parent.iterdir()) == []
 
 
@@ -174,7 +174,7 @@ def test_refuses_what_is_neither_a_folder_nor_a_name(out: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "offered"),
     [
-        ("--task", "classify", "'generate', 'features'"),
+        ("--task", "translate", "'generate', 'features', 'classify'"),
         ("--target", "coreml", "'onnx', 'ort'"),
         ("--preset", "huge", "'tiny', 'small', 'full'"),
         ("--output", "attentions", "'router_logits', 'hidden_states'"),
@@ -195,9 +195,10 @@ HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime"
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (["--help"], ["export", "generate", "validate"]),
-        (["export", "--help"], ["--model", "--target", "--overwrite", "Exit status"]),
+        (["--help"], ["classify", "export", "generate", "validate"]),
+        (["export", "--help"], ["--target", "--overwrite", "Exit status", *FAMILIES]),
         (["generate", "--help"], ["--prompt-ids", "--temperature"]),
+        (["classify", "--help"], ["--prompt-ids", "--task classify"]),
         (["validate", "--help"], ["--checkpoint", "Exit status"]),
         (["--version"], ["0."]),
     ],

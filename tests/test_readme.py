@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from graphs.family import FAMILIES
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -60,6 +62,15 @@ def test_the_two_commands(clone: Path) -> None:
     # This suite is what `make test` runs; here only that the command exists.
     assert test == "make test"
     assert run("make --dry-run test", clone).returncode == 0
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "olmoe"])
+def test_every_family_exports_with_make(clone: Path, family: str) -> None:
+    assert f"| `{family}` |" in README
+    done = run(f"make export MODEL={family} TARGET=ort", clone)
+    assert done.returncode == 0, done.stderr
+    assert "passed" in done.stdout
+    assert (clone / "out" / f"{family}-ort" / "ingot.json").is_file()
 
 
 def test_an_own_checkpoint(clone: Path) -> None:

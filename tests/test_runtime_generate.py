@@ -274,7 +274,7 @@ def test_refuses_a_sampling_value_out_of_range(field: str, value: float) -> None
 
 def test_refuses_an_ingot_without_logits(tiny: Path, make_ingot: MakeIngot) -> None:
     session = load(make_ingot(tiny, "onnx", task="features"))
-    with pytest.raises(SessionError, match=r"task 'features' .* no logits; .*--task generate"):
+    with pytest.raises(SessionError, match=r"'features' and cannot generate; .*--task generate"):
         _rows(session, [[1, 2]], 4)
 
 

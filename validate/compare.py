@@ -43,7 +43,7 @@ def compare(
         step: named in the results.
         expected: references by name.
         actual: the target's tensors by name.
-        kinds: name -> ``logits``, ``hidden``, ``key`` or ``value``.
+        kinds: name -> ``logits``, ``hidden``, or the kind of a state.
         precision: of the target.
 
     Returns:

@@ -28,7 +28,7 @@ class EagerSession:
 
     Args:
         checkpoint: the weights.
-        task: ``generate`` or ``features``.
+        task: a task of the family.
         streamed: whether to stream; decided by the free memory where absent.
         advance: told the bytes of each weight that is loaded up front.
 
@@ -56,7 +56,7 @@ class EagerSession:
         self.states: tuple[StateSpec, ...] = getattr(self.model, "states")
         config = getattr(self.model, "config")
         self._top_k: int | None = getattr(config, "num_experts_per_tok", None)
-        self._tokens = TokenInputs(config.vocab_size)
+        self._tokens = TokenInputs(config.vocab_size, self.states)
         self.router_margin: float | None = None
         self.reset(1, 0)
 

@@ -17,17 +17,22 @@ class Inputs:
         input_ids: ``[B, prefill + decode]``.
         attention_mask: likewise; the second row begins with padding.
         prefill: tokens of the first call; every later call has one.
+        stateful: where not, every call begins at the first token and has one more at its end.
     """
 
     input_ids: Ids
     attention_mask: Ids
     prefill: int
+    stateful: bool = True
 
     @property
     def steps(self) -> list[tuple[str, slice]]:
         """Name and columns of every call."""
         total = self.input_ids.shape[1]
         decode = range(self.prefill, total)
+        if not self.stateful:
+            lengths = range(self.prefill, total + 1)
+            return [(f"{length} tokens", slice(0, length)) for length in lengths]
         return [("prefill", slice(0, self.prefill))] + [
             (f"decode {column - self.prefill + 1}", slice(column, column + 1)) for column in decode
         ]
@@ -39,10 +44,20 @@ DECODE = 8
 PADDING = 7
 
 
-def make_inputs(vocab_size: int, seed: int = 0) -> Inputs:
-    """Inputs for any vocabulary: two rows, ``PREFILL`` tokens and ``DECODE`` more."""
+def make_inputs(
+    vocab_size: int, seed: int = 0, *, chunk_size: int = 0, stateful: bool = True
+) -> Inputs:
+    """Inputs for any vocabulary: two rows, a prefill and ``DECODE`` tokens more.
+
+    Args:
+        vocab_size: ids are below it.
+        seed: of the ids.
+        chunk_size: of a chunked scan, whose prefill must carry its state over a boundary.
+        stateful: see ``Inputs``.
+    """
     random = np.random.default_rng(seed)
-    ids = random.integers(0, vocab_size, size=(2, PREFILL + DECODE), dtype=np.int64)
+    prefill = max(PREFILL, chunk_size + 3)
+    ids = random.integers(0, vocab_size, size=(2, prefill + DECODE), dtype=np.int64)
     mask = np.ones_like(ids)
     mask[1, :PADDING] = 0
-    return Inputs(ids, mask, PREFILL)
+    return Inputs(ids, mask, prefill, stateful)

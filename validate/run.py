@@ -62,7 +62,8 @@ class Validation:
             "seed": self.seed,
             "batch": batch,
             "prefill_tokens": self.inputs.prefill,
-            "decode_steps": total - self.inputs.prefill,
+            "decode_steps": total - self.inputs.prefill if self.inputs.stateful else 0,
+            "calls": len(self.inputs.steps),
             "compared": sum(comparison.errors is not None for comparison in self.comparisons),
             "router_margin": self.router_margin,
         }
@@ -113,7 +114,9 @@ def compare_sessions(
         seen = inputs.attention_mask[:, : columns.stop] != 0
         tensors = []
         for session in (expected, actual):
-            found = {main_output: session.step(ids, mask)[mask != 0]}
+            main = session.step(ids, mask)
+            # A classifier has one output a row, and not one a token.
+            found = {main_output: main[mask != 0] if main.ndim == 3 else main}
             for name, array in session.state().items():
                 axis = axes.get(name)
                 found[name] = array if axis is None else np.moveaxis(array, axis, 1)[seen]
@@ -142,7 +145,10 @@ def validate_ingot(
     """
     manifest = Manifest.read(folder)
     session = load(folder, verify=verify, allow_failed=True)
-    inputs = make_inputs(manifest.vocab_size, seed)
+    chunk_size = getattr(getattr(expected.model, "config"), "chunk_size", 0)
+    inputs = make_inputs(
+        manifest.vocab_size, seed, chunk_size=chunk_size, stateful=bool(manifest.states)
+    )
     comparisons = compare_sessions(
         expected, session, inputs, manifest.main_output, manifest.states, advance
     )

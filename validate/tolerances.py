@@ -37,4 +37,11 @@ TOLERANCES = {
         1e-4, 1e-5, 1e-3, "A projection, a norm and a rotation of a hidden state, all float32."
     ),
     ("float32", "value"): Tolerance(1e-4, 1e-5, 1e-3, "A projection of a hidden state, float32."),
+    ("float32", "conv"): Tolerance(1e-4, 1e-5, 1e-3, "A projection of a hidden state, float32."),
+    ("float32", "ssm"): Tolerance(
+        1e-4,
+        1e-5,
+        1e-3,
+        "A sum of decayed products; a chunked scan orders it another way than the recurrence.",
+    ),
 }

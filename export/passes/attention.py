@@ -88,10 +88,16 @@ class AttentionToGroupQueryAttention(ir.passes.InPlacePass):
         )
         model.graph.insert_before(node, swapped)
         back, merge = _consumers(node)
-        for old, new in zip((merge.outputs[0], key, value), swapped.outputs, strict=True):
+        done = [back, node, _producer(key), _producer(value)]
+        if _rank(merge.outputs[0]) == 3:
+            take_place(merge.outputs[0], swapped.outputs[0])
+            done.insert(0, merge)
+        else:
+            # Not merely [B, T, h*D]: the elements lie in the same order, so it stays.
+            merge.replace_input_with(0, swapped.outputs[0])
+        for old, new in zip((key, value), swapped.outputs[1:], strict=True):
             take_place(old, new)
-        concats = [_producer(key), _producer(value)]
-        model.graph.remove([merge, back, node, *concats], safe=True)
+        model.graph.remove(done, safe=True)
 
     def _bias(self, model: ir.Model, before: ir.Node, mask: ir.Value) -> ir.Value:
         zero = constant(model, "bias_visible", np.array(0, dtype=np.float32))
@@ -102,6 +108,10 @@ class AttentionToGroupQueryAttention(ir.passes.InPlacePass):
         where = ir.node("Where", [mask, zero, lowest])
         model.graph.insert_before(before, where)
         return where.outputs[0]
+
+
+def _rank(value: ir.Value) -> int | None:
+    return None if value.shape is None else len(value.shape)
 
 
 def _producer(value: ir.Value | None) -> ir.Node:
@@ -133,7 +143,7 @@ def _appended(cache: ir.Value) -> ir.Value:
 
 
 def _consumers(node: ir.Node) -> tuple[ir.Node, ir.Node]:
-    """The Transpose back to ``[B, T, h, D]`` and the Reshape to ``[B, T, h*D]``."""
+    """The Transpose back to ``[B, T, h, D]`` and the Reshape behind it."""
     back = next(iter(node.outputs[0].uses())).node
     merge = next(iter(back.outputs[0].uses())).node
     return back, merge

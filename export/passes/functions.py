@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import onnx
 import onnx_ir as ir
 
-from plugins import moe_dispatch
+from plugins import mamba2_scan, moe_dispatch, moe_linear
+
+DOMAIN, VERSION = moe_dispatch.DOMAIN, moe_dispatch.VERSION
+
+# A function cannot branch on a string, so a body may depend on the node's attributes.
+BODIES: dict[str, Callable[[ir.Node], onnx.FunctionProto]] = {
+    mamba2_scan.NAME: lambda _: mamba2_scan.function_body(),
+    moe_dispatch.NAME: lambda node: moe_dispatch.function_body(
+        node.attributes["activation"].as_string()
+    ),
+    moe_linear.NAME: lambda _: moe_linear.function_body(),
+}
 
 
 class AttachFunctionBodies(ir.passes.InPlacePass):
@@ -16,12 +30,11 @@ class AttachFunctionBodies(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in model.graph:
-            if node.domain != moe_dispatch.DOMAIN or node.op_identifier() in model.functions:
+            if node.domain != DOMAIN or node.op_identifier() in model.functions:
                 continue
-            activation = node.attributes["activation"].as_string()
-            function = ir.serde.deserialize_function(moe_dispatch.function_body(activation))
+            function = ir.serde.deserialize_function(BODIES[node.op_type](node))
             model.functions[function.identifier()] = function
             modified = True
         if modified:
-            model.opset_imports[moe_dispatch.DOMAIN] = moe_dispatch.VERSION
+            model.opset_imports[DOMAIN] = VERSION
         return ir.passes.PassResult(model, modified=modified)

@@ -102,10 +102,10 @@ def _reversed(
 
 
 def _interleaved(gate_up: np.ndarray) -> np.ndarray:
-    """One expert's ``[2I, H]``: gate rows then up rows -> gate and up rows in turn."""
-    rows, hidden = gate_up.shape
+    """One expert's ``[..., 2I, H]``: gate rows then up rows -> gate and up rows in turn."""
+    rows, hidden = gate_up.shape[-2:]
     halves = gate_up.reshape(2, rows // 2, hidden)
-    return np.ascontiguousarray(halves.swapaxes(0, 1)).reshape(rows, hidden)
+    return np.ascontiguousarray(halves.swapaxes(0, 1)).reshape(gate_up.shape)
 
 
 def _same(down: np.ndarray) -> np.ndarray:

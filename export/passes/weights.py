@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from graphs.checkpoint import stack_height
+
 # Reads one block of a weight; see `Weight`.
 ReadBlock = Callable[[int], np.ndarray]
 
@@ -28,7 +30,7 @@ class Weight(ir.LazyTensor):
         self, name: str, shape: tuple[int, ...], dtype: ir.DataType, read_block: ReadBlock
     ) -> None:
         super().__init__(self._whole, dtype=dtype, shape=ir.Shape(shape), name=name)
-        self.blocks = shape[0] if len(shape) == 3 else 1
+        self.blocks = stack_height(shape)
         self.read_block = read_block
 
     def _whole(self) -> ir.Tensor[np.ndarray]:

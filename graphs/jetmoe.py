@@ -1,0 +1,412 @@
+"""JetMoE: a decoder whose attention heads and MLPs are both mixtures of experts.
+
+Source: Shen et al. 2024, "JetMoE: Reaching Llama2 Performance with 0.1M Dollars",
+arXiv:2404.07413, section 2; the mixture of attention heads is Zhang et al. 2022,
+arXiv:2210.05144. Config and tensor names are Hugging Face's. In attention the query and output
+projections belong to experts and are chosen by token, while keys and values are shared: every
+chosen expert brings Hkv query heads, one for each key-value head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from graphs.config import ConfigError, ConfigReader
+from graphs.family import Family
+from graphs.layers import (
+    HIDDEN_ACT,
+    ModelOutput,
+    RMSNorm,
+    attention,
+    causal_mask,
+    load_balancing_loss,
+)
+from graphs.rope import RopeParameters, RotaryEmbedding, rotate
+from graphs.state import StateSpec, key_value_states
+from plugins.moe_dispatch import moe_dispatch
+from plugins.moe_linear import choose_experts, moe_linear
+
+# The released layers take this whatever `rms_norm_eps` says; the field is the final norm's alone.
+LAYER_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class JetMoeConfig:
+    """The fields of a JetMoE ``config.json`` that shape the result, by their own names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_key_value_heads: int
+    kv_channels: int
+    activation_function: str
+    rms_norm_eps: float
+    num_local_experts: int
+    num_experts_per_tok: int
+    num_labels: int
+    tie_word_embeddings: bool
+    rope: RopeParameters
+
+    @classmethod
+    def read(cls, raw: dict[str, Any]) -> JetMoeConfig:
+        """From a parsed ``config.json``; absent fields take transformers' defaults.
+
+        Raises:
+            ConfigError: a field of another type, or one that the graph does not implement.
+        """
+        config = ConfigReader(raw, "jetmoe")
+        key_value_heads = config.size("num_key_value_heads", 16)
+        kv_channels = config.size("kv_channels", 128)
+        experts = config.size("num_local_experts", 8)
+        chosen = config.size("num_experts_per_tok", 2)
+        if chosen > experts:
+            raise ConfigError(
+                f"config.json: num_experts_per_tok {chosen} is more than num_local_experts "
+                f"{experts}."
+            )
+        config.must_be(
+            "num_attention_heads",
+            key_value_heads * chosen,
+            "each chosen expert has one query head for each of num_key_value_heads",
+        )
+        config.must_be("head_dim", kv_channels, "it is another name of kv_channels")
+        rope = RopeParameters.read(
+            config, kv_channels, config.size("max_position_embeddings", 4096)
+        )
+        result = cls(
+            vocab_size=config.size("vocab_size", 32000),
+            hidden_size=config.size("hidden_size", 2048),
+            intermediate_size=config.size("intermediate_size", 5632),
+            num_hidden_layers=config.size("num_hidden_layers", 12),
+            num_key_value_heads=key_value_heads,
+            kv_channels=kv_channels,
+            activation_function=config.choice("activation_function", HIDDEN_ACT, "silu"),
+            rms_norm_eps=config.take("rms_norm_eps", float, 1e-6),
+            num_local_experts=experts,
+            num_experts_per_tok=chosen,
+            num_labels=config.labels(),
+            tie_word_embeddings=config.take("tie_word_embeddings", bool, True),
+            rope=rope,
+        )
+        config.finish()
+        return result
+
+
+class JetMoeRouter(nn.Module):
+    def __init__(self, config: JetMoeConfig) -> None:
+        super().__init__()
+        self.layer = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``[N, H]`` -> router logits ``[N, E]`` float32."""
+        logits: torch.Tensor = self.layer(tokens)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class JetMoeParallelExperts(nn.Module):
+    """One linear layer an expert, ``weight [E, O, Kin]``."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+
+
+class JetMoeMoA(nn.Module):
+    """The experts of attention: a query and an output projection each."""
+
+    def __init__(self, config: JetMoeConfig) -> None:
+        super().__init__()
+        hidden, experts = config.hidden_size, config.num_local_experts
+        width = config.num_key_value_heads * config.kv_channels
+        self.bias = nn.Parameter(torch.empty(hidden))
+        self.input_linear = JetMoeParallelExperts(experts, hidden, width)
+        self.output_linear = JetMoeParallelExperts(experts, width, hidden)
+        self.router = JetMoeRouter(config)
+
+
+class JetMoeAttention(nn.Module):
+    def __init__(self, config: JetMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.num_key_value_heads * config.kv_channels
+        self.experts = JetMoeMoA(config)
+        self.kv_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor,
+        past_key: torch.Tensor | None,
+        past_value: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        c, experts = self.config, self.experts
+        chosen, shared = c.num_experts_per_tok, c.num_key_value_heads
+        batch, length, _ = x.shape
+        tokens = x.flatten(0, 1)
+        router_logits = experts.router(tokens)
+        ids = choose_experts(router_logits, chosen)
+        gates = router_logits.gather(-1, ids).softmax(-1).to(x.dtype)
+
+        query = moe_linear(tokens, ids, experts.input_linear.weight)
+        query = rotate(query.view(batch, length, -1, c.kv_channels), cos, sin)
+        # The experts' heads come one expert after another; the K heads that share a key-value
+        # head must be neighbours for grouped-query attention.
+        query = query.view(batch, length, chosen, shared, c.kv_channels).transpose(2, 3)
+        key, value = self.kv_proj(x).unflatten(-1, (-1, c.kv_channels)).chunk(2, dim=2)
+        out, present_key, present_value = attention(
+            query.flatten(2, 3),
+            rotate(key, cos, sin),
+            value,
+            past_key,
+            past_value,
+            mask,
+            c.kv_channels**-0.5,
+        )
+        out = out.view(batch * length, shared, chosen, c.kv_channels).transpose(1, 2).flatten(2)
+        y = moe_linear(out, ids, experts.output_linear.weight)
+        y = (gates[..., None] * y).sum(1).view_as(x) + experts.bias
+        return y, present_key, present_value, router_logits
+
+
+class JetMoeMoE(nn.Module):
+    """The MLP: a mixture of gated MLPs with one bias."""
+
+    def __init__(self, config: JetMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, inner = config.hidden_size, config.intermediate_size
+        experts = config.num_local_experts
+        self.bias = nn.Parameter(torch.empty(hidden))
+        self.input_linear = JetMoeParallelExperts(experts, hidden, 2 * inner)
+        self.output_linear = JetMoeParallelExperts(experts, inner, hidden)
+        self.router = JetMoeRouter(config)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[B, T, H]`` -> ``[B, T, H]`` and router logits ``[B*T, E]`` float32."""
+        tokens = x.flatten(0, 1)
+        router_logits = self.router(tokens)
+        y = moe_dispatch(
+            tokens,
+            router_logits,
+            self.input_linear.weight,
+            self.output_linear.weight,
+            self.config.num_experts_per_tok,
+            # The softmax over the chosen logits alone is the one over all, divided by its sum.
+            True,
+            self.config.activation_function,
+        )
+        return y.view_as(x) + self.bias, router_logits
+
+
+class JetMoeDecoderLayer(nn.Module):
+    def __init__(self, config: JetMoeConfig) -> None:
+        super().__init__()
+        self.self_attention = JetMoeAttention(config)
+        self.mlp = JetMoeMoE(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, LAYER_NORM_EPS)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, LAYER_NORM_EPS)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor,
+        past_key: torch.Tensor | None,
+        past_value: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        mixed, present_key, present_value, attention_logits = self.self_attention(
+            self.input_layernorm(x), cos, sin, mask, past_key, past_value
+        )
+        x = x + mixed
+        mixed, mlp_logits = self.mlp(self.post_attention_layernorm(x))
+        return x + mixed, present_key, present_value, attention_logits, mlp_logits
+
+
+class JetMoeModel(nn.Module):
+    """The bare model: ``last_hidden_state [B, T, H]`` after the final norm."""
+
+    main_output = "last_hidden_state"
+
+    def __init__(self, config: JetMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            JetMoeDecoderLayer(config) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config.rope)
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        c = self.config
+        return key_value_states(c.num_hidden_layers, c.num_key_value_heads, c.kv_channels)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: tuple[torch.Tensor, ...],
+    ) -> ModelOutput:
+        """One prefill or decode call; arguments as in ``graphs.olmoe.OlmoeModel.forward``.
+
+        ``past`` may be empty for a call that stands alone. The router logits are the attention's
+        and then the MLP's, layer by layer.
+        """
+        x = self.embed_tokens(input_ids)
+        cos, sin = (table.to(x.dtype) for table in self.rotary_emb(position_ids))
+        mask = causal_mask(attention_mask, input_ids.shape[1])
+        caches = past or (None,) * len(self.states)
+        present: list[torch.Tensor] = []
+        router_logits: list[torch.Tensor] = []
+        hidden_states = [x]
+        for layer, key, value in zip(self.layers, caches[::2], caches[1::2], strict=True):
+            x, new_key, new_value, *logits = layer(x, cos, sin, mask, key, value)
+            present += [new_key, new_value]
+            router_logits += logits
+            hidden_states.append(x)
+        hidden_states[-1] = x = self.norm(x)
+        return ModelOutput(x, tuple(present), tuple(router_logits), tuple(hidden_states))
+
+
+class JetMoeForCausalLM(nn.Module):
+    """The bare model and a language-model head: ``logits [B, T, V]``."""
+
+    main_output = "logits"
+
+    def __init__(self, config: JetMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = JetMoeModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        return self.model.states
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: tuple[torch.Tensor, ...],
+    ) -> ModelOutput:
+        """As ``JetMoeModel.forward``, with logits for every new token."""
+        out: ModelOutput = self.model(input_ids, attention_mask, position_ids, past)
+        tied = self.config.tie_word_embeddings
+        head = self.model.embed_tokens.weight if tied else self.lm_head.weight
+        return out._replace(main=F.linear(out.main, head))
+
+    def aux_loss(self, out: ModelOutput, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The load-balancing loss of a call without a past, over both kinds of router."""
+        return load_balancing_loss(
+            out.router_logits, self.config.num_experts_per_tok, attention_mask
+        )
+
+
+class JetMoeForSequenceClassification(nn.Module):
+    """The bare model and a classifier of the last token: ``logits [B, num_labels]``.
+
+    It has no state: each call holds whole sequences, padded on either side.
+    """
+
+    main_output = "logits"
+    states: tuple[StateSpec, ...] = ()
+
+    def __init__(self, config: JetMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = JetMoeModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: tuple[torch.Tensor, ...],
+    ) -> ModelOutput:
+        """As ``JetMoeModel.forward``, with the logits of each row's last unmasked token."""
+        out: ModelOutput = self.model(input_ids, attention_mask, position_ids, past)
+        place = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (place * attention_mask).argmax(-1)
+        index = last[:, None, None].expand(-1, 1, self.config.hidden_size)
+        return out._replace(main=self.score(out.main.gather(1, index).squeeze(1)), present=())
+
+
+def preset_gain(name: str, config: dict[str, Any]) -> float:
+    """Weights with which attention chooses, and a tied head does not repeat the last token.
+
+    Larger gains would let every rounding error grow from layer to layer.
+    """
+    if "embed_tokens" in name and config.get("tie_word_embeddings", True):
+        return 0.25
+    return 1.4 if name.endswith(("experts.input_linear.weight", "kv_proj.weight")) else 1.0
+
+
+FAMILY = Family(
+    model_type="jetmoe",
+    hub_name="jetmoe/jetmoe-8b",
+    read_config=JetMoeConfig.read,
+    tasks={
+        "generate": JetMoeForCausalLM,
+        "features": JetMoeModel,
+        "classify": JetMoeForSequenceClassification,
+    },
+    tied={"lm_head.weight": "model.embed_tokens.weight"},
+    head_tensors=("lm_head.weight", "score.weight"),
+    extra_outputs=("router_logits", "hidden_states"),
+    preset_gain=preset_gain,
+    presets={
+        "tiny": {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "kv_channels": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 512,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        },
+        "small": {
+            "vocab_size": 32000,
+            "hidden_size": 512,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 6,
+            "num_key_value_heads": 4,
+            "kv_channels": 64,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        },
+        # The released JetMoE-8B.
+        "full": {
+            "vocab_size": 32000,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 16,
+            "kv_channels": 128,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    },
+)
