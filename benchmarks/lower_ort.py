@@ -1,11 +1,13 @@
 """Why the ``ort`` target swaps what it swaps: each kernel against what it replaces, interleaved.
 
-Run with ``.venv/bin/python benchmarks/lower_ort.py``; docs/performance.md has figures of such runs.
-One layer of OLMoE-1B-7B's shape, float32. Every figure is the median of interleaved repetitions.
+Run with ``.venv/bin/python benchmarks/lower_ort.py olmoe`` (or ``jetmoe``); docs/performance.md has
+figures of such runs. One layer of OLMoE-1B-7B's or JetMoE-8B's shape, float32. Every figure is the
+median of interleaved repetitions.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ import torch
 from export.build import build
 from export.passes.attention import AttentionToGroupQueryAttention
 from export.passes.moe import MoeDispatchToMoE
+from export.passes.moe_linear import MoeLinearToMatMuls
 from export.progress import Stages
 from export.request import ExportRequest
 from graphs.family import find_family
@@ -28,22 +31,30 @@ from runtime.session import Session, load
 
 REPETITIONS = 7
 
+# Family -> the columns of its table, and the passes each of them goes without.
+WITHOUT: dict[str, dict[str, tuple[type[ir.passes.InPlacePass], ...]]] = {
+    "olmoe": {
+        "function body, Attention": (MoeDispatchToMoE, AttentionToGroupQueryAttention),
+        "MoE, Attention": (AttentionToGroupQueryAttention,),
+        "MoE, GroupQueryAttention": (),
+    },
+    "jetmoe": {
+        "function body of MoeLinear": (MoeLinearToMatMuls,),
+        "one MatMul per expert": (),
+    },
+}
 
-def variants(folder: Path) -> dict[str, Session]:
-    """The same layer with neither swap, with one, and with both."""
-    family = find_family("olmoe")
+
+def variants(model_type: str, folder: Path) -> dict[str, Session]:
+    """The same layer, lowered in each way."""
+    family = find_family(model_type)
     config = {**preset_config(family, "full"), "num_hidden_layers": 1, "vocab_size": 1024}
     config.update(eos_token_id=None, max_position_embeddings=16384)
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
     write_checkpoint(checkpoint, family, config)
-    unchanged = {
-        "function body, Attention": (MoeDispatchToMoE, AttentionToGroupQueryAttention),
-        "MoE, Attention": (AttentionToGroupQueryAttention,),
-        "MoE, GroupQueryAttention": (),
-    }
     sessions: dict[str, Session] = {}
-    for name, passes in unchanged.items():
+    for name, passes in WITHOUT[model_type].items():
         out = folder / name.replace(" ", "-")
         patches = [mock.patch.object(p, "call", _nothing) for p in passes]
         for patch in patches:
@@ -91,9 +102,10 @@ def void(_result: object) -> None:
 
 
 def main() -> None:
-    print(f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}")
+    model_type = sys.argv[1] if len(sys.argv) > 1 else "olmoe"
+    print(f"{model_type}, onnxruntime {onnxruntime.__version__}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
-        sessions = variants(Path(folder))
+        sessions = variants(model_type, Path(folder))
         print("| batch | tokens | call | " + " | ".join(sessions) + " |")
         print("|---|---|---|" + "---|" * len(sessions))
         for batch, tokens in ((1, 16), (1, 128), (1, 512), (1, 2048), (4, 128), (4, 1024)):
