@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from graphs.config import ConfigError, ConfigReader
 from graphs.family import Family
-from graphs.layers import HIDDEN_ACT, ModelOutput, RMSNorm, attention, causal_mask
+from graphs.layers import HIDDEN_ACT, CausalLM, ModelOutput, RMSNorm, attention, causal_mask
 from graphs.rope import RopeParameters, RotaryEmbedding, rotate
 from graphs.state import StateSpec, key_value_states
 from plugins.moe_dispatch import ACTIVATIONS
@@ -206,21 +205,10 @@ class GraniteModel(nn.Module):
         return ModelOutput(x, tuple(present), hidden_states=tuple(hidden_states))
 
 
-class GraniteForCausalLM(nn.Module):
+class GraniteForCausalLM(CausalLM):
     """The bare model and a language-model head: ``logits [B, T, V]``."""
 
-    main_output = "logits"
-
-    def __init__(self, config: GraniteConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = GraniteModel(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    @property
-    def states(self) -> tuple[StateSpec, ...]:
-        return self.model.states
+    bare = GraniteModel
 
     def forward(
         self,
@@ -230,10 +218,8 @@ class GraniteForCausalLM(nn.Module):
         past: tuple[torch.Tensor, ...],
     ) -> ModelOutput:
         """As ``GraniteModel.forward``, with logits for every new token."""
-        out: ModelOutput = self.model(input_ids, attention_mask, position_ids, past)
-        tied = self.config.tie_word_embeddings
-        head = self.model.embed_tokens.weight if tied else self.lm_head.weight
-        return out._replace(main=F.linear(out.main, head) / self.config.logits_scaling)
+        out = super().forward(input_ids, attention_mask, position_ids, past)
+        return out._replace(main=out.main / self.config.logits_scaling)
 
 
 def preset_gain(name: str, config: dict[str, Any]) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from graphs.state import StateSpec
 from plugins.moe_dispatch import route
 
 # Hugging Face's `hidden_act` names -> the names the custom operators use.
@@ -37,6 +38,45 @@ class ModelOutput(NamedTuple):
     present: tuple[torch.Tensor, ...]
     router_logits: tuple[torch.Tensor, ...] = ()
     hidden_states: tuple[torch.Tensor, ...] = ()
+
+
+class CausalLM(nn.Module):
+    """A bare model with a language-model head: ``logits [B, T, V]``.
+
+    A subclass names the class of the bare model, and where checkpoints keep it and its embedding.
+    """
+
+    main_output = "logits"
+    bare: type[nn.Module]
+    base_model_prefix = "model"
+    embeddings = "embed_tokens"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        setattr(self, self.base_model_prefix, self.bare(config))
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        """Those of the bare model."""
+        result: tuple[StateSpec, ...] = getattr(self, self.base_model_prefix).states
+        return result
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: tuple[torch.Tensor, ...],
+    ) -> ModelOutput:
+        """As the bare model's ``forward``, with logits for every new token."""
+        model = getattr(self, self.base_model_prefix)
+        out: ModelOutput = model(input_ids, attention_mask, position_ids, past)
+        tied = self.config.tie_word_embeddings
+        head = getattr(model, self.embeddings) if tied else self.lm_head
+        return out._replace(main=F.linear(out.main, head.weight))
 
 
 class RMSNorm(nn.Module):

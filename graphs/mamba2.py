@@ -19,7 +19,7 @@ from torch import nn
 
 from graphs.config import ConfigError, ConfigReader
 from graphs.family import Family
-from graphs.layers import HIDDEN_ACT, ModelOutput, RMSNorm
+from graphs.layers import HIDDEN_ACT, CausalLM, ModelOutput, RMSNorm
 from graphs.state import StateSpec, recurrent_states
 from plugins.mamba2_scan import mamba2_scan
 from plugins.moe_dispatch import ACTIVATIONS
@@ -280,34 +280,12 @@ class Mamba2Model(nn.Module):
         return ModelOutput(x, tuple(present), hidden_states=(*hidden_states, x))
 
 
-class Mamba2ForCausalLM(nn.Module):
+class Mamba2ForCausalLM(CausalLM):
     """The bare model and a language-model head: ``logits [B, T, V]``."""
 
-    main_output = "logits"
-
-    def __init__(self, config: Mamba2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone = Mamba2Model(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    @property
-    def states(self) -> tuple[StateSpec, ...]:
-        return self.backbone.states
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        past: tuple[torch.Tensor, ...],
-    ) -> ModelOutput:
-        """As ``Mamba2Model.forward``, with logits for every new token."""
-        out: ModelOutput = self.backbone(input_ids, attention_mask, position_ids, past)
-        tied = self.config.tie_word_embeddings
-        head = self.backbone.embeddings.weight if tied else self.lm_head.weight
-        return out._replace(main=F.linear(out.main, head))
+    bare = Mamba2Model
+    base_model_prefix = "backbone"
+    embeddings = "embeddings"
 
 
 def preset_gain(name: str, config: dict[str, Any]) -> float:

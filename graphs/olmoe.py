@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from graphs.checkpoint import Part
 from graphs.config import ConfigError, ConfigReader
 from graphs.family import Family
-from graphs.layers import HIDDEN_ACT, ModelOutput, RMSNorm, attention, causal_mask
+from graphs.layers import HIDDEN_ACT, CausalLM, ModelOutput, RMSNorm, attention, causal_mask
 from graphs.rope import RopeParameters, RotaryEmbedding, rotate
 from graphs.state import StateSpec, key_value_states
 from plugins.moe_dispatch import moe_dispatch
@@ -250,34 +249,10 @@ class OlmoeModel(nn.Module):
         return ModelOutput(x, tuple(present), tuple(router_logits), tuple(hidden_states))
 
 
-class OlmoeForCausalLM(nn.Module):
+class OlmoeForCausalLM(CausalLM):
     """The bare model and a language-model head: ``logits [B, T, V]``."""
 
-    main_output = "logits"
-
-    def __init__(self, config: OlmoeConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = OlmoeModel(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    @property
-    def states(self) -> tuple[StateSpec, ...]:
-        return self.model.states
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        past: tuple[torch.Tensor, ...],
-    ) -> ModelOutput:
-        """As ``OlmoeModel.forward``, with logits for every new token."""
-        out: ModelOutput = self.model(input_ids, attention_mask, position_ids, past)
-        tied = self.config.tie_word_embeddings
-        head = self.model.embed_tokens.weight if tied else self.lm_head.weight
-        return out._replace(main=F.linear(out.main, head))
+    bare = OlmoeModel
 
 
 def expert_parts(name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
