@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +15,8 @@ import onnx_ir as ir
 import torch
 
 from export.capture import OPSET, Captured, capture
+from export.eligibility import eligibility, require
+from export.engine import make_engine, plan_engine
 from export.ingot import (
     GRAPH,
     WEIGHTS,
@@ -27,8 +28,9 @@ from export.ingot import (
     staged,
 )
 from export.lower_ort import lower_ort, shares_buffers
+from export.lower_trt import lower_trt
 from export.progress import Stages
-from export.request import ExportRequest
+from export.request import PRECISIONS, ExportRequest
 from export.weights import weight_bytes, write_weights
 from graphs.checkpoint import Checkpoint, assemble, assemble_row, stack_height
 from graphs.family import FAMILIES, Family, active_parameters, family_of, find_family
@@ -47,7 +49,18 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "safetensors")
+TOOLS = (
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "safetensors",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "polygraphy",
+)
 
 
 class ExportError(IngotError):
@@ -79,6 +92,13 @@ def build(request: ExportRequest, stages: Stages, validate: Validate | None) -> 
             left at ``request.out`` that was not there before.
     """
     check_destination(request.out, request.overwrite)
+    if request.precision != "fp32" and not request.for_tensorrt:
+        raise ExportError(
+            f"--precision {request.precision} goes with a TensorRT target; {request.target} ingots "
+            "are float32."
+        )
+    builder = plan_engine(request) if request.for_tensorrt else None
+    dtype: torch.dtype = getattr(torch, PRECISIONS[request.precision])
     checkpoint = Checkpoint.open(_checkpoint_folder(request, stages))
     family = family_of(checkpoint)
     for name in request.extra_outputs:
@@ -86,23 +106,32 @@ def build(request: ExportRequest, stages: Stages, validate: Validate | None) -> 
             raise ExportError(
                 f"{family.model_type} has no {name}; it has: {', '.join(family.extra_outputs)}."
             )
-    model = family.build(checkpoint.config, request.task)
+    model = family.build(checkpoint.config, request.task, dtype)
     weight_map = family.weight_map(model, checkpoint, request.task)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    _check_space(request.out, 4 * sum(math.prod(shape) for shape in shapes.values()))
+    parameters = dict(model.named_parameters())
+    weight_size = sum(p.numel() * p.element_size() for p in parameters.values())
+    # An engine holds its weights once more.
+    _check_space(request.out, weight_size * (2 if builder else 1))
 
     def read(name: str, block: int) -> torch.Tensor:
-        parts, shape = weight_map[name], shapes[name]
+        parts, parameter = weight_map[name], parameters[name]
+        shape = tuple(parameter.shape)
         if stack_height(shape) > 1:
-            return assemble_row(checkpoint, parts, shape, torch.float32, block)
-        return assemble(checkpoint, parts, shape, torch.float32)
+            return assemble_row(checkpoint, parts, shape, parameter.dtype, block)
+        return assemble(checkpoint, parts, shape, parameter.dtype)
 
     with staged(request.out) as folder:
         with stages.stage("capture graph"):
-            captured = capture(model, read, extra_outputs=request.extra_outputs)
+            captured = capture(model, read, precision=dtype, extra_outputs=request.extra_outputs)
         if request.target == "ort":
             with stages.stage("lower to ONNX Runtime"):
                 lower_ort(captured.model)
+        elif request.for_tensorrt:
+            with stages.stage("lower to TensorRT"):
+                lower_trt(captured.model)
+            rows = eligibility(captured.model, PRECISIONS[request.precision])
+            stages.table(f"{family.model_type} on TensorRT", rows)
+            require(rows)
         size = weight_bytes(captured.model)
         with stages.stage("write weights", size) as advance:
             weights_hash = write_weights(captured.model, folder, WEIGHTS, advance)
@@ -111,6 +140,10 @@ def build(request: ExportRequest, stages: Stages, validate: Validate | None) -> 
             if (checkpoint.path / name).is_file():
                 shutil.copyfile(checkpoint.path / name, folder / name)
         manifest = _manifest(request, family, checkpoint, model, captured)
+        if builder is not None:
+            with stages.stage(f"build engine with {builder}"):
+                engine = make_engine(folder, builder, manifest, request)
+            manifest = replace(manifest, engine=engine)
         known = {WEIGHTS: weights_hash}
         manifest = replace(manifest, files=file_infos(folder, known))
         manifest.write(folder)
@@ -185,7 +218,7 @@ def _manifest(
         model_type=family.model_type,
         task=request.task,
         target=request.target,
-        precision="float32",
+        precision=PRECISIONS[request.precision],
         main_output=captured.main_output,
         inputs=tuple(_tensor_info(value) for value in graph.inputs),
         outputs=tuple(_tensor_info(value) for value in graph.outputs),
@@ -194,7 +227,7 @@ def _manifest(
                 kind=state.kind,
                 input=state.input,
                 output=state.output,
-                dtype="float32",
+                dtype=_name(state.dtype(getattr(torch, PRECISIONS[request.precision]))),
                 input_shape=state.input_shape,
                 output_shape=state.output_shape,
                 axis=state.axis,
@@ -211,7 +244,7 @@ def _manifest(
         graph={"opset": OPSET, "nodes": sum(operators.values()), "operators": dict(operators)},
         parameters=total,
         active_parameters=active,
-        weight_bytes=4 * total,
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         tools=_tool_versions(),
         labels=_labels(checkpoint, request.task, config),
     )
@@ -221,6 +254,10 @@ def _tensor_info(value: ir.Value) -> TensorInfo:
     assert value.name is not None and value.dtype is not None and value.shape is not None
     dimensions = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
     return TensorInfo(value.name, value.dtype.numpy().name, dimensions)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _generation(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from export.passes.dimensions import NameDimensions
 from export.passes.functions import AttachFunctionBodies
 from export.passes.metadata import DropTracerMetadata
 from export.passes.reshapes import SimplifyReshapes, SizesFromTokens
-from export.passes.scales import FoldScales
+from export.passes.scales import FoldScales, NoteFactors
 from export.passes.weights import FoldWeightTransposes, WeightsToInitializers
 from graphs.state import BATCH, PAST, SEQUENCE, TOTAL, Dimension, StateSpec
 from plugins import mamba2_scan, moe_dispatch, moe_linear
@@ -97,22 +97,25 @@ def capture(
     model: nn.Module,
     read_block: Callable[[str, int], torch.Tensor],
     *,
+    precision: torch.dtype = torch.float32,
     extra_outputs: tuple[str, ...] = (),
 ) -> Captured:
     """Trace a graph into canonical ONNX with dynamic batch, sequence and past.
 
     Args:
-        model: an eager graph on the meta device.
+        model: an eager graph on the meta device, its parameters of the dtypes to store.
         read_block: parameter name and block -> that block (one expert of a stack ``[E, ...]``, or
             with block 0 a whole parameter); called only when weights are written.
+        precision: of the activations, and of the states that follow it.
         extra_outputs: ``router_logits``, ``hidden_states`` or both, as far as the architecture has
             them; each one's i-th tensor becomes ``{name}.{i}``.
     """
     states: tuple[StateSpec, ...] = getattr(model, "states")
     main_output: str = getattr(model, "main_output")
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    weights = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
     inputs = _inputs(states)
-    exported = _trace(_Traced(model, extra_outputs), shapes, inputs)
+    state_dtypes = [state.dtype(precision) for state in states]
+    exported = _trace(_Traced(model, extra_outputs), weights, inputs, state_dtypes)
     with _quiet():
         program = torch.onnx.export(
             exported,
@@ -125,7 +128,8 @@ def capture(
     assert program is not None
     result = program.model
     outputs = list(exported.call_spec.out_spec.context)
-    _name_interface(result, [*(WEIGHT_PREFIX + name for name in shapes), *inputs], outputs)
+    _name_interface(result, [*(WEIGHT_PREFIX + name for name in weights), *inputs], outputs)
+    NoteFactors()(result)
     optimizer.optimize(result, onnx_shape_inference=False)
     passes = ir.passes.Sequential(
         WeightsToInitializers(WEIGHT_PREFIX, read_block),
@@ -161,19 +165,24 @@ def _inputs(states: tuple[StateSpec, ...]) -> dict[str, tuple[Dimension, ...]]:
 
 
 def _trace(
-    traced: nn.Module, shapes: dict[str, tuple[int, ...]], inputs: dict[str, tuple[Dimension, ...]]
+    traced: nn.Module,
+    parameters: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    inputs: dict[str, tuple[Dimension, ...]],
+    state_dtypes: list[torch.dtype],
 ) -> torch.export.ExportedProgram:
     # Sizes that differ from each other and from 0 and 1, which the tracer would specialise.
     sizes = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8}
     with FakeTensorMode():
-        weights = {name: torch.empty(shape) for name, shape in shapes.items()}
+        weights = {
+            name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in parameters.items()
+        }
         tokens, states = [], []
         for index, shape in enumerate(inputs.values()):
             size = [sizes[d] if isinstance(d, str) else d for d in shape]
             if index < TOKEN_INPUTS:
                 tokens.append(torch.ones(size, dtype=torch.int64))
             else:
-                states.append(torch.zeros(size))
+                states.append(torch.zeros(size, dtype=state_dtypes[index - TOKEN_INPUTS]))
     dynamic = [
         {axis: torch.export.Dim.AUTO for axis, d in enumerate(shape) if isinstance(d, str)}
         for shape in inputs.values()

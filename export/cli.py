@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from export.request import EXTRA_OUTPUTS, PRESETS, TARGETS, TASKS, ExportRequest
+from export.request import (
+    BUILDERS,
+    EXTRA_OUTPUTS,
+    PRECISIONS,
+    PRESETS,
+    TARGETS,
+    TASKS,
+    ExportRequest,
+    Limits,
+)
 from plugins.errors import IngotError
 
 if TYPE_CHECKING:
@@ -94,6 +103,22 @@ def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
     type=click.Choice(EXTRA_OUTPUTS),
     help="Also make each layer's tensor of this kind an output.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(list(PRECISIONS)),
+    help="Of weights and activations of a TensorRT target; default bf16 there, fp32 elsewhere.",
+)
+@click.option(
+    "--builder",
+    type=click.Choice(BUILDERS),
+    default="auto",
+    show_default=True,
+    help="Of a TensorRT engine; none makes the graph alone.",
+)
+@click.option("--max-batch", default=Limits.max_batch, show_default=True, help="Of an engine.")
+@click.option("--max-seq", default=Limits.max_seq, show_default=True, help="Of an engine.")
+@click.option("--opt-seq", default=Limits.opt_seq, show_default=True, help="An engine's usual.")
+@click.option("--embed-plugins", is_flag=True, help="Put the plugin library into the engine.")
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with eager PyTorch.")
 @click.option("--preview", is_flag=True, help=f"Generate {PREVIEW_TOKENS} tokens at the end.")
 @click.option("--overwrite", is_flag=True, help="Replace an ingot that is at --out.")
@@ -106,6 +131,12 @@ def export_command(
     revision: str | None,
     seed: int,
     extra_outputs: tuple[str, ...],
+    precision: str | None,
+    builder: str,
+    max_batch: int,
+    max_seq: int,
+    opt_seq: int,
+    embed_plugins: bool,
     no_validate: bool,
     preview: bool,
     overwrite: bool,
@@ -129,6 +160,10 @@ def export_command(
             seed=seed,
             extra_outputs=tuple(dict.fromkeys(extra_outputs)),
             overwrite=overwrite,
+            precision=precision or ("bf16" if target.startswith("trt") else "fp32"),
+            builder=builder,
+            limits=Limits(max_batch, max_seq, opt_seq),
+            embed_plugins=embed_plugins,
         )
         manifest = _export(request, validate=not no_validate, preview=preview)
     except IngotError as error:
@@ -157,9 +192,12 @@ def _export(request: ExportRequest, *, validate: bool, preview: bool) -> Manifes
 def _validate(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str, Any]:
     from export.ingot import Manifest
     from validate.eager import EagerSession
-    from validate.run import CALLS, validate_ingot
+    from validate.run import CALLS, cannot_compare, validate_ingot
 
     manifest = Manifest.read(folder)
+    reason = cannot_compare(manifest)
+    if reason is not None:
+        return {"verdict": "skipped", "reason": reason}
     with stages.stage("load eager reference", manifest.weight_bytes) as advance:
         expected = EagerSession(checkpoint, manifest.task, advance=advance)
     with stages.stage("validate against eager PyTorch", CALLS, "steps") as advance:

@@ -23,6 +23,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "ingot.json"
 GRAPH = "model.onnx"
 WEIGHTS = "weights.safetensors"
+ENGINE = "model.engine"
 REPORT = "report"
 
 Verdict = Literal["passed", "failed", "skipped"]
@@ -62,6 +63,39 @@ class StateInfo:
 
 
 @dataclass(frozen=True)
+class ProfileInfo:
+    """One optimisation profile: input name -> its least, usual and largest shape."""
+
+    name: str
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a TensorRT engine was built by and for.
+
+    Attributes:
+        builder: ``tensorrt`` or ``tensorrt-rtx``.
+        version: of the builder, which an engine is bound to.
+        compute_capabilities: of the devices it runs on, major times ten plus minor.
+        graph_sha256: of the ONNX file it was built from.
+        plugins: the plugin nodes by operator.
+        libraries: plugin libraries of the folder; those not embedded in the engine must be loaded.
+        embedded: whether the engine file holds them.
+        profiles: the optimisation profiles, in order.
+    """
+
+    builder: str
+    version: str
+    compute_capabilities: tuple[int, ...]
+    graph_sha256: str
+    plugins: dict[str, int]
+    libraries: tuple[str, ...]
+    embedded: bool
+    profiles: tuple[ProfileInfo, ...]
+
+
+@dataclass(frozen=True)
 class FileInfo:
     """Size and SHA-256 of one file of the folder."""
 
@@ -78,6 +112,7 @@ class Manifest:
         generation: token ids that end or pad a generation, and the longest context, which is None
             for a state of fixed size.
         labels: names of a classifier's classes.
+        engine: of a TensorRT target; None where it holds the graph alone.
         graph: opset, node count and operator counts.
         parameters: in all; ``active_parameters`` are those one token uses.
         tools: package versions the ingot was made with.
@@ -102,6 +137,7 @@ class Manifest:
     weight_bytes: int
     tools: dict[str, str]
     labels: tuple[str, ...] = ()
+    engine: EngineInfo | None = None
     files: dict[str, FileInfo] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -144,6 +180,7 @@ class Manifest:
             raw["outputs"] = tuple(_tensor(item) for item in raw["outputs"])
             raw["states"] = tuple(_state(item) for item in raw["states"])
             raw["labels"] = tuple(raw["labels"])
+            raw["engine"] = _engine(raw["engine"]) if raw.get("engine") else None
             raw["files"] = {name: FileInfo(**item) for name, item in raw["files"].items()}
             return cls(**raw)
         except (AttributeError, KeyError, TypeError) as error:
@@ -185,6 +222,18 @@ def _tensor(item: dict[str, Any]) -> TensorInfo:
 def _state(item: dict[str, Any]) -> StateInfo:
     shapes = {name: tuple(item[name]) for name in ("input_shape", "output_shape")}
     return StateInfo(**{**item, **shapes})
+
+
+def _engine(item: dict[str, Any]) -> EngineInfo:
+    made = []
+    for profile in item["profiles"]:
+        shapes = {}
+        for name, shape in profile["shapes"].items():
+            least, usual, most = map(tuple, shape)
+            shapes[name] = (least, usual, most)
+        made.append(ProfileInfo(profile["name"], shapes))
+    tuples = {name: tuple(item[name]) for name in ("compute_capabilities", "libraries")}
+    return EngineInfo(**{**item, **tuples, "profiles": tuple(made)})
 
 
 def sha256(path: Path, advance: Callable[[int], None] = lambda _bytes: None) -> str:

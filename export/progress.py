@@ -6,10 +6,10 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Advance = Callable[[int], None]
 Unit = Literal["bytes", "steps"]
@@ -52,9 +52,23 @@ class Stages:
         """Nothing to see; see ``RichStages``."""
         yield lambda _amount: None
 
+    def table(self, title: str, rows: Sequence[Any]) -> None:
+        """Shows dataclasses of one kind as a table; nothing to see here."""
+
 
 class RichStages(Stages):
     """Steps as progress bars on a terminal, one line each in a log."""
+
+    def table(self, title: str, rows: Sequence[Any]) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left")
+        for column in fields(rows[0]):
+            table.add_column(column.name.replace("_", " "), overflow="fold")
+        for row in rows:
+            table.add_row(*(_cell(getattr(row, column.name)) for column in fields(row)))
+        Console(stderr=True).print(table)
 
     @contextlib.contextmanager
     def show(self, name: str, total: int | None, unit: Unit) -> Iterator[Advance]:
@@ -78,6 +92,10 @@ class RichStages(Stages):
         with bars.Progress(*columns, console=console) as progress:
             task = progress.add_task(name, total=total)
             yield lambda done: progress.advance(task, done)
+
+
+def _cell(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _reset_peak() -> None:

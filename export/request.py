@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-TARGETS = ("onnx", "ort")
+TARGETS = ("onnx", "ort", "trt", "trt-rtx")
 EXTRA_OUTPUTS = ("router_logits", "hidden_states")
 TASKS = ("generate", "features", "classify")
 PRESETS = ("tiny", "small", "full")
+# As on the command line -> as in the manifest, which has ONNX's and PyTorch's names.
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+BUILDERS = ("auto", "tensorrt", "tensorrt-rtx", "none")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The sizes an engine is built for.
+
+    Attributes:
+        max_batch: most sequences of a call.
+        max_seq: most tokens of a sequence, past and new.
+        opt_seq: length that the builder tunes for.
+    """
+
+    max_batch: int = 4
+    max_seq: int = 4096
+    opt_seq: int = 512
 
 
 @dataclass(frozen=True)
@@ -25,6 +43,10 @@ class ExportRequest:
         seed: of a preset's weights.
         extra_outputs: of ``EXTRA_OUTPUTS``, each layer's tensor as a further output.
         overwrite: replace an ingot that is at ``out``.
+        precision: of ``PRECISIONS``; of the weights and activations of a TensorRT target.
+        builder: of ``BUILDERS``; of a TensorRT engine.
+        limits: sizes of a TensorRT engine's calls.
+        embed_plugins: put the plugin library into the engine file.
     """
 
     model: str
@@ -36,3 +58,12 @@ class ExportRequest:
     seed: int = 0
     extra_outputs: tuple[str, ...] = ()
     overwrite: bool = False
+    precision: str = "fp32"
+    builder: str = "auto"
+    limits: Limits = field(default_factory=Limits)
+    embed_plugins: bool = False
+
+    @property
+    def for_tensorrt(self) -> bool:
+        """Whether the target is a TensorRT engine."""
+        return self.target in ("trt", "trt-rtx")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from export.ingot import Manifest
+from export.ingot import EngineInfo, Manifest
 from export.progress import Stages
 
 
@@ -26,6 +27,9 @@ def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stage
     table.add_row("parameters", f"{manifest.parameters:,}")
     table.add_row("active per token", f"{manifest.active_parameters:,} ({share:.0%})")
     table.add_row("weights", f"{manifest.weight_bytes:,} bytes, {manifest.precision}")
+    if manifest.engine is not None:
+        for row in _engine_rows(manifest.engine):
+            table.add_row(*row)
     for stage in stages.finished:
         cost = f"{stage.seconds:.1f} s, peak memory {stage.peak_bytes / 1e6:,.0f} MB"
         table.add_row(stage.name, cost)
@@ -38,8 +42,26 @@ def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stage
     console.print(table)
 
 
+def _engine_rows(engine: EngineInfo) -> list[tuple[str, str]]:
+    devices = ", ".join(f"{c // 10}.{c % 10}" for c in engine.compute_capabilities)
+    plugins = ", ".join(f"{count} {name}" for name, count in engine.plugins.items()) or "none"
+    rows = [
+        ("engine", f"{engine.builder} {engine.version}, compute capability {devices}"),
+        ("plugins", plugins),
+    ]
+    if engine.plugins and not engine.libraries:
+        rows.append(
+            (
+                "[yellow]kernels[/yellow]",
+                "not built here, so the engine cannot run: make plugins, then export again",
+            )
+        )
+    return rows
+
+
 NOTABLE = (
     "Attention",
+    "CausalConv",
     "CausalConvWithState",
     "GroupQueryAttention",
     "LinearAttention",
@@ -53,15 +75,21 @@ NOTABLE = (
 def _verdict_rows(manifest: Manifest) -> list[tuple[str, str]]:
     found = manifest.validation
     if manifest.verdict == "skipped":
-        return [("verdict", "[yellow]skipped[/yellow] (--no-validate)")]
+        rows = [("verdict", f"[yellow]skipped[/yellow]: {found['reason']}")]
+        return rows + (_figures(manifest, found["graph"]) if "graph" in found else [])
+    return _figures(manifest, found)
+
+
+def _figures(manifest: Manifest, found: dict[str, Any]) -> list[tuple[str, str]]:
+    verdict = found["verdict"]
     calls = f"prefill of {found['prefill_tokens']} and {found['decode_steps']} decode steps"
     if not manifest.states:
         calls = f"{found['calls']} calls of {found['prefill_tokens']} tokens and more"
-    colour = "green" if manifest.verdict == "passed" else "red"
+    colour = "green" if verdict == "passed" else "red"
     rows = [
         (
-            "verdict",
-            f"[{colour}]{manifest.verdict}[/{colour}] against {found['against']}: "
+            "verdict" if verdict == manifest.verdict else "graph",
+            f"[{colour}]{verdict}[/{colour}] against {found['against']}: "
             f"{found['compared']} tensors, {calls}, batch {found['batch']} with left padding",
         )
     ]

@@ -49,6 +49,7 @@ class Family:
         head_tensors: tensors of the heads, which the bare model leaves aside.
         presets: config fields of the seeded checkpoints ``tiny``, ``small`` and ``full``.
         extra_outputs: what its graph returns a layer beside the main output and the states.
+        keep_in_fp32: how the names of parameters end that are float32 whatever the precision.
         preset_gain: tensor name and config -> factor on that seeded weight, for an architecture
             whose multipliers would otherwise take its activations away from 1.
     """
@@ -63,10 +64,13 @@ class Family:
     head_tensors: tuple[str, ...] = ()
     presets: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     extra_outputs: tuple[str, ...] = ("hidden_states",)
+    keep_in_fp32: tuple[str, ...] = ()
     preset_gain: Callable[[str, dict[str, Any]], float] = no_gain
 
-    def build(self, raw_config: dict[str, Any], task: str) -> nn.Module:
-        """The eager graph on the meta device: shapes, but no weights yet.
+    def build(
+        self, raw_config: dict[str, Any], task: str, dtype: torch.dtype = torch.float32
+    ) -> nn.Module:
+        """The eager graph on the meta device: shapes and dtypes, but no weights yet.
 
         Raises:
             IngotError: a task the family lacks, or a config it does not implement.
@@ -77,7 +81,12 @@ class Family:
             )
         config = self.read_config(raw_config)
         with torch.device("meta"):
-            return self.tasks[task](config).eval()
+            model = self.tasks[task](config).eval()
+        if dtype != torch.float32:
+            for name, parameter in model.named_parameters():
+                if not name.endswith(self.keep_in_fp32):
+                    parameter.data = parameter.data.to(dtype)
+        return model
 
     def weight_map(self, model: nn.Module, checkpoint: Checkpoint, task: str) -> WeightMap:
         """Which tensors of the checkpoint make each parameter, checked to be all of them.

@@ -300,6 +300,7 @@ FAMILY = Family(
     read_config=Mamba2Config.read,
     tasks={"generate": Mamba2ForCausalLM, "features": Mamba2Model},
     prefix="backbone.",
+    keep_in_fp32=("A_log", "D", "dt_bias"),
     tied={"lm_head.weight": "backbone.embeddings.weight"},
     head_tensors=("lm_head.weight",),
     preset_gain=preset_gain,

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 Kind = Literal["key", "value", "conv", "ssm"]
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
 Dimension = int | str
@@ -32,6 +34,12 @@ class StateSpec:
     input_shape: tuple[Dimension, ...]
     output_shape: tuple[Dimension, ...]
     axis: int | None
+
+    def dtype(self, precision: torch.dtype) -> torch.dtype:
+        """Of the tensor, in a graph of this precision; the scan's state is float32 at least."""
+        if self.kind == "ssm":
+            return torch.promote_types(precision, torch.float32)
+        return precision
 
 
 def key_value_states(layers: int, heads: int, head_size: int) -> tuple[StateSpec, ...]:

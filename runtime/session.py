@@ -60,6 +60,7 @@ def load(
     threads: int = 0,
     verify: bool = True,
     allow_failed: bool = False,
+    graph_only: bool = False,
     advance: Callable[[int], None] = lambda _bytes: None,
 ) -> Session:
     """Open an ingot.
@@ -69,6 +70,7 @@ def load(
         threads: of the backend; 0 lets it choose.
         verify: compare the SHA-256 of every file with the manifest, not only sizes.
         allow_failed: open an ingot whose validation failed.
+        graph_only: run the graph on ONNX Runtime, also where the ingot holds an engine.
         advance: told the bytes compared; gigabytes of weights take a while.
 
     Raises:
@@ -84,8 +86,10 @@ def load(
             f"{folder} failed its validation, so its numbers are wrong; see {folder / 'report'}. "
             "Export it again, or give --allow-failed to run it all the same."
         )
-    if manifest.target not in ("onnx", "ort"):
-        raise SessionError(f"{folder} is for {manifest.target}; this version runs onnx and ort.")
+    if manifest.engine is not None and not graph_only:
+        from runtime.trt import TrtSession
+
+        return TrtSession(folder, manifest)
     from runtime.ort import OrtSession
 
     return OrtSession(folder, manifest, threads=threads)

@@ -20,7 +20,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "export": ("graphs", "plugins"),
     "export.cli": OURS,
     "export.ingot": ("plugins.errors",),
-    "runtime": ("plugins.library", "plugins.errors", "export.ingot"),
+    "runtime": (
+        "plugins.device",
+        "plugins.errors",
+        "plugins.library",
+        "plugins.tensorrt",
+        "export.ingot",
+    ),
     "validate": OURS,
 }
 # Modules that leave the standard library for nothing but this.

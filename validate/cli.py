@@ -22,18 +22,21 @@ from plugins.errors import IngotError
 def validate_command(ingot: Path, checkpoint: Path, seed: int) -> None:
     """Compare an ingot with eager PyTorch again.
 
-    Exit status: 0 passed, 1 failed, 2 could not run.
+    Exit status: 0 passed, 1 failed, 2 could not run, or only the graph of an engine could.
     """
     from export.ingot import Manifest
     from export.progress import RichStages
+    from validate.run import CALLS, cannot_compare, validate_ingot
 
     try:
         manifest = Manifest.read(ingot)
         stages = RichStages()
+        reason = cannot_compare(manifest)
+        if reason is not None:
+            raise IngotError(f"{ingot} cannot be compared: {reason}.")
         with stages.stage("load eager reference", manifest.weight_bytes) as advance:
             from graphs.checkpoint import Checkpoint
             from validate.eager import EagerSession
-            from validate.run import CALLS, validate_ingot
 
             opened = Checkpoint.open(checkpoint)
             expected = EagerSession(opened, manifest.task, advance=advance)
@@ -46,4 +49,4 @@ def validate_command(ingot: Path, checkpoint: Path, seed: int) -> None:
         click.echo(f"{name:20} {value}")
     for failure in validation.failures:
         click.echo(f"FAILED {failure.step}, {failure.name}: {failure.problem}")
-    sys.exit(1 if validation.failures else 0)
+    sys.exit({"passed": 0, "failed": 1, "skipped": 2}[validation.verdict])

@@ -19,8 +19,8 @@ ACTIVATIONS = ("Gelu", "Relu", "Swish")
 
 
 @dataclass(frozen=True)
-class _Match:
-    """A causal convolution's nodes.
+class CausalConv:
+    """The nodes of what ``graphs.mamba2`` captures to as a causal convolution.
 
     Attributes:
         inward: ``[B, T, C]`` -> ``[B, C, T]``.
@@ -57,14 +57,15 @@ class CausalConvToBlocked(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in list(model.graph):
-            match = _match(node) if node.op_type == "Conv" else None
+            match = match_causal_conv(node) if node.op_type == "Conv" else None
             if match is not None:
                 _rewrite(model, match)
                 modified = True
         return ir.passes.PassResult(model, modified=modified)
 
 
-def _match(conv: ir.Node) -> _Match | None:
+def match_causal_conv(conv: ir.Node) -> CausalConv | None:
+    """The causal convolution around a Conv; None where it is another, or its values are used."""
     kernel = conv.inputs[1]
     if kernel is None or kernel.shape is None or not kernel.shape.is_static():
         return None
@@ -94,7 +95,7 @@ def _match(conv: ir.Node) -> _Match | None:
     outward = _only_reader(last)
     if outward is None or not _swaps_time(outward):
         return None
-    return _Match(inward, concat, tails[0], conv, activation, outward)
+    return CausalConv(inward, concat, tails[0], conv, activation, outward)
 
 
 def _is_plain(conv: ir.Node, channels: int) -> bool:
@@ -127,7 +128,7 @@ def _activation(conv: ir.Node) -> tuple[ir.Node, ...] | None:
     return sigmoid, product
 
 
-def _rewrite(model: ir.Model, match: _Match) -> None:
+def _rewrite(model: ir.Model, match: CausalConv) -> None:
     past, kernel, bias = match.concat.inputs[0], *(*match.conv.inputs[1:], None)[:2]
     assert past is not None and past.shape is not None and kernel is not None
     channels, history = past.shape[1], past.shape[2]

@@ -63,9 +63,13 @@ def scale(value: ir.Value, factor: float) -> None:
     assert isinstance(before, Weight) and value.name is not None
     shape = tuple(before.shape.numpy())
     read = before.read_block
-    value.const_value = Weight(
-        value.name, shape, before.dtype, lambda block: read(block) * np.float32(factor)
-    )
+
+    def scaled(block: int) -> np.ndarray:
+        array = read(block)
+        # In float32, and rounded once, whatever the precision.
+        return np.asarray(array.astype(np.float32) * np.float32(factor), dtype=array.dtype)
+
+    value.const_value = Weight(value.name, shape, before.dtype, scaled)
 
 
 class WeightsToInitializers(ir.passes.InPlacePass):
@@ -81,7 +85,11 @@ class WeightsToInitializers(ir.passes.InPlacePass):
         self.read = read
 
     def _read(self, name: str, block: int) -> np.ndarray:
-        return self.read(name, block).numpy()
+        tensor = self.read(name, block)
+        if tensor.dtype == torch.bfloat16:
+            # numpy has no bfloat16 of its own; ml_dtypes gives it one.
+            return tensor.view(torch.int16).numpy().view(ir.DataType.BFLOAT16.numpy())
+        return tensor.numpy()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -120,5 +128,11 @@ class FoldWeightTransposes(ir.passes.InPlacePass):
 
 
 def _transposed(read: ReadBlock) -> ReadBlock:
-    # torch's copy of a transposed view is four times as fast as numpy's.
-    return lambda block: torch.from_numpy(read(block)).T.contiguous().numpy()
+    def transposed(block: int) -> np.ndarray:
+        array = read(block)
+        # torch's copy of a transposed view is four times as fast as numpy's; it has numpy's
+        # integers, and not ml_dtypes' bfloat16.
+        bits = torch.from_numpy(array.view(f"i{array.itemsize}"))
+        return bits.T.contiguous().numpy().view(array.dtype)
+
+    return transposed

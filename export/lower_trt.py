@@ -1,0 +1,28 @@
+"""Canonical ONNX -> a graph for TensorRT, one small pass per difference.
+
+The canonical graph is nearly there: it was captured in the precision it is to run in, so it is
+strongly typed, with float32 where the eager graph has float32; its ``Attention`` nodes have one
+output and an explicit mask; and its own operators carry function bodies, which a parser inlines
+where it finds no plugin.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
+
+from export.passes.causal_conv import CausalConvToOperator
+from export.passes.functions import AttachFunctionBodies
+from export.passes.plugin_nodes import NamePlugins
+
+
+def lower_trt(model: ir.Model) -> None:
+    """Prepare a graph for TensorRT's parser, in place; any ONNX runtime can still run it."""
+    passes = ir.passes.Sequential(
+        CausalConvToOperator(),
+        RemoveUnusedNodesPass(),
+        AttachFunctionBodies(),
+        NamePlugins(),
+        NameFixPass(),
+    )
+    passes(model)

@@ -1,0 +1,61 @@
+"""The causal depthwise convolution with its state -> one ``ingot::CausalConv``."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from export.passes.constants import constant
+from export.passes.convolution import CausalConv, match_causal_conv
+from export.passes.replace import take_place
+from plugins.causal_conv import DOMAIN, NAME
+
+
+class CausalConvToOperator(ir.passes.InPlacePass):
+    """Gathers the transposes, the concatenation, the convolution and its activation in one node.
+
+    Postcondition: no convolution is left that ``match_causal_conv`` knows. Function bodies are for
+    a later pass to attach.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in list(model.graph):
+            match = match_causal_conv(node) if node.op_type == "Conv" else None
+            if match is not None:
+                _gather(model, match)
+                modified = True
+        return ir.passes.PassResult(model, modified=modified)
+
+
+def _gather(model: ir.Model, match: CausalConv) -> None:
+    weight, bias = (*match.conv.inputs[1:], None)[:2]
+    assert weight is not None and weight.shape is not None and weight.dtype is not None
+    if bias is None:
+        channels = weight.shape.numpy()[0]
+        zeros = np.zeros(channels, dtype=weight.dtype.numpy())
+        bias = constant(model, f"no_bias_{channels}", zeros)
+    inputs = [match.inward.inputs[0], match.concat.inputs[0], weight, bias]
+    made = ir.node(
+        NAME,
+        inputs,
+        domain=DOMAIN,
+        num_outputs=2,
+        attributes={"activation": _activation(match.activation)},
+    )
+    model.graph.insert_before(match.conv, made)
+    take_place(match.outward.outputs[0], made.outputs[0])
+    take_place(match.tail.outputs[0], made.outputs[1])
+    done = [match.outward, *reversed(match.activation), match.conv, match.tail, match.concat]
+    model.graph.remove([*done, match.inward], safe=True)
+
+
+def _activation(nodes: tuple[ir.Node, ...]) -> str:
+    """The operator's name of the activation that the nodes compute."""
+    if not nodes:
+        return "identity"
+    last = nodes[-1]
+    if last.op_type == "Gelu":
+        approximate = last.attributes.get_string("approximate", "none")
+        return "gelu_tanh" if approximate == "tanh" else "gelu"
+    return {"Mul": "silu", "Swish": "silu", "Relu": "relu"}[last.op_type]

@@ -1,0 +1,132 @@
+/* The GPU kernels of Ingot's operators, as a plain C interface.
+ *
+ * Every call enqueues its kernels on a stream and returns: it neither allocates, nor waits, nor reads
+ * a value from the device. It may be captured into a CUDA graph once ingot_prepare() has run in the
+ * CUDA context. Pointers are device pointers, aligned to 16 bytes; tensors are dense and row-major.
+ * Letters and meanings are those of docs/design.md.
+ */
+#ifndef INGOT_KERNELS_H
+#define INGOT_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define INGOT_KERNELS_VERSION 1
+
+typedef enum ingot_status {
+    INGOT_OK = 0,
+    INGOT_BAD_ARGUMENT = 1,   /* a size, dtype or pointer that the operator refuses */
+    INGOT_NO_DRIVER = 2,      /* libcuda.so.1 is missing or has no device */
+    INGOT_NO_KERNEL = 3,      /* no compiled kernel for this device's compute capability */
+    INGOT_DRIVER_ERROR = 4    /* the CUDA driver refused a call */
+} ingot_status;
+
+typedef enum ingot_dtype { INGOT_FLOAT32 = 0, INGOT_FLOAT16 = 1, INGOT_BFLOAT16 = 2 } ingot_dtype;
+
+typedef enum ingot_activation {
+    INGOT_SILU = 0,
+    INGOT_GELU = 1,      /* with erf */
+    INGOT_GELU_TANH = 2,
+    INGOT_RELU = 3,
+    INGOT_IDENTITY = 4
+} ingot_activation;
+
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+
+/* Version of this interface that the library was built with. */
+int ingot_kernels_version(void);
+
+/* What the last failed call of this thread met, one sentence; never NULL. */
+const char *ingot_last_error(void);
+
+/* Load every kernel for the current CUDA context's device; later calls do nothing. Called by the
+ * operators themselves at need, but not possible while a stream is being captured. */
+ingot_status ingot_prepare(void);
+
+/* Use another driver library than libcuda.so.1; before any other call. For tests. */
+ingot_status ingot_use_driver(const char *path);
+
+/* ingot::MoeDispatch. x [N,H] and y [N,H], gate_up [E,2I,H] and down [E,H,I] in dtype; router_logits
+ * [N,E] float32. N may be 0. */
+typedef struct ingot_moe_dispatch_params {
+    ingot_dtype dtype;
+    ingot_activation activation;
+    int32_t normalize;
+    int32_t top_k, experts;
+    int32_t tokens, hidden, intermediate;
+    const void *x;
+    const float *router_logits;
+    const void *gate_up;
+    const void *down;
+    void *y;
+} ingot_moe_dispatch_params;
+
+/* Bytes of workspace for a call with these sizes; the pointers are not read. */
+size_t ingot_moe_dispatch_workspace(const ingot_moe_dispatch_params *params);
+ingot_status ingot_moe_dispatch(const ingot_moe_dispatch_params *params, void *workspace,
+                                void *stream);
+
+/* ingot::MoeLinear. x [N,Kin], or [N,K,Kin] with per_choice; expert_ids [N,K] int64; weight
+ * [E,O,Kin]; y [N,K,O]. An id outside [0, E) gives a row of zeros. */
+typedef struct ingot_moe_linear_params {
+    ingot_dtype dtype;
+    int32_t per_choice;
+    int32_t top_k, experts;
+    int32_t tokens, in_features, out_features;
+    const void *x;
+    const int64_t *expert_ids;
+    const void *weight;
+    void *y;
+} ingot_moe_linear_params;
+
+size_t ingot_moe_linear_workspace(const ingot_moe_linear_params *params);
+ingot_status ingot_moe_linear(const ingot_moe_linear_params *params, void *workspace, void *stream);
+
+/* ingot::Mamba2Scan. x [B,T,Hm,Pm], dt [B,T,Hm], b and c [B,T,G,Ns], mask [B,T] and y [B,T,Hm,Pm] in
+ * dtype; a, d, dt_bias [Hm] and state, new_state [B,Hm,Pm,Ns] float32. new_state may be state. */
+typedef struct ingot_mamba2_scan_params {
+    ingot_dtype dtype;
+    int32_t batch, tokens, heads, head_size, groups, states;
+    float dt_min, dt_max;
+    const void *x, *dt;
+    const float *a;
+    const void *b, *c;
+    const float *d, *dt_bias;
+    const float *state;
+    const void *mask;
+    void *y;
+    float *new_state;
+} ingot_mamba2_scan_params;
+
+size_t ingot_mamba2_scan_workspace(const ingot_mamba2_scan_params *params);
+ingot_status ingot_mamba2_scan(const ingot_mamba2_scan_params *params, void *workspace,
+                               void *stream);
+
+/* ingot::CausalConv. x [B,T,C] and y [B,T,C], state and new_state [B,C,W-1], weight [C,1,W], bias [C]
+ * or NULL, all in dtype. y = activation(conv(state ++ x) + bias); new_state is the last W-1 columns
+ * of state ++ x, and may not be state unless T is 1. */
+typedef struct ingot_causal_conv_params {
+    ingot_dtype dtype;
+    ingot_activation activation;
+    int32_t batch, tokens, channels, width;
+    const void *x, *state, *weight, *bias;
+    void *y, *new_state;
+} ingot_causal_conv_params;
+
+ingot_status ingot_causal_conv(const ingot_causal_conv_params *params, void *stream);
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

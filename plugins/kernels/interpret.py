@@ -1,0 +1,139 @@
+"""The kernels on the CPU: the real host library, over Triton's interpreter in place of CUDA.
+
+The C++ host layer plans and launches as on a GPU, and each launch runs the Triton function on the
+same memory. So a test covers the launches, their arguments and the kernels' logic together. What it
+cannot show is speed, and what only happens when blocks run at the same time.
+
+``TRITON_INTERPRET=1`` must be set before Triton is imported; nothing can be compiled then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plugins.errors import IngotError
+from plugins.kernels.host import Compiled, argument_letters, link, run_compiler
+from plugins.kernels.table import Form
+from plugins.library import Library
+
+FAKE_DRIVER = Path(__file__).with_name("fake_driver.cpp")
+
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_uint,
+    ctypes.c_uint,
+    ctypes.c_uint,
+    ctypes.POINTER(ctypes.c_void_p),
+)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch that was made."""
+
+    form: str
+    grid: tuple[int, int, int]
+
+
+class InterpretedLibrary(Library):
+    """The kernel library of this source tree, run by the interpreter.
+
+    Attributes:
+        launches: those of all calls since it was last cleared.
+    """
+
+    def __init__(self, forms: Mapping[str, Form], folder: Path) -> None:
+        super().__init__(_host_library(forms, folder))
+        self.forms = forms
+        self.launches: list[Launched] = []
+        self._error: BaseException | None = None
+        driver = folder / "libfake_driver.so"
+        self._driver = ctypes.CDLL(str(driver))
+        # Kept: C holds no reference to it.
+        self._callback = _CALLBACK(self._launched)
+        self.set_capability(90)
+        self.use_driver(driver)
+
+    def set_capability(self, capability: int) -> None:
+        """Act as a device of this compute capability from now on."""
+        self._driver.fake_driver_set(self._callback, capability)
+
+    def run(self, parameters: ctypes.Structure, workspace: int | None, stream: int | None) -> None:
+        self._error = None
+        try:
+            super().run(parameters, workspace, stream)
+        except IngotError:
+            if self._error is not None:
+                raise self._error from None
+            raise
+
+    def _launched(
+        self, name: bytes, x: int, y: int, z: int, arguments: Callable[[int], int]
+    ) -> int:
+        # No exception may cross C.
+        try:
+            form = self.forms[name.decode()]
+            self.launches.append(Launched(form.name, (x, y, z)))
+            values = _values(form, arguments)
+            form.function[(x, y, z)](*values, **form.constants)
+        except BaseException as error:
+            self._error = error
+            return 1
+        return 0
+
+
+def _values(form: Form, arguments: Any) -> list[Any]:
+    """A launch's arguments, pointers as tensors that begin there."""
+    values: list[Any] = []
+    for index, (name, kind) in enumerate(form.signature.items()):
+        address = arguments[index]
+        if kind == "i32":
+            value = ctypes.c_int32.from_address(address).value
+            assert name not in form.multiples_of_16 or value % 16 == 0, (form.name, name, value)
+            values.append(value)
+        elif kind == "fp32":
+            values.append(ctypes.c_float.from_address(address).value)
+        else:
+            pointer = ctypes.c_uint64.from_address(address).value
+            assert pointer % 16 == 0, (form.name, name, pointer)
+            values.append(_tensor_at(pointer, kind))
+    return values
+
+
+def _tensor_at(pointer: int, kind: str) -> torch.Tensor:
+    """A tensor of no interesting length; the interpreter takes its address and dtype alone."""
+    dtypes = {
+        "*fp32": torch.float32,
+        "*fp16": torch.float16,
+        "*bf16": torch.bfloat16,
+        "*i32": torch.int32,
+        "*i64": torch.int64,
+    }
+    if pointer == 0:
+        return torch.zeros(16, dtype=dtypes[kind])
+    bytes_there = (ctypes.c_char * 16).from_address(pointer)
+    return torch.frombuffer(bytes_there, dtype=dtypes[kind])
+
+
+def _host_library(forms: Mapping[str, Form], folder: Path) -> Path:
+    """The host layer with the names of the forms in place of their cubins."""
+    folder.mkdir(parents=True, exist_ok=True)
+    compiled = []
+    for form in forms.values():
+        image = folder / f"{form.name}.image"
+        image.write_bytes(form.name.encode() + b"\0")
+        letters = argument_letters(form.signature.values())
+        compiled += [
+            Compiled(form.name, form.name, capability, 32 * form.num_warps, 0, letters, image)
+            for capability in form.capabilities
+        ]
+    run_compiler(FAKE_DRIVER, out=folder / "libfake_driver.so")
+    link(compiled, folder / "libingot_kernels.so", folder)
+    return folder / "libingot_kernels.so"

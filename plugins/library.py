@@ -1,0 +1,180 @@
+"""The library of GPU kernels, ``libingot_kernels.so``, found, version-checked and called by ctypes.
+
+Each structure mirrors one of ``plugins/csrc/ingot_kernels.h``, which says what the fields mean.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_size_t, c_void_p
+from pathlib import Path
+
+from plugins.errors import IngotError
+
+VERSION = 1
+PATH = Path(__file__).resolve().parent / "lib" / "libingot_kernels.so"
+
+# ONNX's and PyTorch's name of an element type -> the interface's number.
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "identity": 4}
+
+
+class LibraryError(IngotError):
+    """The kernels are not built, do not fit this machine, or refuse a call."""
+
+
+class MoeDispatch(Structure):
+    _fields_ = (
+        ("dtype", c_int),
+        ("activation", c_int),
+        ("normalize", c_int32),
+        ("top_k", c_int32),
+        ("experts", c_int32),
+        ("tokens", c_int32),
+        ("hidden", c_int32),
+        ("intermediate", c_int32),
+        ("x", c_void_p),
+        ("router_logits", c_void_p),
+        ("gate_up", c_void_p),
+        ("down", c_void_p),
+        ("y", c_void_p),
+    )
+
+
+class MoeLinear(Structure):
+    _fields_ = (
+        ("dtype", c_int),
+        ("per_choice", c_int32),
+        ("top_k", c_int32),
+        ("experts", c_int32),
+        ("tokens", c_int32),
+        ("in_features", c_int32),
+        ("out_features", c_int32),
+        ("x", c_void_p),
+        ("expert_ids", c_void_p),
+        ("weight", c_void_p),
+        ("y", c_void_p),
+    )
+
+
+class Mamba2Scan(Structure):
+    _fields_ = (
+        ("dtype", c_int),
+        ("batch", c_int32),
+        ("tokens", c_int32),
+        ("heads", c_int32),
+        ("head_size", c_int32),
+        ("groups", c_int32),
+        ("states", c_int32),
+        ("dt_min", c_float),
+        ("dt_max", c_float),
+        ("x", c_void_p),
+        ("dt", c_void_p),
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("c", c_void_p),
+        ("d", c_void_p),
+        ("dt_bias", c_void_p),
+        ("state", c_void_p),
+        ("mask", c_void_p),
+        ("y", c_void_p),
+        ("new_state", c_void_p),
+    )
+
+
+class CausalConv(Structure):
+    _fields_ = (
+        ("dtype", c_int),
+        ("activation", c_int),
+        ("batch", c_int32),
+        ("tokens", c_int32),
+        ("channels", c_int32),
+        ("width", c_int32),
+        ("x", c_void_p),
+        ("state", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("new_state", c_void_p),
+    )
+
+
+# Structure -> its call in the library, and whether that call takes a workspace.
+CALLS: dict[type[Structure], tuple[str, bool]] = {
+    MoeDispatch: ("ingot_moe_dispatch", True),
+    MoeLinear: ("ingot_moe_linear", True),
+    Mamba2Scan: ("ingot_mamba2_scan", True),
+    CausalConv: ("ingot_causal_conv", False),
+}
+
+
+class Library:
+    """A loaded kernel library.
+
+    Args:
+        path: of the shared library.
+
+    Raises:
+        LibraryError: missing, not a kernel library, or of another version.
+    """
+
+    def __init__(self, path: Path = PATH) -> None:
+        self.path = path
+        if not path.is_file():
+            raise LibraryError(f"{path} is missing; build the GPU kernels with: make plugins")
+        try:
+            self._library = ctypes.CDLL(str(path))
+            version = self._library.ingot_kernels_version()
+        except (OSError, AttributeError) as error:
+            raise LibraryError(f"{path} is not a library of Ingot's kernels: {error}") from error
+        if version != VERSION:
+            raise LibraryError(
+                f"{path} has interface version {version} and this Ingot needs {VERSION}; rebuild "
+                "it with: make plugins"
+            )
+        self._library.ingot_last_error.restype = c_char_p
+        self._library.ingot_use_driver.argtypes = [c_char_p]
+        for structure, (call, workspace) in CALLS.items():
+            between = [c_void_p] if workspace else []
+            getattr(self._library, call).argtypes = [POINTER(structure), *between, c_void_p]
+            if workspace:
+                size = getattr(self._library, f"{call}_workspace")
+                size.argtypes, size.restype = [POINTER(structure)], c_size_t
+
+    def _check(self, status: int) -> None:
+        if status:
+            raise LibraryError(self._library.ingot_last_error().decode())
+
+    def use_driver(self, path: Path) -> None:
+        """Take another library for CUDA's driver; before any other call."""
+        self._check(self._library.ingot_use_driver(str(path).encode()))
+
+    def prepare(self) -> None:
+        """Load the kernels into the current CUDA context.
+
+        Raises:
+            LibraryError: no driver, no context, or a device that nothing was compiled for.
+        """
+        self._check(self._library.ingot_prepare())
+
+    def workspace_bytes(self, parameters: Structure) -> int:
+        """Bytes of workspace that ``run`` needs for these sizes; pointers may be null."""
+        call, workspace = CALLS[type(parameters)]
+        if not workspace:
+            return 0
+        return int(getattr(self._library, f"{call}_workspace")(byref(parameters)))
+
+    def run(self, parameters: Structure, workspace: int | None, stream: int | None) -> None:
+        """Enqueue an operator; returns at once.
+
+        Args:
+            parameters: sizes and device addresses.
+            workspace: address of ``workspace_bytes(parameters)`` bytes, aligned to 256.
+            stream: a ``CUstream``; None is the default stream.
+
+        Raises:
+            LibraryError: what the library refused, in a sentence.
+        """
+        call, takes_workspace = CALLS[type(parameters)]
+        between = [workspace] if takes_workspace else []
+        self._check(getattr(self._library, call)(byref(parameters), *between, stream))

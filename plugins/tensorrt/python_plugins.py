@@ -1,0 +1,291 @@
+"""The plugins in Python, for TensorRT and for TensorRT-RTX.
+
+Their classes derive from classes of that module, so ``register`` makes them when it is given one.
+An engine can be built where the kernels are not, but then it cannot run: see ``KERNELS_FIELD``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plugins import library
+from plugins.library import Library
+from plugins.tensorrt.table import (
+    KERNELS_FIELD,
+    NAMESPACE,
+    PLUGINS,
+    VERSION,
+    Field,
+    Plugin,
+    PluginError,
+    T,
+)
+
+INT32_MAX = 2**31 - 1
+
+FieldValue = int | float | str
+
+
+def register(trt: Any, path: Path = library.PATH) -> None:
+    """Offer the plugins to parsers, builders and runtimes of this process; again does nothing.
+
+    A plugin that is there already stays, such as one of ``libingot_trt.so``.
+
+    Args:
+        trt: the module ``tensorrt`` or ``tensorrt_rtx``.
+        path: of the kernel library.
+    """
+    registry = trt.get_plugin_registry()
+    for plugin in PLUGINS.values():
+        if registry.get_creator(plugin.name, VERSION, NAMESPACE) is None:
+            registry.register_creator(creator(trt, plugin, path), NAMESPACE)
+
+
+class Node:
+    """What a node of the graph says, and the call that it becomes.
+
+    Args:
+        plugin: its entry in the table.
+        values: its fields; one more is ignored.
+        kernels: the interface version of the kernels that its engine is for, 0 for none.
+
+    Raises:
+        PluginError: a field is missing, or is an activation that no kernel has.
+    """
+
+    def __init__(self, plugin: Plugin, values: Mapping[str, FieldValue], kernels: int) -> None:
+        missing = [field.name for field in plugin.fields if field.name not in values]
+        if missing:
+            raise PluginError(f"{plugin.name} lacks {', '.join(missing)}; set every attribute.")
+        self.plugin = plugin
+        self.values = {field.name: values[field.name] for field in plugin.fields}
+        self.kernels = kernels
+        # TensorRT keeps only the addresses of what an engine is to hold.
+        self.serialized = {
+            **{field.name: _array(field, self.values[field.name]) for field in plugin.fields},
+            KERNELS_FIELD: np.array([kernels], np.int32),
+        }
+        activation = self.values.get("activation", "silu")
+        if activation not in library.ACTIVATIONS:
+            raise PluginError(
+                f"{plugin.name} has no activation {activation!r}; use one of "
+                f"{', '.join(library.ACTIVATIONS)}."
+            )
+
+    def parameters(
+        self, dtype: str, sizes: Mapping[str, int], first_rank: int, addresses: Sequence[int] = ()
+    ) -> ctypes.Structure:
+        """What the kernel library is called with.
+
+        Args:
+            dtype: of T.
+            sizes: of the dimensions.
+            first_rank: of the first input.
+            addresses: of the inputs, then the outputs; none where only sizes matter.
+        """
+        plugin = self.plugin
+        members = {member for member, *_ in plugin.structure._fields_}
+        values: dict[str, Any] = {
+            name: value for name, value in self.values.items() if name in members
+        }
+        if "activation" in members:
+            values["activation"] = library.ACTIVATIONS[values["activation"]]
+        if "per_choice" in members:
+            values["per_choice"] = int(first_rank == 3)
+        values["dtype"] = library.DTYPES[dtype]
+        for member, dim in plugin.sizes.items():
+            if sizes[dim] > INT32_MAX:
+                raise PluginError(
+                    f"{plugin.name} got {sizes[dim]} for {dim}; it takes up to {INT32_MAX}."
+                )
+            values[member] = sizes[dim]
+        if addresses:
+            pointers = (tensor.name.lower() for tensor in plugin.tensors)
+            values |= zip(pointers, addresses, strict=True)
+        return plugin.structure(**values)
+
+    def workspace_bytes(self, path: Path, dtype: str, most: Sequence[Sequence[int]]) -> int:
+        """Bytes for inputs of up to these shapes; 0 without kernels."""
+        kernels = _library(path)
+        if kernels is None:
+            return 0
+        sizes = self.plugin.bound(most)
+        return kernels.workspace_bytes(self.parameters(dtype, sizes, len(most[0])))
+
+    def run(
+        self,
+        path: Path,
+        dtype: str,
+        shapes: Sequence[Sequence[int]],
+        addresses: Sequence[int],
+        workspace: int,
+        stream: int,
+    ) -> None:
+        """Enqueue the call.
+
+        Raises:
+            PluginError: the engine was built for other kernels, or the shapes disagree.
+            LibraryError: there are no kernels here, or they refuse the call.
+        """
+        kernels = _library(path) or Library(path)
+        if self.kernels != library.VERSION:
+            built_for = f"version {self.kernels}" if self.kernels else "none"
+            raise PluginError(
+                f"the engine was built for other GPU kernels ({built_for}) than those of "
+                f"{path} (version {library.VERSION}); build it again."
+            )
+        sizes = self.plugin.bind(shapes)
+        kernels.run(self.parameters(dtype, sizes, len(shapes[0]), addresses), workspace, stream)
+
+
+def _array(field: Field, value: FieldValue) -> np.ndarray:
+    if isinstance(value, str):
+        return np.frombuffer(value.encode(), np.int8)
+    return np.array([value], field.kind)
+
+
+def _library(path: Path) -> Library | None:
+    return _open(path) if path.is_file() else None
+
+
+@cache
+def _open(path: Path) -> Library:
+    return Library(path)
+
+
+def creator(trt: Any, plugin: Plugin, path: Path = library.PATH) -> Any:
+    """A creator of this plugin, which TensorRT's registry takes."""
+    field_types = {
+        "int32": trt.PluginFieldType.INT32,
+        "float32": trt.PluginFieldType.FLOAT32,
+        "char": trt.PluginFieldType.CHAR,
+    }
+    names = {
+        trt.float32: "float32",
+        trt.float16: "float16",
+        trt.bfloat16: "bfloat16",
+        trt.int64: "int64",
+    }
+    data_types = {name: data_type for data_type, name in names.items()}
+
+    class IngotPlugin(
+        trt.IPluginV3,  # type: ignore[misc]
+        trt.IPluginV3OneCore,  # type: ignore[misc]
+        trt.IPluginV3OneBuild,  # type: ignore[misc]
+        trt.IPluginV3OneRuntime,  # type: ignore[misc]
+    ):
+        def __init__(self, node: Node) -> None:
+            for base in IngotPlugin.__bases__:
+                base.__init__(self)
+            self.plugin_name = plugin.name
+            self.plugin_version = VERSION
+            self.plugin_namespace = NAMESPACE
+            self.num_outputs = len(plugin.outputs)
+            self.node = node
+
+        def get_capability_interface(self, kind: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            return IngotPlugin(self.node)
+
+        def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+            return [
+                input_types[0] if output.dtype == "T" else data_types[output.dtype]
+                for output in plugin.outputs
+            ]
+
+        def get_output_shapes(
+            self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any
+        ) -> list[Any]:
+            plugin.check_ranks([len(shape) for shape in inputs])
+            by_name = dict(zip((each.name for each in plugin.inputs), inputs, strict=True))
+            return [
+                trt.DimsExprs([by_name[name][axis] for name, axis in plugin.references(output)])
+                for output in plugin.outputs
+            ]
+
+        def supports_format_combination(
+            self, position: int, tensors: Sequence[Any], inputs: int
+        ) -> bool:
+            found, expected = tensors[position].desc, plugin.tensors[position].dtype
+            if found.format != trt.TensorFormat.LINEAR:
+                return False
+            if expected != "T":
+                return bool(found.type == data_types[expected])
+            # The first tensor is of T in every operator.
+            return names.get(found.type) in T and found.type == tensors[0].desc.type
+
+        def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            pass
+
+        def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+            dtype = names[inputs[0].desc.type]
+            return self.node.workspace_bytes(path, dtype, [list(each.max) for each in inputs])
+
+        def get_fields_to_serialize(self) -> Any:
+            data = self.node.serialized
+            return trt.PluginFieldCollection(
+                [
+                    trt.PluginField(each.name, data[each.name], field_types[each.kind])
+                    for each in (*plugin.fields, Field(KERNELS_FIELD, "int32"))
+                ]
+            )
+
+        def attach_to_context(self, resources: Any) -> Any:
+            # Loading kernels is not possible once a stream is being captured into a CUDA graph.
+            kernels = _library(path)
+            if kernels is not None:
+                kernels.prepare()
+            return self.clone()
+
+        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            pass
+
+        def set_tactic(self, tactic: int) -> None:
+            pass
+
+        def enqueue(
+            self,
+            input_descs: Sequence[Any],
+            output_descs: Sequence[Any],
+            inputs: Sequence[int],
+            outputs: Sequence[int],
+            workspace: int,
+            stream: int,
+        ) -> None:
+            dtype = names[input_descs[0].type]
+            shapes = [list(each.dims) for each in input_descs]
+            self.node.run(path, dtype, shapes, [*inputs, *outputs], workspace, stream)
+
+    class IngotCreator(trt.IPluginCreatorV3One):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.name = plugin.name
+            self.plugin_version = VERSION
+            self.plugin_namespace = NAMESPACE
+            self.field_names = trt.PluginFieldCollection(
+                [
+                    trt.PluginField(each.name, np.array([], np.int8), field_types[each.kind])
+                    for each in plugin.fields
+                ]
+            )
+
+        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+            values: dict[str, Any] = {}
+            for each in fields:
+                if each.type == trt.PluginFieldType.CHAR:
+                    # The ONNX parser ends a string with a zero byte.
+                    values[each.name] = each.data.tobytes().decode().rstrip("\0")
+                else:
+                    values[each.name] = each.data.item()
+            here = library.VERSION if path.is_file() else 0
+            return IngotPlugin(Node(plugin, values, int(values.get(KERNELS_FIELD, here))))
+
+    return IngotCreator()

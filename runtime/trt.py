@@ -1,0 +1,284 @@
+"""The session over a TensorRT or TensorRT-RTX engine.
+
+An engine is code for the GPU: it is read only where its hash is the manifest's, whatever ``verify``
+says, and only by the builder's own version on a device it was built for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from export.ingot import ENGINE, GRAPH, EngineInfo, Manifest, StateInfo, sha256
+from plugins import device as gpu
+from plugins.library import PATH as KERNELS
+from runtime.cuda import Array, Device
+from runtime.session import Floats, Ids, SessionError
+from runtime.tokens import TokenInputs
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+PLUGINS = "libingot_trt.so"
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+
+
+class Memory(Protocol):
+    """What a session asks of ``runtime.cuda.Device``."""
+
+    stream: int
+
+    def allocate(self, size: int) -> int: ...
+
+    def free(self, address: int) -> None: ...
+
+    def zero(self, address: int, size: int) -> None: ...
+
+    def upload(self, address: int, array: Array) -> None: ...
+
+    def download(self, array: Array, address: int) -> None: ...
+
+    def capture(self, enqueue: Callable[[], None]) -> Any: ...
+
+    def launch(self, graph: Any) -> None: ...
+
+
+def check_engine(folder: Path, manifest: Manifest, version: str, capability: int) -> EngineInfo:
+    """Prove that an engine may be loaded here, before it is read.
+
+    Args:
+        folder: the ingot.
+        manifest: of the ingot.
+        version: of the TensorRT that is installed.
+        capability: of the device, major times ten plus minor.
+
+    Raises:
+        SessionError: one sentence with what differs and what to do.
+    """
+    engine = manifest.engine
+    if engine is None:
+        raise SessionError(f"{folder} holds no engine; export it with another --builder than none.")
+    if version != engine.version:
+        raise SessionError(
+            f"{folder} was built by {engine.builder} {engine.version} and {version} is installed; "
+            "an engine runs on the version that built it: install that one, or export again."
+        )
+    if capability not in engine.compute_capabilities:
+        built_for = ", ".join(f"{c // 10}.{c % 10}" for c in engine.compute_capabilities)
+        raise SessionError(
+            f"{folder} was built for compute capability {built_for} and this GPU has "
+            f"{capability // 10}.{capability % 10}; export again on this machine."
+        )
+    if engine.plugins and not engine.libraries:
+        raise SessionError(
+            f"{folder} was built without the GPU kernels of {', '.join(engine.plugins)}; run make "
+            "plugins and export again."
+        )
+    if engine.graph_sha256 != manifest.files[GRAPH].sha256:
+        raise SessionError(f"{folder} holds an engine of another {GRAPH}; export again.")
+    for name in (ENGINE, *engine.libraries):
+        if sha256(folder / name) != manifest.files[name].sha256:
+            raise SessionError(
+                f"{folder / name} is not the file that was exported (its SHA-256 differs); an "
+                "engine is code, so it is not loaded: export again."
+            )
+    return engine
+
+
+def load_engine(folder: Path, manifest: Manifest) -> Any:
+    """The deserialised engine, with its plugins registered.
+
+    Raises:
+        SessionError: no GPU, TensorRT is not installed, or the engine does not fit here.
+    """
+    info = manifest.engine
+    module = MODULES[info.builder] if info else "tensorrt"
+    if not gpu.has_gpu():
+        raise SessionError(
+            f"{folder} holds an engine and this machine has no NVIDIA GPU; run an ort ingot here."
+        )
+    if importlib.util.find_spec(module) is None:
+        raise SessionError(f"the Python package {module} is missing; install it for this ingot.")
+    trt = importlib.import_module(module)
+    engine = check_engine(folder, manifest, str(trt.__version__), gpu.compute_capability())
+    if PLUGINS in engine.libraries and not engine.embedded:
+        trt.get_plugin_registry().load_library(str(folder / PLUGINS))
+    elif engine.plugins and not engine.embedded:
+        from plugins.tensorrt.python_plugins import register
+
+        register(trt, folder / KERNELS.name)
+    logger = trt.Logger(trt.Logger.ERROR)
+    runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = engine.embedded
+    found = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
+    if found is None:
+        raise SessionError(f"{info and info.builder} cannot read {folder / ENGINE}; see above.")
+    return found
+
+
+@dataclass
+class Buffer:
+    """Device memory that grows at need.
+
+    Attributes:
+        address: 0 before the first use.
+        size: bytes.
+    """
+
+    address: int = 0
+    size: int = 0
+
+
+class TrtSession:
+    """Runs an ingot's engine; see ``runtime.session.Session``.
+
+    States live on the device in two buffers each, read from one and written to the other in turn,
+    and both are allocated at ``reset``. Where every state has a fixed size, a decode step is a
+    CUDA graph from its third call on, one for each turn.
+
+    Args:
+        folder: the ingot.
+        manifest: of the ingot.
+        engine: deserialised; by default the folder's, after its checks.
+        memory: of the device.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, engine: Any = None, memory: Memory | None = None
+    ) -> None:
+        self.manifest = manifest
+        self._engine = engine or load_engine(folder, manifest)
+        self._memory: Memory = memory or Device()
+        assert manifest.engine is not None
+        self._profiles = manifest.engine.profiles
+        self._contexts: dict[int, Any] = {}
+        self._inputs = {item.name: item for item in manifest.inputs}
+        self._outputs = {item.name: item for item in manifest.outputs}
+        self._tokens = TokenInputs(manifest.vocab_size, manifest.states)
+        self._buffers: dict[str, Buffer] = {}
+        self._fixed = all(state.axis is None for state in manifest.states)
+        self.reset(1, 0)
+
+    def reset(self, batch: int, capacity: int) -> None:
+        """See ``Session.reset``.
+
+        Raises:
+            SessionError: more than the engine was built for.
+        """
+        most = self._profiles[0].shapes["input_ids"][2]
+        if batch > most[0] or capacity > most[1]:
+            raise SessionError(
+                f"{batch} sequences of {capacity} tokens are more than this engine was built for "
+                f"({most[0]} of {most[1]}); export with a larger --max-batch or --max-seq."
+            )
+        self._tokens.reset(batch, capacity)
+        self._turn = 0
+        self._calls: dict[int, int] = {}
+        self._graphs: dict[int, Any] = {}
+        for state in self.manifest.states:
+            size = self._bytes(state.dtype, self._shape(state, capacity))
+            for turn in (0, 1):
+                self._memory.zero(self._room(f"{state.input}/{turn}", size), size)
+
+    def _shape(self, state: StateInfo, length: int) -> tuple[int, ...]:
+        named = {"batch": self._tokens.batch, "past_sequence": length}
+        return tuple(named[d] if isinstance(d, str) else d for d in state.input_shape)
+
+    def _bytes(self, dtype: str, shape: tuple[int, ...]) -> int:
+        return SIZES[dtype] * int(np.prod(shape, dtype=np.int64))
+
+    def _room(self, name: str, size: int) -> int:
+        """The address of a buffer of at least so many bytes."""
+        buffer = self._buffers.setdefault(name, Buffer())
+        if buffer.address == 0 or buffer.size < size:
+            if buffer.address:
+                self._memory.free(buffer.address)
+                self._graphs.clear()
+            buffer.address, buffer.size = self._memory.allocate(size), size
+        return buffer.address
+
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        """See ``Session.step``."""
+        self._tokens.check(input_ids, attention_mask)
+        seen = self._tokens.seen
+        feeds = self._tokens.append(input_ids, attention_mask)
+        batch, tokens = input_ids.shape
+        context = self._context(tokens)
+        for name, array in feeds.items():
+            if name in self._inputs:
+                address = self._room(name, array.nbytes)
+                self._memory.upload(address, np.ascontiguousarray(array))
+                self._bind(context, name, array.shape, address)
+        for state in self.manifest.states:
+            before, after = (self._buffers[f"{state.input}/{t}"] for t in self._turns())
+            self._bind(context, state.input, self._shape(state, seen), before.address)
+            context.set_tensor_address(state.output, after.address)
+        main = self._outputs[self.manifest.main_output]
+        named = {"batch": batch, "sequence": tokens}
+        shape = tuple(named[d] if isinstance(d, str) else d for d in main.shape)
+        address = self._room(main.name, self._bytes(main.dtype, shape))
+        context.set_tensor_address(main.name, address)
+        self._run(context, tokens)
+        self._turn = 1 - self._turn
+        return self._download(main.dtype, shape, address)
+
+    def _turns(self) -> tuple[int, int]:
+        return self._turn, 1 - self._turn
+
+    def _bind(self, context: Any, name: str, shape: tuple[int, ...], address: int) -> None:
+        if not context.set_input_shape(name, shape):
+            raise SessionError(f"the engine refuses {name} of shape {list(shape)}.")
+        context.set_tensor_address(name, address)
+
+    def _context(self, tokens: int) -> Any:
+        """The execution context of the profile that fits so many new tokens."""
+        decode = len(self._profiles) > 1 and tokens == 1
+        index = 1 if decode else 0
+        if index not in self._contexts:
+            context = self._engine.create_execution_context()
+            context.set_optimization_profile_async(index, self._memory.stream)
+            self._contexts[index] = context
+        return self._contexts[index]
+
+    def _run(self, context: Any, tokens: int) -> None:
+        graph = self._graphs.get(self._turn)
+        if tokens == 1 and graph is not None:
+            self._memory.launch(graph)
+            return
+        self._enqueue(context)
+        if tokens != 1 or not self._fixed or not self.manifest.states:
+            return
+        # The first call of a shape may allocate, which a capture may not.
+        self._calls[self._turn] = self._calls.get(self._turn, 0) + 1
+        if self._calls[self._turn] > 1:
+            self._graphs[self._turn] = self._memory.capture(lambda: self._enqueue(context))
+
+    def _enqueue(self, context: Any) -> None:
+        if not context.execute_async_v3(self._memory.stream):
+            raise SessionError("the engine could not run; TensorRT's message is above.")
+
+    def _download(self, dtype: str, shape: tuple[int, ...], address: int) -> Floats:
+        if dtype != "bfloat16":
+            array = np.empty(shape, dtype=dtype)
+            self._memory.download(array, address)
+            return array.astype(np.float32, copy=False)
+        # numpy has no bfloat16: it is the upper half of a float32.
+        halves = np.empty(shape, dtype=np.uint16)
+        self._memory.download(halves, address)
+        result: Floats = (halves.astype(np.uint32) << 16).view(np.float32)
+        return result
+
+    def state(self) -> dict[str, Floats]:
+        """See ``Session.state``."""
+        return {
+            state.output: self._download(
+                state.dtype,
+                self._shape(state, self._tokens.seen),
+                self._buffers[f"{state.input}/{self._turn}"].address,
+            )
+            for state in self.manifest.states
+        }
