@@ -8,7 +8,7 @@ TARGET ?= ort
 PRESET ?= tiny
 OUT ?= out/$(notdir $(MODEL))-$(TARGET)
 
-.PHONY: setup export test test-slow lint format clean
+.PHONY: setup export plugins test test-slow lint format clean
 
 setup: $(VENV)/.installed
 
@@ -21,6 +21,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 export: setup
 	$(BIN)/python -m export --model $(MODEL) --target $(TARGET) --out $(OUT) --overwrite --preview \
 		$(if $(wildcard graphs/$(MODEL).py),--preset $(PRESET))
+
+# Compiles the GPU kernels, and the TensorRT plugins where TensorRT's headers are.
+plugins: setup
+	$(BIN)/python -m plugins.kernels.build
+	$(BIN)/python -m plugins.tensorrt.build
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu"

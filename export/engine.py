@@ -129,13 +129,12 @@ class Builder:
 
     Args:
         name: ``tensorrt`` or ``tensorrt-rtx``.
-        plugins: register them; without, the parser inlines the function bodies.
 
     Attributes:
         trt: the builder's Python module.
     """
 
-    def __init__(self, name: str, *, plugins: bool = True) -> None:
+    def __init__(self, name: str) -> None:
         from polygraphy import config
         from polygraphy.logger import G_LOGGER
 
@@ -148,8 +147,7 @@ class Builder:
         if name == RTX:
             ensure_parser_can_load_plugins()
         self.trt: Any = importlib.import_module(MODULES[name])
-        if plugins:
-            register(self.trt)
+        register(self.trt)
 
     @property
     def version(self) -> str:

@@ -301,7 +301,7 @@ def load_parameters(
     module: torch.nn.Module,
     checkpoint: Checkpoint,
     weight_map: WeightMap,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     advance: Callable[[int], None] = lambda _bytes: None,
 ) -> None:
     """Give a module built on the meta device its weights, in place.
@@ -310,11 +310,12 @@ def load_parameters(
         module: the module; every parameter of it is replaced.
         checkpoint: where the weights lie.
         weight_map: parameter name -> parts.
-        dtype: dtype of every parameter.
+        dtype: of every parameter; by default each keeps its own.
         advance: told the bytes of each parameter as it is loaded.
     """
     for name, parameter in list(module.named_parameters()):
-        value = assemble(checkpoint, weight_map[name], tuple(parameter.shape), dtype)
+        shape = tuple(parameter.shape)
+        value = assemble(checkpoint, weight_map[name], shape, dtype or parameter.dtype)
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
         advance(value.nbytes)

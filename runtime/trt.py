@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,13 +112,19 @@ def load_engine(folder: Path, manifest: Manifest) -> Any:
         from plugins.tensorrt.python_plugins import register
 
         register(trt, folder / KERNELS.name)
-    logger = trt.Logger(trt.Logger.ERROR)
-    runtime = trt.Runtime(logger)
+    runtime = trt.Runtime(_logger(module))
     runtime.engine_host_code_allowed = engine.embedded
     found = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
     if found is None:
         raise SessionError(f"{info and info.builder} cannot read {folder / ENGINE}; see above.")
     return found
+
+
+@cache
+def _logger(module: str) -> Any:
+    # TensorRT keeps the first logger of the process without holding a reference to it.
+    trt = importlib.import_module(module)
+    return trt.Logger(trt.Logger.ERROR)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from runtime.tokens import TokenInputs
 
 
 class EagerSession:
-    """Runs a checkpoint in float32 on the eager graph.
+    """Runs a checkpoint on the eager graph.
 
     A model that would take more than half of the free memory is streamed: each layer's weights
     are read from the checkpoint when it runs and dropped after.
@@ -29,6 +29,7 @@ class EagerSession:
     Args:
         checkpoint: the weights.
         task: a task of the family.
+        precision: of weights and activations.
         streamed: whether to stream; decided by the free memory where absent.
         advance: told the bytes of each weight that is loaded up front.
 
@@ -42,17 +43,19 @@ class EagerSession:
         checkpoint: Checkpoint,
         task: str,
         *,
+        precision: torch.dtype = torch.float32,
         streamed: bool | None = None,
         advance: Callable[[int], None] = lambda _bytes: None,
     ) -> None:
         family = family_of(checkpoint)
-        self.model = family.build(checkpoint.config, task)
+        self.model = family.build(checkpoint.config, task, precision)
+        self.precision = precision
         weight_map = family.weight_map(self.model, checkpoint, task)
-        size = 4 * sum(parameter.numel() for parameter in self.model.parameters())
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         if streamed if streamed is not None else size > _free_memory() / 2:
             _stream_weights(self.model, checkpoint, weight_map)
         else:
-            load_parameters(self.model, checkpoint, weight_map, torch.float32, advance)
+            load_parameters(self.model, checkpoint, weight_map, advance=advance)
         self.states: tuple[StateSpec, ...] = getattr(self.model, "states")
         config = getattr(self.model, "config")
         self._top_k: int | None = getattr(config, "num_experts_per_tok", None)
@@ -64,8 +67,14 @@ class EagerSession:
         """See ``runtime.session.Session.reset``."""
         self._tokens.reset(batch, capacity)
         self._past = tuple(
-            torch.zeros([batch if d == BATCH else 0 if isinstance(d, str) else d for d in shape])
-            for shape in (state.input_shape for state in self.states)
+            torch.zeros(
+                [
+                    batch if d == BATCH else 0 if isinstance(d, str) else d
+                    for d in state.input_shape
+                ],
+                dtype=state.dtype(self.precision),
+            )
+            for state in self.states
         )
 
     @torch.inference_mode()
@@ -77,7 +86,7 @@ class EagerSession:
         out: ModelOutput = self.model(**tensors, past=self._past)
         self._past = out.present
         self._note_margin(out, attention_mask)
-        result: Floats = out.main.numpy()
+        result: Floats = out.main.float().numpy()
         return result
 
     def _note_margin(self, out: ModelOutput, attention_mask: Ids) -> None:
@@ -94,7 +103,7 @@ class EagerSession:
     def state(self) -> dict[str, Floats]:
         """See ``runtime.session.Session.state``."""
         return {
-            spec.output: np.ascontiguousarray(tensor.numpy())
+            spec.output: np.ascontiguousarray(tensor.float().numpy())
             for spec, tensor in zip(self.states, self._past, strict=True)
         }
 
@@ -128,13 +137,13 @@ def _stream_weights(model: nn.Module, checkpoint: Checkpoint, weight_map: Weight
         if id(parameter) in inside:
             continue
         owner, _, leaf = name.rpartition(".")
-        value = assemble(checkpoint, weight_map[name], tuple(parameter.shape), torch.float32)
+        value = assemble(checkpoint, weight_map[name], tuple(parameter.shape), parameter.dtype)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _loader(checkpoint: Checkpoint, weight_map: WeightMap) -> Callable[..., None]:
     def load(module: nn.Module, _arguments: Any) -> None:
-        load_parameters(module, checkpoint, weight_map, torch.float32)
+        load_parameters(module, checkpoint, weight_map)
 
     return load
 

@@ -30,7 +30,7 @@ constexpr int32_t kMaxWidth = 8;
 // Tokens per chunk of the 16-bit types, a multiple of kTile, from a compute capability on. A token
 // and head cost 16 Pm Ns / Q bytes of states written and read, and 2 (4 Pm Ns + Q Pm) operations:
 // longer chunks trade memory traffic for products. With these lengths the larger of both times is
-// the least, for Pm 64, Ns 128 and a third of the tensor cores' peak; from data sheets, not measured.
+// the least, for Pm 64, Ns 128 and a third of the tensor cores' peak: data sheets, not measured.
 struct ChunkLength {
     int capability;
     int32_t tokens;

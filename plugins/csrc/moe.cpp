@@ -2,6 +2,8 @@
 // grid, in what memory. Nothing here depends on values, only on sizes and on the device.
 #include <algorithm>
 #include <climits>
+#include <string>
+#include <utility>
 
 #include "driver.h"
 

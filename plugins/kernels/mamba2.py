@@ -18,6 +18,7 @@ those of dt' A.
 
 # Compile-time constants are in capitals, and the paper's state keeps its name.
 # ruff: noqa: N803, N806
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
 from __future__ import annotations
 
@@ -173,7 +174,7 @@ def _scan_times(
     A decay is 2 to a difference of two sums. They may be thousands where the difference is small,
     and float32 would leave it no digits; so they are summed in float64 and kept as two float32.
 
-    Grid (tiles of Hm, chunks, B). dt' is 0 past T.
+    Grid (tiles of Hm, chunks, B). dt' is 0 past T, whose mask is read as 0.
     """
     h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     in_h = h < heads
@@ -194,7 +195,6 @@ def _scan_times(
             dt_min,
             dt_max,
         )
-        step = tl.where(in_t[:, None], step, 0.0)
         decay = tl.maximum(step * a_row[None, :], DECAY_FLOOR, tl.PropagateNan.ALL)
         decay = decay.to(tl.float64) * LOG2_E
         sums = carried[None, :] + tl.cumsum(decay, axis=0)

@@ -107,8 +107,8 @@ def group(ids, order, tiles, choices, experts, tile_rows, CHUNK: tl.constexpr):
     counts by itself what lies before, so it needs no word from the others.
 
     ids ``[N*K]`` int32 or int64 -> order ``[N*K]`` int32, the choices by expert and rising within
-    one; tiles ``[slots, 3]`` int32, each the expert, the first place in ``order`` and the number of
-    choices, of which surplus tiles have 0 or less.
+    one; tiles ``[slots, 3]`` int32, each the expert, the first place in ``order`` and how many choices
+    of the expert are left from there on; a surplus tile has 0 or less.
 
     With b_e choices before expert e, its tiles begin in slot ``b_e // tile_rows + e``. That leaves
     room for all of them, since ``ceil(n / r) <= (b + n) // r - b // r + 1``, needs no sum over the
@@ -133,7 +133,7 @@ def group(ids, order, tiles, choices, experts, tile_rows, CHUNK: tl.constexpr):
         used = slot < end_slot
         tl.store(tiles + 3 * slot, mine + tl.zeros_like(slot), mask=used)
         tl.store(tiles + 3 * slot + 1, at, mask=used)
-        tl.store(tiles + 3 * slot + 2, tl.minimum(end - at, tile_rows), mask=used)
+        tl.store(tiles + 3 * slot + 2, end - at, mask=used)
 
     place = begin
     for start in range(0, choices, CHUNK):
@@ -156,7 +156,7 @@ def _product(a, b, total):
 
 @triton.jit
 def _rows_of_tile(ids, tiles, tile, choices, experts, ROWS: tl.constexpr, SCANNED: tl.constexpr):
-    """Expert of a tile, its choices ``[ROWS]`` and how many of those count, 0 or less for none.
+    """Expert of a tile, its choices ``[ROWS]`` and how many are left: 0 or less for none of them.
 
     SCANNED is 0 where ``group`` ran before and ``ids`` is its order. Otherwise it bounds N*K, and a
     tile is one expert's choices of rank ``ROWS * pass`` and up; passes follow one another.

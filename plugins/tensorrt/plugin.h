@@ -1,11 +1,12 @@
 // What the TensorRT plugins of all operators share; plugins.cpp has what is each one's own.
 //
-// Throughout, dimensions have the names of plugins/tensorrt/table.py, separated by spaces. Errors are
-// exceptions inside, and never cross into TensorRT.
+// Throughout, dimensions have the names of plugins/tensorrt/table.py, separated by spaces. Errors
+// are exceptions inside, and never cross into TensorRT.
 #pragma once
 
 #include <NvInfer.h>
 
+#include <algorithm>
 #include <cctype>
 #include <cstdint>
 #include <cstdio>
@@ -33,8 +34,8 @@ using nvinfer1::PluginTensorDesc;
 constexpr const char *kNamespace = "ingot";
 constexpr const char *kVersion = "1";
 
-// In an engine beside the fields: the interface version of the kernels whose workspace it reserved, 0
-// where there were none. With less workspace than the kernels use they would overwrite other tensors.
+// In an engine beside the fields: the interface version of the kernels whose workspace it reserved,
+// 0 where there were none. With too little workspace the kernels would overwrite other tensors.
 constexpr const char *kKernelsField = "kernels";
 
 enum class Type { kT, kFloat32, kInt64 };
@@ -195,7 +196,8 @@ class ReadFields {
   private:
     const PluginField &need(const char *name, PluginFieldType type) const {
         const PluginField *field = find(name);
-        if (field == nullptr || field->data == nullptr || field->type != type || field->length < 1) {
+        if (field == nullptr || field->data == nullptr || field->type != type ||
+            field->length < 1) {
             refuse(std::string(op_) + " lacks " + name +
                    ", or has it of another type; set every attribute.");
         }
@@ -265,8 +267,10 @@ class Plugin final : public nvinfer1::IPluginV3,
     nvinfer1::IPluginCapability *getCapabilityInterface(
         nvinfer1::PluginCapabilityType type) noexcept override {
         switch (type) {
-            case nvinfer1::PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore *>(this);
-            case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild *>(this);
+            case nvinfer1::PluginCapabilityType::kCORE:
+                return static_cast<IPluginV3OneCore *>(this);
+            case nvinfer1::PluginCapabilityType::kBUILD:
+                return static_cast<IPluginV3OneBuild *>(this);
             case nvinfer1::PluginCapabilityType::kRUNTIME:
                 return static_cast<IPluginV3OneRuntime *>(this);
         }
@@ -340,8 +344,7 @@ class Plugin final : public nvinfer1::IPluginV3,
             check_count(count);
             Sizes most(Op::kName);
             for (int32_t i = 0; i < count; ++i) most.add(Op::kInputs[i], inputs[i].max);
-            return Op::workspace(
-                parameters(most, inputs[0].desc.type, inputs[0].max.nbDims));
+            return Op::workspace(parameters(most, inputs[0].desc.type, inputs[0].max.nbDims));
         });
     }
 
@@ -367,14 +370,15 @@ class Plugin final : public nvinfer1::IPluginV3,
                        std::to_string(kernels_) + " (0 is none), and these have version " +
                        std::to_string(INGOT_KERNELS_VERSION) + "; build it again.");
             }
-            Sizes sizes(Op::kName);
-            for (size_t i = 0; i < std::size(Op::kInputs); ++i) {
-                sizes.add(Op::kInputs[i], inputs[i].dims);
+            if (!same_as_last(inputs)) {
+                Sizes sizes(Op::kName);
+                for (size_t i = 0; i < kInputCount; ++i) sizes.add(Op::kInputs[i], inputs[i].dims);
+                sizes.check_equal();
+                call_ = parameters(sizes, inputs[0].type, inputs[0].dims.nbDims);
+                last_.assign(inputs, inputs + kInputCount);
             }
-            sizes.check_equal();
-            auto call = parameters(sizes, inputs[0].type, inputs[0].dims.nbDims);
-            Op::point(call, input_data, output_data);
-            check(Op::run(call, workspace, stream));
+            Op::point(call_, input_data, output_data);
+            check(Op::run(call_, workspace, stream));
             return 0;
         });
     }
@@ -391,11 +395,27 @@ class Plugin final : public nvinfer1::IPluginV3,
     }
 
   private:
+    static constexpr size_t kInputCount = std::size(Op::kInputs);
+
     static void check_count(int32_t count) {
-        if (count != static_cast<int32_t>(std::size(Op::kInputs))) {
+        if (count != static_cast<int32_t>(kInputCount)) {
             refuse(std::string(Op::kName) + " got " + std::to_string(count) + " inputs; it takes " +
-                   std::to_string(std::size(Op::kInputs)) + ".");
+                   std::to_string(kInputCount) + ".");
         }
+    }
+
+    // Whether the inputs have the types and shapes of the last call, as in a generation.
+    bool same_as_last(const PluginTensorDesc *inputs) const {
+        if (last_.empty()) return false;
+        for (const PluginTensorDesc &last : last_) {
+            const nvinfer1::Dims &a = inputs->dims, &b = last.dims;
+            if (inputs->type != last.type || a.nbDims != b.nbDims ||
+                !std::equal(a.d, a.d + a.nbDims, b.d)) {
+                return false;
+            }
+            ++inputs;
+        }
+        return true;
     }
 
     // An input of two forms has no fixed axis for a dimension.
@@ -413,7 +433,8 @@ class Plugin final : public nvinfer1::IPluginV3,
         refuse(std::string(Op::kName) + " has no input of dimension " + std::string(wanted) + ".");
     }
 
-    typename Op::Parameters parameters(const Sizes &sizes, DataType type, int32_t first_rank) const {
+    typename Op::Parameters parameters(const Sizes &sizes, DataType type,
+                                       int32_t first_rank) const {
         auto result = op_.parameters(sizes, first_rank);
         result.dtype = kernel_dtype(type);
         return result;
@@ -421,6 +442,8 @@ class Plugin final : public nvinfer1::IPluginV3,
 
     Op op_;
     int32_t kernels_ = INGOT_KERNELS_VERSION;
+    std::vector<PluginTensorDesc> last_;
+    typename Op::Parameters call_{};
     std::vector<PluginField> serialized_;
     PluginFieldCollection serialized_collection_{};
 };

@@ -42,8 +42,12 @@ def register(trt: Any, path: Path = library.PATH) -> None:
         path: of the kernel library.
     """
     registry = trt.get_plugin_registry()
+    # Not `get_creator`, which writes an error to the log for each that is missing.
+    there = {
+        (each.name, each.plugin_version, each.plugin_namespace) for each in registry.all_creators
+    }
     for plugin in PLUGINS.values():
-        if registry.get_creator(plugin.name, VERSION, NAMESPACE) is None:
+        if (plugin.name, VERSION, NAMESPACE) not in there:
             registry.register_creator(creator(trt, plugin, path), NAMESPACE)
 
 
@@ -52,7 +56,7 @@ class Node:
 
     Args:
         plugin: its entry in the table.
-        values: its fields; one more is ignored.
+        values: its fields; others are ignored.
         kernels: the interface version of the kernels that its engine is for, 0 for none.
 
     Raises:
@@ -63,6 +67,12 @@ class Node:
         missing = [field.name for field in plugin.fields if field.name not in values]
         if missing:
             raise PluginError(f"{plugin.name} lacks {', '.join(missing)}; set every attribute.")
+        activation = values.get("activation", "silu")
+        if activation not in library.ACTIVATIONS:
+            raise PluginError(
+                f"{plugin.name} has no activation {activation!r}; use one of "
+                f"{', '.join(library.ACTIVATIONS)}."
+            )
         self.plugin = plugin
         self.values = {field.name: values[field.name] for field in plugin.fields}
         self.kernels = kernels
@@ -71,23 +81,17 @@ class Node:
             **{field.name: _array(field, self.values[field.name]) for field in plugin.fields},
             KERNELS_FIELD: np.array([kernels], np.int32),
         }
-        activation = self.values.get("activation", "silu")
-        if activation not in library.ACTIVATIONS:
-            raise PluginError(
-                f"{plugin.name} has no activation {activation!r}; use one of "
-                f"{', '.join(library.ACTIVATIONS)}."
-            )
+        self._pointers = [tensor.name.lower() for tensor in plugin.tensors]
+        # The shapes of the last call and what they became: a generation repeats them.
+        self._last: tuple[object, ctypes.Structure] | None = None
 
-    def parameters(
-        self, dtype: str, sizes: Mapping[str, int], first_rank: int, addresses: Sequence[int] = ()
-    ) -> ctypes.Structure:
-        """What the kernel library is called with.
+    def parameters(self, dtype: str, sizes: Mapping[str, int], first_rank: int) -> ctypes.Structure:
+        """What the kernel library is called with, but for the addresses.
 
         Args:
             dtype: of T.
             sizes: of the dimensions.
             first_rank: of the first input.
-            addresses: of the inputs, then the outputs; none where only sizes matter.
         """
         plugin = self.plugin
         members = {member for member, *_ in plugin.structure._fields_}
@@ -105,9 +109,6 @@ class Node:
                     f"{plugin.name} got {sizes[dim]} for {dim}; it takes up to {INT32_MAX}."
                 )
             values[member] = sizes[dim]
-        if addresses:
-            pointers = (tensor.name.lower() for tensor in plugin.tensors)
-            values |= zip(pointers, addresses, strict=True)
         return plugin.structure(**values)
 
     def workspace_bytes(self, path: Path, dtype: str, most: Sequence[Sequence[int]]) -> int:
@@ -129,6 +130,14 @@ class Node:
     ) -> None:
         """Enqueue the call.
 
+        Args:
+            path: of the kernel library.
+            dtype: of T.
+            shapes: of the inputs.
+            addresses: of the inputs, then the outputs.
+            workspace: address of what ``workspace_bytes`` asked for.
+            stream: a ``CUstream``.
+
         Raises:
             PluginError: the engine was built for other kernels, or the shapes disagree.
             LibraryError: there are no kernels here, or they refuse the call.
@@ -140,8 +149,15 @@ class Node:
                 f"the engine was built for other GPU kernels ({built_for}) than those of "
                 f"{path} (version {library.VERSION}); build it again."
             )
-        sizes = self.plugin.bind(shapes)
-        kernels.run(self.parameters(dtype, sizes, len(shapes[0]), addresses), workspace, stream)
+        # The contexts of an engine share this and may run in several threads, hence the copies.
+        last, key = self._last, (dtype, *map(tuple, shapes))
+        if last is None or last[0] != key:
+            sizes = self.plugin.bind(shapes)
+            last = self._last = key, self.parameters(dtype, sizes, len(shapes[0]))
+        call = self.plugin.structure.from_buffer_copy(last[1])
+        for pointer, address in zip(self._pointers, addresses, strict=True):
+            setattr(call, pointer, address)
+        kernels.run(call, workspace, stream)
 
 
 def _array(field: Field, value: FieldValue) -> np.ndarray:

@@ -22,8 +22,8 @@ VERSION = "1"
 T = ("float32", "float16", "bfloat16")
 
 # Written into an engine beside the fields: the interface version of the kernels whose workspace it
-# reserved, 0 where there were none. With less workspace than the kernels use they would overwrite
-# other tensors.
+# reserved, 0 where there were none. With too little workspace the kernels would overwrite other
+# tensors.
 KERNELS_FIELD = "kernels"
 
 _DIM = re.compile(r"(\d*)([A-Za-z]*)(-\d+)?")

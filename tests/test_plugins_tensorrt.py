@@ -1,0 +1,928 @@
+"""TensorRT plugins: Python, C++, the ONNX schemas and a real builder against the one table."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper
+
+from plugins import causal_conv, cuda, library, mamba2_scan, moe_dispatch, moe_linear
+from plugins.errors import IngotError
+from plugins.kernels.host import SOURCES, run_compiler
+from plugins.library import Library, LibraryError
+from plugins.tensorrt import build, rtx
+from plugins.tensorrt.python_plugins import Node, creator, register
+from plugins.tensorrt.table import NAMESPACE, PLUGINS, VERSION, Plugin, PluginError
+
+SCHEMAS = {
+    module.NAME: module.SCHEMA for module in (moe_dispatch, moe_linear, mamba2_scan, causal_conv)
+}
+
+ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "MoeDispatch": {"top_k": 2, "normalize": 1, "activation": "gelu_tanh"},
+    "MoeLinear": {},
+    "Mamba2Scan": {"chunk_size": 64, "dt_min": 0.25, "dt_max": math.inf},
+    "CausalConv": {"activation": "identity"},
+}
+
+# Every dimension another, so that no shape is right by chance.
+SIZES = {
+    "MoeDispatch": {"N": 5, "H": 16, "E": 7, "I": 12},
+    "MoeLinear": {"N": 5, "K": 3, "Kin": 16, "E": 7, "O": 12},
+    "Mamba2Scan": {"B": 2, "T": 5, "Hm": 6, "Pm": 8, "G": 3, "Ns": 16},
+    "CausalConv": {"B": 2, "T": 5, "C": 16, "W": 4},
+}
+DYNAMIC = {"N", "B", "T"}
+
+ONNX_TYPES = {
+    "float32": onnx.TensorProto.FLOAT,
+    "float16": onnx.TensorProto.FLOAT16,
+    "bfloat16": onnx.TensorProto.BFLOAT16,
+    "int64": onnx.TensorProto.INT64,
+}
+
+# A plugin, and which of its first input's forms.
+FORMS = [
+    (name, form) for name, plugin in PLUGINS.items() for form in range(len(plugin.inputs[0].shapes))
+]
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def dims(plugin: Plugin, form: int) -> list[tuple[str, ...]]:
+    """Names of the dimensions of each input and output."""
+    return [each.shapes[min(form, len(each.shapes) - 1)] for each in plugin.tensors]
+
+
+def sized(plugin: Plugin, form: int, **changed: int) -> list[list[int]]:
+    """The shape of each input and output."""
+    sizes = {**SIZES[plugin.name], **changed}
+    derived = {"1": 1, "2I": 2 * sizes.get("I", 0), "W-1": sizes.get("W", 0) - 1}
+    return [[{**sizes, **derived}[dim] for dim in each] for each in dims(plugin, form)]
+
+
+# The table against the operators' schemas and the kernels' interface.
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_table_is_the_onnx_schema(name: str) -> None:
+    plugin, schema = PLUGINS[name], SCHEMAS[name]
+    onnx_types = {"T": "T", "float32": "tensor(float)", "int64": "tensor(int64)"}
+    for ours, theirs in ((plugin.inputs, schema.inputs), (plugin.outputs, schema.outputs)):
+        assert [(each.name, onnx_types[each.dtype]) for each in ours] == [
+            (each.name, each.type_str) for each in theirs
+        ]
+        for each, parameter in zip(ours, theirs, strict=True):
+            shapes = re.findall(r"\[(.*?)\]", parameter.description)
+            assert [", ".join(shape) for shape in each.shapes] == shapes
+    kinds = {"INT": "int32", "FLOAT": "float32", "STRING": "char"}
+    assert {field.name: field.kind for field in plugin.fields} == {
+        attribute.name: kinds[attribute.type.name] for attribute in schema.attributes.values()
+    }
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_table_fills_the_whole_call(name: str) -> None:
+    plugin = PLUGINS[name]
+    members = {member for member, *_ in plugin.structure._fields_}
+    ours = {
+        *plugin.sizes,
+        *(tensor.name.lower() for tensor in plugin.tensors),
+        *(field.name for field in plugin.fields),
+    }
+    # What no dimension is, and what no kernel takes.
+    assert members - ours <= {"dtype", "per_choice"}
+    assert ours - members <= {"chunk_size"}
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_output_shapes_are_those_of_the_letters(name: str, form: int) -> None:
+    plugin = PLUGINS[name]
+    shapes = sized(plugin, form)
+    by_name = dict(zip((each.name for each in plugin.inputs), shapes, strict=False))
+    outputs = [
+        [by_name[tensor][axis] for tensor, axis in plugin.references(each)]
+        for each in plugin.outputs
+    ]
+    assert outputs == shapes[len(plugin.inputs) :]
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_tensors_that_disagree_are_refused(name: str, form: int) -> None:
+    plugin = PLUGINS[name]
+    shapes = sized(plugin, form)[: len(plugin.inputs)]
+    assert plugin.bind(shapes).items() >= SIZES[name].items()
+    for tensor in range(len(shapes)):
+        for axis, dim in enumerate(dims(plugin, form)[tensor]):
+            alone = sum(each.count(dim) for each in dims(plugin, form)[: len(shapes)]) == 1
+            if alone and dim not in ("1", "2I", "W-1", "W", "I"):
+                continue
+            wrong = [list(each) for each in shapes]
+            wrong[tensor][axis] += 1
+            with pytest.raises(PluginError, match=rf"{name} got \d+ for dimension"):
+                plugin.bind(wrong)
+        with pytest.raises(PluginError, match="of rank 9; it is"):
+            plugin.bind([*shapes[:tensor], [1] * 9, *shapes[tensor + 1 :]])
+
+
+def test_limits_that_disagree_give_the_larger() -> None:
+    plugin = PLUGINS["MoeDispatch"]
+    shapes = sized(plugin, 0)[:4]
+    shapes[1][0] = 100
+    assert plugin.bound(shapes)["N"] == 100
+
+
+# Calls of the kernels.
+
+STUB = r"""
+#include <cstring>
+#include "ingot_kernels.h"
+#pragma GCC visibility push(default)
+extern "C" {
+unsigned char seen[256];
+void *seen_workspace, *seen_stream;
+int prepared;
+}
+#pragma GCC visibility pop
+template <typename P> ingot_status keep(const P *p, void *workspace, void *stream) {
+    static_assert(sizeof(P) <= sizeof seen);
+    std::memcpy(seen, p, sizeof *p);
+    seen_workspace = workspace;
+    seen_stream = stream;
+    return INGOT_OK;
+}
+template <typename P> size_t size(const P *p) { return 1000 + p->tokens; }
+int ingot_kernels_version(void) { return INGOT_KERNELS_VERSION; }
+const char *ingot_last_error(void) { return ""; }
+ingot_status ingot_prepare(void) { return ++prepared, INGOT_OK; }
+ingot_status ingot_use_driver(const char *) { return INGOT_OK; }
+size_t ingot_moe_dispatch_workspace(const ingot_moe_dispatch_params *p) { return size(p); }
+size_t ingot_moe_linear_workspace(const ingot_moe_linear_params *p) { return size(p); }
+size_t ingot_mamba2_scan_workspace(const ingot_mamba2_scan_params *p) { return size(p); }
+ingot_status ingot_moe_dispatch(const ingot_moe_dispatch_params *p, void *w, void *s) {
+    return keep(p, w, s);
+}
+ingot_status ingot_moe_linear(const ingot_moe_linear_params *p, void *w, void *s) {
+    return keep(p, w, s);
+}
+ingot_status ingot_mamba2_scan(const ingot_mamba2_scan_params *p, void *w, void *s) {
+    return keep(p, w, s);
+}
+ingot_status ingot_causal_conv(const ingot_causal_conv_params *p, void *s) {
+    return keep(p, nullptr, s);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A kernel library that notes what it is called with."""
+    folder = tmp_path_factory.mktemp("stub")
+    (folder / "stub.cpp").write_text(STUB)
+    out = folder / "libingot_kernels.so"
+    run_compiler(folder / "stub.cpp", f"-I{SOURCES}", out=out)
+    return out
+
+
+def seen(stub: Path, plugin: Plugin, *, forget: bool = False) -> dict[str, Any]:
+    """The members of the last call."""
+    memory = (ctypes.c_char * 256).in_dll(ctypes.CDLL(str(stub)), "seen")
+    structure = plugin.structure.from_buffer_copy(memory)
+    if forget:
+        ctypes.memset(memory, 0, 256)
+    return {member: getattr(structure, member) for member, *_ in structure._fields_}
+
+
+def repeated(plugin: Plugin, form: int) -> Iterator[tuple[list[list[int]], list[int]]]:
+    """Shapes and addresses of calls that follow each other: what changes, and what stays."""
+    letter = next(iter(SIZES[plugin.name]))
+    for size, first in ((3, 4096), (3, 8192), (9, 8192)):
+        shapes = sized(plugin, form, **{letter: size})[: len(plugin.inputs)]
+        yield shapes, [first + 16 * i for i in range(len(plugin.tensors))]
+
+
+def call_from_torch(stub: Path, name: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What ``plugins.cuda`` calls for the same node; its outputs."""
+    fields = {**ATTRIBUTES[name]}
+    # The kernels choose their own chunks.
+    fields.pop("chunk_size", None)
+    call: Any = {
+        "MoeDispatch": cuda.moe_dispatch,
+        "MoeLinear": cuda.moe_linear,
+        "Mamba2Scan": cuda.mamba2_scan,
+        "CausalConv": cuda.causal_conv,
+    }[name]
+    outputs = call(Library(stub), *tensors, **fields)
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_python_calls_the_kernels_as_torch_does(
+    name: str, form: int, dtype: str, stub: Path
+) -> None:
+    plugin = PLUGINS[name]
+    shapes = sized(plugin, form)[: len(plugin.inputs)]
+    tensors = [
+        torch.zeros(shape, dtype=getattr(torch, dtype if each.dtype == "T" else each.dtype))
+        for each, shape in zip(plugin.inputs, shapes, strict=True)
+    ]
+    outputs = call_from_torch(stub, name, tensors)
+    by_torch = seen(stub, plugin)
+    node = Node(plugin, ATTRIBUTES[name], library.VERSION)
+    addresses = [each.data_ptr() for each in (*tensors, *outputs)]
+    node.run(stub, dtype, shapes, addresses, 4096, 77)
+    assert seen(stub, plugin) == by_torch
+    handle = ctypes.CDLL(str(stub))
+    assert ctypes.c_void_p.in_dll(handle, "seen_stream").value == 77
+    takes_workspace = library.CALLS[plugin.structure][1]
+    workspace = ctypes.c_void_p.in_dll(handle, "seen_workspace").value
+    assert workspace == (4096 if takes_workspace else None)
+    expected = 1000 + (SIZES[name].get("N") or SIZES[name]["T"]) if takes_workspace else 0
+    assert node.workspace_bytes(stub, dtype, shapes) == expected
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_a_later_call_has_its_own_shapes_and_addresses(name: str, form: int, stub: Path) -> None:
+    plugin = PLUGINS[name]
+    node = Node(plugin, ATTRIBUTES[name], library.VERSION)
+    for shapes, addresses in repeated(plugin, form):
+        node.run(stub, "bfloat16", shapes, addresses, 4096, 77)
+        found = seen(stub, plugin, forget=True)
+        fresh = Node(plugin, ATTRIBUTES[name], library.VERSION)
+        fresh.run(stub, "bfloat16", shapes, addresses, 4096, 77)
+        assert found == seen(stub, plugin)
+        assert [found[each.name.lower()] for each in plugin.tensors] == addresses
+
+
+def test_without_kernels_building_works_and_running_does_not(stub: Path, tmp_path: Path) -> None:
+    plugin = PLUGINS["MoeLinear"]
+    *shapes, _ = sized(plugin, 0)
+    nowhere = tmp_path / "libingot_kernels.so"
+    node = Node(plugin, {}, 0)
+    assert node.workspace_bytes(nowhere, "float32", shapes) == 0
+    with pytest.raises(LibraryError, match="make plugins"):
+        node.run(nowhere, "float32", shapes, [0] * 4, 0, 0)
+    # Nor where there are kernels: its engine reserved no workspace.
+    with pytest.raises(PluginError, match=r"built for other GPU kernels \(none\)"):
+        node.run(stub, "float32", shapes, [0] * 4, 0, 0)
+
+
+def test_sizes_past_int32_are_refused() -> None:
+    node = Node(PLUGINS["MoeLinear"], {}, 1)
+    with pytest.raises(PluginError, match="2147483648 for N"):
+        node.parameters("float32", {**SIZES["MoeLinear"], "N": 2**31}, 2)
+
+
+# A real builder.
+
+
+@cache
+def logger(trt: Any) -> Any:
+    """The one logger: TensorRT keeps the first, and crashes where that has been deleted."""
+    # Errors that a test provokes would otherwise fill its output.
+    return trt.Logger(trt.Logger.INTERNAL_ERROR)
+
+
+class Network:
+    """One node, parsed from ONNX by TensorRT-RTX."""
+
+    def __init__(
+        self,
+        trt: Any,
+        name: str,
+        shapes: Sequence[Sequence[int | str]],
+        types: Sequence[str],
+        attributes: Mapping[str, Any],
+    ) -> None:
+        plugin = PLUGINS[name]
+        node = helper.make_node(
+            name,
+            [each.name for each in plugin.inputs],
+            [each.name for each in plugin.outputs],
+            domain="ingot",
+            plugin_namespace=NAMESPACE,
+            plugin_version=VERSION,
+            **attributes,
+        )
+        infos = [
+            helper.make_tensor_value_info(each.name, ONNX_TYPES[dtype], shape)
+            for each, dtype, shape in zip(plugin.tensors, types, shapes, strict=True)
+        ]
+        count = len(plugin.inputs)
+        graph = helper.make_graph([node], "one_node", infos[:count], infos[count:])
+        opsets = [helper.make_opsetid("", 23), helper.make_opsetid("ingot", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        self.trt, self.plugin = trt, plugin
+        self.builder = trt.Builder(logger(trt))
+        self.network = self.builder.create_network(0)
+        parser = trt.OnnxParser(self.network, self.builder.logger)
+        self.parsed = parser.parse(model.SerializeToString())
+
+    def outputs(self) -> list[tuple[list[int], Any]]:
+        tensors = map(self.network.get_output, range(self.network.num_outputs))
+        return [(list(each.shape), each.dtype) for each in tensors]
+
+    def engine(self, *profile: Sequence[Sequence[int]]) -> Any:
+        """The serialised engine for shapes between the first and the last, or None."""
+        config = self.builder.create_builder_config()
+        if profile:
+            ranges = self.builder.create_optimization_profile()
+            for tensor, *shapes in zip(self.plugin.inputs, *profile, strict=True):
+                ranges.set_shape(tensor.name, *shapes)
+            config.add_optimization_profile(ranges)
+        return self.builder.build_serialized_network(self.network, config)
+
+
+@pytest.fixture(scope="module")
+def trt() -> Any:
+    module = pytest.importorskip("tensorrt_rtx")
+    rtx.ensure_parser_can_load_plugins()
+    register(module)
+    register(module)
+    return module
+
+
+def types_of(plugin: Plugin, dtype: str) -> list[str]:
+    return [dtype if each.dtype == "T" else each.dtype for each in plugin.tensors]
+
+
+def dynamic(plugin: Plugin, form: int) -> list[list[int | str]]:
+    shapes = zip(dims(plugin, form), sized(plugin, form), strict=True)
+    return [
+        [dim if dim in DYNAMIC else size for dim, size in zip(*each, strict=True)]
+        for each in shapes
+    ]
+
+
+def profile(plugin: Plugin, form: int) -> list[list[list[int]]]:
+    return [
+        sized(plugin, form, **dict.fromkeys(DYNAMIC & SIZES[plugin.name].keys(), size))[
+            : len(plugin.inputs)
+        ]
+        for size in (1, 4, 32)
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_rtx_builds_an_engine_of_the_plugin_alone(
+    trt: Any, name: str, form: int, dtype: str
+) -> None:
+    plugin = PLUGINS[name]
+    types = types_of(plugin, dtype)
+    made = Network(trt, name, dynamic(plugin, form), types, ATTRIBUTES[name])
+    assert made.parsed
+    layers = [made.network.get_layer(i) for i in range(made.network.num_layers)]
+    assert [layer.type for layer in layers] == [trt.LayerType.PLUGIN_V3]
+    count = len(plugin.inputs)
+    assert made.outputs() == [
+        ([-1 if isinstance(dim, str) else dim for dim in shape], getattr(trt, each))
+        for shape, each in zip(dynamic(plugin, form)[count:], types[count:], strict=True)
+    ]
+    engine = made.engine(*profile(plugin, form))
+    assert engine is not None
+    assert name.encode() in bytes(engine)
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_rtx_infers_the_shape_of_the_letters(trt: Any, name: str, form: int) -> None:
+    plugin = PLUGINS[name]
+    shapes = sized(plugin, form)
+    made = Network(trt, name, shapes, types_of(plugin, "float32"), ATTRIBUTES[name])
+    assert [shape for shape, _ in made.outputs()] == shapes[len(plugin.inputs) :]
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_rtx_refuses_any_other_dtype(trt: Any, name: str) -> None:
+    plugin = PLUGINS[name]
+    for position in range(1, len(plugin.inputs)):
+        types = types_of(plugin, "float16")
+        types[position] = "float32" if plugin.inputs[position].dtype == "T" else "float16"
+        made = Network(trt, name, sized(plugin, 0), types, ATTRIBUTES[name])
+        assert not made.parsed or made.engine() is None
+
+
+def test_rtx_refuses_a_dtype_that_no_kernel_has(trt: Any) -> None:
+    plugin = PLUGINS["CausalConv"]
+    types = ["int64"] * len(plugin.tensors)
+    made = Network(trt, "CausalConv", sized(plugin, 0), types, ATTRIBUTES["CausalConv"])
+    assert not made.parsed or made.engine() is None
+
+
+def test_rtx_refuses_a_wrong_rank(trt: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    plugin = PLUGINS["MoeDispatch"]
+    shapes = sized(plugin, 0)
+    shapes[0].append(1)
+    types = types_of(plugin, "float32")
+    assert not Network(trt, "MoeDispatch", shapes, types, ATTRIBUTES["MoeDispatch"]).parsed
+    assert "MoeDispatch got x of rank 3; it is [N, H]." in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"top_k": 2, "normalize": 1, "activation": "tanh"}, "no activation 'tanh'; use one of"),
+        ({"top_k": 2, "normalize": 1}, "MoeDispatch lacks activation"),
+    ],
+)
+def test_rtx_refuses_wrong_attributes(
+    trt: Any,
+    attributes: Mapping[str, Any],
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    plugin = PLUGINS["MoeDispatch"]
+    types = types_of(plugin, "float32")
+    assert not Network(trt, "MoeDispatch", sized(plugin, 0), types, attributes).parsed
+    assert message in capfd.readouterr().err
+
+
+class Described:
+    """A tensor as TensorRT describes one to a plugin; the rest is not for it to read."""
+
+    def __init__(self, dtype: Any, tensor_format: Any, shape: Sequence[int] = ()) -> None:
+        self.desc = self
+        self.type, self.format = dtype, tensor_format
+        self.dims = self.max = shape
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_only_these_formats_and_types_combine(trt: Any, name: str) -> None:
+    plugin = PLUGINS[name]
+    instance = creator(trt, plugin).create_plugin("", fields_of(trt, name), trt.TensorRTPhase.BUILD)
+    all_types = list(trt.DataType.__members__.values())
+    linear, other = trt.TensorFormat.LINEAR, trt.TensorFormat.HWC8
+    for dtype in DTYPES:
+        types = [getattr(trt, each) for each in types_of(plugin, dtype)]
+        for position in range(len(types)):
+            before = [Described(each, linear) for each in types[:position]]
+            accepted = {
+                (found, form)
+                for found in all_types
+                for form in (linear, other)
+                if instance.supports_format_combination(
+                    position, [*before, Described(found, form)], len(plugin.inputs)
+                )
+            }
+            expected = {types[position]} if position else {getattr(trt, each) for each in DTYPES}
+            assert accepted == {(each, linear) for each in expected}
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_the_class_for_rtx_hands_its_calls_on(trt: Any, name: str, form: int, stub: Path) -> None:
+    plugin = PLUGINS[name]
+    shapes, addresses = next(repeated(plugin, form))
+    node = Node(plugin, ATTRIBUTES[name], library.VERSION)
+    node.run(stub, "float16", shapes, addresses, 4096, 77)
+    expected = seen(stub, plugin, forget=True)
+    made = creator(trt, plugin, stub).create_plugin(
+        "", fields_of(trt, name), trt.TensorRTPhase.RUNTIME
+    )
+    types = [getattr(trt, each) for each in types_of(plugin, "float16")]
+    inputs = [
+        Described(each, trt.TensorFormat.LINEAR, shape)
+        for each, shape in zip(types, shapes, strict=False)
+    ]
+    prepared = ctypes.c_int.in_dll(ctypes.CDLL(str(stub)), "prepared")
+    before = prepared.value
+    attached = made.attach_to_context(None)
+    assert prepared.value == before + 1
+    count = len(inputs)
+    attached.enqueue(inputs, [], addresses[:count], addresses[count:], 4096, 77)
+    assert seen(stub, plugin) == expected
+    assert made.get_workspace_size(inputs, []) == node.workspace_bytes(stub, "float16", shapes)
+    assert made.get_output_data_types(types[:count]) == types[count:]
+
+
+# TensorRT keeps only the address of a field's data.
+KEPT: list[np.ndarray] = []
+
+
+def fields_of(trt: Any, name: str) -> Any:
+    """A node's fields as the parser gives them, strings with a zero byte at their end."""
+    fields = []
+    for field in PLUGINS[name].fields:
+        value = ATTRIBUTES[name][field.name]
+        if isinstance(value, str):
+            data, kind = np.frombuffer(value.encode() + b"\0", np.int8), trt.PluginFieldType.CHAR
+        else:
+            data = np.array([value], field.kind)
+            kind = getattr(trt.PluginFieldType, field.kind.upper())
+        KEPT.append(data)
+        fields.append(trt.PluginField(field.name, data, kind))
+    return trt.PluginFieldCollection(fields)
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_fields_survive_an_engine(trt: Any, name: str, stub: Path, tmp_path: Path) -> None:
+    plugin = PLUGINS[name]
+    for path, kernels in ((stub, library.VERSION), (tmp_path / "none.so", 0)):
+        made = creator(trt, plugin, path).create_plugin(
+            "", fields_of(trt, name), trt.TensorRTPhase.BUILD
+        )
+        written = made.clone().get_fields_to_serialize()
+        gc.collect()
+        # The runtime may have kernels where the builder had none; what counts is the builder.
+        read = creator(trt, plugin, stub).create_plugin("", written, trt.TensorRTPhase.RUNTIME)
+        assert read.node.values == ATTRIBUTES[name]
+        assert (made.node.kernels, read.node.kernels) == (kernels, kernels)
+        again = read.get_fields_to_serialize()
+        assert [(each.name, each.type, each.data.tobytes()) for each in written] == [
+            (each.name, each.type, each.data.tobytes()) for each in again
+        ]
+
+
+# The C++ plugins.
+
+# Calls of a C++ plugin that TensorRT's Python module does not offer.
+HARNESS = r"""
+#include <NvInfer.h>
+#include <cstring>
+#define API extern "C" __attribute__((visibility("default")))
+using namespace nvinfer1;
+extern "C" IPluginCreatorInterface *const *getCreators(int32_t &count);
+
+API IPluginV3 *create(const char *name, const PluginFieldCollection *fields) {
+    int32_t count = 0;
+    IPluginCreatorInterface *const *creators = getCreators(count);
+    for (int32_t i = 0; i < count; ++i) {
+        auto *creator = static_cast<IPluginCreatorV3One *>(creators[i]);
+        if (!std::strcmp(creator->getPluginName(), name))
+            return creator->createPlugin("", fields, TensorRTPhase::kRUNTIME);
+    }
+    return nullptr;
+}
+template <typename T> T *part(IPluginV3 *plugin, PluginCapabilityType type) {
+    return static_cast<T *>(plugin->getCapabilityInterface(type));
+}
+API void destroy(IPluginV3 *plugin) { delete plugin; }
+API const PluginFieldCollection *serialize(IPluginV3 *plugin) {
+    auto *runtime = part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
+    return runtime->getFieldsToSerialize();
+}
+API int32_t supports(IPluginV3 *plugin, int32_t position, const PluginTensorDesc *tensors,
+                     int32_t inputs, int32_t outputs) {
+    DynamicPluginTensorDesc all[16]{};
+    for (int32_t i = 0; i <= position; ++i) all[i].desc = tensors[i];
+    auto *build = part<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
+    return build->supportsFormatCombination(position, all, inputs, outputs);
+}
+API size_t workspace(IPluginV3 *plugin, const PluginTensorDesc *inputs, int32_t count) {
+    DynamicPluginTensorDesc all[16]{};
+    for (int32_t i = 0; i < count; ++i) {
+        all[i].desc = inputs[i];
+        all[i].max = inputs[i].dims;
+    }
+    auto *build = part<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
+    return build->getWorkspaceSize(all, count, nullptr, 0);
+}
+API IPluginV3 *attach(IPluginV3 *plugin) {
+    auto *runtime = part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
+    return runtime->attachToContext(nullptr);
+}
+API int32_t enqueue(IPluginV3 *plugin, const PluginTensorDesc *inputs, const void *const *in,
+                    void *const *out, void *workspace, cudaStream_t stream) {
+    auto *runtime = part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
+    return runtime->enqueue(inputs, nullptr, in, out, workspace, stream);
+}
+"""
+
+
+class Dims(ctypes.Structure):
+    _fields_ = (("count", ctypes.c_int32), ("d", ctypes.c_int64 * 8))
+
+
+class TensorDesc(ctypes.Structure):
+    _fields_ = (
+        ("dims", Dims),
+        ("type", ctypes.c_int32),
+        ("format", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+    )
+
+
+class CField(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int32),
+        ("length", ctypes.c_int32),
+    )
+
+
+class CFields(ctypes.Structure):
+    _fields_ = (("count", ctypes.c_int32), ("fields", ctypes.POINTER(CField)))
+
+
+# TensorRT's numbers of element types and of field types.
+C_TYPES = {"float32": 0, "float16": 1, "bfloat16": 7, "int64": 8}
+C_KINDS = {"int32": (5, ctypes.c_int32), "float32": (1, ctypes.c_float)}
+CHAR = 6
+
+
+class Cpp:
+    """A C++ plugin of a node, called through the harness."""
+
+    def __init__(self, harness: Path, name: str, kernels: int | None = None) -> None:
+        self.plugin = PLUGINS[name]
+        self.library = ctypes.CDLL(str(harness))
+        for call in ("create", "attach", "serialize", "workspace"):
+            getattr(self.library, call).restype = ctypes.c_void_p
+        values: list[tuple[str, Any, int, int]] = []
+        for field in self.plugin.fields:
+            value = ATTRIBUTES[name][field.name]
+            if isinstance(value, str):
+                text = ctypes.create_string_buffer(value.encode())
+                values.append((field.name, text, CHAR, len(value) + 1))
+            else:
+                number, kind = C_KINDS[field.kind]
+                values.append((field.name, kind(value), number, 1))
+        if kernels is not None:
+            values.append(("kernels", ctypes.c_int32(kernels), C_KINDS["int32"][0], 1))
+        fields = (CField * len(values))(
+            *(
+                CField(key.encode(), ctypes.cast(ctypes.pointer(data), ctypes.c_void_p), *rest)
+                for key, data, *rest in values
+            )
+        )
+        self.handle = ctypes.c_void_p(
+            self.library.create(name.encode(), ctypes.byref(CFields(len(values), fields)))
+        )
+        assert self.handle.value
+        self.attached = ctypes.c_void_p(self.library.attach(self.handle))
+        assert self.attached.value
+
+    def __enter__(self) -> Cpp:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.library.destroy(self.attached)
+        self.library.destroy(self.handle)
+
+    def serialized(self) -> dict[str, tuple[int, bytes]]:
+        fields = CFields.from_address(self.library.serialize(self.handle))
+        sizes = {5: 4, 1: 4, CHAR: 1}
+        return {
+            each.name.decode(): (
+                each.type,
+                ctypes.string_at(each.data, sizes[each.type] * each.length),
+            )
+            for each in fields.fields[: fields.count]
+        }
+
+    def supports(self, position: int, types: Sequence[int], tensor_format: int) -> bool:
+        tensors = (TensorDesc * 16)(*(TensorDesc(Dims(), each, 0) for each in types))
+        tensors[position].format = tensor_format
+        count = len(self.plugin.inputs), len(self.plugin.outputs)
+        return bool(self.library.supports(self.handle, position, tensors, *count))
+
+    def descs(self, dtype: str, shapes: Sequence[Sequence[int]]) -> Any:
+        types = types_of(self.plugin, dtype)
+        return (TensorDesc * 16)(
+            *(
+                TensorDesc(Dims(len(shape), (ctypes.c_int64 * 8)(*shape)), C_TYPES[each])
+                for each, shape in zip(types, shapes, strict=False)
+            )
+        )
+
+    def workspace_bytes(self, dtype: str, shapes: Sequence[Sequence[int]]) -> int:
+        descs = self.descs(dtype, shapes)
+        return int(self.library.workspace(self.handle, descs, len(shapes)) or 0)
+
+    def enqueue(self, dtype: str, shapes: Sequence[Sequence[int]], addresses: Sequence[int]) -> int:
+        count = len(self.plugin.inputs)
+        inputs = (ctypes.c_void_p * count)(*addresses[:count])
+        outputs = (ctypes.c_void_p * 4)(*addresses[count:])
+        descs = self.descs(dtype, shapes)
+        pointers = ctypes.c_void_p(4096), ctypes.c_void_p(77)
+        return int(self.library.enqueue(self.attached, descs, inputs, outputs, *pointers))
+
+
+@pytest.fixture(scope="module")
+def cpp_library(stub: Path) -> Path:
+    """``libingot_trt.so`` over the kernels that note their calls."""
+    tensorrt = build.find_headers()
+    if tensorrt is None:
+        pytest.skip(build.NO_TENSORRT)
+    headers = build.find_cuda_headers(tensorrt)
+    if headers is None:
+        pytest.skip(build.NO_CUDA)
+    out = stub.with_name("libingot_trt.so")
+    build.build(out, tensorrt, headers)
+    return out
+
+
+@pytest.fixture(scope="module")
+def harness(cpp_library: Path) -> Path:
+    folder = cpp_library.parent
+    (folder / "harness.cpp").write_text(HARNESS)
+    tensorrt = build.find_headers()
+    assert tensorrt is not None
+    headers = build.find_cuda_headers(tensorrt)
+    assert headers is not None
+    out = folder / "libharness.so"
+    run_compiler(
+        folder / "harness.cpp",
+        *("-isystem", tensorrt, "-isystem", headers),
+        *(f"-L{folder}", "-lingot_trt", "-Wl,-rpath,$ORIGIN"),
+        out=out,
+    )
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_cpp_calls_the_kernels_as_python_does(
+    name: str, form: int, dtype: str, stub: Path, harness: Path
+) -> None:
+    plugin = PLUGINS[name]
+    with Cpp(harness, name) as cpp:
+        for shapes, addresses in repeated(plugin, form):
+            node = Node(plugin, ATTRIBUTES[name], library.VERSION)
+            node.run(stub, dtype, shapes, addresses, 4096, 77)
+            by_python = seen(stub, plugin, forget=True)
+            assert cpp.enqueue(dtype, shapes, addresses) == 0
+            assert seen(stub, plugin) == by_python
+            assert cpp.workspace_bytes(dtype, shapes) == node.workspace_bytes(stub, dtype, shapes)
+
+
+def test_cpp_refuses_what_python_does(harness: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plugin = PLUGINS["CausalConv"]
+    shapes = sized(plugin, 0)[: len(plugin.inputs)]
+    addresses = [4096] * len(plugin.tensors)
+    for tensor, axis in ((0, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 0)):
+        wrong = [list(each) for each in shapes]
+        wrong[tensor][axis] += 1
+        with pytest.raises(PluginError):
+            plugin.bind(wrong)
+        with Cpp(harness, "CausalConv") as cpp:
+            assert cpp.enqueue("float32", wrong, addresses) == -1
+        assert "by its other inputs that is" in capfd.readouterr().err
+    with Cpp(harness, "CausalConv", kernels=0) as cpp:
+        assert cpp.enqueue("float32", shapes, addresses) == -1
+    assert "build it again" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_cpp_combines_the_same_types(name: str, harness: Path) -> None:
+    plugin = PLUGINS[name]
+    with Cpp(harness, name) as cpp:
+        for dtype in DTYPES:
+            types = [C_TYPES[each] for each in types_of(plugin, dtype)]
+            for position in range(len(types)):
+                accepted = {
+                    (found, form)
+                    for found in range(12)
+                    for form in (0, 2)
+                    if cpp.supports(position, [*types[:position], found], form)
+                }
+                expected = {types[position]} if position else {C_TYPES[each] for each in DTYPES}
+                assert accepted == {(each, 0) for each in expected}
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_cpp_and_python_write_the_same_engine(
+    trt: Any, name: str, stub: Path, harness: Path
+) -> None:
+    made = creator(trt, PLUGINS[name], stub).create_plugin(
+        "", fields_of(trt, name), trt.TensorRTPhase.BUILD
+    )
+    ours = {
+        each.name: (int(each.type), each.data.tobytes()) for each in made.get_fields_to_serialize()
+    }
+    with Cpp(harness, name) as cpp:
+        assert cpp.serialized() == ours
+
+
+def rtx_with_cpp(cpp_library: str) -> dict[str, Any]:
+    """What TensorRT-RTX finds in the C++ library; in a process of its own, for its registry."""
+    trt = importlib.import_module("tensorrt_rtx")
+    rtx.ensure_parser_can_load_plugins()
+    registry = trt.get_plugin_registry()
+    loaded = registry.load_library(cpp_library)
+    found: dict[str, Any] = {"loaded": loaded is not None}
+    for name, plugin in PLUGINS.items():
+        made = registry.get_creator(name, VERSION, NAMESPACE)
+        python = creator(trt, plugin)
+        both = [
+            [each.name, each.plugin_version, each.plugin_namespace]
+            + [[field.name, str(field.type)] for field in each.field_names]
+            for each in (made, python)
+        ]
+        outputs, built = [], []
+        for form in range(len(plugin.inputs[0].shapes)):
+            types = types_of(plugin, "bfloat16")
+            network = Network(trt, name, dynamic(plugin, form), types, ATTRIBUTES[name])
+            built.append(network.engine(*profile(plugin, form)) is not None)
+            static = Network(trt, name, sized(plugin, form), types, ATTRIBUTES[name])
+            outputs.append([shape for shape, _ in static.outputs()])
+        found[name] = {"creators": both, "outputs": outputs, "built": built}
+    return found
+
+
+def test_rtx_finds_the_same_plugins_in_the_cpp_library(trt: Any, cpp_library: Path) -> None:
+    program = (
+        "import json, sys; import test_plugins_tensorrt as t; "
+        "print(json.dumps(t.rtx_with_cpp(sys.argv[1])))"
+    )
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {folders}; {program}", cpp_library],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["loaded"]
+    for name, plugin in PLUGINS.items():
+        by_cpp, by_python = found[name]["creators"]
+        assert by_cpp == by_python
+        kinds = {"int32": "INT32", "float32": "FLOAT32", "char": "CHAR"}
+        assert by_cpp == [name, VERSION, NAMESPACE] + [
+            [field.name, f"PluginFieldType.{kinds[field.kind]}"] for field in plugin.fields
+        ]
+        forms = range(len(plugin.inputs[0].shapes))
+        assert found[name]["outputs"] == [
+            sized(plugin, form)[len(plugin.inputs) :] for form in forms
+        ]
+        assert all(found[name]["built"])
+
+
+# Building.
+
+
+def test_a_build_without_headers_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
+    assert build.find_headers() is None
+    done = CliRunner().invoke(build.main, ["--out", str(tmp_path / "libingot_trt.so")])
+    assert done.exit_code == 0
+    assert done.output == build.NO_TENSORRT + "\n"
+
+    headers = tmp_path / "include"
+    headers.mkdir()
+    (headers / "NvInfer.h").touch()
+    assert build.find_headers() == headers
+    monkeypatch.setattr(build, "find_cuda_headers", lambda _: None)
+    done = CliRunner().invoke(build.main, ["--out", str(tmp_path / "libingot_trt.so")])
+    assert (done.exit_code, done.output) == (0, build.NO_CUDA + "\n")
+
+
+def test_a_build_without_kernels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(IngotError, match=r"plugins\.kernels\.build"):
+        build.build(tmp_path / "libingot_trt.so", tmp_path, tmp_path)
+
+
+def test_cuda_headers_are_found_in_cuda_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "include"
+    folder.mkdir()
+    (folder / "cuda_runtime_api.h").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert build.find_cuda_headers(tmp_path) == folder
+
+
+# TensorRT-RTX's library.
+
+
+def test_the_parser_gets_the_name_it_looks_for(tmp_path: Path) -> None:
+    rtx.ensure_parser_can_load_plugins(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / rtx.LIBRARY).write_text("library")
+    for _ in range(2):
+        rtx.ensure_parser_can_load_plugins(tmp_path)
+        assert (tmp_path / rtx.LINK).read_text() == "library"
+    assert (tmp_path / rtx.LINK).readlink() == Path(rtx.LIBRARY)
+
+
+def test_a_folder_that_takes_no_link_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / rtx.LIBRARY).touch()
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    command = f"ln -sf libtensorrt_rtx.so.1 {tmp_path / 'libtensorrt_rtx.so'}"
+    with pytest.raises(IngotError, match=re.escape(command)):
+        rtx.ensure_parser_can_load_plugins(tmp_path)
