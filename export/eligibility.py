@@ -65,8 +65,7 @@ def eligibility(model: ir.Model, precision: str) -> list[Eligibility]:
         rows.append(Eligibility(name, count, state, text, COMPUTE_CAPABILITIES, note))
     attention = counts.pop(("", "Attention"), 0)
     if attention:
-        fused = precision in HALVES
-        note = "" if fused else "in float32 TensorRT has no fused kernel and takes it apart"
+        note = "fused where TensorRT has a kernel for the head size, else taken apart"
         rows.append(Eligibility("Attention", attention, "TensorRT", precision, note=note))
     rest = sum(counts.values())
     rows.append(Eligibility(f"{len(counts)} others", rest, "TensorRT", precision))

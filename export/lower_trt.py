@@ -11,6 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
+from export.passes.attention_matmuls import AttentionToMatMuls
 from export.passes.causal_conv import CausalConvToOperator
 from export.passes.functions import AttachFunctionBodies
 from export.passes.plugin_nodes import NamePlugins
@@ -20,6 +21,7 @@ def lower_trt(model: ir.Model) -> None:
     """Prepare a graph for TensorRT's parser, in place; any ONNX runtime can still run it."""
     passes = ir.passes.Sequential(
         CausalConvToOperator(),
+        AttentionToMatMuls(),
         RemoveUnusedNodesPass(),
         AttachFunctionBodies(),
         NamePlugins(),

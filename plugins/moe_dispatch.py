@@ -39,6 +39,83 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
 }
 
+# Standard-operator text that puts the rows of `ids [N, K]` into tiles: BM rows of one expert each.
+# It needs the values `one`, `zero` and `last` ([1], [0], [-1]), `scalar_zero`, `scalar_one`,
+# `scalar_shape` and `experts` ([E]), and makes
+#
+#   trips            scalar     no fewer than there are tiles, from the shapes alone
+#   tiles            scalar     how many tiles there are
+#   expert_of_tile   [trips]
+#   choice_of_tile   [trips, BM], numbers of choices n * K + k; 0 where a tile has no row
+#   slot             [N * K]    where each choice stands, counting the rows of all tiles
+#
+# TensorRT cannot build NonZero here, and its TopK sorts no more than 3840 values, so the rows are
+# placed by counting. Every size follows from shapes, and no index repeats in the ScatterElements:
+# repeated ones race in ONNX Runtime.
+#
+# BM. The copy of an expert's weight that Gather makes costs as much as some 16 rows of products,
+# so few rows share a tile of 16 and a mean expert has one tile. With fewer choices than experts,
+# an expert has rarely two of them, and a tile is one row.
+TILES_BODY = """
+        tokens = Shape <start = 0, end = 1> (ids)
+        top = Shape <start = 1, end = 2> (ids)
+        choices = Mul (tokens, top)
+        less_one = Sub (experts, one)
+        choices_up = Add (choices, less_one)
+        mean = Div (choices_up, experts)
+        sixteen = Constant <value_ints: ints = [16]> ()
+        sixteens = Div (mean, sixteen)
+        sixteens_up = Add (sixteens, one)
+        rounded = Mul (sixteens_up, sixteen)
+        mean_less_one = Sub (mean, one)
+        several = Min (mean_less_one, one)
+        rounded_if_several = Mul (rounded, several)
+        no_higher = Min (rounded_if_several, tokens)
+        height = Max (no_higher, one)
+        height_less_one = Sub (height, one)
+        experts_hit_at_most = Min (experts, choices)
+        rows_missing_at_most = Mul (experts_hit_at_most, height_less_one)
+        slots_at_most = Add (choices, rows_missing_at_most)
+        tiles_at_most = Div (slots_at_most, height)
+        slots = Mul (tiles_at_most, height)
+        trips = Reshape (tiles_at_most, scalar_shape)
+
+        experts_count = Reshape (experts, scalar_shape)
+        all_experts = Range (scalar_zero, experts_count, scalar_one)
+        flat_ids = Reshape (ids, last)
+        column_ids = Unsqueeze (flat_ids, last)
+        is_expert = Equal (column_ids, all_experts)
+        is_expert_int = Cast <to = 7> (is_expert)
+        rows_so_far = CumSum (is_expert_int, scalar_zero)
+        rank_column = GatherElements <axis = 1> (rows_so_far, column_ids)
+        rank_from_one = Reshape (rank_column, last)
+        rank = Sub (rank_from_one, one)
+        rows_of_expert = ReduceSum <keepdims = 0> (is_expert_int, zero)
+        rows_up = Add (rows_of_expert, height_less_one)
+        tiles_of_expert = Div (rows_up, height)
+        tiles_end = CumSum (tiles_of_expert, scalar_zero)
+        tiles = ReduceSum <keepdims = 0> (tiles_of_expert, zero)
+        first_tile = Sub (tiles_end, tiles_of_expert)
+        first_slot = Mul (first_tile, height)
+        first_slot_here = Gather <axis = 0> (first_slot, flat_ids)
+        slot = Add (first_slot_here, rank)
+
+        choices_count = Reshape (choices, scalar_shape)
+        all_choices = Range (scalar_zero, choices_count, scalar_one)
+        nobody = ConstantOfShape <value = int64[1] {0}> (slots)
+        choice_of_slot = ScatterElements <axis = 0> (nobody, slot, all_choices)
+        tiles_shape = Concat <axis = 0> (tiles_at_most, height)
+        choice_of_tile = Reshape <allowzero = 1> (choice_of_slot, tiles_shape)
+
+        all_trips = Range (scalar_zero, trips, scalar_one)
+        last_tile = Sub (tiles, scalar_one)
+        tile_of_trip = Min (all_trips, last_tile)
+        tile_column = Unsqueeze (tile_of_trip, last)
+        ended = LessOrEqual (tiles_end, tile_column)
+        ended_int = Cast <to = 7> (ended)
+        expert_of_tile = ReduceSum <keepdims = 0> (ended_int, last)
+        any_tile = Greater (tiles, scalar_zero)"""
+
 # Standard-operator text of each activation, from value `gate` to value `activated`.
 _ACTIVATION_BODY = {
     "silu": "sigmoid = Sigmoid(gate)\n            activated = Mul(gate, sigmoid)",
@@ -174,14 +251,24 @@ def translate(
 def function_body(activation: str) -> onnx.FunctionProto:
     """The operator in standard ONNX operators, for runtimes without a kernel of its own.
 
-    Only the experts that some token chose are computed: a Loop runs over the experts hit, gathers
-    that expert's weights and its tokens, and adds into the result. No index repeats within one
-    ScatterND, and it has no reduction, because ScatterND(add) with repeated indices races in
-    ONNX Runtime. One body serves one activation, since a function cannot branch on a string.
+    A Loop runs over tiles of rows of one expert (``TILES_BODY``), gathers that expert's weights and
+    the tile's tokens, and hands out the tile; afterwards each token gathers its K rows and adds
+    them. So the products of the chosen experts are computed, up to the rows missing in a tile, and
+    all sizes follow from shapes, as TensorRT wants it. One body serves one activation, since a
+    function cannot branch on a string.
 
     Args:
         activation: a key of ``ACTIVATIONS``.
     """
+    # The condition stops ONNX Runtime after the last tile. TensorRT's scan output is `trips` long
+    # whatever the condition says, and its older parsers take no notice of it: `expert_of_tile` is
+    # valid there too, and nothing reads the surplus.
+    #
+    # Products are weight @ columns rather than rows @ weight.T, because ONNX Runtime copies the
+    # right side into panels first, and the weight is the larger by far. The Reshape keeps it from
+    # folding the Transpose into the MatMul, which then had no fast case for a single column. The
+    # results are turned back after the Loop: TensorRT-RTX 1.7 fails on a Transpose in there whose
+    # result is the scan output.
     text = f"""
     <opset_import: ["" : {BODY_OPSET}], domain: "{DOMAIN}">
     {NAME} <top_k, normalize, activation> (x, router_logits, gate_up, down) => (y)
@@ -189,6 +276,9 @@ def function_body(activation: str) -> onnx.FunctionProto:
         one = Constant <value_ints: ints = [1]> ()
         zero = Constant <value_ints: ints = [0]> ()
         last = Constant <value_ints: ints = [-1]> ()
+        scalar_shape = Constant <value = int64[0] {{}}> ()
+        scalar_zero = Constant <value_int: int = 0> ()
+        scalar_one = Constant <value_int: int = 1> ()
         top_k_value = Constant <value_int: int = @top_k> ()
         k = Reshape (top_k_value, one)
         top_logits, ids = TopK <axis = -1, largest = 1, sorted = 1> (router_logits, k)
@@ -201,55 +291,42 @@ def function_body(activation: str) -> onnx.FunctionProto:
         divisor = Where (normalize_flag, chosen_sum, unit)
         weights = Div (chosen, divisor)
 
-        experts_end = Shape <start = 0, end = 1> (gate_up)
-        scalar_shape = Constant <value = int64[0] {{}}> ()
-        experts_count = Reshape (experts_end, scalar_shape)
-        scalar_zero = Constant <value_int: int = 0> ()
-        scalar_one = Constant <value_int: int = 1> ()
-        all_experts = Range (scalar_zero, experts_count, scalar_one)
-        flat_ids = Reshape (ids, last)
-        column_ids = Unsqueeze (flat_ids, last)
-        is_expert = Equal (column_ids, all_experts)
-        is_expert_int = Cast <to = 7> (is_expert)
-        tokens_of_expert = ReduceSum <keepdims = 0> (is_expert_int, zero)
-        hit_row = NonZero (tokens_of_expert)
-        hit = Reshape (hit_row, last)
-        hit_end = Shape (hit)
-        trips = Reshape (hit_end, scalar_shape)
+        experts = Shape <start = 0, end = 1> (gate_up)
+        {TILES_BODY}
+        token_of_tile = Div (choice_of_tile, top_k_value)
 
         wide = Cast <to = 1> (x)
-        start = Sub (wide, wide)
-        always = Constant <value = bool {{1}}> ()
-        none = Constant <value_float: float = 0.0> ()
-        total = Loop (trips, always, start) <body = each_expert (
-            int64 trip, bool running, float[tokens, hidden] sum_before
-        ) => (bool keep_running, float[tokens, hidden] sum_after) {{
-            keep_running = Identity (running)
-            expert = Gather <axis = 0> (hit, trip)
-            chose = Equal (ids, expert)
-            weight_or_none = Where (chose, weights, none)
-            token_weight = ReduceSum <keepdims = 1> (weight_or_none, last)
-            chose_int = Cast <to = 7> (chose)
-            chose_count = ReduceSum <keepdims = 0> (chose_int, last)
-            token_row = NonZero (chose_count)
-            tokens_here = Reshape (token_row, last)
+        hidden = Shape <start = 1, end = 2> (x)
+        columns_shape = Concat <axis = 0> (hidden, last)
+        done = Loop (trips, any_tile) <body = each_tile (
+            int64 trip, bool running
+        ) => (bool keep_running, float[hidden, rows] out) {{
+            next = Add (trip, scalar_one)
+            keep_running = Less (next, tiles)
+            expert = Gather <axis = 0> (expert_of_tile, trip)
+            tokens_here = Gather <axis = 0> (token_of_tile, trip)
             x_here = Gather <axis = 0> (wide, tokens_here)
+            x_turned = Transpose <perm = [1, 0]> (x_here)
+            x_columns = Reshape (x_turned, columns_shape)
             gate_up_here = Gather <axis = 0> (gate_up, expert)
             gate_up_wide = Cast <to = 1> (gate_up_here)
-            both = Gemm <transB = 1> (x_here, gate_up_wide)
-            gate, up = Split <axis = -1, num_outputs = 2> (both)
+            both = MatMul (gate_up_wide, x_columns)
+            gate, up = Split <axis = 0, num_outputs = 2> (both)
             {_ACTIVATION_BODY[activation]}
             inner = Mul (activated, up)
             down_here = Gather <axis = 0> (down, expert)
             down_wide = Cast <to = 1> (down_here)
-            out = Gemm <transB = 1> (inner, down_wide)
-            weight_here = Gather <axis = 0> (token_weight, tokens_here)
-            weighted = Mul (out, weight_here)
-            before_here = Gather <axis = 0> (sum_before, tokens_here)
-            after_here = Add (before_here, weighted)
-            where_here = Unsqueeze (tokens_here, last)
-            sum_after = ScatterND (sum_before, where_here, after_here)
+            out = MatMul (down_wide, inner)
         }}>
+        rows_shape = Concat <axis = 0> (last, hidden)
+        done_rows = Transpose <perm = [0, 2, 1]> (done)
+        out_of_slot = Reshape (done_rows, rows_shape)
+        out_of_choice = Gather <axis = 0> (out_of_slot, slot)
+        by_token_shape = Concat <axis = 0> (tokens, top, hidden)
+        out_by_token = Reshape <allowzero = 1> (out_of_choice, by_token_shape)
+        weights_column = Unsqueeze (weights, last)
+        weighted = Mul (out_by_token, weights_column)
+        total = ReduceSum <keepdims = 0> (weighted, one)
         y = CastLike (total, x)
     }}
     """

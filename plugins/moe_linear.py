@@ -121,9 +121,10 @@ def translate_choose_experts(router_logits: Any, top_k: int) -> Any:
 def function_body() -> onnx.FunctionProto:
     """The operator in standard ONNX operators, for runtimes without a kernel of its own.
 
-    A Loop runs over the experts that some token chose, gathers that expert's weight and its rows,
-    and writes their results. As a choice has one expert, no index repeats in a ScatterND, which
-    matters: repeated indices race in ONNX Runtime.
+    A Loop runs over tiles of rows of one expert (``moe_dispatch.TILES_BODY``), gathers that
+    expert's weight and the tile's rows, and hands out the tile; afterwards each choice gathers its
+    row. All sizes follow from shapes, as TensorRT wants it. ``moe_dispatch.function_body`` says why
+    the products stand as they do and how the Loop ends.
     """
     text = f"""
     <opset_import: ["" : {BODY_OPSET}], domain: "{DOMAIN}">
@@ -135,52 +136,42 @@ def function_body() -> onnx.FunctionProto:
         scalar_shape = Constant <value = int64[0] {{}}> ()
         scalar_zero = Constant <value_int: int = 0> ()
         scalar_one = Constant <value_int: int = 1> ()
+        ids = Identity (expert_ids)
+        experts = Shape <start = 0, end = 1> (weight)
+        {moe_dispatch.TILES_BODY}
 
-        experts_end = Shape <start = 0, end = 1> (weight)
-        experts_count = Reshape (experts_end, scalar_shape)
-        all_experts = Range (scalar_zero, experts_count, scalar_one)
-        column_ids = Unsqueeze (expert_ids, last)
-        is_expert = Equal (column_ids, all_experts)
-        is_expert_int = Cast <to = 7> (is_expert)
-        choices_axes = Constant <value_ints: ints = [0, 1]> ()
-        choices_of_expert = ReduceSum <keepdims = 0> (is_expert_int, choices_axes)
-        hit_row = NonZero (choices_of_expert)
-        hit = Reshape (hit_row, last)
-        hit_end = Shape (hit)
-        trips = Reshape (hit_end, scalar_shape)
-
-        tokens_end = Shape <start = 0, end = 1> (x)
         rows_if_any = Shape <start = 1, end = -1> (x)
         rows_or_one = Concat <axis = 0> (rows_if_any, one)
         rows_per_token = Slice (rows_or_one, zero, one)
-        in_end = Shape <start = -1> (x)
-        x_shape = Concat <axis = 0> (tokens_end, rows_per_token, in_end)
-        x_rows = Reshape <allowzero = 1> (x, x_shape)
+        rows_before = Mul (choice_of_tile, rows_per_token)
+        row_of_tile = Div (rows_before, top)
+        in_size = Shape <start = -1> (x)
+        x_shape = Concat <axis = 0> (last, in_size)
+        x_rows = Reshape (x, x_shape)
         wide = Cast <to = 1> (x_rows)
-        wide_index_end = Concat <axis = 0> (tokens_end, rows_per_token)
-        wide_index_last = Sub (wide_index_end, one)
-
-        choices_shape = Shape (expert_ids)
-        out_end = Shape <start = 1, end = 2> (weight)
-        y_shape = Concat <axis = 0> (choices_shape, out_end)
-        start = ConstantOfShape <value = float[1] {{0.0}}> (y_shape)
-        always = Constant <value = bool {{1}}> ()
-        total = Loop (trips, always, start) <body = each_expert (
-            int64 trip, bool running, float[tokens, choices, out] y_before
-        ) => (bool keep_running, float[tokens, choices, out] y_after) {{
-            keep_running = Identity (running)
-            expert = Gather <axis = 0> (hit, trip)
-            chose = Equal (expert_ids, expert)
-            token_and_choice = NonZero (chose)
-            where_here = Transpose <perm = [1, 0]> (token_and_choice)
-            row_here = Min (where_here, wide_index_last)
-            x_here = GatherND (wide, row_here)
+        columns_shape = Concat <axis = 0> (in_size, last)
+        done = Loop (trips, any_tile) <body = each_tile (
+            int64 trip, bool running
+        ) => (bool keep_running, float[out_size, rows] out) {{
+            next = Add (trip, scalar_one)
+            keep_running = Less (next, tiles)
+            expert = Gather <axis = 0> (expert_of_tile, trip)
+            rows_here = Gather <axis = 0> (row_of_tile, trip)
+            x_here = Gather <axis = 0> (wide, rows_here)
+            x_turned = Transpose <perm = [1, 0]> (x_here)
+            x_columns = Reshape (x_turned, columns_shape)
             weight_here = Gather <axis = 0> (weight, expert)
             weight_wide = Cast <to = 1> (weight_here)
-            out_here = Gemm <transB = 1> (x_here, weight_wide)
-            y_after = ScatterND (y_before, where_here, out_here)
+            out = MatMul (weight_wide, x_columns)
         }}>
-        y = CastLike (total, x)
+        out_size = Shape <start = 1, end = 2> (weight)
+        done_shape = Concat <axis = 0> (last, out_size)
+        done_rows = Transpose <perm = [0, 2, 1]> (done)
+        out_of_slot = Reshape (done_rows, done_shape)
+        out_of_choice = Gather <axis = 0> (out_of_slot, slot)
+        y_shape = Concat <axis = 0> (tokens, top, out_size)
+        y_wide = Reshape <allowzero = 1> (out_of_choice, y_shape)
+        y = CastLike (y_wide, x)
     }}
     """
     return onnx.parser.parse_function(text)

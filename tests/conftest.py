@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Before anything imports Triton, as transformers does: its kernels run on the CPU here.
+os.environ["TRITON_INTERPRET"] = "1"
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

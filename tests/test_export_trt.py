@@ -50,7 +50,9 @@ builder = Builder(RTX)
 parsed = builder.parse(ingot / GRAPH)
 network = parsed[1]
 outputs = [network.get_output(index) for index in range(network.num_outputs)]
-made = profiles(manifest.inputs, manifest.states, Limits(max_batch=3, max_seq=48, opt_seq=16))
+# TensorRT-RTX 1.7.1 cannot build OLMoE's body for T = 1 alone: "CHECK(is_const()) failed".
+limits = Limits(max_batch=3, max_seq=48, opt_seq=16)
+made = profiles(manifest.inputs, manifest.states, limits)[:1]
 result = {
     "plugins": builder.plugin_layers(network),
     "shapes": {output.name: list(output.shape) for output in outputs},
@@ -233,12 +235,12 @@ def test_shapes_follow_the_profile(
         assert found == expected, output.name
 
 
-def test_the_canonical_graph_builds_without_any_plugin(case: Lowered) -> None:
+def test_the_same_file_builds_without_any_plugin(case: Lowered) -> None:
     """A parser without the plugin inlines the function body, and both networks agree on shapes."""
     pytest.importorskip("tensorrt_rtx")
     # Creators are registered for a whole process.
     done = subprocess.run(
-        [sys.executable, "-c", FALLBACK, case.canonical],
+        [sys.executable, "-c", FALLBACK, case.lowered],
         capture_output=True,
         text=True,
         check=False,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -194,18 +195,80 @@ def test_the_function_body_computes_only_the_experts_hit() -> None:
     assert np.abs(found).max() > 0.01
 
 
-def test_the_function_body_has_no_racing_scatter_and_repeats_to_the_bit() -> None:
-    def nodes(graph: Any) -> Any:
-        for node in graph.node:
-            yield node
-            for attribute in node.attribute:
-                if attribute.HasField("g"):
-                    yield from nodes(attribute.g)
+def nodes(graph: Any) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph or function, with those of the graphs inside it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from nodes(attribute.g)
 
+
+@pytest.mark.parametrize("activation", sorted(op.ACTIVATIONS))
+def test_every_size_in_the_function_body_follows_from_shapes(activation: str) -> None:
+    # TensorRT cannot build the sizes that these give.
+    sized_by_data = {"NonZero", "Unique", "Compress", "NonMaxSuppression"}
+    assert not sized_by_data & {node.op_type for node in nodes(op.function_body(activation))}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"),
+    # Fewer choices than experts; as many; tiles of every height, of which some are cut short.
+    [(1, 16, 3), (5, 16, 3), (4, 8, 2), (5, 8, 2), (17, 8, 2), (60, 2, 1), (60, 2, 2), (150, 8, 2)],
+)
+@pytest.mark.parametrize("ties", ["none", "all", "one expert"])
+def test_the_function_body_serves_any_spread_of_choices(
+    tokens: int, experts: int, top_k: int, ties: str
+) -> None:
+    arrays = arguments(tokens, 8, experts, 6, seed=5, ties=ties)
+    expected = plain_loop(*arrays, top_k, True, "silu")
+    found = run(session(built(arrays, top_k, True, "silu")), arrays)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_function_body_accumulates_half_precision_in_float32(dtype: torch.dtype) -> None:
+    _, logits, *others = arrays = arguments(9, 512, 6, 64, seed=6, ties="none")
+    half = ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.BFLOAT16
+    x, gate_up, down = (array.astype(half.numpy()) for array in (arrays[0], *others))
+    # Sessions neither take nor give bfloat16 arrays, so x is a constant and y is cast.
+    inputs = [
+        weight("x", x),
+        ir.val("router_logits", FLOAT, ["n", "e"]),
+        weight("gate_up", gate_up),
+        weight("down", down),
+    ]
+    attributes: dict[str, int | float | str] = {"top_k": 2, "normalize": 1, "activation": "silu"}
+    model = one_node(op.function_body("silu"), inputs, [ir.val("y", half, ["n", "h"])], attributes)
+    y = ir.val("y_wide", FLOAT, ["n", "h"])
+    graph = model.graph
+    graph.append(ir.node("Cast", [graph.outputs[0]], attributes={"to": int(FLOAT)}, outputs=[y]))
+    graph.outputs[0] = y
+
+    [found] = session(model).run(None, {"router_logits": logits})
+    exact = [array.astype(np.float64) for array in (x, gate_up, down)]
+    expected = plain_loop(exact[0], logits, exact[1], exact[2], 2, True, "silu")
+    assert np.abs(found - expected).max() <= torch.finfo(dtype).eps * np.abs(expected).max()
+    # The result was rounded to the input's dtype.
+    np.testing.assert_array_equal(found, found.astype(half.numpy()).astype(np.float32))
+
+
+@pytest.mark.parametrize("ties", ["some", "one expert"])
+def test_the_function_body_has_no_racing_scatter_and_repeats_to_the_bit(ties: str) -> None:
     for node in nodes(op.function_body("silu")):
         if node.op_type.startswith("Scatter"):
             assert not [a for a in node.attribute if a.name == "reduction"]
-    arrays = arguments(200, 16, 4, 8, seed=4, ties="some")
+    arrays = arguments(200, 16, 4, 8, seed=4, ties=ties)
     ort = session(built(arrays, 2, False, "silu"))
     first = run(ort, arrays)
     assert all(np.array_equal(first, run(ort, arrays)) for _ in range(100))
+
+
+def test_one_session_serves_every_number_of_tokens() -> None:
+    arrays = arguments(1, 8, 5, 6, seed=7, ties="none")
+    ort = session(built(arrays, 2, True, "silu"))
+    for tokens in (4, 0, 1, 0, 50, 3):
+        x, logits, _, _ = arguments(tokens, 8, 5, 6, seed=tokens, ties="none")
+        expected = plain_loop(x, logits, arrays[2], arrays[3], 2, True, "silu")
+        found = run(ort, (x, logits, arrays[2], arrays[3]))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)

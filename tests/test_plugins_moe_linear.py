@@ -191,10 +191,38 @@ def test_only_the_chosen_experts_are_computed(row_per_choice: bool) -> None:
         assert np.abs(found).min(axis=-1).max() > 0.01, name
 
 
+def test_every_size_in_the_function_body_follows_from_shapes() -> None:
+    function = ir.serde.deserialize_function(op.function_body())
+    found = {node.op_type for node in ir.traversal.RecursiveGraphIterator(function.graph)}
+    # TensorRT cannot build the sizes that these give.
+    assert not found & {"NonZero", "Unique", "Compress", "NonMaxSuppression"}
+    assert "Loop" in found and "MatMul" in found
+
+
 @pytest.mark.parametrize("row_per_choice", [False, True])
-def test_repeats_to_the_bit_without_a_racing_scatter(row_per_choice: bool) -> None:
+@pytest.mark.parametrize("ids", ["any", "distinct", "one expert"])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"),
+    # Fewer choices than experts; as many; tiles of every height, of which some are cut short.
+    [(1, 16, 3), (5, 16, 3), (4, 8, 2), (5, 8, 2), (17, 8, 2), (60, 2, 1), (1, 2, 16), (150, 8, 2)],
+)
+def test_the_function_body_serves_any_spread_of_choices(
+    tokens: int, experts: int, top_k: int, ids: str, row_per_choice: bool
+) -> None:
     x, expert_ids, weights = arguments(
-        200, 2, 4, 16, 8, row_per_choice=row_per_choice, ids="any", seed=4
+        tokens, top_k, experts, 8, 6, row_per_choice=row_per_choice, ids=ids, seed=10
+    )
+    ort = session(built(x, weight("w", weights)))
+    [found] = ort.run(None, {"x": x, "expert_ids": expert_ids})
+    expected = plain_loop(x, expert_ids, weights)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ids", ["any", "one expert"])
+@pytest.mark.parametrize("row_per_choice", [False, True])
+def test_repeats_to_the_bit_without_a_racing_scatter(row_per_choice: bool, ids: str) -> None:
+    x, expert_ids, weights = arguments(
+        200, 2, 4, 16, 8, row_per_choice=row_per_choice, ids=ids, seed=4
     )
     models = [built(x, weight("w", weights)) for _ in range(2)]
     MoeLinearToMatMuls()(models[1])

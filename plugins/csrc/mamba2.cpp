@@ -16,8 +16,8 @@ constexpr int64_t kTile = 64;            // BLOCK_T, BLOCK_P and BLOCK_N of the 
 constexpr int64_t kTimesHeads = 16;      // BLOCK_H of mamba2_times
 constexpr int64_t kCarryBlock = 512;     // BLOCK of mamba2_carry
 constexpr int64_t kConvChannels = 128;   // BLOCK_C of mamba2_conv
-constexpr int64_t kConvTokensFew = 16;   // BLOCK_T of mamba2_conv_*_many, up to four taps
-constexpr int64_t kConvTokensMany = 8;   // and up to eight
+constexpr int64_t kConvTokensFewTaps = 16;  // BLOCK_T of mamba2_conv_*_many, up to four taps
+constexpr int64_t kConvTokensManyTaps = 4;  // and up to eight
 constexpr int32_t kFewTaps = 4;
 
 constexpr int32_t kMaxBatch = 65535;     // a side of the grid
@@ -123,14 +123,14 @@ int32_t chunk_length(const ingot_mamba2_scan_params &p, int capability) {
         if (length.capability <= capability) tokens = length.tokens;
     }
     // A short prompt is one chunk, no longer than needed.
-    int64_t needed = tiles(p.tokens, kTile) * kTile;
+    int64_t needed = tiles(p.tokens > 0 ? p.tokens : 1, kTile) * kTile;
     return static_cast<int32_t>(needed < tokens ? needed : tokens);
 }
 
-Plan plan(const ingot_mamba2_scan_params &p, int capability, void *workspace) {
+Plan plan(const ingot_mamba2_scan_params &p, int32_t chunk, void *workspace) {
     Plan result{};
     if (p.tokens == 1) return result;
-    result.chunk = p.tokens == 0 ? kTile : chunk_length(p, capability);
+    result.chunk = chunk;
     result.chunks = tiles(p.tokens, result.chunk);
     result.padded = result.chunks * result.chunk;
     Workspace pieces(workspace);
@@ -145,6 +145,17 @@ Plan plan(const ingot_mamba2_scan_params &p, int capability, void *workspace) {
     result.products = take(of_tokens * p.groups * result.chunk);
     result.workspace = pieces.used();
     return result;
+}
+
+// Enough for every device: an engine reserves its workspace where it is built, and may run on a
+// card whose chunks are of another length.
+size_t most_workspace(const ingot_mamba2_scan_params &p) {
+    size_t most = plan(p, chunk_length(p, 0), nullptr).workspace;
+    for (const ChunkLength &length : kChunkLengths) {
+        size_t size = plan(p, chunk_length(p, length.capability), nullptr).workspace;
+        if (size > most) most = size;
+    }
+    return most;
 }
 
 ingot_status step(const ingot_mamba2_scan_params &p, bool aligned, void *stream) {
@@ -240,7 +251,7 @@ ingot_status check(const ingot_causal_conv_params &p) {
 size_t ingot_mamba2_scan_workspace(const ingot_mamba2_scan_params *params) {
     // What is refused here is refused again, and reported, by the call itself.
     if (ingot::check_sizes(*params) != INGOT_OK) return 0;
-    return ingot::plan(*params, ingot::compute_capability(), nullptr).workspace;
+    return ingot::most_workspace(*params);
 }
 
 ingot_status ingot_mamba2_scan(const ingot_mamba2_scan_params *params, void *workspace,
@@ -262,7 +273,7 @@ ingot_status ingot_mamba2_scan(const ingot_mamba2_scan_params *params, void *wor
     const bool aligned = p.head_size % 16 == 0 && p.states % 16 == 0;
     if (p.tokens == 1) return step(p, aligned, stream);
     // Without a device the plan is any plan, and the first launch reports what is missing.
-    const Plan planned = plan(p, compute_capability(), workspace);
+    const Plan planned = plan(p, chunk_length(p, compute_capability()), workspace);
     if (planned.workspace > 0) {
         if (ingot_status s = check_pointers(kOp, {{"workspace", workspace}})) return s;
     }
@@ -275,7 +286,7 @@ ingot_status ingot_causal_conv(const ingot_causal_conv_params *params, void *str
     if (ingot_status s = check(p)) return s;
     // With no token the state is still passed on.
     const bool few = p.width <= kFewTaps && p.channels % 16 == 0;
-    const int64_t block = p.tokens <= 1 ? 1 : few ? kConvTokensFew : kConvTokensMany;
+    const int64_t block = p.tokens <= 1 ? 1 : few ? kConvTokensFewTaps : kConvTokensManyTaps;
     const int64_t token_tiles = p.tokens == 0 ? 1 : tiles(p.tokens, block);
     return launch(std::string("mamba2_conv_") + dtype_name(p.dtype) +
                       (p.tokens <= 1 ? "_one" : "_many") + (few ? "_w4" : "_any"),

@@ -2,6 +2,8 @@
 #include <cstring>
 #include <string>
 
+#pragma GCC visibility push(default)
+
 extern "C" {
 
 using Launched = int (*)(const char *form, unsigned x, unsigned y, unsigned z, void **arguments);

@@ -679,7 +679,7 @@ def _conv_forms(dtype: str) -> list[Form]:
         has_bias="i32",
         activation="i32",
     )
-    # A tile of 16 tokens of 8 taps spills registers.
+    # Larger tiles of 8 taps spill registers.
     return [
         Form(
             f"mamba2_conv_{dtype}_{name}",
@@ -692,7 +692,7 @@ def _conv_forms(dtype: str) -> list[Form]:
             ("one_w4", 1, 4, frozenset({"channels"})),
             ("one_any", 1, 8, frozenset[str]()),
             ("many_w4", 16, 4, frozenset({"channels"})),
-            ("many_any", 8, 8, frozenset[str]()),
+            ("many_any", 4, 8, frozenset[str]()),
         )
     ]
 

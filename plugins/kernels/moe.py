@@ -24,8 +24,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
 from plugins.kernels.table import COMPUTE_CAPABILITIES, Form
 
@@ -107,8 +107,8 @@ def group(ids, order, tiles, choices, experts, tile_rows, CHUNK: tl.constexpr):
     counts by itself what lies before, so it needs no word from the others.
 
     ids ``[N*K]`` int32 or int64 -> order ``[N*K]`` int32, the choices by expert and rising within
-    one; tiles ``[slots, 3]`` int32, each the expert, the first place in ``order`` and how many choices
-    of the expert are left from there on; a surplus tile has 0 or less.
+    one; tiles ``[slots, 3]`` int32, each the expert, the first place in ``order`` and how many of
+    the expert's choices are left from there on; a surplus tile has 0 or less.
 
     With b_e choices before expert e, its tiles begin in slot ``b_e // tile_rows + e``. That leaves
     room for all of them, since ``ceil(n / r) <= (b + n) // r - b // r + 1``, needs no sum over the

@@ -1,0 +1,70 @@
+"""``Attention`` -> the two products and the softmax it stands for."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from export.passes.constants import constant, integers
+from export.passes.replace import take_place
+
+
+class AttentionToMatMuls(ir.passes.InPlacePass):
+    """Takes float32 attention apart, for which TensorRT has no fused kernel.
+
+    TensorRT refuses such a node unless it is marked decomposable, which an ONNX file cannot say;
+    and TensorRT-RTX 1.7.1 ends without a message where one is marked and a Loop of unknown length
+    is in the same network, as in the function bodies of the mixtures of experts.
+
+    Grouped heads get an axis of their own, so that no key or value is repeated.
+
+    Precondition: q, k, v ``[B, h, T, D]`` and a bool mask, as ``graphs.layers.attention`` has them.
+    Postcondition: no ``Attention`` in float32 is left.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        nodes = [
+            node
+            for node in model.graph
+            if node.op_type == "Attention" and node.outputs[0].dtype == ir.DataType.FLOAT
+        ]
+        biases: dict[ir.Value, ir.Value] = {}
+        for node in nodes:
+            _take_apart(model, node, biases)
+        return ir.passes.PassResult(model, modified=bool(nodes))
+
+
+def _take_apart(model: ir.Model, node: ir.Node, biases: dict[ir.Value, ir.Value]) -> None:
+    query, key, value, mask = node.inputs[:4]
+    assert query is not None and key is not None and value is not None and mask is not None
+    assert query.shape is not None and key.shape is not None
+    heads, size, groups = query.shape[1], query.shape[3], key.shape[1]
+    assert isinstance(heads, int) and isinstance(size, int) and isinstance(groups, int)
+    made: list[ir.Node] = []
+
+    def add(op_type: str, *inputs: ir.Value, **attributes: int | list[int]) -> ir.Value:
+        made.append(ir.node(op_type, inputs, attributes=attributes))
+        return made[-1].outputs[0]
+
+    if mask not in biases:
+        visible = constant(model, "bias_visible", np.array(0, dtype=np.float32))
+        # The lowest float, not -inf: a row without any key must not become NaN.
+        lowest = np.array(np.finfo(np.float32).min, dtype=np.float32)
+        biases[mask] = add("Where", mask, visible, constant(model, "bias_hidden", lowest))
+    bias = biases[mask]
+    if heads != groups:
+        one, two = integers(model, [1]), integers(model, [2])
+        query = add("Reshape", query, integers(model, [0, groups, heads // groups, -1, size]))
+        key, value = add("Unsqueeze", key, two), add("Unsqueeze", value, two)
+        bias = add("Unsqueeze", bias, one)
+    swap = [0, 1, 3, 2] if heads == groups else [0, 1, 2, 4, 3]
+    scale = node.attributes["scale"].as_float() if "scale" in node.attributes else size**-0.5
+    factor = constant(model, f"attention_scale_{scale!r}", np.array(scale, dtype=np.float32))
+    scores = add("MatMul", add("Mul", query, factor), add("Transpose", key, perm=swap))
+    weights = add("Softmax", add("Add", scores, bias), axis=-1)
+    result = add("MatMul", weights, value)
+    if heads != groups:
+        result = add("Reshape", result, integers(model, [0, heads, -1, size]))
+    model.graph.insert_before(node, made)
+    take_place(node.outputs[0], result)
+    model.graph.remove(node, safe=True)

@@ -1,0 +1,608 @@
+"""The Mamba2 kernels and their host planning, interpreted on the CPU, against plain loops."""
+
+# The paper's matrices keep their capital names.
+# ruff: noqa: N806
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from ctypes import Structure
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plugins import cuda
+from plugins.library import CausalConv, Library, LibraryError, Mamba2Scan
+
+if TYPE_CHECKING:
+    from plugins.kernels.interpret import InterpretedLibrary
+
+Tensors = dict[str, torch.Tensor]
+Pair = tuple[np.ndarray, np.ndarray]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+NO_LIMITS = (0.0, math.inf)
+# Tokens of a tile, and of a chunk on the device that the fixture acts as.
+TILE, CHUNK = 64, 128
+
+# Rounding of y to its dtype, of the number itself; the interpreter cuts bfloat16 off instead.
+ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-7}
+# Of the sum of absolute terms: float32 products in 16 bits are those of two halves.
+OF_TERMS = {torch.float32: 2e-6, torch.float16: 6e-5, torch.bfloat16: 6e-5}
+
+# Numbers past float32's range are part of these tests, and NumPy warns of each.
+OVERFLOWS = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+ACTIVATIONS: dict[str, Callable[[float], float]] = {
+    "silu": lambda v: v / (1 + math.exp(-v)),
+    "gelu": lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda v: v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) / 2,
+    "relu": lambda v: max(v, 0.0),
+    "identity": lambda v: v,
+}
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> InterpretedLibrary:
+    os.environ["TRITON_INTERPRET"] = "1"
+    from plugins.kernels import mamba2
+    from plugins.kernels.interpret import InterpretedLibrary
+
+    forms = {form.name: form for form in mamba2.forms()}
+    return InterpretedLibrary(forms, tmp_path_factory.mktemp("mamba2_kernels"))
+
+
+@pytest.fixture(autouse=True)
+def _guarded_workspace() -> Iterator[None]:
+    """Every workspace begins as NaN, and no call writes behind its end."""
+
+    def run(library: Library, parameters: Structure, x: torch.Tensor) -> None:
+        size = library.workspace_bytes(parameters)
+        workspace = torch.full((size + 4096,), 255, dtype=torch.uint8)
+        library.run(parameters, workspace.data_ptr(), None)
+        assert bool((workspace[size:] == 255).all()), "written behind the workspace"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_run", run)
+        yield
+
+
+def arguments(
+    tokens: int,
+    *,
+    batch: int = 2,
+    heads: int = 4,
+    head_size: int = 8,
+    groups: int = 2,
+    states: int = 16,
+    padding: str = "none",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Tensors:
+    """Inputs scaled like a real model's: most steps lie in 1e-3..1, so that memory is long."""
+    random = np.random.default_rng(seed)
+    mask = np.ones((batch, tokens))
+    if padding == "left":
+        # Row by row another length, the first row full.
+        for row in range(batch):
+            mask[row, : row * tokens // (batch + 1)] = 0
+    elif padding == "holes":
+        mask = (random.uniform(size=(batch, tokens)) < 0.6).astype(np.float64)
+    first_step = np.exp(random.uniform(math.log(1e-3), math.log(0.5), heads))
+    narrow = {
+        "x": random.normal(size=(batch, tokens, heads, head_size)),
+        "dt": random.normal(size=(batch, tokens, heads)),
+        "B": random.normal(size=(batch, tokens, groups, states)),
+        "C": random.normal(size=(batch, tokens, groups, states)),
+        "mask": mask,
+    }
+    wide = {
+        "A": -random.uniform(1, 16, size=heads),
+        "D": random.normal(size=heads),
+        # The inverse of softplus, as the reference implementation starts dt_bias.
+        "dt_bias": first_step + np.log(-np.expm1(-first_step)),
+        "state": random.normal(size=(batch, heads, head_size, states)),
+    }
+    return {
+        **{name: torch.from_numpy(array).to(dtype) for name, array in narrow.items()},
+        **{name: torch.from_numpy(array).float() for name, array in wide.items()},
+    }
+
+
+def scan_loop(a: Tensors, limits: tuple[float, float] = NO_LIMITS) -> Pair:
+    """The recurrence, token by token and head by head, in float64 and without torch."""
+    v = {name: tensor.double().numpy() for name, tensor in a.items()}
+    tokens, heads = v["dt"].shape[1:]
+    heads_of_group = heads // v["B"].shape[2]
+    S, y = v["state"].copy(), np.zeros(v["x"].shape)
+    for t in range(tokens):
+        for h in range(heads):
+            B, C = v["B"][:, t, h // heads_of_group], v["C"][:, t, h // heads_of_group]
+            step = np.clip(np.logaddexp(0, v["dt"][:, t, h] + v["dt_bias"][h]), *limits)
+            step = step * v["mask"][:, t]
+            read = (step[:, None] * v["x"][:, t, h])[:, :, None] * B[:, None, :]
+            S[:, h] = np.exp(step * v["A"][h])[:, None, None] * S[:, h] + read
+            y[:, t, h] = (S[:, h] * C[:, None, :]).sum(-1) + v["D"][h] * v["x"][:, t, h]
+    return y, S
+
+
+def scan(
+    device: InterpretedLibrary,
+    a: Tensors,
+    limits: tuple[float, float] = NO_LIMITS,
+    new_state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    device.launches.clear()
+    dt_min, dt_max = limits
+    return cuda.mamba2_scan(device, **a, dt_min=dt_min, dt_max=dt_max, new_state=new_state)
+
+
+def launched(device: InterpretedLibrary) -> list[str]:
+    return [launch.form for launch in device.launches]
+
+
+def chunk_forms(dtype: torch.dtype, suffix: str) -> list[str]:
+    name = NAMES[dtype]
+    return [
+        f"mamba2_times_{name}",
+        f"mamba2_states_{name}_{suffix}",
+        f"mamba2_carry_{suffix}",
+        f"mamba2_products_{name}_{suffix}",
+        f"mamba2_outputs_{name}_{suffix}",
+    ]
+
+
+def assert_near(actual: torch.Tensor, expected: np.ndarray, bound: np.ndarray) -> None:
+    found = actual.double().numpy()
+    assert found.shape == expected.shape
+    # The smallest float16 is what y may lose. Not any(>), which is false for NaN too.
+    error = np.abs(found - expected)
+    assert np.all(error <= bound + 2**-24), float((error / (bound + 2**-24)).max())
+
+
+def assert_scan(
+    y: torch.Tensor,
+    new_state: torch.Tensor,
+    a: Tensors,
+    limits: tuple[float, float] = NO_LIMITS,
+    kept: Any = slice(None),
+) -> None:
+    """y at the tokens ``kept`` and the state are those of ``a``."""
+    dtype = a["x"].dtype
+    assert y.dtype == dtype and new_state.dtype == torch.float32
+    expected_y, expected_state = scan_loop(a, limits)
+    positive = {name: a[name].abs() for name in ("x", "B", "C", "D", "state")}
+    y_terms, state_terms = scan_loop({**a, **positive}, limits)
+    y_bound = ROUNDING[dtype] * np.abs(expected_y) + OF_TERMS[dtype] * y_terms
+    assert_near(y[:, kept], expected_y[:, kept], y_bound[:, kept])
+    assert_near(new_state, expected_state, OF_TERMS[dtype] * state_terms)
+
+
+def assert_right(
+    device: InterpretedLibrary, a: Tensors, limits: tuple[float, float] = NO_LIMITS
+) -> None:
+    assert_scan(*scan(device, a, limits), a, limits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize(
+    ("head_size", "states", "form"), [(16, 32, "n64"), (16, 80, "n128"), (24, 10, "any")]
+)
+def test_one_token(
+    device: InterpretedLibrary, dtype: torch.dtype, head_size: int, states: int, form: str
+) -> None:
+    assert_right(device, arguments(1, head_size=head_size, states=states, dtype=dtype))
+    assert launched(device) == [f"mamba2_step_{NAMES[dtype]}_{form}"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("tokens", [2, TILE - 1, TILE, TILE + 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
+def test_chunks(device: InterpretedLibrary, dtype: torch.dtype, tokens: int) -> None:
+    # The suffix and the groups change with the tokens, so that each meets each.
+    aligned = tokens % 2 == 1
+    a = arguments(
+        tokens,
+        batch=1 if tokens > CHUNK else 2,
+        heads=2,
+        head_size=16 if aligned else 5,
+        groups=1 if tokens == CHUNK + 1 else 2,
+        states=16 if aligned else 7,
+        padding="holes" if tokens == TILE else "none",
+        dtype=dtype,
+        seed=tokens,
+    )
+    assert_right(device, a)
+    assert launched(device) == chunk_forms(dtype, "aligned" if aligned else "any")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.sampled_from([0, 1, 2, 3, 17, 63, 64, 65, 80, 130]),
+    heads_of_group=st.integers(1, 3),
+    groups=st.integers(1, 2),
+    head_size=st.integers(1, 20),
+    states=st.integers(1, 20),
+    batch=st.integers(1, 2),
+    padding=st.sampled_from(["none", "left", "holes"]),
+    dtype=st.sampled_from(DTYPES),
+    limits=st.sampled_from([NO_LIMITS, (0.01, 0.2), (0.0, 0.05)]),
+    seed=st.integers(0, 2**20),
+)
+def test_any_sizes(
+    device: InterpretedLibrary,
+    tokens: int,
+    heads_of_group: int,
+    groups: int,
+    head_size: int,
+    states: int,
+    batch: int,
+    padding: str,
+    dtype: torch.dtype,
+    limits: tuple[float, float],
+    seed: int,
+) -> None:
+    a = arguments(
+        tokens,
+        batch=batch,
+        heads=heads_of_group * groups,
+        head_size=head_size,
+        groups=groups,
+        states=states,
+        padding=padding,
+        dtype=dtype,
+        seed=seed,
+    )
+    assert_right(device, a, limits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("tokens", [1, 66])
+@pytest.mark.parametrize(("head_size", "states"), [(256, 256), (65, 130), (1, 1)])
+def test_sizes_of_several_tiles(
+    device: InterpretedLibrary, dtype: torch.dtype, tokens: int, head_size: int, states: int
+) -> None:
+    a = arguments(
+        tokens, batch=1, heads=2, head_size=head_size, groups=1, states=states, dtype=dtype
+    )
+    assert_right(device, a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120])
+def test_chunk_length_of_each_device(
+    device: InterpretedLibrary, dtype: torch.dtype, capability: int
+) -> None:
+    chunk = 64 if dtype == torch.float32 else 256 if capability == 89 else 128
+    tokens = 260
+    device.set_capability(capability)
+    try:
+        assert_right(
+            device, arguments(tokens, batch=1, heads=2, head_size=4, states=4, dtype=dtype)
+        )
+    finally:
+        device.set_capability(90)
+    times, states, _, products, outputs = (launch.grid for launch in device.launches)
+    assert times == (1, math.ceil(tokens / chunk), 1)
+    assert states == (2, 1, math.ceil(tokens / chunk))
+    assert products == (2, 5, chunk // TILE)
+    assert outputs == (2, 1, 5)
+
+
+def test_a_short_prompt_is_one_short_chunk(device: InterpretedLibrary) -> None:
+    scan(device, arguments(5, dtype=torch.bfloat16))
+    assert device.launches[3].grid == (4, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (3, 1), (70, 67), (0, 4)])
+def test_the_state_carries_a_sequence_on(
+    device: InterpretedLibrary, dtype: torch.dtype, first: int, second: int
+) -> None:
+    a = arguments(first + second, dtype=dtype, padding="left")
+    of_tokens = ("x", "dt", "B", "C", "mask")
+    begin = {**a, **{name: a[name][:, :first] for name in of_tokens}}
+    end = {**a, **{name: a[name][:, first:] for name in of_tokens}}
+    y_begin, end["state"] = scan(device, begin)
+    y_end, state = scan(device, end)
+    assert_scan(torch.cat([y_begin, y_end], 1), state, a)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 70])
+def test_new_state_may_be_state(device: InterpretedLibrary, tokens: int) -> None:
+    a = arguments(tokens)
+    y, expected = scan(device, a)
+    y_in_place, _ = scan(device, a, new_state=a["state"])
+    assert torch.equal(a["state"], expected)
+    assert torch.equal(y_in_place, y)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_without_tokens_the_state_stays(device: InterpretedLibrary, groups: int) -> None:
+    a = arguments(0, groups=groups)
+    y, new_state = scan(device, a)
+    assert y.shape == (2, 0, 4, 8)
+    assert torch.equal(new_state, a["state"])
+
+
+def test_without_rows_nothing_runs(device: InterpretedLibrary) -> None:
+    for tokens in (0, 1, 3):
+        scan(device, arguments(tokens, batch=0))
+        assert device.launches == []
+
+
+@OVERFLOWS
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("tokens", [1, 66])
+def test_padding_holds_any_finite_numbers(
+    device: InterpretedLibrary, dtype: torch.dtype, tokens: int
+) -> None:
+    a = arguments(tokens, dtype=dtype)
+    padding = slice(0, 1) if tokens == 1 else slice(10, 20)
+    a["mask"][:, padding] = 0
+    dirty = {**a}
+    for name in ("x", "B", "C", "dt"):
+        dirty[name] = a[name].clone()
+        dirty[name][:, padding] = torch.finfo(dtype).max
+    y, new_state = scan(device, dirty)
+    assert_scan(y, new_state, a, kept=a["mask"][0].bool().numpy())
+
+
+def test_a_padded_row_is_what_it_is_alone(device: InterpretedLibrary) -> None:
+    alone = arguments(40, batch=1)
+    padded = {**alone}
+    for name in ("x", "dt", "B", "C"):
+        padded[name] = torch.cat([torch.ones_like(alone[name]), alone[name]], 1)
+    padded["mask"] = torch.cat([torch.zeros(1, 40), torch.ones(1, 40)], 1)
+    y, new_state = scan(device, padded)
+    assert_scan(y[:, 40:], new_state, alone)
+
+
+@OVERFLOWS
+@pytest.mark.parametrize("tokens", [1, 140])
+def test_steps_and_decays_of_any_size(device: InterpretedLibrary, tokens: int) -> None:
+    a = arguments(tokens)
+    # softplus is linear above; below, 1 + exp has no digit left of the step.
+    a["dt"] = torch.linspace(-30, 300, a["dt"].numel()).reshape(a["dt"].shape)
+    a["A"] = torch.tensor([-1e-3, -1.0, -1e4, -3e38])
+    a["dt_bias"].zero_()
+    assert_right(device, a)
+
+
+@pytest.mark.parametrize("dt", [-20.0, -9.0, 0.0, 19.9, 20.1])
+def test_the_step_keeps_its_digits(device: InterpretedLibrary, dt: float) -> None:
+    a = arguments(1, batch=1, heads=1, groups=1, head_size=1, states=1)
+    for name, value in {"dt": dt, "dt_bias": 0.0, "A": 0.0, "state": 0.0}.items():
+        a[name].fill_(value)
+    a["x"].fill_(1)
+    a["B"].fill_(1)
+    _, new_state = scan(device, a)
+    assert new_state.item() == pytest.approx(math.log1p(math.exp(dt)), rel=2e-6)
+
+
+def test_decays_after_large_ones_keep_their_digits(device: InterpretedLibrary) -> None:
+    """Sums of dt' A reach thousands here; a decay is the exponential of a small difference."""
+    a = arguments(128, batch=1, heads=1, groups=1)
+    a["A"].fill_(-1)
+    a["dt_bias"].zero_()
+    a["dt"].fill_(-4)
+    a["dt"][:, :40] = 150
+    assert_right(device, a)
+
+
+def test_a_growing_state_is_no_special_case(device: InterpretedLibrary) -> None:
+    a = arguments(100)
+    a["A"] = -a["A"] / 100
+    assert_right(device, a)
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_nan_is_not_hidden(device: InterpretedLibrary, tokens: int) -> None:
+    a = arguments(tokens, batch=1, heads=2)
+    a["dt"][0, 0, 1] = math.nan
+    y, new_state = scan(device, a, (0.1, 0.5))
+    assert not y[:, :, 0].isnan().any() and y[:, :, 1].isnan().all()
+    assert not new_state[:, 0].isnan().any() and new_state[:, 1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": 7}, "Mamba2Scan has no dtype 7; use float32 (0), float16 (1) or bfloat16 (2)."),
+        (
+            {"batch": -1},
+            "Mamba2Scan got batch -1 and tokens 3; it takes up to 65535 and 1073741824",
+        ),
+        ({"batch": 65536}, "Mamba2Scan got batch 65536 and tokens 3; it takes up to 65535 and"),
+        ({"heads": 0}, "Mamba2Scan got 0 heads; it takes 1 to 16384."),
+        ({"states": 257}, "got head size 8 and state size 257; it takes 1 to 256 of each."),
+        ({"head_size": 0}, "got head size 0 and state size 16; it takes 1 to 256 of each."),
+        ({"groups": 3}, "got 3 groups for 4 heads; the heads must be a multiple of the groups."),
+        ({"dt_min": 2.0}, "got dt_min 2.000000 above dt_max 1.000000; exchange them."),
+        ({"dt_min": math.nan}, "Mamba2Scan got dt_min nan"),
+        (
+            {"tokens": 2**31 - 1},
+            "2147483647; it takes up to 65535 and 1073741824, so split what is",
+        ),
+        ({"new_state": None}, "Mamba2Scan got null for new_state; pass the address of a device"),
+        ({"mask": 4}, "Mamba2Scan got mask at an address that is no multiple of 16 bytes"),
+        ({}, "Mamba2Scan got null for workspace"),
+    ],
+)
+def test_refusals(device: InterpretedLibrary, change: dict[str, Any], message: str) -> None:
+    pointers = dict.fromkeys(
+        ("x", "dt", "a", "b", "c", "d", "dt_bias", "state", "mask", "y", "new_state"), 16
+    )
+    sizes = {"batch": 2, "tokens": 3, "heads": 4, "head_size": 8, "groups": 2, "states": 16}
+    parameters = Mamba2Scan(**{**pointers, **sizes, "dt_min": 0.0, "dt_max": 1.0, **change})
+    with pytest.raises(LibraryError) as caught:
+        device.run(parameters, None, None)
+    assert message in str(caught.value)
+
+
+def conv_arguments(
+    batch: int, tokens: int, channels: int, width: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random).to(dtype)
+
+    x, state = normal(batch, tokens, channels), normal(batch, channels, width - 1)
+    return x, state, normal(channels, 1, width), normal(channels)
+
+
+def conv_loop(
+    x: torch.Tensor,
+    state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+) -> Pair:
+    """Token by token, in float64 and without torch."""
+    rows = np.concatenate([state.double().numpy().swapaxes(1, 2), x.double().numpy()], 1)
+    taps = weight.double().numpy()[:, 0]
+    width = taps.shape[1]
+    y = np.zeros(x.shape)
+    for t in range(x.shape[1]):
+        y[:, t] = np.einsum("bwc,cw->bc", rows[:, t : t + width], taps)
+    y += 0 if bias is None else bias.double().numpy()
+    y = np.vectorize(ACTIVATIONS[activation], otypes=[np.float64])(y)
+    return y, rows[:, rows.shape[1] - (width - 1) :].swapaxes(1, 2)
+
+
+def assert_conv_right(
+    device: InterpretedLibrary,
+    x: torch.Tensor,
+    state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+) -> None:
+    device.launches.clear()
+    y, new_state = cuda.causal_conv(device, x, state, weight, bias, activation)
+    expected_y, expected_state = conv_loop(x, state, weight, bias, activation)
+    assert y.dtype == new_state.dtype == x.dtype
+    positive_bias = None if bias is None else bias.abs()
+    terms, _ = conv_loop(x.abs(), state.abs(), weight.abs(), positive_bias, "identity")
+    assert_near(y, expected_y, ROUNDING[x.dtype] * np.abs(expected_y) + 2e-6 * terms)
+    assert np.array_equal(new_state.double().numpy(), expected_state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_conv_activations(
+    device: InterpretedLibrary, dtype: torch.dtype, activation: str, tokens: int
+) -> None:
+    assert_conv_right(device, *conv_arguments(2, tokens, 16, 4, dtype), activation)
+    name = "one" if tokens == 1 else "many"
+    assert launched(device) == [f"mamba2_conv_{NAMES[dtype]}_{name}_w4"]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 7, 9])
+@pytest.mark.parametrize("width", range(1, 9))
+def test_conv_widths(device: InterpretedLibrary, width: int, tokens: int) -> None:
+    channels = 16 if width % 2 else 10
+    x, state, weight, bias = conv_arguments(2, tokens, channels, width, torch.float32, width)
+    assert_conv_right(device, x, state, weight, bias if tokens % 2 else None, "silu")
+    suffix = "w4" if width in (1, 3) else "any"
+    assert launched(device) == [f"mamba2_conv_fp32_{'many' if tokens > 1 else 'one'}_{suffix}"]
+
+
+@OVERFLOWS
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    tokens=st.integers(0, 40),
+    channels=st.one_of(st.integers(1, 300), st.sampled_from([16, 128, 144])),
+    width=st.integers(1, 8),
+    biased=st.booleans(),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_conv_of_any_sizes(
+    device: InterpretedLibrary,
+    batch: int,
+    tokens: int,
+    channels: int,
+    width: int,
+    biased: bool,
+    activation: str,
+    dtype: torch.dtype,
+) -> None:
+    x, state, weight, bias = conv_arguments(batch, tokens, channels, width, dtype)
+    assert_conv_right(device, x, state, weight, bias if biased else None, activation)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_conv_in_place_token_by_token_equals_one_call(
+    device: InterpretedLibrary, width: int
+) -> None:
+    x, state, weight, bias = conv_arguments(2, 11, 32, width, torch.bfloat16)
+    y, new_state = cuda.causal_conv(device, x, state, weight, bias, "silu")
+    steps = [
+        cuda.causal_conv(device, x[:, t : t + 1], state, weight, bias, "silu", state)[0]
+        for t in range(11)
+    ]
+    assert torch.equal(torch.cat(steps, 1), y)
+    assert torch.equal(state, new_state)
+
+
+@OVERFLOWS
+def test_conv_of_large_numbers(device: InterpretedLibrary) -> None:
+    for activation in ACTIVATIONS:
+        x, state, weight, bias = conv_arguments(1, 3, 16, 1, torch.float32)
+        x[0, 0], x[0, 1], x[0, 2] = 1e30, -1e30, math.nan
+        y, _ = cuda.causal_conv(device, x, state, weight.fill_(1), bias.zero_(), activation)
+        low = -1e30 if activation == "identity" else 0.0
+        assert torch.equal(y[0, 0], torch.full((16,), 1e30))
+        assert torch.equal(y[0, 1], torch.full((16,), low)), activation
+        assert y[0, 2].isnan().all(), activation
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": 3}, "CausalConv has no dtype 3; use float32 (0), float16 (1) or bfloat16 (2)."),
+        ({"activation": 9}, "CausalConv has no activation 9; use one of ingot_activation, 0 to 4."),
+        (
+            {"tokens": -1},
+            "CausalConv got batch 2 and tokens -1; it takes up to 65535 and 1073741824",
+        ),
+        ({"channels": 2**30}, "CausalConv got 1073741824 channels; it takes 1 to 67108864."),
+        ({"width": 9}, "CausalConv got width 9; it takes 1 to 8."),
+        ({"weight": None}, "CausalConv got null for weight; pass the address of a device tensor."),
+        ({"state": 8}, "CausalConv got state at an address that is no multiple of 16 bytes"),
+        ({"new_state": 16}, "got new_state at the address of state for 3 tokens; give it memory"),
+    ],
+)
+def test_conv_refusals(device: InterpretedLibrary, change: dict[str, Any], message: str) -> None:
+    pointers = {"x": 16, "state": 16, "weight": 16, "bias": None, "y": 16, "new_state": 32}
+    sizes = {"batch": 2, "tokens": 3, "channels": 16, "width": 4}
+    with pytest.raises(LibraryError) as caught:
+        device.run(CausalConv(**{**pointers, **sizes, **change}), None, None)
+    assert message in str(caught.value)
+
+
+def test_every_form_is_reached(device: InterpretedLibrary) -> None:
+    reached = set()
+    for dtype in DTYPES:
+        for tokens in (1, 2):
+            for head_size, states in ((16, 16), (16, 80), (3, 3)):
+                a = arguments(
+                    tokens, batch=1, heads=2, head_size=head_size, states=states, dtype=dtype
+                )
+                scan(device, a)
+                reached |= set(launched(device))
+            for width in (4, 5):
+                device.launches.clear()
+                cuda.causal_conv(device, *conv_arguments(1, tokens, 16, width, dtype), "silu")
+                reached |= set(launched(device))
+    assert reached == set(device.forms)

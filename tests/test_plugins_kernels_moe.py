@@ -1,0 +1,507 @@
+"""The MoE kernels and their host planning, interpreted on the CPU, against plain loops."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from plugins import cuda
+from plugins.library import LibraryError, MoeDispatch, MoeLinear
+
+if TYPE_CHECKING:
+    from plugins.kernels.interpret import InterpretedLibrary
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+ACTIVATIONS: dict[str, Callable[[float], float]] = {
+    "silu": lambda v: v / (1 + math.exp(-v)),
+    "gelu": lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda v: v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) / 2,
+    "relu": lambda v: max(v, 0.0),
+    "identity": lambda v: v,
+}
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> InterpretedLibrary:
+    os.environ["TRITON_INTERPRET"] = "1"
+    from plugins.kernels import moe
+    from plugins.kernels.interpret import InterpretedLibrary
+
+    forms = {form.name: form for form in moe.forms()}
+    return InterpretedLibrary(forms, tmp_path_factory.mktemp("moe_kernels"))
+
+
+def route_loop(logits: np.ndarray, top_k: int, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and weights ``[N, K]`` in float64; Python's sort keeps the order of equals."""
+    tokens, experts = logits.shape
+    ids = np.zeros((tokens, top_k), dtype=np.int64)
+    weights = np.zeros((tokens, top_k))
+    for n, row in enumerate(logits.astype(np.float64)):
+        exps = np.exp(row - row.max())
+        ids[n] = sorted(range(experts), key=lambda e: -row[e])[:top_k]
+        weights[n] = (exps / exps.sum())[ids[n]]
+        if normalize:
+            weights[n] /= weights[n].sum()
+    return ids, weights
+
+
+def dispatch_loop(
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    top_k: int,
+    normalize: bool,
+    activation: str,
+) -> np.ndarray:
+    """The formula, token by token and choice by choice, in float64 and without torch."""
+    tokens, both, back = (each.double().numpy() for each in (x, gate_up, down))
+    act = np.vectorize(ACTIVATIONS[activation], otypes=[np.float64])
+    ids, weights = route_loop(logits.numpy(), top_k, normalize)
+    y = np.zeros(tokens.shape)
+    for n, row in enumerate(tokens):
+        for expert, weight in zip(ids[n], weights[n], strict=True):
+            gate, up = np.split(both[expert] @ row, 2)
+            y[n] += weight * (back[expert] @ (act(gate) * up))
+    return y
+
+
+def linear_loop(x: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor) -> np.ndarray:
+    """The formula, choice by choice, in float64 and without torch."""
+    rows, matrices = x.double().numpy(), weight.double().numpy()
+    y = np.zeros((*ids.shape, weight.shape[1]))
+    for n, of_token in enumerate(ids.tolist()):
+        for k, expert in enumerate(of_token):
+            if 0 <= expert < len(matrices):
+                y[n, k] = matrices[expert] @ (rows[n] if x.ndim == 2 else rows[n, k])
+    return y
+
+
+def dispatch_arguments(
+    tokens: int,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random)
+
+    # Multiples of a quarter: equal logits are frequent, and which of them win is visible in y.
+    logits = (4 * normal(tokens, experts)).round() / 4
+    gate_up = normal(experts, 2 * intermediate, hidden) / math.sqrt(hidden)
+    down = normal(experts, hidden, intermediate) / math.sqrt(intermediate)
+    return normal(tokens, hidden).to(dtype), logits, gate_up.to(dtype), down.to(dtype)
+
+
+def linear_arguments(
+    tokens: int,
+    top_k: int,
+    experts: int,
+    in_features: int,
+    out_features: int,
+    *,
+    per_choice: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    beyond: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, ids and weight; ids reach ``beyond`` further than the experts, on both sides."""
+    random = torch.Generator().manual_seed(seed)
+    shape = (tokens, top_k, in_features) if per_choice else (tokens, in_features)
+    x = torch.randn(shape, generator=random).to(dtype)
+    ids = torch.randint(-beyond, experts + beyond, (tokens, top_k), generator=random)
+    weight = torch.randn(experts, out_features, in_features, generator=random)
+    return x, ids, (weight / math.sqrt(in_features)).to(dtype)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """A few roundings to the dtype, of numbers about 1."""
+    return 4 * torch.finfo(dtype).eps
+
+
+def assert_close(found: torch.Tensor, wanted: np.ndarray) -> None:
+    assert found.shape == wanted.shape
+    limit = tolerance(found.dtype) * max(1.0, np.abs(wanted).max(initial=0.0))
+    np.testing.assert_allclose(found.double().numpy(), wanted, rtol=0, atol=limit)
+
+
+def check_dispatch(
+    device: InterpretedLibrary,
+    arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    top_k: int,
+    normalize: bool = False,
+    activation: str = "silu",
+) -> list[str]:
+    """Compare with the loop; returns the forms that ran."""
+    device.launches.clear()
+    found = cuda.moe_dispatch(device, *arguments, top_k, normalize, activation)
+    assert found.dtype == arguments[0].dtype
+    assert_close(found, dispatch_loop(*arguments, top_k, normalize, activation))
+    return [launched.form for launched in device.launches]
+
+
+def check_linear(
+    device: InterpretedLibrary, x: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor
+) -> list[str]:
+    """Compare with the loop; returns the forms that ran."""
+    device.launches.clear()
+    found = cuda.moe_linear(device, x, ids, weight)
+    assert found.dtype == x.dtype
+    assert_close(found, linear_loop(x, ids, weight))
+    return [launched.form for launched in device.launches]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token_takes_matrix_vector_products(
+    device: InterpretedLibrary, dtype: torch.dtype
+) -> None:
+    forms = check_dispatch(device, dispatch_arguments(1, 8, 32, 24, dtype), 3)
+    end = NAMES[dtype]
+    assert forms == ["moe_route_e64", f"moe_gate_up_one_n4_{end}", f"moe_down_one_n4_{end}"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_tokens_search_their_choices(device: InterpretedLibrary, dtype: torch.dtype) -> None:
+    forms = check_dispatch(device, dispatch_arguments(5, 6, 32, 40, dtype), 2, normalize=True)
+    end = NAMES[dtype]
+    assert forms == [
+        "moe_route_e64",
+        f"moe_gate_up_m16n32_{end}",
+        f"moe_down_m16n32_{end}",
+        f"moe_combine_{end}",
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tokens_are_sorted_by_expert(device: InterpretedLibrary, dtype: torch.dtype) -> None:
+    forms = check_dispatch(device, dispatch_arguments(33, 6, 32, 40, dtype), 2)
+    end, tile = NAMES[dtype], "m64n32" if dtype == torch.float32 else "m64n64"
+    assert forms == [
+        "moe_route_e64",
+        "moe_group_i32",
+        f"moe_gate_up_{tile}_{end}",
+        f"moe_down_{tile}_{end}",
+        f"moe_combine_{end}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "tile"),
+    [
+        (80, torch.bfloat16, "m128n64"),
+        (86, torch.float16, "m128n64"),
+        (90, torch.bfloat16, "m128n128"),
+        (100, torch.bfloat16, "m128n128"),
+        (120, torch.bfloat16, "m128n64"),
+        (90, torch.float32, "m64n32"),
+    ],
+)
+def test_experts_with_many_tokens_take_tall_tiles(
+    device: InterpretedLibrary, capability: int, dtype: torch.dtype, tile: str
+) -> None:
+    # 150 and 50 choices of the two experts: several tiles of the first, none of them full.
+    x, _, gate_up, down = dispatch_arguments(200, 2, 16, 24, dtype)
+    logits = torch.zeros(200, 2)
+    logits[::4, 1] = 1.0
+    device.set_capability(capability)
+    try:
+        forms = check_dispatch(device, (x, logits, gate_up, down), 1)
+    finally:
+        device.set_capability(90)
+    assert f"moe_gate_up_{tile}_{NAMES[dtype]}" in forms
+    assert f"moe_down_{tile}_{NAMES[dtype]}" in forms
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(device: InterpretedLibrary, tokens: int, activation: str) -> None:
+    check_dispatch(device, dispatch_arguments(tokens, 4, 16, 16), 2, True, activation)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 20])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(1, 1), (17, 5), (36, 44), (130, 68)])
+def test_float32_takes_any_size(
+    device: InterpretedLibrary, tokens: int, hidden: int, intermediate: int
+) -> None:
+    forms = check_dispatch(device, dispatch_arguments(tokens, 4, hidden, intermediate), 2)
+    odd = hidden % 4 != 0 or intermediate % 4 != 0
+    assert all(form.endswith("_fp32_odd" if odd else "_fp32") for form in forms if "_m" in form[3:])
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 17])
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (5, 5), (65, 3)])
+def test_numbers_of_experts(
+    device: InterpretedLibrary, tokens: int, experts: int, top_k: int
+) -> None:
+    forms = check_dispatch(device, dispatch_arguments(tokens, experts, 16, 8), top_k)
+    assert forms[0] == ("moe_route_e64" if experts <= 64 else "moe_route_e256")
+
+
+def test_the_most_experts_and_choices(device: InterpretedLibrary) -> None:
+    forms = check_dispatch(device, dispatch_arguments(1, 1024, 8, 8), 64, normalize=True)
+    assert forms[0] == "moe_route_e1024"
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 30])
+def test_equal_logits_go_to_the_lower_ids(device: InterpretedLibrary, tokens: int) -> None:
+    x, _, gate_up, down = dispatch_arguments(tokens, 9, 16, 16)
+    check_dispatch(device, (x, torch.zeros(tokens, 9), gate_up, down), 4)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+def test_all_tokens_may_choose_one_expert(device: InterpretedLibrary, tokens: int) -> None:
+    x, logits, gate_up, down = dispatch_arguments(tokens, 8, 16, 16)
+    logits[:, 5] = 50.0
+    check_dispatch(device, (x, logits, gate_up, down), 1)
+
+
+def test_no_tokens_are_no_launch(device: InterpretedLibrary) -> None:
+    assert check_dispatch(device, dispatch_arguments(0, 4, 16, 16), 2) == []
+    assert check_linear(device, *linear_arguments(0, 2, 4, 16, 16)) == []
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_minus_infinity_masks_an_expert(device: InterpretedLibrary, tokens: int) -> None:
+    x, logits, gate_up, down = dispatch_arguments(tokens, 6, 16, 16)
+    logits[:, [0, 3]] = -math.inf
+    check_dispatch(device, (x, logits, gate_up, down), 3)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_nan_logits_spoil_their_own_token_only(device: InterpretedLibrary, tokens: int) -> None:
+    arguments = dispatch_arguments(tokens, 6, 16, 16)
+    whole = cuda.moe_dispatch(device, *arguments, 6, False, "silu")
+    arguments[1][0] = math.nan
+    spoilt = cuda.moe_dispatch(device, *arguments, 6, False, "silu")
+    assert spoilt[0].isnan().all()
+    torch.testing.assert_close(spoilt[1:], whole[1:], rtol=0, atol=0)
+
+
+@given(
+    tokens=st.integers(1, 40),
+    experts=st.integers(1, 16),
+    top_k=st.integers(1, 16),
+    hidden=st.integers(1, 8),
+    intermediate=st.integers(1, 6),
+    normalize=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=15, deadline=None)
+@example(16, 16, 16, 2, 2, True, torch.bfloat16, 0)
+@example(17, 16, 16, 2, 2, False, torch.float16, 0)
+def test_dispatch_equals_the_loop(
+    device: InterpretedLibrary,
+    tokens: int,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    intermediate: int,
+    normalize: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    arguments = dispatch_arguments(tokens, experts, 8 * hidden, 8 * intermediate, dtype, seed)
+    check_dispatch(device, arguments, min(top_k, experts), normalize)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_results_repeat_bit_by_bit(device: InterpretedLibrary, tokens: int) -> None:
+    arguments = dispatch_arguments(tokens, 8, 48, 40, torch.bfloat16)
+    first, second = (cuda.moe_dispatch(device, *arguments, 4, False, "silu") for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("per_choice", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "form"), [(1, "moe_linear_one_n4"), (9, "moe_linear_m16n32"), (17, "moe_linear_m64")]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_paths(
+    device: InterpretedLibrary, tokens: int, form: str, per_choice: bool, dtype: torch.dtype
+) -> None:
+    # Nine tokens of two choices for three experts: more than 16 of them may be one expert's.
+    arguments = linear_arguments(tokens, 2, 3, 40, 24, per_choice=per_choice, dtype=dtype)
+    forms = check_linear(device, *arguments)
+    before = ["moe_group_i64"] if tokens > 16 else []
+    assert forms[:-1] == before
+    assert forms[-1].startswith(form) and forms[-1].endswith(NAMES[dtype])
+
+
+@pytest.mark.parametrize("per_choice", [False, True])
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 5), (12, 4), (12, 30)])
+def test_linear_takes_repeated_ids(
+    device: InterpretedLibrary, tokens: int, top_k: int, per_choice: bool
+) -> None:
+    x, ids, weight = linear_arguments(tokens, top_k, 3, 16, 12, per_choice=per_choice)
+    ids[:] = 1
+    check_linear(device, x, ids, weight)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 30])
+def test_linear_makes_zeros_for_ids_out_of_range(device: InterpretedLibrary, tokens: int) -> None:
+    x, ids, weight = linear_arguments(tokens, 4, 3, 16, 12, beyond=2, seed=3)
+    # In 32 bits this one would be expert 1.
+    ids[0, 0] = 2**32 + 1
+    ids[-1, -1] = -(2**40)
+    assert ((ids < 0) | (ids >= 3)).sum() > 1
+    check_linear(device, x, ids, weight)
+
+
+@given(
+    tokens=st.integers(1, 40),
+    experts=st.integers(1, 16),
+    top_k=st.integers(1, 9),
+    in_features=st.integers(1, 6),
+    out_features=st.integers(1, 8),
+    odd=st.booleans(),
+    per_choice=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=15, deadline=None)
+def test_linear_equals_the_loop(
+    device: InterpretedLibrary,
+    tokens: int,
+    experts: int,
+    top_k: int,
+    in_features: int,
+    out_features: int,
+    odd: bool,
+    per_choice: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    side = 7 if odd and dtype == torch.float32 else 8
+    arguments = linear_arguments(
+        tokens,
+        top_k,
+        experts,
+        side * in_features,
+        side * out_features,
+        per_choice=per_choice,
+        dtype=dtype,
+        seed=seed,
+        beyond=1,
+    )
+    check_linear(device, *arguments)
+
+
+def dispatch_parameters(**changes: int | None) -> MoeDispatch:
+    """A call of sizes that are accepted, with addresses that are read by no kernel."""
+    sizes = {"top_k": 2, "experts": 4, "tokens": 1, "hidden": 16, "intermediate": 16}
+    pointers = dict.fromkeys(("x", "router_logits", "gate_up", "down", "y"), 4096)
+    return MoeDispatch(**{"dtype": 1, "activation": 0, **sizes, **pointers, **changes})
+
+
+def linear_parameters(**changes: int | None) -> MoeLinear:
+    sizes = {"top_k": 2, "experts": 4, "tokens": 1, "in_features": 16, "out_features": 16}
+    pointers = dict.fromkeys(("x", "expert_ids", "weight", "y"), 4096)
+    return MoeLinear(**{"dtype": 1, **sizes, **pointers, **changes})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (
+            dispatch_parameters(hidden=100),
+            "hidden is 100; the kernels need a multiple of 8 in fp16 and bf16: pad it or use fp32.",
+        ),
+        (
+            dispatch_parameters(intermediate=12, dtype=2),
+            "intermediate is 12; the kernels need a multiple of 8 in fp16 and bf16: pad it or use "
+            "fp32.",
+        ),
+        (dispatch_parameters(hidden=0), "hidden is 0; it must be between 1 and 16777216."),
+        (dispatch_parameters(dtype=7), "dtype is 7; it must be between 0 and 2."),
+        (dispatch_parameters(activation=5), "activation is 5; it must be between 0 and 4."),
+        (dispatch_parameters(experts=1025), "experts is 1025; it must be between 1 and 1024."),
+        (
+            dispatch_parameters(top_k=5),
+            "top_k is 5; it must be between 1 and 4, the number of experts.",
+        ),
+        (
+            dispatch_parameters(top_k=65, experts=200),
+            "top_k is 65; it must be between 1 and 64.",
+        ),
+        (dispatch_parameters(tokens=-1), "tokens is -1; it must be between 0 and 2147483647."),
+        (
+            dispatch_parameters(tokens=2**30),
+            "tokens * top_k is 2147483648; it must be between 0 and 1073741824: split the call "
+            "into smaller ones.",
+        ),
+        (dispatch_parameters(down=None), "down is null; pass its device address."),
+        (
+            dispatch_parameters(x=4104),
+            "x is not aligned to 16 bytes; copy it to where it is.",
+        ),
+        (
+            linear_parameters(in_features=4),
+            "in_features is 4; the kernels need a multiple of 8 in fp16 and bf16: pad it or use "
+            "fp32.",
+        ),
+        (linear_parameters(top_k=0), "top_k is 0; it must be between 1 and 1073741824."),
+        (linear_parameters(experts=0), "experts is 0; it must be between 1 and 1073741824."),
+        (linear_parameters(expert_ids=None), "expert_ids is null; pass its device address."),
+        (linear_parameters(tokens=20), "workspace is null; pass its device address."),
+    ],
+)
+def test_refusals(
+    device: InterpretedLibrary, parameters: MoeDispatch | MoeLinear, message: str
+) -> None:
+    workspace = 4096 if isinstance(parameters, MoeDispatch) else None
+    device.launches.clear()
+    with pytest.raises(LibraryError) as caught:
+        device.run(parameters, workspace, None)
+    assert str(caught.value) == message
+    assert device.launches == []
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 20, 200])
+def test_kernels_stay_in_the_workspace(device: InterpretedLibrary, tokens: int) -> None:
+    # With 15 experts and 200 tokens the table of tiles is just over a unit of the workspace.
+    x, logits, gate_up, down = dispatch_arguments(tokens, 15, 20, 12)
+    y = torch.empty_like(x)
+    parameters = MoeDispatch(
+        dtype=0,
+        activation=0,
+        normalize=0,
+        top_k=2,
+        experts=15,
+        tokens=tokens,
+        hidden=20,
+        intermediate=12,
+        x=x.data_ptr(),
+        router_logits=logits.data_ptr(),
+        gate_up=gate_up.data_ptr(),
+        down=down.data_ptr(),
+        y=y.data_ptr(),
+    )
+    size = device.workspace_bytes(parameters)
+    memory = torch.full((size + 8192,), 0x5A, dtype=torch.uint8)
+    begin = -memory.data_ptr() % 256 + 1024
+    device.run(parameters, memory.data_ptr() + begin, None)
+    assert_close(y, dispatch_loop(x, logits, gate_up, down, 2, False, "silu"))
+    assert (memory[:begin] == 0x5A).all()
+    assert (memory[begin + size :] == 0x5A).all()
+
+
+def test_structures_are_as_wide_as_in_c() -> None:
+    assert ctypes.sizeof(MoeDispatch) == 8 * 4 + 5 * 8
+    assert ctypes.sizeof(MoeLinear) == 7 * 4 + 4 + 4 * 8
