@@ -99,25 +99,18 @@ def _multiples(sizes: dict[str, int], precision: str) -> str:
 
 def _moe_dispatch(node: ir.Node, precision: str) -> str:
     experts, hidden, intermediate = _sizes(node, 3)
-    return _experts(experts, node.attributes["top_k"].as_int()) or _multiples(
-        {"hidden size": hidden, "intermediate size": intermediate}, precision
-    )
-
-
-def _moe_linear(node: ir.Node, precision: str) -> str:
-    experts, out_features, in_features = _sizes(node, 2)
-    return _experts(experts, _sizes(node, 1)[1]) or _multiples(
-        {"input size": in_features, "output size": out_features}, precision
-    )
-
-
-def _experts(experts: int, top_k: int) -> str:
+    top_k = node.attributes["top_k"].as_int()
     if experts > MOST_EXPERTS or top_k > MOST_CHOSEN:
         return (
             f"{top_k} of {experts} experts; the kernels choose up to {MOST_CHOSEN} of up to "
             f"{MOST_EXPERTS}: export for --target ort"
         )
-    return ""
+    return _multiples({"hidden size": hidden, "intermediate size": intermediate}, precision)
+
+
+def _moe_linear(node: ir.Node, precision: str) -> str:
+    _, out_features, in_features = _sizes(node, 2)
+    return _multiples({"input size": in_features, "output size": out_features}, precision)
 
 
 def _mamba2_scan(node: ir.Node, _precision: str) -> str:

@@ -1,14 +1,15 @@
-"""``python -m plugins.check``: every GPU kernel against float64, then its time. Needs an NVIDIA GPU.
+"""``python -m plugins.check``: every GPU kernel against float64, then its time. Needs a GPU.
 
-Correctness first: each operator at odd and even sizes and in each dtype, against its eager reference
-in float64. Then time at the shapes of OLMoE-1B-7B and Mamba2-2.7B, beside eager PyTorch on the same
-card, as a share of what the card was measured to copy (few tokens) and to multiply (many).
+Correctness first: each operator at odd and even sizes and in each dtype, against its eager
+reference in float64. Then time at the shapes of OLMoE-1B-7B and Mamba2-2.7B, beside eager PyTorch
+on the same card, as a share of what the card was measured to copy (few tokens) and to multiply
+(many).
 
 The checks themselves run on any library, so tests run them over Triton's interpreter.
 """
 
 # A, B, C, D: the letters of the state-space papers.
-# ruff: noqa: N803, N806
+# ruff: noqa: N806
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +48,14 @@ class Case:
         dtype: of the activations.
         kernel: the call on the device.
         reference: the same in float64.
+        eager: the same in the dtype, as the eager graph has it.
     """
 
     name: str
     dtype: torch.dtype
     kernel: Run
     reference: Run
+    eager: Run
 
     def errors(self) -> list[float]:
         """Relative RMS error of every output."""
@@ -111,6 +115,7 @@ def moe_dispatch_case(
         dtype,
         lambda: (cuda.moe_dispatch(library, x, logits, gate_up, down, *options),),
         lambda: (moe_dispatch(*wide(x, logits, gate_up, down), *options),),
+        lambda: (moe_dispatch(x, logits, gate_up, down, *options),),
     )
 
 
@@ -136,6 +141,7 @@ def moe_linear_case(
         dtype,
         lambda: (cuda.moe_linear(library, x, ids, weight),),
         lambda: (moe_linear(x.double(), ids, weight.double()),),
+        lambda: (moe_linear(x, ids, weight),),
     )
 
 
@@ -170,6 +176,7 @@ def mamba2_scan_case(
         dtype,
         lambda: cuda.mamba2_scan(library, *inputs, *limits),
         lambda: mamba2_scan(*wide(*inputs), 1, *limits),
+        lambda: mamba2_scan(*inputs, 1, *limits),
     )
 
 
@@ -189,16 +196,17 @@ def causal_conv_case(
     weight = make.normal(channels, 1, width, dtype=dtype, gain=width**-0.5)
     bias = make.normal(channels, dtype=dtype)
 
-    def reference() -> Tensors:
-        window = torch.cat((state, x.transpose(1, 2)), dim=2).double()
-        y = F.conv1d(window, weight.double(), bias.double(), groups=channels)
+    def computed_in(compute: torch.dtype) -> Tensors:
+        window = torch.cat((state, x.transpose(1, 2)), dim=2).to(compute)
+        y = F.conv1d(window, weight.to(compute), bias.to(compute), groups=channels)
         return ACTIVATIONS[activation](y).transpose(1, 2), window[..., 1 - width :]
 
     return Case(
         f"CausalConv B {batch} T {tokens} C {channels} W {width} {activation}",
         dtype,
         lambda: cuda.causal_conv(library, x, state, weight, bias, activation),
-        reference,
+        lambda: computed_in(torch.float64),
+        lambda: computed_in(dtype),
     )
 
 
@@ -263,7 +271,8 @@ def seconds(run: Callable[[], object], least: float = 0.2) -> float:
     run()
     while len(times) < 5 or (sum(times) < least and len(times) < 100):
         flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        event: Callable[..., Any] = torch.cuda.Event
+        start, end = event(enable_timing=True), event(enable_timing=True)
         start.record()
         run()
         end.record()
@@ -282,57 +291,85 @@ def measure_card() -> Card:
     return Card(copied, 2 * side**3 / seconds(lambda: a @ a))
 
 
-def timing(library: Library, card: Card) -> Iterator[str]:
-    """Rows of a Markdown table: kernel, eager PyTorch, and the share of the card's limit."""
-    bf16 = torch.bfloat16
+@dataclass(frozen=True)
+class Timed:
+    """One call to time, beside eager PyTorch.
+
+    Attributes:
+        bytes_moved: least that it must read and write.
+        operations: of its products.
+    """
+
+    name: str
+    tokens: int
+    kernel: Callable[[], object]
+    eager: Callable[[], object]
+    bytes_moved: float
+    operations: float
+
+    def row(self, card: Card) -> str:
+        """A row of the table."""
+        kernel, eager = seconds(self.kernel), seconds(self.eager)
+        copy, matrix = card.bandwidth * kernel, card.rate * kernel
+        cells = (
+            self.name,
+            str(self.tokens),
+            f"{1e3 * kernel:.3f} ms",
+            f"{1e3 * eager:.3f} ms",
+            f"{eager / kernel:.1f}x",
+            f"{self.bytes_moved / copy:.0%}",
+            f"{self.operations / matrix:.0%}",
+        )
+        return "| " + " | ".join(cells) + " |"
+
+
+HEADER = """| operator | tokens | kernel | eager | ratio | of the copy rate | of the matrix rate |
+|---|---|---|---|---|---|---|"""
+
+
+def timed_moe(library: Library, tokens: int) -> Timed:
+    """A layer of OLMoE-1B-7B's shape."""
     hidden, intermediate, experts, top_k = 2048, 1024, 64, 8
-    yield "| operator | tokens | kernel | eager PyTorch | ratio | of the copy rate | of the matrix rate |"
-    yield "|---|---|---|---|---|---|---|"
-    for tokens in (1, 16, 128, 512, 4096):
-        make = Inputs("cuda", tokens)
-        x = make.normal(tokens, hidden, dtype=bf16)
-        logits = make.normal(tokens, experts, dtype=torch.float32)
-        gate_up = make.normal(experts, 2 * intermediate, hidden, dtype=bf16, gain=hidden**-0.5)
-        down = make.normal(experts, hidden, intermediate, dtype=bf16, gain=intermediate**-0.5)
-        options = (top_k, False, "silu")
-        # Eager as a user would write it: the reference, computing in the dtype.
-        chosen = len(logits.topk(top_k).indices.unique())
-        bytes_moved = 2 * chosen * 3 * hidden * intermediate + 4 * tokens * hidden
-        operations = 2 * 3 * hidden * intermediate * tokens * top_k
-        yield row(
-            "MoeDispatch",
-            tokens,
-            seconds(lambda: cuda.moe_dispatch(library, x, logits, gate_up, down, *options)),
-            seconds(lambda: eager_moe(x, logits, gate_up, down, top_k)),
-            bytes_moved,
-            operations,
-            card,
-        )
+    bf16 = torch.bfloat16
+    make = Inputs("cuda", tokens)
+    x = make.normal(tokens, hidden, dtype=bf16)
+    logits = make.normal(tokens, experts, dtype=torch.float32)
+    gate_up = make.normal(experts, 2 * intermediate, hidden, dtype=bf16, gain=hidden**-0.5)
+    down = make.normal(experts, hidden, intermediate, dtype=bf16, gain=intermediate**-0.5)
+    weights = 3 * hidden * intermediate
+    chosen = len(set(logits.topk(top_k).indices.flatten().tolist()))
+    return Timed(
+        "MoeDispatch",
+        tokens,
+        lambda: cuda.moe_dispatch(library, x, logits, gate_up, down, top_k, False, "silu"),
+        lambda: eager_moe(x, logits, gate_up, down, top_k),
+        2.0 * (chosen * weights + 2 * tokens * hidden),
+        2.0 * weights * tokens * top_k,
+    )
+
+
+def timed_scan(library: Library, tokens: int) -> Timed:
+    """A scan of Mamba2-2.7B's shape."""
     heads, head_size, states = 80, 64, 128
+    sizes = (1, tokens, heads, head_size, 1, states)
+    case = mamba2_scan_case(library, "cuda", torch.bfloat16, *sizes)
+    return Timed(
+        "Mamba2Scan",
+        tokens,
+        case.kernel,
+        case.eager,
+        8.0 * heads * head_size * states + 4.0 * tokens * (heads * head_size + states),
+        4.0 * tokens * heads * head_size * states,
+    )
+
+
+def timing(library: Library, card: Card) -> Iterator[str]:
+    """Lines of a Markdown table."""
+    yield HEADER
+    for tokens in (1, 16, 128, 512, 4096):
+        yield timed_moe(library, tokens).row(card)
     for tokens in (1, 1024, 8192):
-        case = mamba2_scan_case(library, "cuda", bf16, 1, tokens, heads, head_size, 1, states)
-        state_bytes = 4 * heads * head_size * states
-        bytes_moved = 2 * state_bytes + tokens * (4 * heads * head_size + 4 * states)
-        operations = 4 * tokens * heads * head_size * states
-        eager = None if tokens > 1024 else seconds(lambda: eager_scan(tokens, case), least=0)
-        yield row(
-            "Mamba2Scan", tokens, seconds(case.kernel), eager, bytes_moved, operations, card
-        )
-
-
-def row(
-    name: str,
-    tokens: int,
-    kernel: float,
-    eager: float | None,
-    bytes_moved: float,
-    operations: float,
-    card: Card,
-) -> str:
-    compared = ("not measured", "") if eager is None else (f"{1e3 * eager:.3f} ms", f"{eager / kernel:.1f}x")
-    shares = (bytes_moved / kernel / card.bandwidth, operations / kernel / card.rate)
-    cells = [name, str(tokens), f"{1e3 * kernel:.3f} ms", *compared, *(f"{s:.0%}" for s in shares)]
-    return "| " + " | ".join(cells) + " |"
+        yield timed_scan(library, tokens).row(card)
 
 
 def eager_moe(
@@ -341,17 +378,12 @@ def eager_moe(
     """The usual loop over experts in the model's own dtype."""
     weights, ids = logits.softmax(-1).topk(top_k)
     y = torch.zeros_like(x)
-    for expert in ids.unique().tolist():
+    for expert in sorted(set(ids.flatten().tolist())):
         token, slot = torch.nonzero(ids == expert, as_tuple=True)
         gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
         out = F.linear(F.silu(gate) * up, down[expert])
         y.index_add_(0, token, (weights[token, slot, None] * out).to(y.dtype))
     return y
-
-
-def eager_scan(tokens: int, case: Case) -> Tensors:
-    """The recurrence step by step in float64; what one step costs is what matters here."""
-    return case.reference()
 
 
 def main() -> int:

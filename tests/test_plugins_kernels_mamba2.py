@@ -606,3 +606,33 @@ def test_every_form_is_reached(device: InterpretedLibrary) -> None:
                 cuda.causal_conv(device, *conv_arguments(1, tokens, 16, width, dtype), "silu")
                 reached |= set(launched(device))
     assert reached == set(device.forms)
+
+
+@pytest.mark.parametrize("sizes", [(24, 64, 1, 128), (4, 64, 4, 16), (8, 16, 2, 256)])
+def test_a_workspace_is_enough_for_every_device_and_fewer_tokens(
+    device: InterpretedLibrary, sizes: tuple[int, int, int, int]
+) -> None:
+    """TensorRT reserves it where an engine is built, for the most tokens of a profile."""
+    heads, head_size, groups, states = sizes
+    found: list[int] = []
+    try:
+        for tokens in (2, 63, 64, 65, 128, 129, 255, 300, 512, 1000, 4096):
+            parameters = Mamba2Scan(
+                dtype=2,
+                batch=2,
+                tokens=tokens,
+                heads=heads,
+                head_size=head_size,
+                groups=groups,
+                states=states,
+                dt_max=1.0,
+            )
+            of_devices = set()
+            for capability in (80, 86, 89, 90, 120):
+                device.set_capability(capability)
+                of_devices.add(device.workspace_bytes(parameters))
+            assert len(of_devices) == 1
+            found += of_devices
+    finally:
+        device.set_capability(90)
+    assert found == sorted(found) and found[0] > 0

@@ -505,3 +505,41 @@ def test_kernels_stay_in_the_workspace(device: InterpretedLibrary, tokens: int) 
 def test_structures_are_as_wide_as_in_c() -> None:
     assert ctypes.sizeof(MoeDispatch) == 8 * 4 + 5 * 8
     assert ctypes.sizeof(MoeLinear) == 7 * 4 + 4 + 4 * 8
+
+
+@pytest.mark.parametrize("dtype", [0, 2])
+@pytest.mark.parametrize(("experts", "top_k"), [(64, 8), (8, 2), (4, 4)])
+def test_a_workspace_is_enough_for_every_device_and_fewer_tokens(
+    device: InterpretedLibrary, dtype: int, experts: int, top_k: int
+) -> None:
+    """TensorRT reserves it where an engine is built, for the most tokens of a profile."""
+    found: dict[str, list[int]] = {"dispatch": [], "linear": []}
+    try:
+        for tokens in (1, 2, 15, 16, 17, 32, 33, 128, 500, 4096):
+            dispatch = MoeDispatch(
+                dtype=dtype,
+                top_k=top_k,
+                experts=experts,
+                tokens=tokens,
+                hidden=2048,
+                intermediate=1024,
+            )
+            linear = MoeLinear(
+                dtype=dtype,
+                top_k=top_k,
+                experts=experts,
+                tokens=tokens,
+                in_features=2048,
+                out_features=1024,
+            )
+            for name, parameters in (("dispatch", dispatch), ("linear", linear)):
+                of_devices = set()
+                for capability in (80, 86, 89, 90, 100, 120):
+                    device.set_capability(capability)
+                    of_devices.add(device.workspace_bytes(parameters))
+                assert len(of_devices) == 1
+                found[name] += of_devices
+    finally:
+        device.set_capability(90)
+    assert all(sizes == sorted(sizes) for sizes in found.values())
+    assert found["dispatch"][0] > 0
