@@ -184,7 +184,8 @@ def _export(request: ExportRequest, *, validate: bool, preview: bool) -> Manifes
         from export.summary import print_summary
     result = build(request, stages, _validate if validate else None)
     print_summary(request.out, result.checkpoint, result.manifest, stages)
-    if preview and request.task == "generate" and result.manifest.verdict != "failed":
+    runs_here = result.manifest.target in ("onnx", "ort") and request.task == "generate"
+    if preview and runs_here and result.manifest.verdict != "failed":
         _preview(request.out, result.manifest.vocab_size)
     return result.manifest
 

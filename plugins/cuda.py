@@ -9,10 +9,37 @@ those of each operator's file.
 
 from __future__ import annotations
 
+from ctypes import Structure
+from functools import partial
+from typing import Any
+
 import torch
 
 from plugins import library as c
 from plugins.library import Library
+from plugins.mamba2_scan import mamba2_scan as mamba2_scan_op
+from plugins.moe_dispatch import moe_dispatch as moe_dispatch_op
+from plugins.moe_linear import moe_linear as moe_linear_op
+
+
+def register(library: Library, device_type: str = "cuda") -> None:
+    """Make the kernels what the operators run on tensors of a device.
+
+    The eager graph then uses them. ``op.set_kernel_enabled(device_type, False)`` goes back to the
+    reference for a while.
+
+    Args:
+        library: of the kernels.
+        device_type: of the tensors.
+    """
+
+    def scan(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        tensors, (_chunk_size, dt_min, dt_max) = arguments[:9], arguments[9:]
+        return mamba2_scan(library, *tensors, dt_min=dt_min, dt_max=dt_max)
+
+    moe_dispatch_op.register_kernel(device_type)(partial(moe_dispatch, library))
+    moe_linear_op.register_kernel(device_type)(partial(moe_linear, library))
+    mamba2_scan_op.register_kernel(device_type)(scan)
 
 
 def _dtype(x: torch.Tensor) -> int:
@@ -23,7 +50,7 @@ def _stream(x: torch.Tensor) -> int | None:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
 
 
-def _run(library: Library, parameters: c.Structure, x: torch.Tensor) -> None:
+def _run(library: Library, parameters: Structure, x: torch.Tensor) -> None:
     # The caching allocator aligns to 512 bytes, and keeps the memory until the stream is past it.
     size = library.workspace_bytes(parameters)
     workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=x.device)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime
 
 from export.ingot import GRAPH, Manifest, StateInfo
 from runtime.session import Floats, Ids, SessionError
 from runtime.tokens import TokenInputs
+
+Array = npt.NDArray[Any]
 
 
 class OrtSession:
@@ -46,7 +50,7 @@ class OrtSession:
         self._tokens.reset(batch, capacity)
         self._state = {state.input: _value(self._zeros(state)) for state in self.manifest.states}
 
-    def _zeros(self, state: StateInfo) -> Floats:
+    def _zeros(self, state: StateInfo) -> Array:
         length = self._tokens.capacity if state.shared else 0
         named = {"batch": self._tokens.batch, "past_sequence": length}
         sizes = [named[d] if isinstance(d, str) else d for d in state.input_shape]
@@ -85,7 +89,7 @@ class OrtSession:
         for state in self.manifest.states:
             if not state.shared:
                 self._state[state.input] = results[state.output]
-        output: Floats = results[main].numpy()
+        output: Floats = results[main].numpy().astype(np.float32, copy=False)
         return output
 
     def state(self) -> dict[str, Floats]:
@@ -96,9 +100,9 @@ class OrtSession:
             array = self._state[state.input].numpy()
             if state.shared and state.axis is not None:
                 array = array.take(range(seen), axis=state.axis)
-            result[state.output] = array.copy()
+            result[state.output] = array.astype(np.float32)
         return result
 
 
-def _value(array: Ids | Floats) -> onnxruntime.OrtValue:
+def _value(array: Array) -> onnxruntime.OrtValue:
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))

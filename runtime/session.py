@@ -90,6 +90,11 @@ def load(
         from runtime.trt import TrtSession
 
         return TrtSession(folder, manifest)
+    if manifest.precision == "bfloat16":
+        raise SessionError(
+            f"{folder} holds a bfloat16 graph and no engine, and ONNX Runtime's CPU provider "
+            "computes no bfloat16; export with --precision fp32 to run it here."
+        )
     from runtime.ort import OrtSession
 
     return OrtSession(folder, manifest, threads=threads)

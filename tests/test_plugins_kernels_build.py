@@ -1,0 +1,138 @@
+"""Compiling kernels ahead of time, and what the library says where it cannot run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plugins.device import has_gpu
+from plugins.kernels.build import Resources, all_forms, report
+from plugins.kernels.host import Compiled, argument_letters
+from plugins.library import Library, LibraryError, MoeLinear
+
+# Compiles one form for two devices, and links them; Triton's interpreter is not for here.
+BUILD = """
+import json, sys
+from pathlib import Path
+from plugins.kernels import build
+from plugins.kernels.host import link
+
+out, name = Path(sys.argv[1]), sys.argv[2]
+form = build.all_forms()[name]
+made = list(build.compile_all([form], (80, 90), out / "kernels"))
+link([compiled for compiled, _ in made], out / "libingot_kernels.so", out / "kernels")
+print(json.dumps({c.capability: [r.registers, r.spills, c.threads] for c, r in made}))
+"""
+
+
+def python(code: str, *arguments: str | Path, **environment: str) -> Any:
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**clean, **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built")
+    done = python(BUILD, folder, "mamba2_step_bf16_n128", TRITON_CACHE_DIR=str(folder / "cache"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == {"80", "90"}
+    for registers, spills, threads in found.values():
+        assert 16 < registers <= 255 and spills == 0 and threads % 32 == 0
+    return folder
+
+
+def test_the_library_has_the_cubins_of_each_device(built: Path) -> None:
+    for capability in (80, 90):
+        cubin = (built / "kernels" / f"mamba2_step_bf16_n128.sm_{capability}.cubin").read_bytes()
+        assert cubin[:4] == b"\x7fELF"
+        assert cubin in (built / "libingot_kernels.so").read_bytes()
+
+
+@pytest.mark.skipif(has_gpu(), reason="a GPU is here")
+def test_says_in_one_sentence_that_there_is_no_driver(built: Path) -> None:
+    library = Library(built / "libingot_kernels.so")
+    message = r"the CUDA driver cannot be opened \(libcuda.so.1: .*\); install NVIDIA's driver\."
+    with pytest.raises(LibraryError, match=message):
+        library.prepare()
+    tokens = MoeLinear(
+        dtype=0, top_k=1, experts=2, tokens=1, in_features=4, out_features=4, x=16, expert_ids=16
+    )
+    tokens.weight = tokens.y = 16
+    with pytest.raises(LibraryError, match="CUDA driver"):
+        library.run(tokens, None, None)
+
+
+def test_a_second_build_compiles_nothing(built: Path) -> None:
+    before = sorted((built / "cache").rglob("*.cubin"))
+    assert len(before) == 2
+    times = [path.stat().st_mtime_ns for path in before]
+    done = python(BUILD, built, "mamba2_step_bf16_n128", TRITON_CACHE_DIR=str(built / "cache"))
+    assert done.returncode == 0, done.stderr
+    after = sorted((built / "cache").rglob("*.cubin"))
+    assert after == before and [path.stat().st_mtime_ns for path in after] == times
+
+
+def test_refuses_to_compile_in_the_interpreter(tmp_path: Path) -> None:
+    done = python(BUILD, tmp_path, "mamba2_step_bf16_n128", TRITON_INTERPRET="1")
+    assert "BuildError: TRITON_INTERPRET is set" in done.stderr
+
+
+def test_a_spilling_hot_kernel_is_an_error(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from plugins.kernels import build
+out = Path(sys.argv[1])
+form = next(iter(build.all_forms().values()))
+compiled = build.Compiled(form.name, "k", 90, 128, 0, "p", out)
+build.compile_all = lambda *_: iter([(compiled, build.Resources(255, 8, 0))])
+build.build(out / "x.so", (90,), out)
+"""
+    done = python(code, tmp_path)
+    assert "registers are spilled in" in done.stderr and "(8 bytes)" in done.stderr
+    assert not (tmp_path / "x.so").exists()
+
+
+def test_every_form_is_declared_soundly() -> None:
+    forms = all_forms()
+    assert len(forms) > 50
+    for form in forms.values():
+        names = list(form.signature)
+        assert form.function.arg_names == [*names, *form.constants], form.name
+        assert form.multiples_of_16 <= set(names)
+        assert set(argument_letters(form.signature.values())) <= set("pif")
+
+
+def test_reports_the_most_over_the_devices() -> None:
+    def of(capability: int) -> Compiled:
+        return Compiled("a_kernel", "k", capability, 128, 0, "p", Path())
+
+    text = report([(of(80), Resources(40, 0, 512)), (of(90), Resources(64, 8, 256))])
+    header, line = text.splitlines()
+    assert header.split() == ["kernel", "registers", "spilled", "bytes", "shared", "bytes"]
+    assert line.split() == ["a_kernel", "64", "8", "512"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "is missing; build the GPU kernels with: make plugins"), (b"no", "is not a library")],
+)
+def test_refuses_what_is_no_library(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "libingot_kernels.so"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(LibraryError, match=message):
+        Library(path)
