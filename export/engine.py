@@ -304,10 +304,11 @@ def make_engine(
     embedded = [PLUGIN_LIBRARY] if request.embed_plugins else []
     (folder / ENGINE).write_bytes(builder.build(parsed, made, embedded))
     libraries = []
-    for library in (KERNEL_LIBRARY, PLUGIN_LIBRARY):
-        if wanted and library.is_file():
-            shutil.copyfile(library, folder / library.name)
-            libraries.append(library.name)
+    # The plugins' library holds the kernels too.
+    library = PLUGIN_LIBRARY if PLUGIN_LIBRARY.is_file() else KERNEL_LIBRARY
+    if wanted and library.is_file() and not request.embed_plugins:
+        shutil.copyfile(library, folder / library.name)
+        libraries.append(library.name)
     return EngineInfo(
         builder=builder_name,
         version=builder.version,

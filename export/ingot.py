@@ -80,8 +80,8 @@ class EngineInfo:
         compute_capabilities: of the devices it runs on, major times ten plus minor.
         graph_sha256: of the ONNX file it was built from.
         plugins: the plugin nodes by operator.
-        libraries: plugin libraries of the folder; those not embedded in the engine must be loaded.
-        embedded: whether the engine file holds them.
+        libraries: of the folder; they must be loaded before the engine.
+        embedded: whether the engine file holds its plugins itself.
         profiles: the optimisation profiles, in order.
     """
 

@@ -49,7 +49,7 @@ def _engine_rows(engine: EngineInfo) -> list[tuple[str, str]]:
         ("engine", f"{engine.builder} {engine.version}, compute capability {devices}"),
         ("plugins", plugins),
     ]
-    if engine.plugins and not engine.libraries:
+    if engine.plugins and not engine.libraries and not engine.embedded:
         rows.append(
             (
                 "[yellow]kernels[/yellow]",

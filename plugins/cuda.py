@@ -34,8 +34,7 @@ def register(library: Library, device_type: str = "cuda") -> None:
     """
 
     def scan(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        tensors, (_chunk_size, dt_min, dt_max) = arguments[:9], arguments[9:]
-        return mamba2_scan(library, *tensors, dt_min=dt_min, dt_max=dt_max)
+        return mamba2_scan(library, *arguments[:9], *arguments[10:])
 
     moe_dispatch_op.register_kernel(device_type)(partial(moe_dispatch, library))
     moe_linear_op.register_kernel(device_type)(partial(moe_linear, library))

@@ -74,7 +74,7 @@ def check_engine(folder: Path, manifest: Manifest, version: str, capability: int
             f"{folder} was built for compute capability {built_for} and this GPU has "
             f"{capability // 10}.{capability % 10}; export again on this machine."
         )
-    if engine.plugins and not engine.libraries:
+    if engine.plugins and not engine.libraries and not engine.embedded:
         raise SessionError(
             f"{folder} was built without the GPU kernels of {', '.join(engine.plugins)}; run make "
             "plugins and export again."

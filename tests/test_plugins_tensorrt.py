@@ -723,7 +723,8 @@ def cpp_library(stub: Path) -> Path:
     if headers is None:
         pytest.skip(build.NO_CUDA)
     out = stub.with_name("libingot_trt.so")
-    build.build(out, tensorrt, headers)
+    beside = [f"-L{stub.parent}", "-lingot_kernels", "-Wl,-rpath,$ORIGIN"]
+    build.build(out, tensorrt, headers, beside)
     return out
 
 
@@ -887,9 +888,12 @@ def test_a_build_without_headers_says_so_and_goes_on(
     assert (done.exit_code, done.output) == (0, build.NO_CUDA + "\n")
 
 
-def test_a_build_without_kernels_is_refused(tmp_path: Path) -> None:
+def test_a_build_without_kernels_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
     with pytest.raises(IngotError, match=r"plugins\.kernels\.build"):
-        build.build(tmp_path / "libingot_trt.so", tmp_path, tmp_path)
+        build.kernels_inside()
 
 
 def test_cuda_headers_are_found_in_cuda_home(

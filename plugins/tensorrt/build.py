@@ -1,5 +1,7 @@
 """``python -m plugins.tensorrt.build``: the C++ plugins for TensorRT, ``libingot_trt.so``.
 
+The library holds the kernels too, so that it is all that an engine needs, also inside its file.
+
 Needs TensorRT's C++ headers, which no package registry has, but not its libraries. Engines of
 ``plugins.tensorrt.python_plugins`` can be built and run without it.
 """
@@ -10,6 +12,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import click
 
 from plugins import library
 from plugins.errors import IngotError
+from plugins.kernels.build import FOLDER
 from plugins.kernels.host import SOURCES, run_compiler
 
 PATH = library.PATH.with_name("libingot_trt.so")
@@ -59,18 +63,32 @@ def _first_with(name: str, *folders: Path) -> Path | None:
     return next((folder for folder in folders if (folder / name).is_file()), None)
 
 
-def build(out: Path, tensorrt: Path, cuda: Path) -> None:
-    """Compile and link; the kernel library must lie beside ``out``, now and when it is loaded.
+def kernels_inside() -> list[str | Path]:
+    """What puts the host layer and the compiled kernels into the library.
 
     Raises:
-        IngotError: no kernel library, no compiler, or one that refuses.
+        IngotError: they have not been compiled.
     """
-    kernels = out.with_name(library.PATH.name)
-    if not kernels.is_file():
+    made = [FOLDER / "forms.cpp", FOLDER / "images.S"]
+    if not all(path.is_file() for path in made):
         raise IngotError(
-            f"{kernels} is missing; build the GPU kernels first with: "
-            "python -m plugins.kernels.build"
+            "the GPU kernels are not compiled; do it first with: python -m plugins.kernels.build"
         )
+    return [*sorted(SOURCES.glob("*.cpp")), *made, "-ldl"]
+
+
+def build(out: Path, tensorrt: Path, cuda: Path, kernels: Sequence[str | Path]) -> None:
+    """Compile and link the plugins.
+
+    Args:
+        out: the library to write.
+        tensorrt: folder of ``NvInfer.h``.
+        cuda: folder of ``cuda_runtime_api.h``.
+        kernels: sources or linker flags that bring the functions of ``ingot_kernels.h``.
+
+    Raises:
+        IngotError: no compiler, or one that refuses.
+    """
     if shutil.which("g++") is None:
         raise IngotError("g++ is missing; install it (Debian: apt-get install g++).")
     run_compiler(
@@ -78,9 +96,7 @@ def build(out: Path, tensorrt: Path, cuda: Path) -> None:
         f"-I{SOURCES}",
         # Warnings are about our code alone.
         *("-isystem", tensorrt, "-isystem", cuda),
-        f"-L{kernels.parent}",
-        f"-l{kernels.stem.removeprefix('lib')}",
-        "-Wl,-rpath,$ORIGIN",
+        *kernels,
         "-Wl,--no-undefined",
         out=out,
     )
@@ -92,7 +108,7 @@ def build(out: Path, tensorrt: Path, cuda: Path) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     default=PATH,
     show_default=True,
-    help="The library to write, beside libingot_kernels.so.",
+    help="The library to write.",
 )
 def main(out: Path) -> None:
     """Compile the TensorRT plugins, where TensorRT's headers are."""
@@ -105,7 +121,7 @@ def main(out: Path) -> None:
         click.echo(NO_CUDA)
         return
     try:
-        build(out.resolve(), tensorrt, cuda)
+        build(out.resolve(), tensorrt, cuda, kernels_inside())
     except IngotError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -1,4 +1,4 @@
-// libingot_trt.so: Ingot's operators as TensorRT plugins, each one call into libingot_kernels.so.
+// libingot_trt.so: Ingot's operators as TensorRT plugins, each one call of ingot_kernels.h.
 //
 // The tensors and fields repeat plugins/tensorrt/table.py, and tests compare the two.
 #include "plugin.h"
