@@ -16,9 +16,10 @@ import torch
 
 from export.capture import OPSET, Captured, capture
 from export.eligibility import eligibility, require
-from export.engine import make_engine, plan_engine
+from export.engine import make_engine, plan_engine, profiles, trtexec_options
 from export.ingot import (
     GRAPH,
+    TRTEXEC,
     WEIGHTS,
     Manifest,
     StateInfo,
@@ -140,6 +141,9 @@ def build(request: ExportRequest, stages: Stages, validate: Validate | None) -> 
             if (checkpoint.path / name).is_file():
                 shutil.copyfile(checkpoint.path / name, folder / name)
         manifest = _manifest(request, family, checkpoint, model, captured)
+        if request.for_tensorrt:
+            made = profiles(manifest.inputs, manifest.states, request.limits)
+            (folder / TRTEXEC).write_text(trtexec_options(made), encoding="utf-8")
         if builder is not None:
             with stages.stage(f"build engine with {builder}"):
                 engine = make_engine(folder, builder, manifest, request)

@@ -321,6 +321,20 @@ def make_engine(
     )
 
 
+def trtexec_options(made: Sequence[ProfileInfo]) -> str:
+    """What ``trtexec`` is to be told to build the same engine from the graph."""
+    options = ["--stronglyTyped", "--noTF32"]
+    for index, profile in enumerate(made):
+        options.append(f"--profile={index}")
+        for which, name in enumerate(("min", "opt", "max")):
+            shapes = (
+                f"{tensor}:{'x'.join(map(str, sizes[which]))}"
+                for tensor, sizes in profile.shapes.items()
+            )
+            options.append(f"--{name}Shapes={','.join(shapes)}")
+    return "\n".join(options) + "\n"
+
+
 def layers(network: Any) -> Iterator[Any]:
     """The layers of a network, in order."""
     return (network.get_layer(index) for index in range(network.num_layers))

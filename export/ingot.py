@@ -24,6 +24,7 @@ MANIFEST = "ingot.json"
 GRAPH = "model.onnx"
 WEIGHTS = "weights.safetensors"
 ENGINE = "model.engine"
+TRTEXEC = "trtexec.txt"
 REPORT = "report"
 
 Verdict = Literal["passed", "failed", "skipped"]

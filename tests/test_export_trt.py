@@ -15,8 +15,8 @@ import torch
 from conftest import MakeCheckpoint, MakeIngot
 from oracle import capture_once, relative_rms, tokens
 
-from export.engine import RTX, Builder, custom_nodes, layers, profiles
-from export.ingot import ENGINE, GRAPH, Manifest, TensorInfo, sha256
+from export.engine import RTX, Builder, custom_nodes, layers, profiles, trtexec_options
+from export.ingot import ENGINE, GRAPH, TRTEXEC, Manifest, TensorInfo, sha256
 from export.request import PRECISIONS, Limits
 from graphs.checkpoint import Checkpoint
 from runtime.session import Session, load
@@ -145,6 +145,8 @@ def test_the_engine_runs_every_custom_operator_as_a_plugin(
     assert found.builder == RTX
     assert found.plugins == PLUGINS[case.family]
     assert found.graph_sha256 == sha256(engine / GRAPH)
+    options = (engine / TRTEXEC).read_text()
+    assert options.count("--profile=") == len(found.profiles) == 2
     assert (engine / ENGINE).stat().st_size > 100_000
     builder = Builder(RTX)
     network = builder.parse(engine / GRAPH)[1]
@@ -270,3 +272,15 @@ def test_profiles_hold_every_call_of_a_session() -> None:
     assert decode.shapes["past"] == ((1, 2, 0, 16), (1, 2, 7, 16), (4, 2, 31, 16))
     (only,) = profiles(inputs[:1], [], Limits(4, 32, 8))
     assert only.name == "prefill"
+    assert trtexec_options((prefill, decode)).splitlines() == [
+        "--stronglyTyped",
+        "--noTF32",
+        "--profile=0",
+        "--minShapes=input_ids:1x1,attention_mask:1x1,past:1x2x0x16",
+        "--optShapes=input_ids:1x8,attention_mask:1x8,past:1x2x0x16",
+        "--maxShapes=input_ids:4x32,attention_mask:4x32,past:4x2x31x16",
+        "--profile=1",
+        "--minShapes=input_ids:1x1,attention_mask:1x1,past:1x2x0x16",
+        "--optShapes=input_ids:1x1,attention_mask:1x8,past:1x2x7x16",
+        "--maxShapes=input_ids:4x1,attention_mask:4x32,past:4x2x31x16",
+    ]

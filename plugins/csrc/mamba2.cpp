@@ -122,6 +122,10 @@ int32_t chunk_length(const ingot_mamba2_scan_params &p, int capability) {
     for (const ChunkLength &length : kChunkLengths) {
         if (length.capability <= capability) tokens = length.tokens;
     }
+#ifdef INGOT_FORCED_CHUNK
+    // For benchmarks/tune_kernels.py, which times one length after the other.
+    tokens = INGOT_FORCED_CHUNK;
+#endif
     // A short prompt is one chunk, no longer than needed.
     int64_t needed = tiles(p.tokens > 0 ? p.tokens : 1, kTile) * kTile;
     return static_cast<int32_t>(needed < tokens ? needed : tokens);

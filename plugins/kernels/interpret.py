@@ -10,7 +10,7 @@ cannot show is speed, and what only happens when blocks run at the same time.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,8 @@ class InterpretedLibrary(Library):
         launches: those of all calls since it was last cleared.
     """
 
-    def __init__(self, forms: Mapping[str, Form], folder: Path) -> None:
-        super().__init__(_host_library(forms, folder))
+    def __init__(self, forms: Mapping[str, Form], folder: Path, *flags: str) -> None:
+        super().__init__(_host_library(forms, folder, flags))
         self.forms = forms
         self.launches: list[Launched] = []
         self._error: BaseException | None = None
@@ -122,7 +122,7 @@ def _tensor_at(pointer: int, kind: str) -> torch.Tensor:
     return torch.frombuffer(bytes_there, dtype=dtypes[kind])
 
 
-def _host_library(forms: Mapping[str, Form], folder: Path) -> Path:
+def _host_library(forms: Mapping[str, Form], folder: Path, flags: Sequence[str]) -> Path:
     """The host layer with the names of the forms in place of their cubins."""
     folder.mkdir(parents=True, exist_ok=True)
     compiled = []
@@ -135,5 +135,5 @@ def _host_library(forms: Mapping[str, Form], folder: Path) -> Path:
             for capability in form.capabilities
         ]
     run_compiler(FAKE_DRIVER, out=folder / "libfake_driver.so")
-    link(compiled, folder / "libingot_kernels.so", folder)
+    link(compiled, folder / "libingot_kernels.so", folder, *flags)
     return folder / "libingot_kernels.so"
