@@ -8,7 +8,7 @@ TARGET ?= ort
 PRESET ?= tiny
 OUT ?= out/$(notdir $(MODEL))-$(TARGET)
 
-.PHONY: setup export plugins test test-slow lint format clean
+.PHONY: setup export plugins test test-slow test-gpu lint format clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,11 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -n 0
+
+# On a machine with an NVIDIA GPU, after `make plugins`.
+test-gpu: setup
+	$(BIN)/python -m plugins.check
+	$(BIN)/python -m pytest -m gpu -n 0
 
 lint: setup
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
+TARGETS = ("onnx", "ort", "trt", "trt-rtx")
 # ONNX Runtime hangs when asked for more threads than the system gives.
 MOST_THREADS = 1024
 
@@ -85,6 +86,10 @@ def load(
         raise SessionError(
             f"{folder} failed its validation, so its numbers are wrong; see {folder / 'report'}. "
             "Export it again, or give --allow-failed to run it all the same."
+        )
+    if manifest.target not in TARGETS:
+        raise SessionError(
+            f"{folder} is for {manifest.target}; this version runs {', '.join(TARGETS)}."
         )
     if manifest.engine is not None and not graph_only:
         from runtime.trt import TrtSession

@@ -189,8 +189,14 @@ def test_refuses_an_ingot_that_failed_unless_told_otherwise(ingot: Path) -> None
 
 
 def test_refuses_a_target_it_cannot_run(ingot: Path) -> None:
-    _edit(ingot, target="trt")
-    with pytest.raises(SessionError, match="is for trt; this version runs onnx and ort"):
+    _edit(ingot, target="coreml")
+    with pytest.raises(SessionError, match="is for coreml; this version runs onnx, ort, trt"):
+        load(ingot)
+
+
+def test_refuses_a_graph_in_bfloat16(ingot: Path) -> None:
+    _edit(ingot, target="trt", precision="bfloat16")
+    with pytest.raises(SessionError, match=r"computes no bfloat16; export with --precision fp32"):
         load(ingot)
 
 

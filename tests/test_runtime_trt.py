@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from conftest import MakeCheckpoint, MakeIngot
 from oracle import relative_rms, tokens
 
 from export.engine import profiles
 from export.ingot import ENGINE, GRAPH, EngineInfo, FileInfo, Manifest, sha256
 from export.request import Limits
+from graphs.checkpoint import Checkpoint
 from runtime.session import SessionError, load
 from runtime.trt import TrtSession, check_engine
+from validate.eager import EagerSession
 
 LIMITS = Limits(max_batch=3, max_seq=40, opt_seq=16)
 
@@ -281,3 +284,29 @@ def test_an_engine_without_a_gpu_is_refused_in_one_sentence(
     monkeypatch.setattr("plugins.device.has_gpu", lambda: False)
     with pytest.raises(SessionError, match=r"this machine has no NVIDIA GPU; run an ort ingot"):
         TrtSession(lowered, with_engine(lowered))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["olmoe", "jetmoe", "granite", "mamba2"])
+def test_an_engine_on_the_gpu_computes_what_eager_does(
+    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot, family: str, precision: str
+) -> None:
+    """Needs ``make plugins`` before, and TensorRT, or TensorRT-RTX on a card it supports."""
+    folder = make_checkpoint(family)
+    ingot = make_ingot(folder, "trt", precision=precision, limits=LIMITS)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    checkpoint = Checkpoint.open(folder)
+    truth = EagerSession(checkpoint, "generate")
+    eager = EagerSession(checkpoint, "generate", precision=dtype)
+    engine = load(ingot)
+    ids, mask = tokens(512)
+    for session in (truth, eager, engine):
+        session.reset(*ids.shape)
+    at = 0
+    for count in (8, *[1] * 10):
+        arguments = ids[:, at : at + count], mask[:, at : at + count]
+        real = arguments[1] != 0
+        want, rounded, got = (s.step(*arguments)[real] for s in (truth, eager, engine))
+        assert relative_rms(want, got) < 3 * relative_rms(want, rounded) + 1e-5
+        at += count
