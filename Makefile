@@ -14,7 +14,7 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[cpu,dev,kernels,trt-rtx]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[cpu,dev,kernels,report,trt-rtx]'
 	touch $@
 
 # A family's name gets a seeded checkpoint of PRESET's shape; a folder or hub name is used as it is.

@@ -33,7 +33,7 @@ from export.lower_trt import lower_trt
 from export.progress import Stages
 from export.request import PRECISIONS, ExportRequest
 from export.weights import weight_bytes, write_weights
-from graphs.checkpoint import Checkpoint, assemble, assemble_row, stack_height
+from graphs.checkpoint import Checkpoint, block_reader
 from graphs.family import FAMILIES, Family, active_parameters, family_of, find_family
 from graphs.hub import describe, resolve
 from graphs.preset import preset_config, write_checkpoint
@@ -109,18 +109,10 @@ def build(request: ExportRequest, stages: Stages, validate: Validate | None) -> 
             )
     model = family.build(checkpoint.config, request.task, dtype)
     weight_map = family.weight_map(model, checkpoint, request.task)
-    parameters = dict(model.named_parameters())
-    weight_size = sum(p.numel() * p.element_size() for p in parameters.values())
+    weight_size = sum(p.numel() * p.element_size() for p in model.parameters())
     # An engine holds its weights once more.
     _check_space(request.out, weight_size * (2 if builder else 1))
-
-    def read(name: str, block: int) -> torch.Tensor:
-        parts, parameter = weight_map[name], parameters[name]
-        shape = tuple(parameter.shape)
-        if stack_height(shape) > 1:
-            return assemble_row(checkpoint, parts, shape, parameter.dtype, block)
-        return assemble(checkpoint, parts, shape, parameter.dtype)
-
+    read = block_reader(checkpoint, weight_map, model)
     with staged(request.out) as folder:
         with stages.stage("capture graph"):
             captured = capture(model, read, precision=dtype, extra_outputs=request.extra_outputs)

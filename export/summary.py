@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -42,6 +41,10 @@ def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stage
     console.print(table)
 
 
+# Of tensors, as a validation has them.
+KINDS = ("logits", "hidden", "key", "value", "conv", "ssm")
+
+
 def _engine_rows(engine: EngineInfo) -> list[tuple[str, str]]:
     devices = ", ".join(f"{c // 10}.{c % 10}" for c in engine.compute_capabilities)
     plugins = ", ".join(f"{count} {name}" for name, count in engine.plugins.items()) or "none"
@@ -74,32 +77,21 @@ NOTABLE = (
 
 def _verdict_rows(manifest: Manifest) -> list[tuple[str, str]]:
     found = manifest.validation
-    if manifest.verdict == "skipped":
-        rows = [("verdict", f"[yellow]skipped[/yellow]: {found['reason']}")]
-        return rows + (_figures(manifest, found["graph"]) if "graph" in found else [])
-    return _figures(manifest, found)
-
-
-def _figures(manifest: Manifest, found: dict[str, Any]) -> list[tuple[str, str]]:
-    verdict = found["verdict"]
-    calls = f"prefill of {found['prefill_tokens']} and {found['decode_steps']} decode steps"
-    if not manifest.states:
-        calls = f"{found['calls']} calls of {found['prefill_tokens']} tokens and more"
-    colour = "green" if verdict == "passed" else "red"
-    rows = [
-        (
-            "verdict" if verdict == manifest.verdict else "graph",
-            f"[{colour}]{verdict}[/{colour}] against {found['against']}: "
-            f"{found['compared']} tensors, {calls}, batch {found['batch']} with left padding",
-        )
-    ]
-    for group in ("main", "states"):
-        if f"{group}_max_abs" in found:
-            name = manifest.main_output if group == "main" else "states"
-            rms, largest = found[f"{group}_relative_rms"], found[f"{group}_max_abs"]
-            rows.append((name, f"relative RMS {rms:.1e}, max abs {largest:.1e}"))
-    if "top1_agreement" in found:
-        rows.append(("top-1 agreement", f"{found['top1_agreement']:.1%}"))
+    colour = {"passed": "green", "failed": "red", "skipped": "yellow"}[manifest.verdict]
+    verdict = f"[{colour}]{manifest.verdict}[/{colour}]"
+    if "reason" in found:
+        verdict += f": {found['reason']}"
+    rows = [("verdict", verdict)]
+    if "against" in found:
+        compared = f"{found['compared']} tensors over {found['stages']} calls"
+        rows.append(("compared", f"{compared}, with {found['against']}"))
+    for kind in KINDS:
+        if f"{kind}_score" in found:
+            score, error = found[f"{kind}_score"], found[f"{kind}_error"]
+            times = f"{score:.2g} times eager PyTorch's own error"
+            rows.append((kind, f"relative RMS error {error:.1e}, {times}"))
     if "first_failure" in found:
         rows.append(("first failure", found["first_failure"]))
+    if "location" in found:
+        rows.append(("location", found["location"]))
     return rows

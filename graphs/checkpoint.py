@@ -319,3 +319,22 @@ def load_parameters(
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
         advance(value.nbytes)
+
+
+def block_reader(
+    checkpoint: Checkpoint, weight_map: WeightMap, module: torch.nn.Module
+) -> Callable[[str, int], torch.Tensor]:
+    """Reads a module's weights by name and block, each in its parameter's dtype.
+
+    A block is one expert of a stack ``[E, ...]``, or with number 0 the whole of another parameter.
+    """
+    parameters = dict(module.named_parameters())
+
+    def read(name: str, block: int) -> torch.Tensor:
+        parts, parameter = weight_map[name], parameters[name]
+        shape = tuple(parameter.shape)
+        if stack_height(shape) > 1:
+            return assemble_row(checkpoint, parts, shape, parameter.dtype, block)
+        return assemble(checkpoint, parts, shape, parameter.dtype)
+
+    return read

@@ -25,7 +25,7 @@ from graphs.family import FAMILIES, find_family
 from graphs.preset import preset_config, write_checkpoint
 from runtime.session import SessionError, load
 from validate.cli import validate_command
-from validate.tolerances import TOLERANCES
+from validate.limits import LIMITS
 
 Tensors = dict[str, torch.Tensor]
 
@@ -262,7 +262,7 @@ def test_repeats_an_export_to_the_last_byte(copy: Path, out: Path) -> None:
     second = _export("--model", copy, "--target", "ort", "--out", out, "--overwrite", "--preview")
     assert second.exit_code == 0, second.output
     names = {path.relative_to(kept) for path in kept.rglob("*") if path.is_file()}
-    assert names >= {Path(GRAPH), Path(WEIGHTS), Path(MANIFEST), Path("report/validation.json")}
+    assert names >= {Path(GRAPH), Path(WEIGHTS), Path(MANIFEST), Path("report/report.json")}
     assert names == {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
     for name in sorted(names):
         assert (out / name).read_bytes() == (kept / name).read_bytes(), name
@@ -275,16 +275,15 @@ def test_repeats_an_export_to_the_last_byte(copy: Path, out: Path) -> None:
 def test_keeps_an_ingot_that_fails_and_says_so(
     tiny: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # No graph meets a tolerance of nothing: the one way to a failure without a wrong exporter.
-    strict = replace(TOLERANCES["float32", "logits"], relative_rms=0.0)
-    monkeypatch.setitem(TOLERANCES, ("float32", "logits"), strict)
+    # No graph meets a limit of nothing: the one way to a failure without a wrong exporter.
+    monkeypatch.setitem(LIMITS, "logits", replace(LIMITS["logits"], score=0.0))
     result = _export("--model", tiny, "--target", "onnx", "--out", out, "--preview")
     assert result.exit_code == 1, result.output
-    assert "failed against eager PyTorch" in result.stdout
+    assert re.search(r"verdict +│ failed", result.stdout)
     assert "generated ids" not in result.stdout
     assert Manifest.read(out).verdict == "failed"
-    report = json.loads((out / "report" / "validation.json").read_text())
-    assert report["first_failure"].startswith("prefill, logits: relative RMS error")
+    report = json.loads((out / "report" / "report.json").read_text())
+    assert report["failures"][0].startswith("prefill, logits: the error ")
     with pytest.raises(SessionError, match="failed its validation"):
         load(out)
 
@@ -304,7 +303,23 @@ def test_validates_again_and_passes(tiny: Path, tiny_onnx: Path, tmp_path: Path)
 def _fails(result: Result) -> None:
     assert result.exit_code == 1
     assert re.search(r"^verdict +failed$", result.stdout, re.MULTILINE)
-    assert re.search(r"^FAILED prefill, logits: relative RMS error", result.stdout, re.MULTILINE)
+    assert re.search(r"^FAILED prefill, logits: the error ", result.stdout, re.MULTILINE)
+
+
+def test_gates_on_a_baseline(tiny: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "baseline.json"
+    arguments = [str(tiny_onnx), "--checkpoint", str(tiny)]
+    saved = CliRunner().invoke(validate_command, [*arguments, "--save-baseline", str(kept)])
+    assert saved.exit_code == 0, saved.output
+    same = CliRunner().invoke(validate_command, [*arguments, "--gate", str(kept)])
+    assert same.exit_code == 0, same.output
+    # As if this had been twice as good last time.
+    text = re.sub(r'"score": ([\d.e-]+)', lambda m: f'"score": {float(m[1]) / 2}', kept.read_text())
+    kept.write_text(text)
+    worse = CliRunner().invoke(validate_command, [*arguments, "--gate", str(kept)])
+    assert worse.exit_code == 1, worse.output
+    assert re.search(r"^WORSE .*prefill, logits", worse.stdout, re.MULTILINE)
+    assert "verdict              passed" in worse.stdout
 
 
 def test_fails_an_ingot_with_two_experts_swapped(

@@ -70,7 +70,7 @@ def _example() -> Manifest:
         active_parameters=5,
         weight_bytes=40,
         tools={"torch": "2.13.0"},
-        files={"report/validation.json": FileInfo(3, "ab")},
+        files={"report/report.json": FileInfo(3, "ab")},
         validation={"verdict": "passed", "main_max_abs": 1.25e-7},
     )
 

@@ -12,7 +12,6 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-import torch
 from conftest import MakeCheckpoint
 
 from export.capture import Captured, capture
@@ -20,7 +19,7 @@ from export.passes.attention import AttentionToGroupQueryAttention
 from export.passes.moe import MoeDispatchToMoE
 from export.passes.tied import TiedHeadToFusedMatMul
 from export.weights import weights_of, write_weights
-from graphs.checkpoint import Checkpoint, assemble, assemble_row
+from graphs.checkpoint import Checkpoint, block_reader
 from graphs.family import family_of
 
 Change = Callable[[ir.Model], object]
@@ -32,13 +31,7 @@ def _captured_once(folder: Path) -> Captured:
     family = family_of(checkpoint)
     model = family.build(checkpoint.config, "generate")
     parts = family.weight_map(model, checkpoint, "generate")
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-    def read(name: str, block: int) -> torch.Tensor:
-        arguments = (checkpoint, parts[name], shapes[name], torch.float32)
-        return assemble_row(*arguments, block) if len(shapes[name]) == 3 else assemble(*arguments)
-
-    return capture(model, read)
+    return capture(model, block_reader(checkpoint, parts, model))
 
 
 def captured(folder: Path) -> Captured:

@@ -51,7 +51,7 @@ from plugins.errors import IngotError
 from runtime.generate import generate
 from runtime.session import Floats, Ids, Session, SessionError, load
 from validate.eager import EagerSession
-from validate.run import Stepper, validate_ingot
+from validate.run import Reference, Stepper, validate_ingot
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 # Each turns on another field; the numbers are such that ignoring the field changes the result.
@@ -489,14 +489,14 @@ def test_refuses_to_generate_with_a_classifier(classifier: Classifier, target: s
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_validation_passes_a_classifier(classifier: Classifier, target: str) -> None:
-    eager = EagerSession(Checkpoint.open(classifier.folder), "classify")
+    reference = Reference(Checkpoint.open(classifier.folder), "classify")
     for seed in range(3):
-        validation = validate_ingot(classifier.ingots[target], eager, seed=seed)
-        assert (validation.verdict, validation.failures) == ("passed", [])
+        report = validate_ingot(classifier.ingots[target], reference, seed=seed)
+        assert (report.verdict, report.failures) == ("passed", [])
         # Every length from the prefill's to the last, and one output each.
         steps = [(f"{length} tokens", "logits") for length in range(19, 28)]
-        assert [(c.step, c.name) for c in validation.comparisons] == steps
-        assert all(c.errors and c.errors.relative_rms < 1e-5 for c in validation.comparisons)
+        assert [(t.stage, t.name) for t in report.tensors] == steps
+        assert all(t.score is not None and t.score < 5 for t in report.tensors)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -511,10 +511,10 @@ def test_validation_fails_a_classifier_with_a_damaged_head(
     assert end - start == 4 * 64 * len(classifier.labels)
     raw[8 + size + start + 3] ^= 0x80
     (damaged / WEIGHTS).write_bytes(raw)
-    eager = EagerSession(Checkpoint.open(classifier.folder), "classify")
-    validation = validate_ingot(damaged, eager, verify=False)
-    assert validation.verdict == "failed"
-    assert validation.summary()["first_failure"].startswith("19 tokens, logits: relative RMS")
+    reference = Reference(Checkpoint.open(classifier.folder), "classify")
+    report = validate_ingot(damaged, reference, verify=False)
+    assert report.verdict == "failed"
+    assert report.failures[0].startswith("19 tokens, logits: the error ")
 
 
 def test_refuses_a_checkpoint_of_another_task(

@@ -75,7 +75,7 @@ def test_every_family_exports_with_make(clone: Path, family: str) -> None:
 
 def test_an_own_checkpoint(clone: Path) -> None:
     commands = re.findall(r"^python -m .*$", README, re.MULTILINE)
-    assert len(commands) == 2
+    assert len(commands) == 3
     checkpoint = clone / "out" / "checkpoints" / "olmoe-tiny-seed0"
     assert checkpoint.is_dir(), "test_the_two_commands made it"
     shutil.copytree(checkpoint, clone / "DIR")
@@ -83,6 +83,7 @@ def test_an_own_checkpoint(clone: Path) -> None:
     for command in commands:
         done = run(f"PATH={clone}/.venv/bin:$PATH; {command}", clone)
         assert done.returncode == 0, done.stderr
+    assert (clone / "OUT-TRT" / "model.engine").is_file()
     python = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert python is not None
     (clone / "example.py").write_text(python.group(1))

@@ -18,7 +18,8 @@ from graphs.checkpoint import Checkpoint
 from runtime.session import Floats, Ids, load
 from validate.eager import EagerSession
 from validate.inputs import make_inputs
-from validate.run import Stepper, Validation, compare_sessions, validate_ingot
+from validate.result import TensorResult
+from validate.run import CALLS, Reference, Stepper, compare_sessions, validate_ingot
 
 Tensors = dict[str, torch.Tensor]
 STATES = [f"present.{layer}.{kind}" for layer in range(2) for kind in ("key", "value")]
@@ -29,6 +30,11 @@ def eager(tiny: Path) -> EagerSession:
     return EagerSession(Checkpoint.open(tiny), "generate", streamed=False)
 
 
+@pytest.fixture(scope="module")
+def reference(tiny: Path) -> Reference:
+    return Reference(Checkpoint.open(tiny), "generate")
+
+
 @pytest.fixture(scope="module", params=["onnx", "ort"])
 def ingot(request: pytest.FixtureRequest) -> Path:
     path: Path = request.getfixturevalue(f"tiny_{request.param}")
@@ -36,36 +42,30 @@ def ingot(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_passes_on_every_seed(ingot: Path, eager: EagerSession, seed: int) -> None:
-    validation = validate_ingot(ingot, eager, seed=seed)
-    assert (validation.verdict, validation.failures) == ("passed", [])
-    # A prefill and eight decode steps, of logits and four states each.
-    steps = ["prefill", *(f"decode {number}" for number in range(1, 9))]
-    expected = [(step, name) for step in steps for name in ["logits", *STATES]]
-    assert [(c.step, c.name) for c in validation.comparisons] == expected
-    assert all(c.errors and c.errors.relative_rms < 1e-5 for c in validation.comparisons)
+def test_passes_on_every_seed(ingot: Path, reference: Reference, seed: int) -> None:
+    calls: list[int] = []
+    report = validate_ingot(ingot, reference, seed=seed, advance=calls.append)
+    assert (report.verdict, report.failures) == ("passed", [])
+    # A prefill and eight decode steps, two splits, and each row alone; logits and four states each.
+    stages = ["prefill", *(f"decode {number}" for number in range(1, 9))]
+    stages += ["split 16+3", "split 11+8", "row 0 alone", "row 1 alone"]
+    expected = [(stage, name) for stage in stages for name in ["logits", *STATES]]
+    assert [(t.stage, t.name) for t in report.tensors] == expected
+    assert all(t.score is not None and 0 < t.score < 4 for t in report.tensors)
+    assert all(t.floor is not None and 1e-8 < t.floor < 1e-5 for t in report.tensors)
+    assert sum(calls) == CALLS
 
 
-def test_sums_up_what_it_compared(ingot: Path, eager: EagerSession, tmp_path: Path) -> None:
-    validation = validate_ingot(ingot, eager, seed=3)
-    summary = validation.summary()
-    main = [c for c in validation.comparisons if c.name == "logits"]
-    states = [c for c in validation.comparisons if c.name != "logits"]
+def test_sums_up_what_it_compared(ingot: Path, reference: Reference) -> None:
+    report = validate_ingot(ingot, reference, seed=3)
+    summary = report.summary()
     assert summary["verdict"] == "passed" and summary["seed"] == 3
-    assert (summary["batch"], summary["prefill_tokens"], summary["decode_steps"]) == (2, 19, 8)
-    assert summary["compared"] == 45
-    for name, group in (("main", main), ("states", states)):
-        found = [c.errors for c in group if c.errors]
-        assert summary[f"{name}_max_abs"] == max(e.max_abs for e in found)
-        assert summary[f"{name}_relative_rms"] == max(e.relative_rms for e in found)
-    assert summary["top1_agreement"] == 1.0
-    assert "first_failure" not in summary
-    assert 0 < summary["router_margin"] < 1
-
-    validation.write(tmp_path)
-    written = json.loads((tmp_path / "report" / "validation.json").read_text())
-    assert len(written.pop("comparisons")) == 45
-    assert written == summary
+    assert summary["against"] == "eager PyTorch in float64, beside eager PyTorch in float32"
+    assert (summary["stages"], summary["compared"]) == (13, 65)
+    for kind in ("logits", "key", "value"):
+        scores = [t.score for t in report.tensors if t.kind == kind]
+        assert summary[f"{kind}_score"] == max(score for score in scores if score is not None)
+    assert "first_failure" not in summary and "reason" not in summary
 
 
 def _steps(session: Stepper) -> list[dict[str, Floats]]:
@@ -104,15 +104,15 @@ def _variant(
     folder: Path,
     config: dict[str, Any] | None = None,
     edit: Callable[[Tensors], None] = lambda _weights: None,
-) -> EagerSession:
-    """The eager graph of a copy of a checkpoint with one thing changed."""
+) -> Checkpoint:
+    """A copy of a checkpoint with one thing changed."""
     copy = shutil.copytree(tiny, folder / "checkpoint")
     raw = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**raw, **(config or {})}))
     weights = load_file(copy / "model.safetensors")
     edit(weights)
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    return EagerSession(Checkpoint.open(copy), "generate", streamed=False)
+    return Checkpoint.open(copy)
 
 
 def _swap_experts(weights: Tensors) -> None:
@@ -159,16 +159,17 @@ def test_fails_an_ingot_of_another_model(
     tiny: Path, tiny_ort: Path, tmp_path: Path, wrong: str
 ) -> None:
     config, edit = WRONG[wrong]
-    validation = validate_ingot(tiny_ort, _variant(tiny, tmp_path, config, edit))
-    assert validation.verdict == "failed"
-    assert any(failure.name == "logits" for failure in validation.failures)
-    first = validation.failures[0]
-    assert validation.summary()["first_failure"] == f"{first.step}, {first.name}: {first.problem}"
+    changed = Reference(_variant(tiny, tmp_path, config, edit), "generate")
+    report = validate_ingot(tiny_ort, changed)
+    assert report.verdict == "failed"
+    assert any(t.problem for t in report.tensors if t.name == "logits")
+    assert report.summary()["first_failure"] == report.failures[0]
 
 
 def test_fails_no_copy_of_the_checkpoint(tiny: Path, ingot: Path, tmp_path: Path) -> None:
     # The control of the controls: copying and writing back changes nothing.
-    assert validate_ingot(ingot, _variant(tiny, tmp_path)).verdict == "passed"
+    unchanged = Reference(_variant(tiny, tmp_path), "generate")
+    assert validate_ingot(ingot, unchanged).verdict == "passed"
 
 
 class Faulty:
@@ -214,6 +215,21 @@ class TurnsNanLate(Faulty):
         return logits if input_ids.shape[1] > 1 else logits * np.float32(np.nan)
 
 
+class ForgetsAtASplit(Faulty):
+    """Right at a prefill and at single tokens, wrong at several tokens after a past."""
+
+    def reset(self, batch: int, capacity: int) -> None:
+        super().reset(batch, capacity)
+        self.size = batch, capacity
+        self.seen = 0
+
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        if self.seen and input_ids.shape[1] > 1:
+            self.inner.reset(*self.size)
+        self.seen += input_ids.shape[1]
+        return self.inner.step(input_ids, attention_mask)
+
+
 class ScramblesPadding(Faulty):
     """Right wherever a token is; padding may hold anything."""
 
@@ -233,13 +249,19 @@ class ScramblesPadding(Faulty):
 
 
 def _compared(
-    target: Path, eager: EagerSession, actual: Callable[[Stepper], Stepper]
-) -> Validation:
+    target: Path, reference: Reference, actual: Callable[[Stepper], Stepper]
+) -> list[str]:
+    """The failures, as stage and name."""
     manifest, inputs = Manifest.read(target), make_inputs(512)
-    found = compare_sessions(
-        eager, actual(load(target)), inputs, manifest.main_output, manifest.states
+    found: list[TensorResult] = compare_sessions(
+        reference.truth,
+        reference.eager,
+        actual(load(target)),
+        inputs,
+        manifest.main_output,
+        manifest.states,
     )
-    return Validation(found, inputs, 0, None)
+    return [f"{tensor.stage}, {tensor.name}" for tensor in found if tensor.problem]
 
 
 @pytest.mark.parametrize(
@@ -250,19 +272,18 @@ def _compared(
         (DropsAState, "prefill, present.1.value"),
         (ScalesAState, "prefill, present.0.key"),
         (TurnsNanLate, "decode 1, logits"),
+        (ForgetsAtASplit, "split 16+3, logits"),
     ],
 )
 def test_fails_a_session_with_a_fault(
-    tiny_onnx: Path, eager: EagerSession, fault: type[Faulty], first: str
+    tiny_onnx: Path, reference: Reference, fault: type[Faulty], first: str
 ) -> None:
-    assert _compared(tiny_onnx, eager, Faulty).verdict == "passed"
-    validation = _compared(tiny_onnx, eager, fault)
-    assert validation.verdict == "failed"
-    assert validation.summary()["first_failure"].startswith(first)
+    assert _compared(tiny_onnx, reference, Faulty) == []
+    assert _compared(tiny_onnx, reference, fault)[0] == first
 
 
-def test_leaves_padding_out_of_the_comparison(tiny_onnx: Path, eager: EagerSession) -> None:
-    assert _compared(tiny_onnx, eager, ScramblesPadding).failures == []
+def test_leaves_padding_out_of_the_comparison(tiny_onnx: Path, reference: Reference) -> None:
+    assert _compared(tiny_onnx, reference, ScramblesPadding) == []
 
 
 def test_remembers_a_router_margin_of_zero(tiny: Path, tmp_path: Path) -> None:
@@ -270,7 +291,7 @@ def test_remembers_a_router_margin_of_zero(tiny: Path, tmp_path: Path) -> None:
         # Two equal rows: a token that ranks them second and third has no margin at all.
         weights["model.layers.0.mlp.gate.weight"][6] = weights["model.layers.0.mlp.gate.weight"][1]
 
-    session = _variant(tiny, tmp_path, edit=tie)
+    session = EagerSession(_variant(tiny, tmp_path, edit=tie), "generate")
     inputs = make_inputs(512)
     session.reset(2, 100)
     session.step(inputs.input_ids, inputs.attention_mask)

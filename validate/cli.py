@@ -19,14 +19,42 @@ from plugins.errors import IngotError
     help="The checkpoint folder the ingot was made from.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the token ids.")
-def validate_command(ingot: Path, checkpoint: Path, seed: int) -> None:
+@click.option(
+    "--report",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write report.json, junit.xml, summary.md and report.html into this folder.",
+)
+@click.option(
+    "--save-baseline",
+    "baseline",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Remember this result; the validation runs twice, to measure its spread.",
+)
+@click.option(
+    "--gate",
+    "gated",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Fail where anything is worse than in this baseline.",
+)
+def validate_command(
+    ingot: Path,
+    checkpoint: Path,
+    seed: int,
+    folder: Path | None,
+    baseline: Path | None,
+    gated: Path | None,
+) -> None:
     """Compare an ingot with eager PyTorch again.
 
-    Exit status: 0 passed, 1 failed, 2 could not run, or only the graph of an engine could.
+    Exit status: 0 passed, 1 failed or worse than the baseline, 2 could not run, or only the graph
+    of an engine could.
     """
     from export.ingot import Manifest
     from export.progress import RichStages
-    from validate.run import CALLS, cannot_compare, validate_ingot
+    from graphs.checkpoint import Checkpoint
+    from validate.gate import gate, save_baseline
+    from validate.run import CALLS, Reference, cannot_compare, located, spread, validate_ingot
 
     try:
         manifest = Manifest.read(ingot)
@@ -34,19 +62,33 @@ def validate_command(ingot: Path, checkpoint: Path, seed: int) -> None:
         reason = cannot_compare(manifest)
         if reason is not None:
             raise IngotError(f"{ingot} cannot be compared: {reason}.")
-        with stages.stage("load eager reference", manifest.weight_bytes) as advance:
-            from graphs.checkpoint import Checkpoint
-            from validate.eager import EagerSession
-
+        # The truth is twice as wide.
+        with stages.stage("load eager reference", 3 * manifest.weight_bytes) as advance:
             opened = Checkpoint.open(checkpoint)
-            expected = EagerSession(opened, manifest.task, advance=advance)
+            reference = Reference(opened, manifest.task, manifest.precision, advance=advance)
         with stages.stage("validate against eager PyTorch", CALLS, "steps") as advance:
-            validation = validate_ingot(ingot, expected, seed=seed, advance=advance)
+            report = validate_ingot(ingot, reference, seed=seed, advance=advance)
+        if report.verdict == "failed" and manifest.precision == "float32":
+            with stages.stage("find where it goes wrong"):
+                report = located(report, ingot, opened)
+        if folder is not None:
+            from validate.report import write
+
+            write(report, folder)
+        if baseline is not None:
+            with stages.stage("measure the spread", CALLS, "steps") as advance:
+                again = validate_ingot(ingot, reference, seed=seed, advance=advance)
+            save_baseline(report, baseline, spread(report, again))
+        worse = [] if gated is None else gate(report, gated)
     except IngotError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
-    for name, value in validation.summary().items():
+    for name, value in report.summary().items():
         click.echo(f"{name:20} {value}")
-    for failure in validation.failures:
-        click.echo(f"FAILED {failure.step}, {failure.name}: {failure.problem}")
-    sys.exit({"passed": 0, "failed": 1, "skipped": 2}[validation.verdict])
+    for failure in report.failures:
+        click.echo(f"FAILED {failure}")
+    for problem in worse:
+        click.echo(f"WORSE {problem}")
+    if worse:
+        sys.exit(1)
+    sys.exit({"passed": 0, "failed": 1, "skipped": 2}[report.verdict])

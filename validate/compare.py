@@ -1,102 +1,122 @@
-"""The one comparator: named tensors of a target against their references."""
+"""The one comparator: named tensors of a target, against the truth and in floors."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
+from validate.limits import LIMITS, NORM_LIMIT, ROUNDOFF, TIE_LIMIT
 from validate.metrics import Array, Errors, errors, rms, top1_disagreements
-from validate.tolerances import TOLERANCES, Tolerance
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One tensor at one step.
-
-    Attributes:
-        step: ``prefill`` or ``decode 3``.
-        name: of the tensor.
-        problem: what is wrong in one sentence; empty where it passed.
-        errors: the figures, where the tensors could be compared at all.
-        top1: share of agreeing likeliest tokens, for logits.
-    """
-
-    step: str
-    name: str
-    problem: str
-    errors: Errors | None = None
-    top1: float | None = None
+from validate.result import TensorResult
 
 
 def compare(
-    step: str,
-    expected: Mapping[str, Array],
-    actual: Mapping[str, Array],
+    stage: str,
+    truth: Mapping[str, Array],
+    eager: Mapping[str, Array],
+    target: Mapping[str, Array],
     kinds: Mapping[str, str],
     precision: str = "float32",
-) -> list[Comparison]:
-    """Compare every tensor of one step.
+) -> list[TensorResult]:
+    """Compare every tensor after one call.
 
     Args:
-        step: named in the results.
-        expected: references by name.
-        actual: the target's tensors by name.
+        stage: named in the results.
+        truth: references by name, one precision higher.
+        eager: the same of eager PyTorch in the target's precision.
+        target: the tensors that are judged.
         kinds: name -> ``logits``, ``hidden``, or the kind of a state.
         precision: of the target.
 
     Returns:
-        One comparison a name of either side, and one more where nothing could be compared. A
-        missing or extra tensor, another shape or dtype, a NaN or infinity, an empty tensor and a
-        constant one are all failures: none of them can prove anything.
+        One result a name of either side, and one more where nothing could be compared. A missing
+        or extra tensor, another shape, a NaN or infinity, an empty tensor and a constant one are
+        all failures: none of them can prove anything.
     """
     results = []
-    for name in [*expected, *(name for name in actual if name not in expected)]:
-        if name not in actual:
-            results.append(Comparison(step, name, "the target has no such output"))
-        elif name not in expected:
-            results.append(Comparison(step, name, "the reference has no such output"))
+    for name in [*truth, *(name for name in target if name not in truth)]:
+        kind = kinds.get(name, "hidden")
+        found: Errors | None = None
+        floor: float | None = None
+        if name not in target:
+            problem = "the target has no such output"
+        elif name not in truth:
+            problem = "the reference has no such output"
         else:
-            tolerance = TOLERANCES[precision, kinds[name]]
-            is_logits = kinds[name] == "logits"
-            results.append(
-                _compare_one(step, name, expected[name], actual[name], tolerance, is_logits)
+            problem = _cannot_compare(truth[name], eager[name], target[name])
+        if not problem:
+            found = errors(truth[name], target[name])
+            of_eager = errors(truth[name], eager[name])
+            floor = max(of_eager.relative_rms, ROUNDOFF[precision])
+            problem = _judge(found, of_eager, floor, kind, precision)
+            if kind == "logits" and not problem:
+                problem = _judge_top1(truth[name], target[name], floor)
+        results.append(
+            TensorResult(
+                stage,
+                name,
+                kind,
+                layer_of(name),
+                None if found is None else found.relative_rms,
+                floor,
+                None if found is None else found.norm_ratio,
+                LIMITS[kind].score,
+                problem,
             )
-    if not any(result.errors for result in results):
-        results.append(Comparison(step, "all outputs", "nothing was compared"))
+        )
+    if not any(result.error is not None for result in results):
+        nothing = "nothing was compared"
+        results.append(
+            TensorResult(stage, "all outputs", "hidden", None, None, None, None, 0, nothing)
+        )
     return results
 
 
-def _compare_one(
-    step: str, name: str, expected: Array, actual: Array, limit: Tolerance, is_logits: bool
-) -> Comparison:
-    def fails(problem: str) -> Comparison:
-        return Comparison(step, name, problem)
+def layer_of(name: str) -> int | None:
+    """The layer of a state, by its name; None for another output."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
-    if expected.shape != actual.shape:
-        return fails(f"shape {list(actual.shape)}, expected {list(expected.shape)}")
-    if expected.dtype != actual.dtype:
-        return fails(f"dtype {actual.dtype}, expected {expected.dtype}")
-    if expected.size == 0:
-        return fails("the tensor is empty")
-    for side, array in (("the reference", expected), ("the target", actual)):
+
+def _cannot_compare(truth: Array, eager: Array, target: Array) -> str:
+    if truth.shape != target.shape:
+        return f"shape {list(target.shape)}, expected {list(truth.shape)}"
+    if eager.dtype != target.dtype:
+        return f"dtype {target.dtype}, expected {eager.dtype}"
+    if truth.size == 0:
+        return "the tensor is empty"
+    for side, array in (("the reference", truth), ("the target", target)):
         if not np.isfinite(array).all():
-            return fails(f"{side} holds NaN or infinity")
+            return f"{side} holds NaN or infinity"
         if array.min() == array.max():
-            return fails(f"every element of {side} is {array.flat[0]}")
-    found = errors(expected, actual)
-    top1: float | None = None
-    problem = ""
-    if found.relative_rms > limit.relative_rms:
-        problem = f"relative RMS error {found.relative_rms:.2e} above {limit.relative_rms:.0e}"
-    elif abs(found.norm_ratio - 1) > limit.norm_ratio:
-        problem = f"norm ratio {found.norm_ratio:.6f} differs from 1 by over {limit.norm_ratio:.0e}"
-    if is_logits:
-        rows = expected.reshape(-1, expected.shape[-1])
-        top1, wrong = top1_disagreements(
-            rows, actual.reshape(rows.shape), limit.tie * rms(expected)
+            return f"every element of {side} is {array.flat[0]}"
+    return ""
+
+
+def _judge(found: Errors, eager: Errors, floor: float, kind: str, precision: str) -> str:
+    limit = LIMITS[kind].score
+    score = found.relative_rms / floor
+    if score > limit:
+        return (
+            f"the error {found.relative_rms:.1e} is {score:.3g} times what eager PyTorch makes in "
+            f"{precision}; up to {limit:g} times are accepted"
         )
-        if wrong and not problem:
-            problem = f"{wrong} of {len(rows)} likeliest tokens differ, and not by a tie"
-    return Comparison(step, name, problem, found, top1)
+    # A kernel whose errors lean to one side may change the norm by all of its error.
+    noise = abs(eager.norm_ratio - 1) + floor / 2
+    off = abs(found.norm_ratio - 1)
+    if off > NORM_LIMIT * noise:
+        return (
+            f"the norm is {found.norm_ratio:.6f} times the reference's, {off / noise:.3g} times "
+            f"what rounding explains; up to {NORM_LIMIT:g} times are accepted"
+        )
+    return ""
+
+
+def _judge_top1(truth: Array, target: Array, floor: float) -> str:
+    """The RMS over a vocabulary does not see one wrong logit; the likeliest token may."""
+    rows = truth.reshape(-1, truth.shape[-1])
+    tie = TIE_LIMIT * floor * rms(truth)
+    _, wrong = top1_disagreements(rows, target.reshape(rows.shape), tie)
+    return f"{wrong} of {len(rows)} likeliest tokens differ, and not by a tie" if wrong else ""

@@ -86,8 +86,7 @@ class EagerSession:
         out: ModelOutput = self.model(**tensors, past=self._past)
         self._past = out.present
         self._note_margin(out, attention_mask)
-        result: Floats = out.main.float().numpy()
-        return result
+        return _array(out.main)
 
     def _note_margin(self, out: ModelOutput, attention_mask: Ids) -> None:
         real = torch.from_numpy(attention_mask.reshape(-1) != 0)
@@ -103,9 +102,15 @@ class EagerSession:
     def state(self) -> dict[str, Floats]:
         """See ``runtime.session.Session.state``."""
         return {
-            spec.output: np.ascontiguousarray(tensor.float().numpy())
+            spec.output: np.ascontiguousarray(_array(tensor))
             for spec, tensor in zip(self.states, self._past, strict=True)
         }
+
+
+def _array(tensor: torch.Tensor) -> Floats:
+    """As float32, or as the float64 it is."""
+    result: Floats = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
+    return result
 
 
 def _free_memory() -> int:

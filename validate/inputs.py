@@ -26,6 +26,11 @@ class Inputs:
     stateful: bool = True
 
     @property
+    def splits(self) -> tuple[int, ...]:
+        """Where the prefill is also cut in two: at the end of a chunk, and off it."""
+        return (SPLIT, SPLIT - 5)
+
+    @property
     def steps(self) -> list[tuple[str, slice]]:
         """Name and columns of every call."""
         total = self.input_ids.shape[1]
@@ -42,6 +47,8 @@ class Inputs:
 PREFILL = 19
 DECODE = 8
 PADDING = 7
+# A multiple of every chunk size up to it; the other split is off it, and behind the padding.
+SPLIT = 16
 
 
 def make_inputs(

@@ -1,24 +1,34 @@
-"""One validation: the target and the eager graph side by side through prefill and decode."""
+"""One validation: the target beside the eager graph, in its own precision and one higher."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
-from export.ingot import REPORT, Manifest, StateInfo, Verdict
+from export.ingot import Manifest, StateInfo
+from graphs.checkpoint import Checkpoint
 from plugins.device import has_gpu
 from runtime.session import Floats, Ids, load
-from validate.compare import Comparison, compare
+from validate.compare import compare
 from validate.eager import EagerSession
 from validate.inputs import DECODE, Inputs, make_inputs
+from validate.metrics import Array
+from validate.result import Report, TensorResult
 
-# Calls of one validation: the prefill and each decode step.
-CALLS = 1 + DECODE
+# One precision higher than the target's.
+TRUTH = {"float32": torch.float64, "float16": torch.float32, "bfloat16": torch.float32}
+# Calls of one validation: a prefill and each decode step, a split at a chunk's end and off it, and
+# each row alone.
+CALLS = 1 + DECODE + 4 + 2
+LIBRARIES = ("torch", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13")
 
 
 class Stepper(Protocol):
@@ -31,151 +41,211 @@ class Stepper(Protocol):
     def state(self) -> dict[str, Floats]: ...
 
 
-@dataclass(frozen=True)
-class Validation:
-    """The outcome.
+class Reference:
+    """The eager graph of a checkpoint twice: the truth, and in the precision of a target.
 
-    Attributes:
-        comparisons: every tensor at every step.
-        inputs: what was fed.
-        router_margin: of the eager graph; see ``EagerSession``.
-        reason: why passing says nothing about the ingot itself, if it does not.
+    A graph that does not fit in half of the free memory is streamed from the checkpoint, layer by
+    layer, for every call.
+
+    Args:
+        checkpoint: the weights.
+        task: a task of the family.
+        precision: of the target: ``float32``, ``float16`` or ``bfloat16``.
+        advance: told the bytes of each weight that is loaded up front.
     """
 
-    comparisons: list[Comparison]
-    inputs: Inputs
-    seed: int
-    router_margin: float | None
-    reason: str | None = None
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        task: str,
+        precision: str = "float32",
+        *,
+        advance: Callable[[int], None] = lambda _bytes: None,
+    ) -> None:
+        self.precision = precision
+        self.truth = EagerSession(checkpoint, task, precision=TRUTH[precision], advance=advance)
+        own: torch.dtype = getattr(torch, precision)
+        self.eager = EagerSession(checkpoint, task, precision=own, advance=advance)
+        self.chunk_size: int = getattr(getattr(self.eager.model, "config"), "chunk_size", 0)
 
     @property
-    def failures(self) -> list[Comparison]:
-        return [comparison for comparison in self.comparisons if comparison.problem]
+    def against(self) -> str:
+        """What the target is compared with, in words."""
+        truth = str(TRUTH[self.precision]).removeprefix("torch.")
+        return f"eager PyTorch in {truth}, beside eager PyTorch in {self.precision}"
 
-    @property
-    def verdict(self) -> Verdict:
-        if self.failures:
-            return "failed"
-        return "passed" if self.reason is None else "skipped"
 
-    def summary(self) -> dict[str, Any]:
-        """What ``ingot.json`` keeps: the verdict and the figures behind it."""
-        if self.verdict == "skipped":
-            figures = {**self._figures(), "verdict": "passed"}
-            return {"verdict": "skipped", "reason": self.reason, "graph": figures}
-        return self._figures()
+@dataclass(frozen=True)
+class _Call:
+    """Rows and columns of the inputs that one call feeds, and what the results are called."""
 
-    def _figures(self) -> dict[str, Any]:
-        """The worst of the main output and of the states."""
-        batch, total = self.inputs.input_ids.shape
-        result: dict[str, Any] = {
-            "verdict": self.verdict,
-            "against": "eager PyTorch, float32",
-            "seed": self.seed,
-            "batch": batch,
-            "prefill_tokens": self.inputs.prefill,
-            "decode_steps": total - self.inputs.prefill if self.inputs.stateful else 0,
-            "calls": len(self.inputs.steps),
-            "compared": sum(comparison.errors is not None for comparison in self.comparisons),
-            "router_margin": self.router_margin,
-        }
-        main = [c for c in self.comparisons if c.name in ("logits", "last_hidden_state")]
-        states = [c for c in self.comparisons if c not in main]
-        for name, group in (("main", main), ("states", states)):
-            figures = [c.errors for c in group if c.errors]
-            if figures:
-                result[f"{name}_max_abs"] = max(f.max_abs for f in figures)
-                result[f"{name}_relative_rms"] = max(f.relative_rms for f in figures)
-        agreements = [c.top1 for c in main if c.top1 is not None]
-        if agreements:
-            result["top1_agreement"] = min(agreements)
-        if self.failures:
-            first = self.failures[0]
-            result["first_failure"] = f"{first.step}, {first.name}: {first.problem}"
-        return result
+    stage: str
+    rows: slice
+    columns: slice
+    compared: bool = True
 
-    def write(self, folder: Path) -> None:
-        """Write ``report/validation.json`` into an ingot."""
-        rows = [asdict(comparison) for comparison in self.comparisons]
-        (folder / REPORT).mkdir(exist_ok=True)
-        text = json.dumps({**self.summary(), "comparisons": rows}, indent=1)
-        (folder / REPORT / "validation.json").write_text(text + "\n")
+
+def _runs(inputs: Inputs) -> Iterator[list[_Call]]:
+    """Sequences of calls, each from an empty state."""
+    every = slice(None)
+    yield [_Call(stage, every, columns) for stage, columns in inputs.steps]
+    if not inputs.stateful:
+        return
+    # A state must carry over whatever the call boundaries are.
+    for split in inputs.splits:
+        rest = inputs.prefill - split
+        yield [
+            _Call("", every, slice(0, split), compared=False),
+            _Call(f"split {split}+{rest}", every, slice(split, inputs.prefill)),
+        ]
+    # A padded row must compute what it computes alone.
+    for row in range(len(inputs.input_ids)):
+        first = int((inputs.attention_mask[row] == 0).sum())
+        yield [_Call(f"row {row} alone", slice(row, row + 1), slice(first, inputs.prefill))]
 
 
 def compare_sessions(
-    expected: Stepper,
-    actual: Stepper,
+    truth: Stepper,
+    eager: Stepper,
+    target: Stepper,
     inputs: Inputs,
     main_output: str,
     states: Sequence[StateInfo],
-    advance: Callable[[int], None] = lambda _steps: None,
-) -> list[Comparison]:
-    """Feed both sessions the same calls and compare every output after each.
+    precision: str = "float32",
+    advance: Callable[[int], None] = lambda _calls: None,
+) -> list[TensorResult]:
+    """Feed three sessions the same calls and compare every output after each.
 
     Padding positions are left out: their values mean nothing, and a target may compute others.
     """
     kinds = {state.output: str(state.kind) for state in states}
     kinds[main_output] = "logits" if main_output == "logits" else "hidden"
     axes = {state.output: state.axis for state in states}
-    batch, total = inputs.input_ids.shape
-    for session in (expected, actual):
-        session.reset(batch, total)
     results = []
-    for step, columns in inputs.steps:
-        ids, mask = inputs.input_ids[:, columns], inputs.attention_mask[:, columns]
-        seen = inputs.attention_mask[:, : columns.stop] != 0
-        tensors = []
-        for session in (expected, actual):
-            main = session.step(ids, mask)
-            # A classifier has one output a row, and not one a token.
-            found = {main_output: main[mask != 0] if main.ndim == 3 else main}
-            for name, array in session.state().items():
-                axis = axes.get(name)
-                found[name] = array if axis is None else np.moveaxis(array, axis, 1)[seen]
-            tensors.append(found)
-        results += compare(step, tensors[0], tensors[1], kinds)
-        advance(1)
+    for calls in _runs(inputs):
+        first = calls[0].columns.start
+        for session in (truth, eager, target):
+            rows, total = inputs.input_ids[calls[0].rows].shape
+            session.reset(rows, total)
+        for call in calls:
+            ids = inputs.input_ids[call.rows, call.columns]
+            mask = inputs.attention_mask[call.rows, call.columns]
+            seen = inputs.attention_mask[call.rows, first : call.columns.stop] != 0
+            tensors = []
+            for session in (truth, eager, target):
+                main = session.step(ids, mask)
+                # A classifier has one output a row, and not one a token.
+                found: dict[str, Array] = {main_output: main[mask != 0] if main.ndim == 3 else main}
+                for name, array in session.state().items():
+                    found[name] = _real(array, axes.get(name), seen)
+                tensors.append(found)
+            if call.compared:
+                of_truth, of_eager, of_target = tensors
+                results += compare(call.stage, of_truth, of_eager, of_target, kinds, precision)
+            advance(1)
     return results
 
 
+def _real(array: Floats, axis: int | None, seen: npt.NDArray[np.bool_]) -> Floats:
+    """The positions of a cache that hold tokens; one of another length is left as it is."""
+    if axis is None or array.shape[axis] != seen.shape[1]:
+        return array
+    result: Floats = np.moveaxis(array, axis, 1)[seen]
+    return result
+
+
 def cannot_compare(manifest: Manifest) -> str | None:
-    """Why an ingot cannot be compared with eager PyTorch; None where it can."""
+    """Why an ingot cannot be compared with eager PyTorch on this machine; None where it can."""
     if manifest.precision == "float32":
         return None
     return (
-        f"there are limits for float32 only, and this ingot is {manifest.precision}; "
-        "--precision fp32 compares the same graph"
+        f"this ingot is {manifest.precision}, where a rounding error may change a router's choice "
+        "and with it every number after; --precision fp32 compares the same graph"
     )
 
 
 def validate_ingot(
     folder: Path,
-    expected: EagerSession,
+    reference: Reference,
     *,
     seed: int = 0,
     verify: bool = True,
-    advance: Callable[[int], None] = lambda _steps: None,
-) -> Validation:
+    name: str | None = None,
+    advance: Callable[[int], None] = lambda _calls: None,
+) -> Report:
     """Compare an ingot with the eager graph of its checkpoint.
 
     Args:
         folder: the ingot.
-        expected: the eager graph of the checkpoint it was made from.
+        reference: the eager graph of the checkpoint it was made from.
         seed: of the token ids.
         verify: check the folder's hashes first.
+        name: of the ingot in the report; by default the folder's.
         advance: told of each finished call.
     """
     manifest = Manifest.read(folder)
     graph_only = manifest.engine is not None and not has_gpu()
     session = load(folder, verify=verify, allow_failed=True, graph_only=graph_only)
-    chunk_size = getattr(getattr(expected.model, "config"), "chunk_size", 0)
     inputs = make_inputs(
-        manifest.vocab_size, seed, chunk_size=chunk_size, stateful=bool(manifest.states)
+        manifest.vocab_size,
+        seed,
+        chunk_size=reference.chunk_size,
+        stateful=bool(manifest.states),
     )
-    comparisons = compare_sessions(
-        expected, session, inputs, manifest.main_output, manifest.states, advance
+    tensors = compare_sessions(
+        reference.truth,
+        reference.eager,
+        session,
+        inputs,
+        manifest.main_output,
+        manifest.states,
+        manifest.precision,
+        advance,
     )
     reason = "the engine did not run, for want of a GPU; its graph passed on ONNX Runtime"
-    return Validation(
-        comparisons, inputs, seed, expected.router_margin, reason if graph_only else None
+    return Report(
+        ingot=name or folder.name,
+        model_type=manifest.model_type,
+        target=manifest.target,
+        precision=manifest.precision,
+        against=reference.against,
+        seed=seed,
+        tensors=tuple(tensors),
+        environment={**environment(), "checkpoint": manifest.source.get("sha256", "unknown")},
+        reason=reason if graph_only else None,
     )
+
+
+def located(report: Report, folder: Path, checkpoint: Checkpoint) -> Report:
+    """A failed report with the place where the graph goes wrong, if it is in the graph."""
+    from validate.locate import LocateError, locate
+
+    manifest = Manifest.read(folder)
+    stateful = bool(manifest.states)
+    inputs = make_inputs(manifest.vocab_size, report.seed, stateful=stateful)
+    try:
+        return replace(report, location=locate(folder, checkpoint, inputs))
+    except LocateError:
+        # What failed is reported all the same.
+        return report
+
+
+def spread(first: Report, second: Report) -> dict[str, float]:
+    """By kind, how far two runs of one validation are apart, as a share of the score."""
+    result: dict[str, float] = {}
+    for one, other in zip(first.tensors, second.tensors, strict=True):
+        if one.score and other.score:
+            apart = abs(one.score - other.score) / min(one.score, other.score)
+            result[one.kind] = max(result.get(one.kind, 0.0), apart)
+    return result
+
+
+def environment() -> dict[str, str]:
+    """What the figures may depend on: the versions of the libraries, and the processor's kind."""
+    found = {"machine": platform.machine(), "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,383 @@
+"""Each small wrong in a copy of an ingot is found in its layer and at its node."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import MakeCheckpoint, MakeIngot
+from onnx import numpy_helper
+from oracle import capture_once
+
+from export.capture import Captured
+from export.ingot import GRAPH, MANIFEST, WEIGHTS
+from graphs.checkpoint import Checkpoint
+from validate.inputs import Inputs, make_inputs
+from validate.locate import LocateError, locate
+from validate.result import Location
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Change = Callable[[Path], None]
+TARGETS = ("onnx", "ort", "trt")
+FAMILIES = ("granite", "mamba2", "olmoe")
+# The parameters of the middle one of three layers.
+LAYER = {
+    "granite": "model.layers.1.",
+    "mamba2": "backbone.layers.1.mixer.",
+    "olmoe": "model.layers.1.",
+}
+
+
+class Subjects:
+    """By family: a checkpoint of three layers and its ingots, made when first asked for."""
+
+    def __init__(self, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> None:
+        self._make_checkpoint, self._make_ingot = make_checkpoint, make_ingot
+        self._checkpoints: dict[str, Path] = {}
+        self._ingots: dict[tuple[str, str], Path] = {}
+        # Tracing costs seconds. That it gives the same graph each time is a test of its own.
+        self.captures: dict[str, Callable[..., Captured]] = {f: capture_once() for f in FAMILIES}
+
+    def checkpoint(self, family: str) -> Path:
+        if family not in self._checkpoints:
+            self._checkpoints[family] = self._make_checkpoint(family, num_hidden_layers=3)
+        return self._checkpoints[family]
+
+    def ingot(self, family: str, target: str) -> Path:
+        if (family, target) not in self._ingots:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("export.build.capture", self.captures[family])
+                self._ingots[family, target] = self._make_ingot(
+                    self.checkpoint(family), target, builder="none"
+                )
+        return self._ingots[family, target]
+
+
+@pytest.fixture(scope="module")
+def subjects(make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> Subjects:
+    return Subjects(make_checkpoint, make_ingot)
+
+
+Find = Callable[..., Location | None]
+
+
+@pytest.fixture
+def find(subjects: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Find:
+    """``find(family, target, change, inputs)``: where a changed copy of an ingot goes wrong."""
+
+    def find_in_copy(
+        family: str, target: str, change: Change, inputs: Inputs | None = None
+    ) -> Location | None:
+        copy = Path(shutil.copytree(subjects.ingot(family, target), tmp_path / "copy"))
+        change(copy)
+        monkeypatch.setattr("validate.locate.capture", subjects.captures[family])
+        checkpoint = Checkpoint.open(subjects.checkpoint(family))
+        return locate(copy, checkpoint, inputs or make_inputs(512))
+
+    return find_in_copy
+
+
+def weight(name: str, change: Callable[[Array], Array]) -> Change:
+    """A weight of the file changed in place; its shape is as the graph has it."""
+
+    def apply(folder: Path) -> None:
+        path = folder / WEIGHTS
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(size))[name]
+        begin = 8 + size + entry["data_offsets"][0]
+        array = np.memmap(path, np.float32, "r+", begin, tuple(entry["shape"]))
+        before = np.array(array)
+        array[...] = change(before.copy())
+        array.flush()
+        assert not np.array_equal(array, before)
+
+    return apply
+
+
+def graph(change: Callable[[onnx.GraphProto], None]) -> Change:
+    """The graph file changed."""
+
+    def apply(folder: Path) -> None:
+        model = onnx.load(str(folder / GRAPH), load_external_data=False)
+        change(model.graph)
+        (folder / GRAPH).write_bytes(model.SerializeToString())
+
+    return apply
+
+
+def both(*changes: Change) -> Change:
+    def apply(folder: Path) -> None:
+        for change in changes:
+            change(folder)
+
+    return apply
+
+
+def nodes(graph: onnx.GraphProto, operator: str) -> list[onnx.NodeProto]:
+    return [node for node in graph.node if node.op_type == operator]
+
+
+def reader(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
+    """The only node that reads a value."""
+    (found,) = (index for index, node in enumerate(graph.node) if name in node.input)
+    node: onnx.NodeProto = graph.node[found]
+    return node
+
+
+def bypass(graph: onnx.GraphProto, node: onnx.NodeProto, source: str) -> None:
+    """Drop a node; what read it reads ``source``."""
+    for other in graph.node:
+        for index, name in enumerate(other.input):
+            if name == node.output[0]:
+                other.input[index] = source
+    graph.node.remove(node)
+
+
+def swapped(array: Array) -> Array:
+    array[[2, 5]] = array[[5, 2]]
+    return array
+
+
+def transposed(array: Array) -> Array:
+    return array.T
+
+
+def with_nan(array: Array) -> Array:
+    array[3, 4] = math.nan
+    return array
+
+
+def swap_experts(family: str) -> Change:
+    names = [f"{LAYER[family]}mlp.experts.{which}_proj" for which in ("gate_up", "down")]
+    return both(*(weight(name, swapped) for name in names))
+
+
+def scale_frequencies(graph: onnx.GraphProto) -> None:
+    """By 1 %: the only float constant that is a vector."""
+    (tensor,) = (
+        tensor
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.raw_data and len(tensor.dims) == 1
+    )
+    array = numpy_helper.to_array(tensor) * np.float32(1.01)
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+
+def shift_mask(graph: onnx.GraphProto) -> None:
+    """Every key is as visible as the one before it."""
+    last = np.array([-1], dtype=np.int64)
+    graph.initializer.append(numpy_helper.from_array(last, "minus_one"))
+    graph.initializer.append(numpy_helper.from_array(np.array([0], dtype=np.int64), "begin"))
+    graph.initializer.append(numpy_helper.from_array(np.array([1], dtype=np.int64), "columns"))
+    reads = [n for n in graph.node if "attention_mask" in n.input and n.op_type == "Unsqueeze"]
+    assert reads
+    for node in reads:
+        node.input[0] = "shifted"
+    most = ["attention_mask", "begin", "minus_one", "columns"]
+    first = ["attention_mask", "begin", "columns", "columns"]
+    for index, made in enumerate(
+        (
+            onnx.helper.make_node("Slice", most, ["most"]),
+            onnx.helper.make_node("Slice", first, ["first"]),
+            onnx.helper.make_node("Concat", ["first", "most"], ["shifted"], axis=1),
+        )
+    ):
+        graph.node.insert(index, made)
+
+
+def skip_query_norm(graph: onnx.GraphProto) -> None:
+    node = reader(graph, f"{LAYER['olmoe']}self_attn.q_norm.weight")
+    bypass(graph, node, node.input[0])
+
+
+def drop_residual(graph: onnx.GraphProto) -> None:
+    """The sum behind layer 1: layer 2 reads the layer's input instead."""
+    read = reader(graph, "model.layers.2.input_layernorm.weight").input[0]
+    (node,) = (node for node in graph.node if read in node.output)
+    bypass(graph, node, node.input[0])
+
+
+def cache_in_wrong_order(graph: onnx.GraphProto) -> None:
+    """New tokens before the past, which the first call cannot show."""
+    (node,) = (node for node in graph.node if "present.1.key" in node.output)
+    node.input[0], node.input[1] = node.input[1], node.input[0]
+
+
+def round_state(graph: onnx.GraphProto) -> None:
+    """The scan's new state in bfloat16."""
+    (scan,) = (node for node in graph.node if "present_states.1.ssm" in node.output)
+    scan.output[1] = "wide_state"
+    bfloat16, float32 = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    at = list(graph.node).index(scan) + 1
+    cast = onnx.helper.make_node("Cast", ["narrow_state"], ["present_states.1.ssm"], to=float32)
+    graph.node.insert(at, cast)
+    cast = onnx.helper.make_node("Cast", ["wide_state"], ["narrow_state"], to=bfloat16)
+    graph.node.insert(at, cast)
+
+
+def rescale_experts(graph: onnx.GraphProto) -> None:
+    """Top-k weights that sum to 1 in layer 2, where they should not."""
+    node = [*nodes(graph, "MoeDispatch"), *nodes(graph, "MoE")][2]
+    (flag,) = (a for a in node.attribute if a.name.startswith("normalize"))
+    assert flag.i == 0
+    flag.i = 1
+
+
+OLMOE, GRANITE, MAMBA2 = LAYER["olmoe"], LAYER["granite"], LAYER["mamba2"]
+# What a user reads where a target has an operator of its own.
+LOWERED = {("ort", "MoeDispatch"): "MoE", ("ort", "Concat"): "GroupQueryAttention"}
+
+
+def check(found: Location | None, target: str, layer: int | None, operator: str) -> None:
+    assert found is not None
+    assert (found.layer, found.operator) == (layer, LOWERED.get((target, operator), operator))
+    assert found.ratio > 100
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("change", "layer", "operator"),
+    [
+        pytest.param(swap_experts("olmoe"), 1, "MoeDispatch", id="two experts swapped"),
+        pytest.param(graph(rescale_experts), 2, "MoeDispatch", id="top-k weights rescaled"),
+        pytest.param(
+            weight(f"{OLMOE}self_attn.q_norm.weight", np.ones_like),
+            1,
+            "RMSNormalization",
+            id="query norm of ones",
+        ),
+        pytest.param(
+            weight(f"{OLMOE}self_attn.k_norm.weight", np.ones_like),
+            1,
+            "RMSNormalization",
+            id="key norm of ones",
+        ),
+        pytest.param(
+            weight(f"{OLMOE}self_attn.o_proj.weight", transposed), 1, "MatMul", id="o_proj turned"
+        ),
+        pytest.param(
+            weight(f"{OLMOE}self_attn.q_proj.weight", transposed), 1, "MatMul", id="q_proj turned"
+        ),
+        pytest.param(weight(f"{OLMOE}self_attn.v_proj.weight", with_nan), 1, "MatMul", id="NaN"),
+        pytest.param(graph(scale_frequencies), None, "Mul", id="rope by 1.01"),
+        pytest.param(
+            weight("lm_head.weight", lambda a: a * np.float32(1.001)), None, "MatMul", id="logits"
+        ),
+        # The first value that both graphs have behind the gap.
+        pytest.param(graph(skip_query_norm), 1, "Reshape", id="query norm dropped"),
+        # The next layer reads it, so it is missed itself.
+        pytest.param(graph(drop_residual), 1, "Add", id="residual dropped"),
+        pytest.param(graph(shift_mask), None, "Unsqueeze", id="mask off by one"),
+    ],
+)
+def test_finds_what_is_wrong_in_olmoe(
+    find: Find, target: str, change: Change, layer: int | None, operator: str
+) -> None:
+    check(find("olmoe", target, change), target, layer, operator)
+
+
+@pytest.mark.parametrize("target", ["onnx", "trt"])
+def test_finds_what_only_decode_shows(find: Find, target: str) -> None:
+    found = find("olmoe", target, graph(cache_in_wrong_order))
+    check(found, target, 1, "Concat")
+    assert found is not None and found.value == "present.1.key"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("change", "lowered"),
+    [
+        pytest.param(weight(f"{MAMBA2}D", np.zeros_like), "Mul", id="D dropped"),
+        pytest.param(weight(f"{MAMBA2}dt_bias", np.zeros_like), "Add", id="dt_bias dropped"),
+    ],
+)
+def test_finds_what_is_wrong_in_mamba2(
+    find: Find, target: str, change: Change, lowered: str
+) -> None:
+    operator = lowered if target == "ort" else "Mamba2Scan"
+    check(find("mamba2", target, change), target, 1, operator)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_finds_a_state_that_is_rounded(find: Find, target: str) -> None:
+    found = find("mamba2", target, graph(round_state))
+    check(found, target, 1, "Cast")
+    assert found is not None and found.value == "present_states.1.ssm"
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+def test_finds_a_residual_multiplier_that_is_dropped(find: Find, target: str) -> None:
+    change = weight(f"{GRANITE}mlp.down_proj.weight", lambda a: a / np.float32(0.22))
+    check(find("granite", target, change), target, 1, "MatMul")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_finds_nothing_where_nothing_is_wrong(find: Find, family: str, target: str) -> None:
+    assert find(family, target, lambda _folder: None) is None
+
+
+def test_captures_the_same_graph_afresh(
+    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
+) -> None:
+    """With the task and the further outputs of the ingot, on which the names depend."""
+    folder = make_checkpoint("olmoe")
+    extra = ("router_logits", "hidden_states")
+    ingot = make_ingot(folder, "ort", task="features", extra_outputs=extra)
+    assert locate(ingot, Checkpoint.open(folder), make_inputs(512)) is None
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_padding_may_hold_anything(find: Find, target: str) -> None:
+    inputs = make_inputs(512)
+    padding = inputs.attention_mask == 0
+    inputs.input_ids[padding] = 511
+    inputs.input_ids[~padding] %= 511
+
+    def change_token(array: Array) -> Array:
+        array[511] += 1
+        return array
+
+    assert find("olmoe", target, weight("model.embed_tokens.weight", change_token), inputs) is None
+
+
+def test_names_a_node_that_differs_without_an_effect(find: Find) -> None:
+    def change(graph: onnx.GraphProto) -> None:
+        (flag,) = (a for a in nodes(graph, "Softmax")[1].attribute if a.name == "axis")
+        assert flag.i == -1
+        flag.i = 4
+
+    found = find("olmoe", "trt", graph(change))
+    assert found is not None
+    assert (found.layer, found.operator, found.ratio) == (1, "Softmax", 0.0)
+
+
+def test_names_an_output_that_is_missing(find: Find) -> None:
+    def change(graph: onnx.GraphProto) -> None:
+        node = next(node for node in graph.node if "present.2.value" in node.output)
+        node.output[list(node.output).index("present.2.value")] = "elsewhere"
+        for other in graph.node:
+            for index, name in enumerate(other.input):
+                if name == "present.2.value":
+                    other.input[index] = "elsewhere"
+
+    found = find("olmoe", "onnx", graph(change))
+    assert found is not None
+    assert (found.layer, found.value, found.ratio) == (2, "present.2.value", math.inf)
+
+
+def test_refuses_another_precision(find: Find) -> None:
+    def change(folder: Path) -> None:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps({**manifest, "precision": "bfloat16"}))
+
+    with pytest.raises(LocateError, match="bfloat16"):
+        find("olmoe", "trt", change)

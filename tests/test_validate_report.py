@@ -1,0 +1,550 @@
+"""The files of a validation: well-formed, escaped, self-contained, equal for equal reports."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, NoReturn
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from validate import html, report
+from validate.result import Distribution, Flip, Location, Report, Routing, TensorResult
+
+HOSTILE = '<script>alert("1")</script>&\x00\x1b\ud800|`*_[x](http://y)$\\frac @all\n# head'
+FILES = ["junit.xml", "report.html", "report.json", "summary.md"]
+VOID = {"meta", "br", "hr", "link", "img", "input"}
+
+
+def make_report(**changes: Any) -> Report:
+    """A passing report of three layers, a prefill and eight decode steps."""
+    draw = random.Random(0)
+    tensors = []
+    for step, stage in enumerate(["prefill", *(f"decode {n}" for n in range(1, 9))]):
+        for layer in (None, 0, 1, 2):
+            names = (
+                [("logits", "logits")]
+                if layer is None
+                else [(f"present.{layer}.{kind}", kind) for kind in ("key", "value")]
+            )
+            for name, kind in names:
+                floor = 1e-7 * (1 + (3 if layer is None else layer) + 0.1 * step)
+                error = floor * draw.uniform(0.8, 1.6)
+                tensors.append(TensorResult(stage, name, kind, layer, error, floor, 1.0, 4.0))
+    kl = tuple(sorted(draw.lognormvariate(-20, 1.5) for _ in range(200)))
+    flips = (Flip(1, 0, 4, (1, 3), (1, 5), 2e-8, 1e-6), Flip(2, 1, 9, (0, 2), (2, 7), 4e-7, 1e-6))
+    values: dict[str, Any] = {
+        "ingot": "/tmp/olmoe-ort",
+        "model_type": "olmoe",
+        "target": "ort",
+        "precision": "float32",
+        "against": "eager PyTorch, float64",
+        "seed": 0,
+        "tensors": tuple(tensors),
+        "routing": {
+            "free": Routing((1.0, 0.995, 0.995), flips),
+            "replayed": Routing((1.0, 1.0, 1.0), ()),
+        },
+        "distribution": Distribution(200, kl, 0.995, 1, 12.5, 12.4999, (0.9999, 1.0001)),
+        "environment": {"onnxruntime": "1.31.1", "torch": "2.13.0", "machine": "x86_64, 16 cores"},
+        "seconds": 12.5,
+    }
+    return Report(**(values | changes))
+
+
+def with_tensor(found: Report, index: int, **changes: Any) -> Report:
+    """The same report with one tensor changed."""
+    tensors = list(found.tensors)
+    tensors[index] = replace(tensors[index], **changes)
+    return replace(found, tensors=tuple(tensors))
+
+
+def failing_report() -> Report:
+    """One where a layer went wrong, an expert was flipped and an output is missing."""
+    found = with_tensor(make_report(), 3, error=3e-5, problem="score 141 above 4")
+    found = with_tensor(found, 7, error=None, floor=None, norm_ratio=None, problem="no such output")
+    flip = Flip(1, 0, 2, (1, 3), (1, 6), 0.3, 1e-6)
+    return replace(
+        found,
+        routing={**found.routing, "replayed": Routing((1.0, 0.99, 1.0), (flip,))},
+        location=Location(1, "MoeDispatch", "layers.1.moe", 214.0),
+    )
+
+
+def hostile_report() -> Report:
+    """One whose every text tries to be markup."""
+    found = failing_report()
+    tensors = tuple(
+        replace(tensor, name=HOSTILE, kind=HOSTILE, problem=tensor.problem and HOSTILE)
+        for tensor in found.tensors
+    )
+    return replace(
+        found,
+        tensors=tensors,
+        ingot=HOSTILE,
+        model_type=HOSTILE,
+        target=HOSTILE,
+        against=HOSTILE,
+        routing={HOSTILE: found.routing["replayed"]},
+        location=Location(None, HOSTILE, HOSTILE, math.inf),
+        environment={HOSTILE: HOSTILE},
+    )
+
+
+def plain_report(**changes: Any) -> Report:
+    """One with nothing to draw, which is quick, but for the changes."""
+    one = make_report().tensors[:1]
+    return make_report(**({"tensors": one, "routing": {}, "distribution": None} | changes))
+
+
+@cache
+def page_of(make: Callable[[], Report]) -> str:
+    """The page of a report, drawn once for all tests."""
+    return html.page(make())
+
+
+class Page(HTMLParser):
+    """Elements, attributes and text of a page; refuses one that is not balanced."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def strict(text: str) -> Any:
+    """JSON that holds nothing but JSON."""
+
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(name)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def svgs(text: str) -> list[ElementTree.Element]:
+    """The drawings of a page, each well-formed on its own."""
+    parts = text.split("<svg")[1:]
+    return [ElementTree.fromstring("<svg" + part.split("</svg>")[0] + "</svg>") for part in parts]
+
+
+def write(found: Report, folder: Path) -> dict[str, str]:
+    report.write(found, folder)
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("make", [make_report, hostile_report])
+def test_writes_four_files_equal_for_equal_reports(
+    make: Callable[[], Report], tmp_path: Path
+) -> None:
+    first, second = write(make(), tmp_path / "new" / "a"), write(make(), tmp_path / "b")
+    assert sorted(first) == FILES
+    assert first == second
+    strict(first["report.json"])
+    ElementTree.fromstring(first["junit.xml"].encode())
+    Page(first["report.html"])
+
+
+def test_page_does_not_depend_on_the_users_matplotlib_or_on_what_was_drawn_before() -> None:
+    import matplotlib
+
+    expected = page_of(make_report)
+    page_of(failing_report)
+    with matplotlib.rc_context({"font.size": 31.0, "svg.fonttype": "path", "axes.grid": False}):
+        assert html.page(make_report()) == expected
+
+
+def test_replaces_files_and_leaves_no_part(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("old")
+    files = write(plain_report(), tmp_path)
+    assert sorted(files) == FILES
+    assert strict(files["report.json"])["verdict"] == "passed"
+
+
+def test_a_report_that_cannot_be_drawn_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_report: Report) -> str:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(html, "page", fails)
+    with pytest.raises(RuntimeError):
+        report.write(plain_report(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_breaks_off_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("old")
+
+    def breaks(_self: Path, _target: Path) -> NoReturn:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", breaks)
+    with pytest.raises(report.ReportError, match="No space left on device"):
+        report.write_whole(path, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    assert path.read_text() == "old"
+
+
+def test_a_folder_that_is_a_file_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(report.ReportError, match=r"^cannot write [^\n]*\.$"):
+        report.write(plain_report(), tmp_path / "file")
+
+
+def test_json_holds_everything() -> None:
+    data = strict(report.json_text(failing_report()))
+    assert next(iter(data)) == "schema_version"
+    assert data["schema_version"] == 1
+    assert data["verdict"] == "failed"
+    assert len(data["failures"]) == 3
+    assert len(data["tensors"]) == 63
+    assert data["tensors"][0]["score"] == pytest.approx(make_report().tensors[0].score)
+    assert data["tensors"][7]["score"] is None
+    assert data["routing"]["free"]["flips"][0]["expected"] == [1, 3]
+    assert len(data["distribution"]["kl"]) == 200
+    assert data["location"]["operator"] == "MoeDispatch"
+    assert data["summary"]["first_failure"] == data["failures"][0]
+
+
+def test_json_writes_what_json_cannot_hold_as_strings() -> None:
+    found = with_tensor(make_report(), 0, floor=0.0)
+    found = with_tensor(found, 1, error=math.nan, norm_ratio=-math.inf)
+    found = with_tensor(found, 2, error=np.float32(0.5), layer=np.int64(2))
+    rows = strict(report.json_text(found))["tensors"]
+    assert rows[0]["score"] == "Infinity"
+    assert (rows[1]["error"], rows[1]["norm_ratio"]) == ("NaN", "-Infinity")
+    assert (rows[2]["error"], rows[2]["layer"]) == (0.5, 2)
+
+
+def test_plain_keeps_truth_values() -> None:
+    assert report.plain({"a": (True, None, 1, "x")}) == {"a": [True, None, 1, "x"]}
+
+
+def junit(found: Report) -> ElementTree.Element:
+    suite = ElementTree.fromstring(report.junit_text(found).encode()).find("testsuite")
+    assert suite is not None
+    for name, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped", "skipped")):
+        assert suite.get(name) == str(len(list(suite.iter(tag))))
+    return suite
+
+
+def test_junit_has_a_case_per_tensor_and_mode() -> None:
+    suite = junit(make_report())
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("65", "0", "0")
+    cases = {(case.get("classname"), case.get("name")) for case in suite.iter("testcase")}
+    assert len(cases) == 65
+    assert ("olmoe.ort.float32.decode 3", "present.1.key") in cases
+    assert ("olmoe.ort.float32.routing", "replayed") in cases
+
+
+def test_junit_failures_have_messages() -> None:
+    suite = junit(failing_report())
+    assert suite.get("failures") == "3"
+    messages = [failure.get("message") or "" for failure in suite.iter("failure")]
+    assert messages[:2] == ["score 141 above 4", "no such output"]
+    assert messages[2].startswith("layer 1, row 0, token 2: [1, 6] over [1, 3]")
+    properties = {p.get("name"): p.get("value") for p in suite.iter("property")}
+    assert properties["verdict"] == "failed"
+    assert (properties["location"] or "").startswith("layer 1, MoeDispatch")
+    assert properties["environment torch"] == "2.13.0"
+
+
+def test_junit_counts_failing_flips_beyond_the_first() -> None:
+    flip = Flip(1, 0, 2, (1, 3), (1, 6), 0.3, 1e-6)
+    suite = junit(make_report(routing={"free": Routing((0.5,), (flip, flip, flip))}))
+    (failure,) = suite.iter("failure")
+    assert (failure.get("message") or "").endswith("(and 2 more)")
+    assert len((failure.text or "").splitlines()) == 3
+
+
+def test_junit_says_skipped_where_passing_proves_nothing() -> None:
+    assert junit(make_report(reason="no GPU")).get("skipped") == "65"
+    mixed = junit(replace(failing_report(), reason="no GPU"))
+    assert (mixed.get("skipped"), mixed.get("failures")) == ("62", "3")
+
+
+def test_junit_of_nothing_compared_is_not_green() -> None:
+    assert junit(make_report(tensors=())).get("failures") == "1"
+    empty = with_tensor(make_report(), 0, error=None)
+    assert junit(replace(empty, tensors=empty.tensors[:1])).get("failures") == "1"
+
+
+def test_junit_holds_any_text() -> None:
+    (failure, *_) = junit(hostile_report()).iter("failure")
+    message = failure.get("message") or ""
+    assert message.startswith('<script>alert("1")</script>&\\x00\\x1b\\ud800|')
+
+
+def test_summary_of_a_pass() -> None:
+    text = report.markdown_text(make_report())
+    assert text.startswith("## Validation: PASSED: olmoe, ort, float32")
+    assert text.count("\n| ") == 4
+    assert "- **Routing, free:** at least 99.50% (layer 1) of tokens" in text
+    assert "2 flips, 0 beyond" in text
+    assert "- **Routing, replayed:** all tokens have" in text
+    assert "- **KL divergence" in text
+    assert "99.50%; 1 of the others are near-ties" in text
+    assert "ratio 1 (95 % interval 0.9999 to 1.0001)" in text
+    assert "Problems" not in text
+
+
+def test_summary_names_worst_tensor_location_and_problems() -> None:
+    text = report.markdown_text(failing_report())
+    assert "FAILED: olmoe, ort, float32, against eager PyTorch, float64: 3 problems." in text
+    assert "**It begins at:** layer 1, MoeDispatch output layers.1.moe, 214x floor" in text
+    assert "| key | 150 | 4 | prefill | present.1.key |" in text
+    assert "- prefill, present.1.key: score 141 above 4" in text
+
+
+def test_summary_lists_some_problems_and_counts_the_rest() -> None:
+    found = make_report()
+    bad = replace(found, tensors=tuple(replace(t, problem="bad") for t in found.tensors))
+    text = report.markdown_text(bad)
+    assert text.count(": bad") == report.LISTED
+    assert f"and {63 - report.LISTED} more in report.json" in text
+
+
+def test_summary_of_a_skip_says_why() -> None:
+    assert "NOT PROVEN: olmoe, ort, float32" in report.markdown_text(make_report(reason="no GPU"))
+
+
+def test_summary_without_routing_or_distribution() -> None:
+    text = report.markdown_text(make_report(routing={}, distribution=None))
+    assert "Routing" not in text
+    assert "KL" not in text
+
+
+def test_summary_escapes() -> None:
+    text = report.markdown_text(hostile_report())
+    assert "<script>" not in text.replace("\\<", "")
+    assert "@" not in text
+    assert "\n# head" not in text
+    assert all(
+        line.replace("\\|", "").count("|") == 6 for line in text.split("\n") if line[:1] == "|"
+    )
+
+
+def test_figures_leave_out_what_is_not_there() -> None:
+    found = make_report()
+    assert found.distribution is not None
+    short = replace(found.distribution, perplexity=None)
+    names = [name for name, _ in report.figures(replace(found, distribution=short, routing={}))]
+    assert names == ["KL divergence of truth from target, nats", "Top-1 agreement"]
+    odd = replace(found.distribution, truth_perplexity=0.0, ratio_interval=None)
+    assert report.figures(replace(found, distribution=odd))[-1][1].endswith("ratio nan")
+    assert report.figures(replace(found, distribution=replace(short, kl=()), routing={})) == []
+
+
+@pytest.mark.parametrize("make", [make_report, failing_report, hostile_report])
+def test_page_is_self_contained(make: Callable[[], Report]) -> None:
+    page = Page(page_of(make))
+    for tag, attributes in page.elements:
+        assert tag not in {"script", "link", "img", "iframe", "object", "base", "a", "image"}
+        assert "src" not in attributes
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if "href" in name:
+                assert (value or "").startswith("#")
+            if not name.startswith("xmlns"):
+                assert "http" not in (value or "") or name == "aria-label"
+    assert "url(" not in "".join(page_of(make).split("<style>")[1].split("</style>")[0])
+
+
+@pytest.mark.parametrize("make", [make_report, failing_report, hostile_report])
+def test_page_is_accessible(make: Callable[[], Report]) -> None:
+    page = Page(page_of(make))
+    assert page.of("html") == [{"lang": "en"}]
+    assert len(page.of("title")) == len(page.of("h1")) == len(page.of("main")) == 1
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.of("meta")
+    drawings = page.of("svg")
+    assert len(drawings) == 4
+    assert all(svg["role"] == "img" and len(svg["aria-label"] or "") > 60 for svg in drawings)
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_page_drawings_are_well_formed_and_refer_to_their_own_parts() -> None:
+    text = page_of(failing_report)
+    assert len(svgs(text)) == 4
+    for root in svgs(text):
+        ids = {element.get("id") for element in root.iter()}
+        for element in root.iter():
+            for name, value in element.attrib.items():
+                if name.endswith("href"):
+                    assert value[1:] in ids
+                if "url(#" in value:
+                    assert value.split("url(#")[1].split(")")[0] in ids
+
+
+def test_page_says_what_was_found() -> None:
+    words = " ".join(Page(page_of(failing_report)).words.split())
+    assert "FAILED: olmoe, ort, float32, against eager PyTorch, float64: 3 problems." in words
+    assert "It begins at: layer 1, MoeDispatch output layers.1.moe, 214x floor" in words
+    assert "present.1.key: score 141 above 4" in words
+    assert "onnxruntime" in words
+    assert "Worst score of each kind" in words
+    passed = Page(page_of(make_report)).words
+    assert "PASSED" in passed
+    assert "It begins at" not in passed
+    assert "NOT PROVEN" in Page(html.page(plain_report(reason="no GPU"))).words
+
+
+def test_page_escapes_every_text() -> None:
+    page = Page(page_of(hostile_report))
+    assert page.of("script") == []
+    assert page.words.count('<script>alert("1")</script>') > 10
+    assert "\x00" not in page.words
+    assert "\x1b" not in page.words
+
+
+def test_page_axes_have_names_and_units() -> None:
+    words = Page(page_of(make_report)).words
+    for label in (
+        "layer (number)",
+        "decode step (tokens after the prefill)",
+        "relative RMS error (ratio)",
+        "KL divergence, truth from target (nats)",
+        "tokens (count)",
+        "margin over the limit (ratio)",
+    ):
+        assert label in words
+    assert "$" not in words
+
+
+def test_page_series_differ_without_colour() -> None:
+    looks = [html.look(index) for index in range(8)]
+    assert len({marker for marker, _, _ in looks}) == 8
+    assert len({str(style) for _, style, _ in looks}) == 8
+    assert html.look(8)[0] == looks[0][0]
+
+
+def test_page_lists_some_problems_and_counts_the_rest() -> None:
+    found = make_report()
+    bad = plain_report(tensors=tuple(replace(t, problem="bad") for t in found.tensors))
+    page = Page(html.page(bad))
+    assert len(page.of("li")) == html.LISTED
+    assert f"And {63 - html.LISTED} more in report.json." in page.words
+
+
+def captions(found: Report) -> list[str]:
+    return [plot.caption for plot in html.plots(found)]
+
+
+def test_plots_prefer_hidden_states() -> None:
+    hidden = ((1e-6, 1e-6), (3e-6, 2e-6), (9e-6, 3e-6))
+    plot = html.plots(plain_report(hidden=hidden))[0]
+    assert "hidden state after each layer" in plot.caption
+    assert "9e-06 at layer 2 (error: hidden state)" in plot.caption
+    assert "floor: hidden state" in plot.svg
+
+
+def test_plots_show_the_worst_tensor_of_a_place() -> None:
+    plot = html.plots(failing_report())[0]
+    assert "3e-05 at layer 1 (error: key)" in plot.caption
+    assert "at decode 8" not in page_of(make_report)
+    assert "at decode 8" in html.plots(with_tensor(make_report(), 56, error=1.0))[1].caption
+
+
+def test_plots_have_labels_on_axes_of_one_decade_and_of_many() -> None:
+    for top in (1.0001e-7, 3e-7, 1e-3):
+        words = html.plots(plain_report(hidden=((1e-7, 1e-7), (top, 1e-7))))[0].svg
+        assert len(re.findall(r">\de-\d\d<", words)) >= 2, top
+    assert html._widened(1.0, 1.0)[1] / html._widened(1.0, 1.0)[0] == pytest.approx(10)
+    assert html._widened(1.0, 100.0) == (1.0, 100.0)
+
+
+def test_plots_keep_a_nan_as_the_worst_of_its_place() -> None:
+    tensors = [replace(make_report().tensors[3], error=error) for error in (1.0, math.nan, 2.0)]
+    text = html.plots(plain_report(tensors=tuple(tensors)))[0].caption
+    assert "Not drawn: 1 value" in text
+
+
+def test_plots_leave_out_what_has_no_place_on_a_logarithmic_axis_and_say_so() -> None:
+    found = with_tensor(make_report(), 3, error=math.nan)
+    assert "Not drawn: 1 value (zero or not finite)." in captions(found)[0]
+    hidden = ((0.0, 0.0), (math.inf, math.nan))
+    plot = html.plots(plain_report(hidden=hidden))[0]
+    assert plot.caption.startswith("Nothing to draw on a logarithmic axis. Not drawn: 4 values")
+    assert not plot.svg
+
+
+def test_plots_say_why_they_are_empty() -> None:
+    found = plain_report(tensors=())
+    texts = captions(found)
+    assert all(text.startswith("Nothing to draw: ") for text in texts)
+    assert "belongs to a layer" in texts[0]
+    assert "decode step" in texts[1]
+    assert "no logits" in texts[2]
+    assert "no routers" in texts[3]
+    page = Page(html.page(found))
+    assert page.of("svg") == []
+    assert all(text in page.words for text in texts)
+    assert "nothing was compared" in page.words
+    agreed = plain_report(routing={"free": Routing((1.0,), ())})
+    assert "every token has the truth's experts" in captions(agreed)[3]
+
+
+def test_plots_of_divergences() -> None:
+    found = make_report().distribution
+    assert found is not None
+    zeros = plain_report(distribution=replace(found, kl=(0.0, 0.0, *found.kl)))
+    assert "Not drawn: 2 tokens (zero, negative or not finite)." in captions(zeros)[2]
+    nothing = html.plots(plain_report(distribution=replace(found, kl=(-1e-17, 0.0))))[2]
+    assert nothing.caption.startswith("Nothing to draw on a logarithmic axis.")
+    assert not nothing.svg
+    assert html.plots(plain_report(distribution=replace(found, kl=(1e-9,) * 5)))[2].svg
+    mean = html.plots(plain_report(distribution=replace(found, kl=(-1.0, 1e-9))))[2]
+    assert "mean: " not in mean.svg
+    assert "max: 1e-09" in mean.svg
+
+
+def test_plots_of_margins_tell_failing_flips_apart() -> None:
+    plot = html.plots(failing_report())[3]
+    assert "1 of 3 lie above 1 and fail" in plot.caption
+    assert "fails: replayed" in plot.svg
+    assert "explained: free" in plot.svg
+    zero = Flip(0, 0, 0, (1,), (2,), 0.0, 1e-6)
+    only = html.plots(
+        plain_report(routing={"free": Routing((0.9,), (zero, replace(zero, explained=0.0)))})
+    )
+    assert only[3].caption.startswith("Nothing to draw on a logarithmic axis. Not drawn: 2 flips")
+
+
+def test_writing_the_other_files_needs_no_matplotlib() -> None:
+    code = "import sys, validate.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

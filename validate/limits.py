@@ -1,0 +1,44 @@
+"""How far beyond the noise floor a target may be: data, with reasons, the same everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Unit roundoff: the least floor. Eager PyTorch may be exact where a target rounds once.
+ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Limits of one kind of tensor.
+
+    Attributes:
+        score: largest error accepted, in floors.
+        reason: why.
+    """
+
+    score: float
+    reason: str
+
+
+LIMITS = {
+    "logits": Limit(8.0, "as for hidden states; one product more averages the errors out"),
+    "hidden": Limit(
+        8.0,
+        "another order of the same float32 sums, and other kernels for exp and the norm, were "
+        "measured at up to 3 floors over 20 seeds of every family; a constant that is 0.1 % wrong "
+        "is at hundreds",
+    ),
+    "key": Limit(8.0, "a projection, a norm and a rotation of a hidden state"),
+    "value": Limit(8.0, "a projection of a hidden state"),
+    "conv": Limit(8.0, "a projection of a hidden state"),
+    "ssm": Limit(8.0, "a sum of decayed products, which a chunked scan takes in another order"),
+}
+
+# Of the norm ratio's distance from 1, in what independent rounding errors explain. The error of a
+# whole tensor sees a wrong scale late in half precision; the ratio sees it as early as it can.
+NORM_LIMIT = 8.0
+
+# Two logits closer than so many floors, in units of the logits' RMS, are a tie: an error of one
+# logit may well be several times the RMS error of all.
+TIE_LIMIT = 64.0

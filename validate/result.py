@@ -1,0 +1,246 @@
+"""What one validation found: plain data, from which every report is made.
+
+A *score* is the target's error over the *floor*, the error that eager PyTorch itself makes in the
+target's precision; both are against the truth, the eager graph one precision higher. A score of 1
+is as good as the precision allows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from export.ingot import Verdict
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorResult:
+    """One tensor after one call.
+
+    Attributes:
+        stage: the call, such as ``prefill`` or ``decode 3``.
+        name: of the graph output, such as ``logits`` or ``present.2.key``.
+        kind: ``logits``, ``hidden``, or the kind of a state.
+        layer: whose state it is; None for the main output.
+        error: RMS of the target's difference from the truth, over the truth's RMS; None where the
+            tensors could not be compared at all.
+        floor: the same of eager PyTorch in the target's precision.
+        norm_ratio: RMS of the target over RMS of the truth.
+        limit: largest score accepted.
+        problem: what is wrong in one sentence; empty where it passed.
+    """
+
+    stage: str
+    name: str
+    kind: str
+    layer: int | None
+    error: float | None
+    floor: float | None
+    norm_ratio: float | None
+    limit: float
+    problem: str = ""
+
+    @property
+    def score(self) -> float | None:
+        """Error over floor; None where there is neither."""
+        if self.error is None or self.floor is None:
+            return None
+        return self.error / self.floor if self.floor else float("inf") if self.error else 0.0
+
+
+@dataclass(frozen=True)
+class Flip:
+    """One token whose experts differ from the truth's in one layer.
+
+    Attributes:
+        layer: number of the router.
+        row: of the batch.
+        token: position in the row.
+        expected: the truth's experts, in ascending order.
+        chosen: the target's.
+        margin: the truth's K-th logit less the next one.
+        explained: largest margin that rounding in this precision explains.
+    """
+
+    layer: int
+    row: int
+    token: int
+    expected: tuple[int, ...]
+    chosen: tuple[int, ...]
+    margin: float
+    explained: float
+
+    @property
+    def fails(self) -> bool:
+        """Whether rounding cannot have done it."""
+        return self.margin > self.explained
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Expert choices of every layer against the truth's.
+
+    Attributes:
+        agreement: by layer, share of tokens with the same experts.
+        flips: the tokens with others.
+    """
+
+    agreement: tuple[float, ...]
+    flips: tuple[Flip, ...]
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """The next-token distributions of the target against the truth's, over all real tokens.
+
+    Attributes:
+        tokens: how many.
+        kl: Kullback-Leibler divergence of each, truth from target, in nats, ascending.
+        top1_agreement: share whose likeliest token is the truth's.
+        near_ties: how many of the others were within rounding of a tie.
+        perplexity: of the target over the text that was given; None without text.
+        truth_perplexity: of the truth.
+        ratio_interval: 95 % confidence interval of their ratio.
+    """
+
+    tokens: int
+    kl: tuple[float, ...]
+    top1_agreement: float
+    near_ties: int
+    perplexity: float | None = None
+    truth_perplexity: float | None = None
+    ratio_interval: tuple[float, float] | None = None
+
+    @property
+    def kl_mean(self) -> float:
+        return sum(self.kl) / len(self.kl)
+
+    @property
+    def kl_p99(self) -> float:
+        return self.kl[min(len(self.kl) - 1, int(0.99 * len(self.kl)))]
+
+    @property
+    def kl_max(self) -> float:
+        return self.kl[-1]
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a failure begins.
+
+    Attributes:
+        layer: the first layer beyond its floor; None before the first or after the last.
+        operator: of the first node beyond it there, such as ``MoeDispatch``.
+        value: the node's output.
+        ratio: its error over the floor.
+    """
+
+    layer: int | None
+    operator: str
+    value: str
+    ratio: float
+
+    def __str__(self) -> str:
+        where = "outside of the layers" if self.layer is None else f"layer {self.layer}"
+        return f"{where}, {self.operator} output {self.value}, {self.ratio:.3g}x floor"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One validation.
+
+    Attributes:
+        ingot: the folder.
+        model_type: of the manifest, as are ``target`` and ``precision``.
+        against: what the truth and the floor are, in words.
+        seed: of the token ids.
+        tensors: every tensor after every call, in order.
+        routing: by mode, ``free`` and ``replayed``; empty for a model without routers.
+        distribution: None for a target without logits.
+        location: where it went wrong, where it did.
+        environment: versions and machine, by name.
+        hidden: error and floor of every layer's hidden state, where they were outputs.
+        reason: why passing says nothing about the ingot itself, if it does not.
+        seconds: the whole took.
+    """
+
+    ingot: str
+    model_type: str
+    target: str
+    precision: str
+    against: str
+    seed: int
+    tensors: tuple[TensorResult, ...]
+    routing: dict[str, Routing] = field(default_factory=dict)
+    distribution: Distribution | None = None
+    location: Location | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    hidden: tuple[tuple[float, float], ...] = ()
+    reason: str | None = None
+    seconds: float = 0.0
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def failures(self) -> list[str]:
+        """Every problem in one sentence, in the order they arose."""
+        found = [f"{t.stage}, {t.name}: {t.problem}" for t in self.tensors if t.problem]
+        if not any(tensor.error is not None for tensor in self.tensors) and not found:
+            found.append("nothing was compared")
+        for mode, routing in self.routing.items():
+            found += [
+                f"routing ({mode}), layer {f.layer}: token {f.token} of row {f.row} chose "
+                f"{list(f.chosen)} over {list(f.expected)} at a margin of {f.margin:.2g}, and "
+                f"rounding explains {f.explained:.2g}"
+                for f in routing.flips
+                if f.fails
+            ]
+        return found
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.failures:
+            return "failed"
+        return "passed" if self.reason is None else "skipped"
+
+    @property
+    def worst(self) -> dict[str, TensorResult]:
+        """By kind, the tensor of the highest score."""
+        result: dict[str, TensorResult] = {}
+        for tensor in self.tensors:
+            score = tensor.score
+            if score is None:
+                continue
+            before = result.get(tensor.kind)
+            # No comparison with NaN is true; it is worse than any number.
+            if before is None or math.isnan(score) or score > (before.score or 0.0):
+                result[tensor.kind] = tensor
+        return result
+
+    def summary(self) -> dict[str, Any]:
+        """What ``ingot.json`` keeps: the verdict and the figures behind it."""
+        result: dict[str, Any] = {
+            "verdict": self.verdict,
+            "against": self.against,
+            "seed": self.seed,
+            "stages": len({tensor.stage for tensor in self.tensors}),
+            "compared": sum(tensor.error is not None for tensor in self.tensors),
+        }
+        if self.reason is not None:
+            result["reason"] = self.reason
+        for kind, tensor in self.worst.items():
+            result[f"{kind}_score"] = tensor.score
+            result[f"{kind}_error"] = tensor.error
+        if self.distribution is not None:
+            result["kl_mean"] = self.distribution.kl_mean
+            result["kl_max"] = self.distribution.kl_max
+            result["top1_agreement"] = self.distribution.top1_agreement
+        for mode, routing in self.routing.items():
+            result[f"routing_agreement_{mode}"] = min(routing.agreement, default=1.0)
+        if self.failures:
+            result["first_failure"] = self.failures[0]
+        if self.location is not None:
+            result["location"] = str(self.location)
+        return result
