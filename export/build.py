@@ -34,7 +34,14 @@ from export.progress import Stages
 from export.request import PRECISIONS, ExportRequest
 from export.weights import weight_bytes, write_weights
 from graphs.checkpoint import Checkpoint, block_reader
-from graphs.family import FAMILIES, Family, active_parameters, family_of, find_family
+from graphs.family import (
+    FAMILIES,
+    Family,
+    active_parameters,
+    family_of,
+    find_family,
+    parameter_bytes,
+)
 from graphs.hub import describe, resolve
 from graphs.preset import preset_config, write_checkpoint
 from plugins.errors import IngotError
@@ -109,7 +116,7 @@ def build(request: ExportRequest, stages: Stages, validate: Validate | None) -> 
             )
     model = family.build(checkpoint.config, request.task, dtype)
     weight_map = family.weight_map(model, checkpoint, request.task)
-    weight_size = sum(p.numel() * p.element_size() for p in model.parameters())
+    weight_size = parameter_bytes(model)
     # An engine holds its weights once more.
     _check_space(request.out, weight_size * (2 if builder else 1))
     read = block_reader(checkpoint, weight_map, model)
@@ -136,10 +143,12 @@ def build(request: ExportRequest, stages: Stages, validate: Validate | None) -> 
         if request.for_tensorrt:
             made = profiles(manifest.inputs, manifest.states, request.limits)
             (folder / TRTEXEC).write_text(trtexec_options(made), encoding="utf-8")
-        if builder is not None:
-            with stages.stage(f"build engine with {builder}"):
-                engine = make_engine(folder, builder, manifest, request)
-            manifest = replace(manifest, engine=engine)
+            if builder is not None:
+                with stages.stage(f"build engine with {builder}"):
+                    engine = make_engine(
+                        folder, builder, manifest.precision, made, embed=request.embed_plugins
+                    )
+                manifest = replace(manifest, engine=engine)
         known = {WEIGHTS: weights_hash}
         manifest = replace(manifest, files=file_infos(folder, known))
         manifest.write(folder)
@@ -240,7 +249,7 @@ def _manifest(
         graph={"opset": OPSET, "nodes": sum(operators.values()), "operators": dict(operators)},
         parameters=total,
         active_parameters=active,
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weight_bytes=parameter_bytes(model),
         tools=_tool_versions(),
         labels=_labels(checkpoint, request.task, config),
     )

@@ -194,22 +194,16 @@ def _export(request: ExportRequest, *, validate: bool, preview: bool) -> Manifes
 def _validate(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str, Any]:
     from export.ingot import REPORT, Manifest
     from validate.report import write_json
-    from validate.run import CALLS, Reference, cannot_compare, located, validate_ingot
+    from validate.run import cannot_compare, examine, load_reference
 
     manifest = Manifest.read(folder)
     reason = cannot_compare(manifest)
     if reason is not None:
         return {"verdict": "skipped", "reason": reason}
-    # The truth is twice as wide.
-    with stages.stage("load eager reference", 3 * manifest.weight_bytes) as advance:
-        reference = Reference(checkpoint, manifest.task, manifest.precision, advance=advance)
-    with stages.stage("validate against eager PyTorch", CALLS, "steps") as advance:
-        # The folder still has a temporary name, and two exports are to be equal byte by byte.
-        name = f"{manifest.model_type}-{manifest.target}"
-        report = validate_ingot(folder, reference, verify=False, name=name, advance=advance)
-    if report.verdict == "failed":
-        with stages.stage("find where it goes wrong"):
-            report = located(report, folder, checkpoint)
+    reference = load_reference(manifest, checkpoint, stages)
+    # The folder still has a temporary name, and two exports are to be equal byte by byte.
+    name = f"{manifest.model_type}-{manifest.target}"
+    report = examine(folder, reference, stages, verify=False, name=name)
     # The manifest has the versions; nothing in an ingot depends on the machine.
     write_json(replace(report, environment={}), folder / REPORT)
     return report.summary()

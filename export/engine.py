@@ -19,7 +19,6 @@ from export.ingot import (
     ENGINE,
     GRAPH,
     EngineInfo,
-    Manifest,
     ProfileInfo,
     StateInfo,
     TensorInfo,
@@ -278,15 +277,21 @@ def plan_engine(request: ExportRequest) -> str | None:
 
 
 def make_engine(
-    folder: Path, builder_name: str, manifest: Manifest, request: ExportRequest
+    folder: Path,
+    builder_name: str,
+    precision: str,
+    made: tuple[ProfileInfo, ...],
+    *,
+    embed: bool,
 ) -> EngineInfo:
     """Build the engine of a lowered graph into its folder, with the libraries it needs.
 
     Args:
         folder: holds the graph and its weights.
         builder_name: from ``plan_engine``.
-        manifest: of the graph.
-        request: the sizes, and whether to embed the plugins.
+        precision: of the graph.
+        made: the optimisation profiles.
+        embed: whether the plugins go into the engine file.
 
     Raises:
         EngineError: TensorRT refused the graph, or did not take the plugins.
@@ -300,23 +305,22 @@ def make_engine(
             f"{builder_name} took {found} of {sum(wanted.values())} operators for plugins; this "
             "is a fault of Ingot, please report it."
         )
-    made = profiles(manifest.inputs, manifest.states, request.limits)
-    embedded = [PLUGIN_LIBRARY] if request.embed_plugins else []
+    embedded = [PLUGIN_LIBRARY] if embed else []
     (folder / ENGINE).write_bytes(builder.build(parsed, made, embedded))
     libraries = []
     # The plugins' library holds the kernels too.
     library = PLUGIN_LIBRARY if PLUGIN_LIBRARY.is_file() else KERNEL_LIBRARY
-    if wanted and library.is_file() and not request.embed_plugins:
+    if wanted and library.is_file() and not embed:
         shutil.copyfile(library, folder / library.name)
         libraries.append(library.name)
     return EngineInfo(
         builder=builder_name,
         version=builder.version,
-        compute_capabilities=builder.compute_capabilities(manifest.precision, bool(wanted)),
+        compute_capabilities=builder.compute_capabilities(precision, bool(wanted)),
         graph_sha256=sha256(folder / GRAPH),
         plugins=wanted,
         libraries=tuple(libraries),
-        embedded=request.embed_plugins,
+        embedded=embed,
         profiles=made,
     )
 

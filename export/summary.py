@@ -90,6 +90,8 @@ def _verdict_rows(manifest: Manifest) -> list[tuple[str, str]]:
             score, error = found[f"{kind}_score"], found[f"{kind}_error"]
             times = f"{score:.2g} times eager PyTorch's own error"
             rows.append((kind, f"relative RMS error {error:.1e}, {times}"))
+    if "top1_agreement" in found:
+        rows.append(("top-1 agreement", f"{found['top1_agreement']:.1%}"))
     if "first_failure" in found:
         rows.append(("first failure", found["first_failure"]))
     if "location" in found:

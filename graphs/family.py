@@ -158,3 +158,8 @@ def active_parameters(model: nn.Module) -> tuple[int, int]:
         share = config.num_experts_per_tok / experts if experts > 1 else 1.0
         active += round(parameter.numel() * share)
     return total, active
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters, each in its own dtype."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())

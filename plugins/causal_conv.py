@@ -19,19 +19,12 @@ import onnx
 import onnx.parser
 from onnx.defs import OpSchema
 
+from plugins.moe_dispatch import ACTIVATIONS, activation_body
+
 DOMAIN = "ingot"
 NAME = "CausalConv"
 VERSION = 1
 BODY_OPSET = 23
-
-# Standard-operator text of each activation, from value `convolved` to value `activated`.
-ACTIVATION_BODY = {
-    "silu": "sigmoid = Sigmoid (convolved)\n        activated = Mul (convolved, sigmoid)",
-    "gelu": "activated = Gelu (convolved)",
-    "gelu_tanh": 'activated = Gelu <approximate = "tanh"> (convolved)',
-    "relu": "activated = Relu (convolved)",
-    "identity": "activated = Identity (convolved)",
-}
 
 SCHEMA = OpSchema(
     NAME,
@@ -50,7 +43,9 @@ SCHEMA = OpSchema(
     ],
     type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
     attributes=[
-        OpSchema.Attribute("activation", OpSchema.AttrType.STRING, ", ".join(ACTIVATION_BODY))
+        OpSchema.Attribute(
+            "activation", OpSchema.AttrType.STRING, ", ".join((*ACTIVATIONS, "identity"))
+        )
     ],
 )
 
@@ -62,7 +57,7 @@ def function_body(activation: str, channels: int, width: int) -> onnx.FunctionPr
     serves one shape and one activation.
 
     Args:
-        activation: a key of ``ACTIVATION_BODY``.
+        activation: a key of ``plugins.moe_dispatch.ACTIVATIONS``, or ``identity``.
         channels: C.
         width: W.
     """
@@ -73,7 +68,7 @@ def function_body(activation: str, channels: int, width: int) -> onnx.FunctionPr
         columns = Transpose <perm = [0, 2, 1]> (x)
         window = Concat <axis = 2> (state, columns)
         convolved = Conv <group = {channels}> (window, weight, bias)
-        {ACTIVATION_BODY[activation]}
+        {activation_body(activation, "convolved")}
         y = Transpose <perm = [0, 2, 1]> (activated)
         start = Constant <value_ints: ints = [{1 - width}]> ()
         end = Constant <value_ints: ints = [{2**63 - 1}]> ()

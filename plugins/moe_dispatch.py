@@ -116,13 +116,18 @@ TILES_BODY = """
         expert_of_tile = ReduceSum <keepdims = 0> (ended_int, last)
         any_tile = Greater (tiles, scalar_zero)"""
 
-# Standard-operator text of each activation, from value `gate` to value `activated`.
 _ACTIVATION_BODY = {
-    "silu": "sigmoid = Sigmoid(gate)\n            activated = Mul(gate, sigmoid)",
-    "gelu": "activated = Gelu(gate)",
-    "gelu_tanh": 'activated = Gelu <approximate = "tanh"> (gate)',
-    "relu": "activated = Relu(gate)",
+    "silu": "sigmoid = Sigmoid (VALUE)\n            activated = Mul (VALUE, sigmoid)",
+    "gelu": "activated = Gelu (VALUE)",
+    "gelu_tanh": 'activated = Gelu <approximate = "tanh"> (VALUE)',
+    "relu": "activated = Relu (VALUE)",
+    "identity": "activated = Identity (VALUE)",
 }
+
+
+def activation_body(activation: str, value: str) -> str:
+    """Standard-operator text of an activation, or of none, from ``value`` to ``activated``."""
+    return _ACTIVATION_BODY[activation].replace("VALUE", value)
 
 
 def route(
@@ -312,7 +317,7 @@ def function_body(activation: str) -> onnx.FunctionProto:
             gate_up_wide = Cast <to = 1> (gate_up_here)
             both = MatMul (gate_up_wide, x_columns)
             gate, up = Split <axis = 0, num_outputs = 2> (both)
-            {_ACTIVATION_BODY[activation]}
+            {activation_body(activation, "gate")}
             inner = Mul (activated, up)
             down_here = Gather <axis = 0> (down, expert)
             down_wide = Cast <to = 1> (down_here)

@@ -94,7 +94,7 @@ def load(
     if manifest.engine is not None and not graph_only:
         from runtime.trt import TrtSession
 
-        return TrtSession(folder, manifest)
+        return TrtSession(folder, manifest, hashed=verify)
     if manifest.precision == "bfloat16":
         raise SessionError(
             f"{folder} holds a bfloat16 graph and no engine, and ONNX Runtime's CPU provider "

@@ -48,7 +48,9 @@ class Memory(Protocol):
     def launch(self, graph: Any) -> None: ...
 
 
-def check_engine(folder: Path, manifest: Manifest, version: str, capability: int) -> EngineInfo:
+def check_engine(
+    folder: Path, manifest: Manifest, version: str, capability: int, *, hashed: bool = False
+) -> EngineInfo:
     """Prove that an engine may be loaded here, before it is read.
 
     Args:
@@ -56,6 +58,7 @@ def check_engine(folder: Path, manifest: Manifest, version: str, capability: int
         manifest: of the ingot.
         version: of the TensorRT that is installed.
         capability: of the device, major times ten plus minor.
+        hashed: whether the files were found to be the manifest's just before.
 
     Raises:
         SessionError: one sentence with what differs and what to do.
@@ -81,7 +84,7 @@ def check_engine(folder: Path, manifest: Manifest, version: str, capability: int
         )
     if engine.graph_sha256 != manifest.files[GRAPH].sha256:
         raise SessionError(f"{folder} holds an engine of another {GRAPH}; export again.")
-    for name in (ENGINE, *engine.libraries):
+    for name in () if hashed else (ENGINE, *engine.libraries):
         if sha256(folder / name) != manifest.files[name].sha256:
             raise SessionError(
                 f"{folder / name} is not the file that was exported (its SHA-256 differs); an "
@@ -90,7 +93,7 @@ def check_engine(folder: Path, manifest: Manifest, version: str, capability: int
     return engine
 
 
-def load_engine(folder: Path, manifest: Manifest) -> Any:
+def load_engine(folder: Path, manifest: Manifest, *, hashed: bool) -> Any:
     """The deserialised engine, with its plugins registered.
 
     Raises:
@@ -105,7 +108,9 @@ def load_engine(folder: Path, manifest: Manifest) -> Any:
     if importlib.util.find_spec(module) is None:
         raise SessionError(f"the Python package {module} is missing; install it for this ingot.")
     trt = importlib.import_module(module)
-    engine = check_engine(folder, manifest, str(trt.__version__), gpu.compute_capability())
+    engine = check_engine(
+        folder, manifest, str(trt.__version__), gpu.compute_capability(), hashed=hashed
+    )
     if PLUGINS in engine.libraries and not engine.embedded:
         trt.get_plugin_registry().load_library(str(folder / PLUGINS))
     elif engine.plugins and not engine.embedded:
@@ -150,15 +155,22 @@ class TrtSession:
     Args:
         folder: the ingot.
         manifest: of the ingot.
+        hashed: whether the folder's files were found to be the manifest's just before.
         engine: deserialised; by default the folder's, after its checks.
         memory: of the device.
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, *, engine: Any = None, memory: Memory | None = None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        hashed: bool = False,
+        engine: Any = None,
+        memory: Memory | None = None,
     ) -> None:
         self.manifest = manifest
-        self._engine = engine or load_engine(folder, manifest)
+        self._engine = engine or load_engine(folder, manifest, hashed=hashed)
         self._memory: Memory = memory or Device()
         assert manifest.engine is not None
         self._profiles = manifest.engine.profiles

@@ -9,7 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,6 +19,9 @@ from export.progress import Stages
 from export.request import ExportRequest
 from graphs.family import find_family
 from graphs.preset import preset_config, write_checkpoint
+
+if TYPE_CHECKING:
+    from plugins.kernels.interpret import InterpretedLibrary
 
 MakeCheckpoint = Callable[..., Path]
 MakeIngot = Callable[..., Path]
@@ -48,6 +51,15 @@ def make_ingot(tmp_path_factory: pytest.TempPathFactory) -> MakeIngot:
         return out
 
     return make
+
+
+@pytest.fixture(scope="session")
+def device(tmp_path_factory: pytest.TempPathFactory) -> InterpretedLibrary:
+    """The kernel library of this tree over Triton's interpreter, with every form."""
+    from plugins.kernels.build import all_forms
+    from plugins.kernels.interpret import InterpretedLibrary
+
+    return InterpretedLibrary(all_forms(), tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(scope="session")

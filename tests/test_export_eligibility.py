@@ -16,15 +16,6 @@ if TYPE_CHECKING:
 BF16, FP32 = 2, 0
 
 
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> InterpretedLibrary:
-    from plugins.kernels import moe
-    from plugins.kernels.interpret import InterpretedLibrary
-
-    forms = {form.name: form for form in moe.forms()}
-    return InterpretedLibrary(forms, tmp_path_factory.mktemp("limits"))
-
-
 def accepts(device: InterpretedLibrary, parameters: Structure) -> bool:
     """Whether the host layer takes these sizes; a call without tokens launches nothing."""
     try:

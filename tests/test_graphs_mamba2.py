@@ -836,6 +836,7 @@ def test_validation_passes(subject: Subject, target: str) -> None:
     stages = dict.fromkeys(tensor.stage for tensor in report.tensors)
     assert [t.name for t in report.tensors] == names * len(stages)
     assert all(t.score is not None and t.score < 6 for t in report.tensors)
+    assert report.router_margin is None
 
 
 def _mixer(weight: str) -> str:

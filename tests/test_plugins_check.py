@@ -18,14 +18,6 @@ if TYPE_CHECKING:
     from plugins.kernels.interpret import InterpretedLibrary
 
 
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> InterpretedLibrary:
-    from plugins.kernels.build import all_forms
-    from plugins.kernels.interpret import InterpretedLibrary
-
-    return InterpretedLibrary(all_forms(), tmp_path_factory.mktemp("check"))
-
-
 def test_every_small_case_passes(device: InterpretedLibrary) -> None:
     assert subject.check(subject.small_cases(device, "cpu")) == []
 

@@ -28,15 +28,11 @@ OPERATORS = (moe_dispatch, moe_linear, mamba2_scan)
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InterpretedLibrary]:
-    from plugins.kernels.build import all_forms
-    from plugins.kernels.interpret import InterpretedLibrary
-
-    library = InterpretedLibrary(all_forms(), tmp_path_factory.mktemp("eager"))
-    cuda.register(library, "cpu")
+def registered(device: InterpretedLibrary) -> Iterator[InterpretedLibrary]:
+    cuda.register(device, "cpu")
     # Off, outside the tests that turn them on.
     with switched(on=False):
-        yield library
+        yield device
 
 
 @contextlib.contextmanager
@@ -49,7 +45,7 @@ def switched(*, on: bool, device_type: str = "cpu") -> Iterator[None]:
 
 @pytest.mark.parametrize("family", ["olmoe", "jetmoe", "mamba2"])
 def test_an_eager_graph_on_the_kernels_computes_the_same(
-    device: InterpretedLibrary, make_checkpoint: MakeCheckpoint, family: str
+    registered: InterpretedLibrary, make_checkpoint: MakeCheckpoint, family: str
 ) -> None:
     """A prefill of three padded rows and two decode steps through the whole model."""
     session = EagerSession(Checkpoint.open(make_checkpoint(family)), "generate")
@@ -64,10 +60,10 @@ def test_an_eager_graph_on_the_kernels_computes_the_same(
         return results
 
     expected = run()
-    device.launches.clear()
+    registered.launches.clear()
     with switched(on=True):
         actual = run()
-    assert len(device.launches) > 10
+    assert len(registered.launches) > 10
     for want, got in zip(expected, actual, strict=True):
         assert 0 < relative_rms(want, got) < 1e-5
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+from activations import ACTIVATIONS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -22,24 +21,6 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-ACTIVATIONS: dict[str, Callable[[float], float]] = {
-    "silu": lambda v: v / (1 + math.exp(-v)),
-    "gelu": lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2,
-    "gelu_tanh": lambda v: v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) / 2,
-    "relu": lambda v: max(v, 0.0),
-    "identity": lambda v: v,
-}
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> InterpretedLibrary:
-    os.environ["TRITON_INTERPRET"] = "1"
-    from plugins.kernels import moe
-    from plugins.kernels.interpret import InterpretedLibrary
-
-    forms = {form.name: form for form in moe.forms()}
-    return InterpretedLibrary(forms, tmp_path_factory.mktemp("moe_kernels"))
 
 
 def route_loop(logits: np.ndarray, top_k: int, normalize: bool) -> tuple[np.ndarray, np.ndarray]:

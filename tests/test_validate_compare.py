@@ -41,6 +41,7 @@ def test_passes_on_equal_tensors(kind: str) -> None:
     assert found.problem == ""
     assert found.score == pytest.approx(1, rel=1e-6)
     assert found.floor == pytest.approx(FLOOR, rel=0.2)
+    assert found.top1 == (1.0 if kind == "logits" else None)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -151,7 +152,8 @@ def test_accepts_another_top_token_within_a_tie_only() -> None:
         after[0, 7], after[0, 8] = before[0, 8], before[0, 7]
         return before, after
 
-    assert _one(*swapped(0.2 * tie), "logits").problem == ""
+    near = _one(*swapped(0.2 * tie), "logits")
+    assert near.problem == "" and near.top1 == pytest.approx(39999 / 40000)
     far = _one(*swapped(5 * tie), "logits")
     # The RMS over all the logits does not see so few of them; the likeliest token does.
     assert far.score is not None and far.score < 2

@@ -66,6 +66,8 @@ def test_sums_up_what_it_compared(ingot: Path, reference: Reference) -> None:
         scores = [t.score for t in report.tensors if t.kind == kind]
         assert summary[f"{kind}_score"] == max(score for score in scores if score is not None)
     assert "first_failure" not in summary and "reason" not in summary
+    assert summary["top1_agreement"] == 1.0
+    assert 0 < summary["router_margin"] < 1
 
 
 def _steps(session: Stepper) -> list[dict[str, Floats]]:

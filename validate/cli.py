@@ -54,7 +54,14 @@ def validate_command(
     from export.progress import RichStages
     from graphs.checkpoint import Checkpoint
     from validate.gate import gate, save_baseline
-    from validate.run import CALLS, Reference, cannot_compare, located, spread, validate_ingot
+    from validate.run import (
+        CALLS,
+        cannot_compare,
+        examine,
+        load_reference,
+        spread,
+        validate_ingot,
+    )
 
     try:
         manifest = Manifest.read(ingot)
@@ -62,15 +69,8 @@ def validate_command(
         reason = cannot_compare(manifest)
         if reason is not None:
             raise IngotError(f"{ingot} cannot be compared: {reason}.")
-        # The truth is twice as wide.
-        with stages.stage("load eager reference", 3 * manifest.weight_bytes) as advance:
-            opened = Checkpoint.open(checkpoint)
-            reference = Reference(opened, manifest.task, manifest.precision, advance=advance)
-        with stages.stage("validate against eager PyTorch", CALLS, "steps") as advance:
-            report = validate_ingot(ingot, reference, seed=seed, advance=advance)
-        if report.verdict == "failed" and manifest.precision == "float32":
-            with stages.stage("find where it goes wrong"):
-                report = located(report, ingot, opened)
+        reference = load_reference(manifest, Checkpoint.open(checkpoint), stages)
+        report = examine(ingot, reference, stages, seed=seed)
         if folder is not None:
             from validate.report import write
 

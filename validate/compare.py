@@ -40,6 +40,7 @@ def compare(
         kind = kinds.get(name, "hidden")
         found: Errors | None = None
         floor: float | None = None
+        top1: float | None = None
         if name not in target:
             problem = "the target has no such output"
         elif name not in truth:
@@ -51,8 +52,9 @@ def compare(
             of_eager = errors(truth[name], eager[name])
             floor = max(of_eager.relative_rms, ROUNDOFF[precision])
             problem = _judge(found, of_eager, floor, kind, precision)
-            if kind == "logits" and not problem:
-                problem = _judge_top1(truth[name], target[name], floor)
+            if kind == "logits":
+                top1, differ = _judge_top1(truth[name], target[name], floor)
+                problem = problem or differ
         results.append(
             TensorResult(
                 stage,
@@ -64,6 +66,7 @@ def compare(
                 None if found is None else found.norm_ratio,
                 LIMITS[kind].score,
                 problem,
+                top1,
             )
         )
     if not any(result.error is not None for result in results):
@@ -114,9 +117,12 @@ def _judge(found: Errors, eager: Errors, floor: float, kind: str, precision: str
     return ""
 
 
-def _judge_top1(truth: Array, target: Array, floor: float) -> str:
-    """The RMS over a vocabulary does not see one wrong logit; the likeliest token may."""
+def _judge_top1(truth: Array, target: Array, floor: float) -> tuple[float, str]:
+    """Share of agreeing likeliest tokens, and the problem if they differ by more than a tie.
+
+    The RMS over a vocabulary does not see one wrong logit; the likeliest token may.
+    """
     rows = truth.reshape(-1, truth.shape[-1])
     tie = TIE_LIMIT * floor * rms(truth)
-    _, wrong = top1_disagreements(rows, target.reshape(rows.shape), tie)
-    return f"{wrong} of {len(rows)} likeliest tokens differ, and not by a tie" if wrong else ""
+    share, wrong = top1_disagreements(rows, target.reshape(rows.shape), tie)
+    return share, f"{wrong} of {len(rows)} likeliest tokens differ, and not by a tie" * bool(wrong)

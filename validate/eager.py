@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from graphs.checkpoint import Checkpoint, WeightMap, assemble, load_parameters
-from graphs.family import family_of
+from graphs.family import family_of, parameter_bytes
 from graphs.layers import ModelOutput
 from graphs.state import BATCH, StateSpec
 from runtime.session import Floats, Ids
@@ -51,7 +51,7 @@ class EagerSession:
         self.model = family.build(checkpoint.config, task, precision)
         self.precision = precision
         weight_map = family.weight_map(self.model, checkpoint, task)
-        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        size = parameter_bytes(self.model)
         if streamed if streamed is not None else size > _free_memory() / 2:
             _stream_weights(self.model, checkpoint, weight_map)
         else:

@@ -31,6 +31,7 @@ class TensorResult:
         norm_ratio: RMS of the target over RMS of the truth.
         limit: largest score accepted.
         problem: what is wrong in one sentence; empty where it passed.
+        top1: share of agreeing likeliest tokens, for logits.
     """
 
     stage: str
@@ -42,6 +43,7 @@ class TensorResult:
     norm_ratio: float | None
     limit: float
     problem: str = ""
+    top1: float | None = None
 
     @property
     def score(self) -> float | None:
@@ -165,6 +167,7 @@ class Report:
         hidden: error and floor of every layer's hidden state, where they were outputs.
         reason: why passing says nothing about the ingot itself, if it does not.
         seconds: the whole took.
+        router_margin: of the truth; see ``validate.eager.EagerSession``.
     """
 
     ingot: str
@@ -181,6 +184,7 @@ class Report:
     hidden: tuple[tuple[float, float], ...] = ()
     reason: str | None = None
     seconds: float = 0.0
+    router_margin: float | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -237,6 +241,10 @@ class Report:
             result["kl_mean"] = self.distribution.kl_mean
             result["kl_max"] = self.distribution.kl_max
             result["top1_agreement"] = self.distribution.top1_agreement
+        elif agreements := [t.top1 for t in self.tensors if t.top1 is not None]:
+            result["top1_agreement"] = min(agreements)
+        if self.router_margin is not None:
+            result["router_margin"] = self.router_margin
         for mode, routing in self.routing.items():
             result[f"routing_agreement_{mode}"] = min(routing.agreement, default=1.0)
         if self.failures:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from export.ingot import Manifest, StateInfo
+from export.progress import Stages
 from graphs.checkpoint import Checkpoint
 from plugins.device import has_gpu
 from runtime.session import Floats, Ids, load
@@ -62,6 +63,7 @@ class Reference:
         *,
         advance: Callable[[int], None] = lambda _bytes: None,
     ) -> None:
+        self.checkpoint = checkpoint
         self.precision = precision
         self.truth = EagerSession(checkpoint, task, precision=TRUTH[precision], advance=advance)
         own: torch.dtype = getattr(torch, precision)
@@ -73,6 +75,11 @@ class Reference:
         """What the target is compared with, in words."""
         truth = str(TRUTH[self.precision]).removeprefix("torch.")
         return f"eager PyTorch in {truth}, beside eager PyTorch in {self.precision}"
+
+    def inputs(self, manifest: Manifest, seed: int) -> Inputs:
+        """What an ingot of this checkpoint is fed."""
+        stateful = bool(manifest.states)
+        return make_inputs(manifest.vocab_size, seed, chunk_size=self.chunk_size, stateful=stateful)
 
 
 @dataclass(frozen=True)
@@ -186,17 +193,11 @@ def validate_ingot(
     manifest = Manifest.read(folder)
     graph_only = manifest.engine is not None and not has_gpu()
     session = load(folder, verify=verify, allow_failed=True, graph_only=graph_only)
-    inputs = make_inputs(
-        manifest.vocab_size,
-        seed,
-        chunk_size=reference.chunk_size,
-        stateful=bool(manifest.states),
-    )
     tensors = compare_sessions(
         reference.truth,
         reference.eager,
         session,
-        inputs,
+        reference.inputs(manifest, seed),
         manifest.main_output,
         manifest.states,
         manifest.precision,
@@ -211,20 +212,46 @@ def validate_ingot(
         against=reference.against,
         seed=seed,
         tensors=tuple(tensors),
+        router_margin=reference.truth.router_margin,
         environment={**environment(), "checkpoint": manifest.source.get("sha256", "unknown")},
         reason=reason if graph_only else None,
     )
 
 
-def located(report: Report, folder: Path, checkpoint: Checkpoint) -> Report:
+def load_reference(manifest: Manifest, checkpoint: Checkpoint, stages: Stages) -> Reference:
+    """The reference of an ingot, as a step that is shown."""
+    # The truth is twice as wide.
+    with stages.stage("load eager reference", 3 * manifest.weight_bytes) as advance:
+        return Reference(checkpoint, manifest.task, manifest.precision, advance=advance)
+
+
+def examine(
+    folder: Path,
+    reference: Reference,
+    stages: Stages,
+    *,
+    seed: int = 0,
+    verify: bool = True,
+    name: str | None = None,
+) -> Report:
+    """``validate_ingot`` as a step that is shown; a failure is located in a second."""
+    with stages.stage("validate against eager PyTorch", CALLS, "steps") as advance:
+        report = validate_ingot(
+            folder, reference, seed=seed, verify=verify, name=name, advance=advance
+        )
+    if report.verdict != "failed":
+        return report
+    with stages.stage("find where it goes wrong"):
+        return _located(report, folder, reference)
+
+
+def _located(report: Report, folder: Path, reference: Reference) -> Report:
     """A failed report with the place where the graph goes wrong, if it is in the graph."""
     from validate.locate import LocateError, locate
 
-    manifest = Manifest.read(folder)
-    stateful = bool(manifest.states)
-    inputs = make_inputs(manifest.vocab_size, report.seed, stateful=stateful)
+    inputs = reference.inputs(Manifest.read(folder), report.seed)
     try:
-        return replace(report, location=locate(folder, checkpoint, inputs))
+        return replace(report, location=locate(folder, reference.checkpoint, inputs))
     except LocateError:
         # What failed is reported all the same.
         return report

@@ -72,7 +72,9 @@ class AttentionToGroupQueryAttention(ir.passes.InPlacePass):
             flat.append(reshape.outputs[0])
             heads.append(count)
         if mask not in biases:
-            biases[mask] = self._bias(model, node, mask)
+            bias = additive_bias(model, mask)
+            model.graph.insert_before(node, bias)
+            biases[mask] = bias.outputs[0]
         pasts = [_producer(cache).inputs[0] for cache in (key, value)]
         attributes: dict[str, int | float] = {"num_heads": heads[0], "kv_num_heads": heads[1]}
         if "scale" in node.attributes:
@@ -99,15 +101,13 @@ class AttentionToGroupQueryAttention(ir.passes.InPlacePass):
             take_place(old, new)
         model.graph.remove(done, safe=True)
 
-    def _bias(self, model: ir.Model, before: ir.Node, mask: ir.Value) -> ir.Value:
-        zero = constant(model, "bias_visible", np.array(0, dtype=np.float32))
-        # The lowest float, not -inf: a row without any key must not become NaN.
-        lowest = constant(
-            model, "bias_hidden", np.array(np.finfo(np.float32).min, dtype=np.float32)
-        )
-        where = ir.node("Where", [mask, zero, lowest])
-        model.graph.insert_before(before, where)
-        return where.outputs[0]
+
+def additive_bias(model: ir.Model, mask: ir.Value) -> ir.Node:
+    """A node, not yet in the graph, that turns a bool mask into what is added to the scores."""
+    zero = constant(model, "bias_visible", np.array(0, dtype=np.float32))
+    # The lowest float, not -inf: a row without any key must not become NaN.
+    lowest = constant(model, "bias_hidden", np.array(np.finfo(np.float32).min, dtype=np.float32))
+    return ir.node("Where", [mask, zero, lowest])
 
 
 def _rank(value: ir.Value) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from export.passes.attention import additive_bias
 from export.passes.constants import constant, integers
 from export.passes.replace import take_place
 
@@ -47,10 +48,8 @@ def _take_apart(model: ir.Model, node: ir.Node, biases: dict[ir.Value, ir.Value]
         return made[-1].outputs[0]
 
     if mask not in biases:
-        visible = constant(model, "bias_visible", np.array(0, dtype=np.float32))
-        # The lowest float, not -inf: a row without any key must not become NaN.
-        lowest = np.array(np.finfo(np.float32).min, dtype=np.float32)
-        biases[mask] = add("Where", mask, visible, constant(model, "bias_hidden", lowest))
+        made.append(additive_bias(model, mask))
+        biases[mask] = made[-1].outputs[0]
     bias = biases[mask]
     if heads != groups:
         one, two = integers(model, [1]), integers(model, [2])

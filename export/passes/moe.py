@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from export.passes.constants import constant, integers
 from export.passes.weights import ReadBlock, rearrange
@@ -47,9 +48,7 @@ class MoeDispatchToMoE(ir.passes.InPlacePass):
             modified = True
         if modified:
             model.opset_imports["com.microsoft"] = 1
-            used = {node.op_identifier() for node in model.graph}
-            for identifier in [key for key in model.functions if key not in used]:
-                del model.functions[identifier]
+            RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
         return ir.passes.PassResult(model, modified=modified)
 
     def _always(self, model: ir.Model) -> ir.Value:

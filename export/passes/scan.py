@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from export.passes.constants import constant, integers
 from export.passes.replace import take_place
@@ -74,20 +75,15 @@ class Mamba2ScanToLinearAttention(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         masks: dict[ir.Value, _Mask] = {}
-        kept = 0
         for node in list(model.graph):
             if node.domain != DOMAIN or node.op_type != NAME:
                 continue
             sizes = _sizes(node)
-            if sizes is None:
-                kept += 1
-            else:
+            if sizes is not None:
                 _swap(model, node, sizes, masks)
         if masks:
             model.opset_imports["com.microsoft"] = 1
-        if masks and not kept:
-            for identifier in [key for key in model.functions if key[:2] == (DOMAIN, NAME)]:
-                del model.functions[identifier]
+            RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
         return ir.passes.PassResult(model, modified=bool(masks))
 
 
