@@ -34,6 +34,8 @@ from plugins import mamba2_scan, moe_dispatch, moe_linear
 OPSET = 23
 WEIGHT_PREFIX = "weight."
 POSITIONS = "position_ids"
+# What a graph returns a layer; its values are named whether they are outputs or not.
+NAMED = ("router_logits", "hidden_states")
 # input_ids, attention_mask and position_ids come before the states.
 TOKEN_INPUTS = 3
 
@@ -64,11 +66,10 @@ class Captured:
 class _Traced(nn.Module):
     """The model as a function of its weights, with outputs by their documented names."""
 
-    def __init__(self, model: nn.Module, extra_outputs: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         # Kept out of the module tree: its parameters must stay arguments of the call.
         object.__setattr__(self, "_model", model)
-        self.extra_outputs = extra_outputs
 
     def forward(
         self,
@@ -87,7 +88,7 @@ class _Traced(nn.Module):
             **{state.output: each for state, each in zip(states, out.present, strict=True)},
             **{
                 f"{name}.{index}": tensor
-                for name in self.extra_outputs
+                for name in NAMED
                 for index, tensor in enumerate(getattr(out, name))
             },
         }
@@ -108,14 +109,15 @@ def capture(
             with block 0 a whole parameter); called only when weights are written.
         precision: of the activations, and of the states that follow it.
         extra_outputs: ``router_logits``, ``hidden_states`` or both, as far as the architecture has
-            them; each one's i-th tensor becomes ``{name}.{i}``.
+            them; each one's i-th tensor becomes ``{name}.{i}``. The values have these names in
+            every graph, so that a validation can find them.
     """
     states: tuple[StateSpec, ...] = getattr(model, "states")
     main_output: str = getattr(model, "main_output")
     weights = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
     inputs = _inputs(states)
     state_dtypes = [state.dtype(precision) for state in states]
-    exported = _trace(_Traced(model, extra_outputs), weights, inputs, state_dtypes)
+    exported = _trace(_Traced(model), weights, inputs, state_dtypes)
     with _quiet():
         program = torch.onnx.export(
             exported,
@@ -129,6 +131,7 @@ def capture(
     result = program.model
     outputs = list(exported.call_spec.out_spec.context)
     _name_interface(result, [*(WEIGHT_PREFIX + name for name in weights), *inputs], outputs)
+    _keep_outputs(result, {main_output, *(state.output for state in states)}, extra_outputs)
     NoteFactors()(result)
     optimizer.optimize(result, onnx_shape_inference=False)
     passes = ir.passes.Sequential(
@@ -219,6 +222,14 @@ def _name_interface(model: ir.Model, inputs: list[str], outputs: list[str]) -> N
         seen.add(id(value))
     for value, name in zip(model.graph.outputs, outputs, strict=True):
         value.name = name
+
+
+def _keep_outputs(model: ir.Model, always: set[str], extra_outputs: tuple[str, ...]) -> None:
+    """Drop the outputs that nobody asked for; their values keep the names."""
+    for value in list(model.graph.outputs):
+        name = value.name or ""
+        if name not in always and name.partition(".")[0] not in extra_outputs:
+            model.graph.outputs.remove(value)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from runtime.session import Floats, Ids, SessionError
 from runtime.tokens import TokenInputs
 
 Array = npt.NDArray[Any]
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class OrtSession:
@@ -21,17 +23,43 @@ class OrtSession:
 
     A cache whose past and present may share a buffer is allocated once, at its capacity, and
     appended to in place. Another cache is handed on from output to input without a copy.
+
+    Args:
+        folder: the ingot.
+        manifest: of it.
+        threads: see ``runtime.session.load``.
+        graph: to run in place of the ingot's own; it finds its weights in the folder.
+        taps: outputs of that graph to keep beside those that the manifest names.
+
+    Attributes:
+        given: inputs of that graph beside those that the manifest names.
+        fed: the token inputs of the last call.
+        tapped: the taps of the last call.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int = 0,
+        graph: bytes | None = None,
+        taps: Sequence[str] = (),
+    ) -> None:
         self.manifest = manifest
+        self.given: dict[str, Array] = {}
+        self.fed: dict[str, Ids] = {}
+        self.tapped: dict[str, Array] = {}
+        self._taps = list(taps)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # Warnings about unused constants of the function bodies are of no use to a user.
         options.log_severity_level = 3
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
+        source = str(folder / GRAPH) if graph is None else graph
         try:
             self._session = onnxruntime.InferenceSession(
-                str(folder / GRAPH), options, providers=["CPUExecutionProvider"]
+                source, options, providers=["CPUExecutionProvider"]
             )
         # ONNX Runtime's exceptions share no public base class.
         except Exception as error:
@@ -72,8 +100,9 @@ class OrtSession:
 
     def _run(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         feeds = self._tokens.append(input_ids, attention_mask)
+        self.fed = {name: array for name, array in feeds.items() if name in self._inputs}
         binding = self._session.io_binding()
-        held = {name: _value(array) for name, array in feeds.items() if name in self._inputs}
+        held = {name: _value(array) for name, array in {**self.fed, **self.given}.items()}
         for name, value in {**held, **self._state}.items():
             binding.bind_ortvalue_input(name, value)
         main = self.manifest.main_output
@@ -83,12 +112,15 @@ class OrtSession:
                 binding.bind_ortvalue_output(state.output, self._state[state.input])
             else:
                 binding.bind_output(state.output)
+        for name in self._taps:
+            binding.bind_output(name)
         self._session.run_with_iobinding(binding)
-        names = [main, *(state.output for state in self.manifest.states)]
+        names = [main, *(state.output for state in self.manifest.states), *self._taps]
         results = dict(zip(names, binding.get_outputs(), strict=True))
         for state in self.manifest.states:
             if not state.shared:
                 self._state[state.input] = results[state.output]
+        self.tapped = {name: results[name].numpy() for name in self._taps}
         output: Floats = results[main].numpy().astype(np.float32, copy=False)
         return output
 

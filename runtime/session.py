@@ -29,9 +29,15 @@ class SessionError(IngotError):
 
 
 class Session(Protocol):
-    """A loaded ingot and the state of one batch of sequences."""
+    """A loaded ingot and the state of one batch of sequences.
+
+    Attributes:
+        manifest: of the ingot.
+        fed: the token inputs that the last call gave the graph, by name.
+    """
 
     manifest: Manifest
+    fed: dict[str, Ids]
 
     def reset(self, batch: int, capacity: int) -> None:
         """Forget all state and make room for ``batch`` sequences of ``capacity`` tokens."""

@@ -158,6 +158,9 @@ class TrtSession:
         hashed: whether the folder's files were found to be the manifest's just before.
         engine: deserialised; by default the folder's, after its checks.
         memory: of the device.
+
+    Attributes:
+        fed: the token inputs of the last call.
     """
 
     def __init__(
@@ -179,6 +182,7 @@ class TrtSession:
         self._outputs = {item.name: item for item in manifest.outputs}
         self._tokens = TokenInputs(manifest.vocab_size, manifest.states)
         self._buffers: dict[str, Buffer] = {}
+        self.fed: dict[str, Ids] = {}
         self._fixed = all(state.axis is None for state in manifest.states)
         self.reset(1, 0)
 
@@ -225,13 +229,13 @@ class TrtSession:
         self._tokens.check(input_ids, attention_mask)
         seen = self._tokens.seen
         feeds = self._tokens.append(input_ids, attention_mask)
+        self.fed = {name: array for name, array in feeds.items() if name in self._inputs}
         batch, tokens = input_ids.shape
         context = self._context(tokens)
-        for name, array in feeds.items():
-            if name in self._inputs:
-                address = self._room(name, array.nbytes)
-                self._memory.upload(address, np.ascontiguousarray(array))
-                self._bind(context, name, array.shape, address)
+        for name, array in self.fed.items():
+            address = self._room(name, array.nbytes)
+            self._memory.upload(address, np.ascontiguousarray(array))
+            self._bind(context, name, array.shape, address)
         for state in self.manifest.states:
             before, after = (self._buffers[f"{state.input}/{t}"] for t in self._turns())
             self._bind(context, state.input, self._shape(state, seen), before.address)

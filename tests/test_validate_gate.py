@@ -170,11 +170,11 @@ def test_routing_may_not_agree_less(path: Path) -> None:
     free, replayed = make_report().routing["free"], make_report().routing["replayed"]
     worse = Routing((1.0, 0.995, 0.99), free.flips)
     (problem,) = gate(make_report(routing={"free": worse, "replayed": replayed}), path)
-    assert problem.startswith("routing (free), layer 2: agreement 99.00%, was 99.50%")
+    assert problem.startswith("routing (free), router 2: agreement 99.00%, was 99.50%")
     (problem,) = gate(make_report(routing={"free": free}), path)
-    assert problem == "routing (replayed) of 0 layers is compared, was 3"
+    assert problem == "routing (replayed) of 0 routers is compared, was 3"
     (problem,) = gate(make_report(routing={"free": free, "replayed": Routing((1.0,), ())}), path)
-    assert problem == "routing (replayed) of 1 layers is compared, was 3"
+    assert problem == "routing (replayed) of 1 routers is compared, was 3"
 
 
 def test_shares_have_their_spread(tmp_path: Path) -> None:

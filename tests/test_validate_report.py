@@ -277,7 +277,7 @@ def test_junit_failures_have_messages() -> None:
     assert suite.get("failures") == "3"
     messages = [failure.get("message") or "" for failure in suite.iter("failure")]
     assert messages[:2] == ["score 141 above 4", "no such output"]
-    assert messages[2].startswith("layer 1, row 0, token 2: [1, 6] over [1, 3]")
+    assert messages[2].startswith("router 1, row 0, token 2: [1, 6] over [1, 3]")
     properties = {p.get("name"): p.get("value") for p in suite.iter("property")}
     assert properties["verdict"] == "failed"
     assert (properties["location"] or "").startswith("layer 1, MoeDispatch")
@@ -314,7 +314,7 @@ def test_summary_of_a_pass() -> None:
     text = report.markdown_text(make_report())
     assert text.startswith("## Validation: PASSED: olmoe, ort, float32")
     assert text.count("\n| ") == 4
-    assert "- **Routing, free:** at least 99.50% (layer 1) of tokens" in text
+    assert "- **Routing, free:** at least 99.50% (router 1) of tokens" in text
     assert "2 flips, 0 beyond" in text
     assert "- **Routing, replayed:** all tokens have" in text
     assert "- **KL divergence" in text

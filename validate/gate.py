@@ -54,7 +54,7 @@ class Baseline:
         spread: by kind, ``kl``, ``top1`` or ``routing``: relative run-to-run spread.
         tensors: by stage and name.
         distribution: KL figures, tokens and share of right or tied likeliest tokens; may be empty.
-        routing: by mode, the agreement of each layer.
+        routing: by mode, the agreement of each router.
     """
 
     identity: dict[str, Any]
@@ -310,9 +310,9 @@ def _routing(report: Report, baseline: Baseline) -> Iterator[str]:
         found = report.routing.get(mode)
         now = () if found is None else found.agreement
         if len(now) < len(then):
-            yield f"routing ({mode}) of {len(now)} layers is compared, was {len(then)}"
-        for layer, (new, old) in enumerate(zip(now, then, strict=False)):
-            what = f"routing ({mode}), layer {layer}: agreement"
+            yield f"routing ({mode}) of {len(now)} routers is compared, was {len(then)}"
+        for router, (new, old) in enumerate(zip(now, then, strict=False)):
+            what = f"routing ({mode}), router {router}: agreement"
             yield from _share(what, new, old, baseline.slack("routing"))
 
 

@@ -180,16 +180,16 @@ def _margins(report: Report) -> Plot:
         return Plot(title, "Nothing to draw: this model has no routers.")
     flips = [(mode, flip) for mode, found in report.routing.items() for flip in found.flips]
     if not flips:
-        return Plot(title, "Nothing to draw: every token has the truth's experts in every layer.")
+        return Plot(title, "Nothing to draw: every token has the truth's experts at every router.")
     groups: dict[str, list[tuple[float, float]]] = {}
     for mode, flip in flips:
         ratio = flip.margin / flip.explained if flip.explained else math.inf
         if _drawable(ratio):
             word = "fails" if flip.fails else "explained"
-            groups.setdefault(f"{word}: {mode}", []).append((flip.layer, ratio))
+            groups.setdefault(f"{word}: {mode}", []).append((flip.router, ratio))
     failing = sum(flip.fails for _, flip in flips)
-    layers = 1 + max(flip.layer for _, flip in flips)
-    layers = max(layers, *(len(found.agreement) for found in report.routing.values()))
+    routers = 1 + max(flip.router for _, flip in flips)
+    routers = max(routers, *(len(found.agreement) for found in report.routing.values()))
     left = len(flips) - sum(map(len, groups.values()))
     note = _left_out(left, "flip", "a margin of zero, or a limit of zero")
     what = (
@@ -208,8 +208,8 @@ def _margins(report: Report) -> Plot:
             x, y = zip(*points, strict=True)
             axes.plot(x, y, marker, color=colour, markerfacecolor=face, label=_label(label))
         axes.set_yscale("log")
-        axes.set_xlim(-0.5, layers - 0.5)
-        axes.set_xlabel("layer (number)")
+        axes.set_xlim(-0.5, routers - 0.5)
+        axes.set_xlabel("router (number, in the order they run)")
         axes.set_ylabel("margin over the limit (ratio)")
 
     svg = _draw("margins", title, what, draw, len(groups) + 1, integers=True)

@@ -42,3 +42,8 @@ NORM_LIMIT = 8.0
 # Two logits closer than so many floors, in units of the logits' RMS, are a tie: an error of one
 # logit may well be several times the RMS error of all.
 TIE_LIMIT = 64.0
+
+# A router may choose another expert where the truth's margin is below so many RMS errors of the
+# eager graph's logits: a right target is up to 8 floors off, the margin is a difference of two
+# logits, and of many tokens some are three deviations out.
+FLIP_LIMIT = 32.0

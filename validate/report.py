@@ -169,7 +169,7 @@ def junit_text(report: Report) -> str:
         _case(suite, f"{prefix}.{tensor.stage}", tensor.name, problems, report.reason)
     for mode, routing in report.routing.items():
         problems = [
-            f"layer {flip.layer}, row {flip.row}, token {flip.token}: {list(flip.chosen)} over "
+            f"{routing.name(flip.router)}, row {flip.row}, token {flip.token}: {list(flip.chosen)} over "
             f"{list(flip.expected)} at a margin of {flip.margin:.2g}, and rounding explains "
             f"{flip.explained:.2g}"
             for flip in routing.flips
@@ -251,8 +251,8 @@ def _routing(routing: Routing) -> str:
     failing = sum(flip.fails for flip in routing.flips)
     share = "all"
     if worst < 1:
-        share = f"at least {worst:.2%} (layer {routing.agreement.index(worst)}) of"
+        share = f"at least {worst:.2%} ({routing.name(routing.agreement.index(worst))}) of"
     return (
-        f"{share} tokens have the truth's experts in each layer; "
+        f"{share} tokens have the truth's experts at each router; "
         f"{len(routing.flips)} flips, {failing} beyond what rounding explains"
     )

@@ -55,43 +55,52 @@ class TensorResult:
 
 @dataclass(frozen=True)
 class Flip:
-    """One token whose experts differ from the truth's in one layer.
+    """One token whose experts differ from the truth's at one router.
 
     Attributes:
-        layer: number of the router.
+        router: its number, in the order they run.
         row: of the batch.
         token: position in the row.
         expected: the truth's experts, in ascending order.
         chosen: the target's.
         margin: the truth's K-th logit less the next one.
         explained: largest margin that rounding in this precision explains.
+        follows: whether an earlier flip of the same row changed what this router saw, so that the
+            margin says nothing.
     """
 
-    layer: int
+    router: int
     row: int
     token: int
     expected: tuple[int, ...]
     chosen: tuple[int, ...]
     margin: float
     explained: float
+    follows: bool = False
 
     @property
     def fails(self) -> bool:
         """Whether rounding cannot have done it."""
-        return self.margin > self.explained
+        return not self.follows and not self.margin <= self.explained
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Expert choices of every layer against the truth's.
+    """Expert choices of every router against the truth's.
 
     Attributes:
-        agreement: by layer, share of tokens with the same experts.
+        agreement: by router, share of tokens with the same experts.
         flips: the tokens with others.
+        names: of the routers, such as ``layer 3``.
     """
 
     agreement: tuple[float, ...]
     flips: tuple[Flip, ...]
+    names: tuple[str, ...] = ()
+
+    def name(self, router: int) -> str:
+        """What a router is called."""
+        return self.names[router] if self.names else f"router {router}"
 
 
 @dataclass(frozen=True)
@@ -135,8 +144,10 @@ class Location:
 
     Attributes:
         layer: the first layer beyond its floor; None before the first or after the last.
-        operator: of the first node beyond it there, such as ``MoeDispatch``.
-        value: the node's output.
+        operator: of the first node beyond it there, such as ``MoeDispatch``; ``session`` where the
+            graph is right, and what feeds it is not.
+        value: the node's output; of a session the input it fed wrong, or the tensor it handed out
+            wrong, and the call, such as ``position_ids at decode 1``.
         ratio: its error over the floor.
     """
 
@@ -146,6 +157,8 @@ class Location:
     ratio: float
 
     def __str__(self) -> str:
+        if self.operator == "session":
+            return f"not in the graph but in the session, {self.value}, {self.ratio:.3g}x floor"
         where = "outside of the layers" if self.layer is None else f"layer {self.layer}"
         return f"{where}, {self.operator} output {self.value}, {self.ratio:.3g}x floor"
 
@@ -195,7 +208,7 @@ class Report:
             found.append("nothing was compared")
         for mode, routing in self.routing.items():
             found += [
-                f"routing ({mode}), layer {f.layer}: token {f.token} of row {f.row} chose "
+                f"routing ({mode}), {routing.name(f.router)}: token {f.token} of row {f.row} chose "
                 f"{list(f.chosen)} over {list(f.expected)} at a margin of {f.margin:.2g}, and "
                 f"rounding explains {f.explained:.2g}"
                 for f in routing.flips
