@@ -28,14 +28,13 @@ from export.passes.metadata import DropTracerMetadata
 from export.passes.reshapes import SimplifyReshapes, SizesFromTokens
 from export.passes.scales import FoldScales, NoteFactors
 from export.passes.weights import FoldWeightTransposes, WeightsToInitializers
+from export.request import EXTRA_OUTPUTS
 from graphs.state import BATCH, PAST, SEQUENCE, TOTAL, Dimension, StateSpec
 from plugins import mamba2_scan, moe_dispatch, moe_linear
 
 OPSET = 23
 WEIGHT_PREFIX = "weight."
 POSITIONS = "position_ids"
-# What a graph returns a layer; its values are named whether they are outputs or not.
-NAMED = ("router_logits", "hidden_states")
 # input_ids, attention_mask and position_ids come before the states.
 TOKEN_INPUTS = 3
 
@@ -88,7 +87,7 @@ class _Traced(nn.Module):
             **{state.output: each for state, each in zip(states, out.present, strict=True)},
             **{
                 f"{name}.{index}": tensor
-                for name in NAMED
+                for name in EXTRA_OUTPUTS
                 for index, tensor in enumerate(getattr(out, name))
             },
         }

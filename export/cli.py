@@ -193,19 +193,21 @@ def _export(request: ExportRequest, *, validate: bool, preview: bool) -> Manifes
 
 def _validate(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str, Any]:
     from export.ingot import REPORT, Manifest
+    from validate.cache import default_cache
+    from validate.reference import Reference
     from validate.report import write_json
-    from validate.run import cannot_compare, examine, load_reference
+    from validate.run import cannot_compare, examine
 
     manifest = Manifest.read(folder)
     reason = cannot_compare(manifest)
     if reason is not None:
         return {"verdict": "skipped", "reason": reason}
-    reference = load_reference(manifest, checkpoint, stages)
+    reference = Reference(checkpoint, manifest.task, manifest.precision, default_cache())
     # The folder still has a temporary name, and two exports are to be equal byte by byte.
     name = f"{manifest.model_type}-{manifest.target}"
     report = examine(folder, reference, stages, verify=False, name=name)
-    # The manifest has the versions; nothing in an ingot depends on the machine.
-    write_json(replace(report, environment={}), folder / REPORT)
+    # The manifest has the versions; nothing in an ingot depends on the machine or the day.
+    write_json(replace(report, environment={}, seconds=0.0), folder / REPORT)
     return report.summary()
 
 

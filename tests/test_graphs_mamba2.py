@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import MakeCheckpoint, MakeIngot
+from judged import judged
 from oracle import (
     DECODE,
     LIMIT,
@@ -48,7 +49,9 @@ from runtime.generate import generate
 from runtime.session import Floats, Ids, load
 from validate.eager import EagerSession
 from validate.inputs import make_inputs
-from validate.run import Reference, Stepper, compare_sessions, validate_ingot
+from validate.recording import Stepper
+from validate.reference import Reference
+from validate.run import validate_ingot
 
 # Each turns on another field; the numbers are such that ignoring the field changes the result. One
 # layer shows a field as well as two do and is traced in half the time, but may repeat its tokens.
@@ -832,9 +835,14 @@ def test_validation_passes(subject: Subject, target: str) -> None:
     # The state of one chunk must have reached the next.
     inputs = make_inputs(VOCAB, chunk_size=reference.chunk_size)
     assert inputs.prefill > subject.oracle.config.chunk_size
-    names = ["logits", *(state.output for state in reference.eager.states)]
+    states = [state.output for state in Manifest.read(subject.ingots[target]).states]
     stages = dict.fromkeys(tensor.stage for tensor in report.tensors)
-    assert [t.name for t in report.tensors] == names * len(stages)
+    assert len(stages) == 1 + 32 + 2 + 2
+    for stage in stages:
+        hidden = [f"hidden_states.{n}" for n in range(LAYERS + 1) if " " not in stage]
+        names = [tensor.name for tensor in report.tensors if tensor.stage == stage]
+        assert names[: 1 + len(states)] == ["logits", *states]
+        assert set(hidden) <= set(names)
     assert all(t.score is not None and t.score < 6 for t in report.tensors)
     assert report.router_margin is None
 
@@ -948,15 +956,7 @@ def test_validation_fails_a_damaged_state(
     manifest = Manifest.read(subject.ingots["ort"])
     faulty = fault(EagerSession(Checkpoint.open(subject.folder), "generate"), index)
     reference = Reference(Checkpoint.open(subject.folder), "generate")
-    found = compare_sessions(
-        reference.truth,
-        reference.eager,
-        faulty,
-        make_inputs(VOCAB, chunk_size=8),
-        manifest.main_output,
-        manifest.states,
-    )
-    failures = [tensor for tensor in found if tensor.problem]
+    failures = [tensor for tensor in judged(faulty, reference, manifest) if tensor.problem]
     assert failures[0].stage == step
     assert manifest.states[index].output in {failure.name for failure in failures}
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from validate.growth import GROWTH_LIMIT, Growth, growth
-from validate.result import TensorResult
+from validate.growth import GROWTH_LIMIT, growth
+from validate.result import Growth, TensorResult
 
 
 def tensor(
@@ -137,6 +137,7 @@ def test_a_score_that_is_no_number_is_a_problem_wherever_it_is(score: float, at:
     scores[at] = score
     found = only(decode(scores))
     assert not math.isfinite(found.ratio)
+    assert math.isfinite(found.first) == (at > 0)
     assert math.isnan(found.last) if math.isnan(score) else math.isinf(found.last)
     assert found.problem == "the error of logits over decode is not a number at every step"
 

@@ -70,16 +70,22 @@ Find = Callable[..., Location | None]
 
 @pytest.fixture
 def find(subjects: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Find:
-    """``find(family, target, change, inputs)``: where a changed copy of an ingot goes wrong."""
+    """``find(family, target, change, inputs, calls)``: where a copy that is changed goes wrong."""
 
     def find_in_copy(
-        family: str, target: str, change: Change, inputs: Inputs | None = None
+        family: str,
+        target: str,
+        change: Change,
+        inputs: Inputs | None = None,
+        calls: int | None = None,
     ) -> Location | None:
-        copy = Path(shutil.copytree(subjects.ingot(family, target), tmp_path / "copy"))
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(subjects.ingot(family, target), copy)
         change(copy)
         monkeypatch.setattr("validate.locate.capture", subjects.captures[family])
         checkpoint = Checkpoint.open(subjects.checkpoint(family))
-        return locate(copy, checkpoint, inputs or make_inputs(512))
+        return locate(copy, checkpoint, inputs or make_inputs(512), calls)
 
     return find_in_copy
 
@@ -291,6 +297,18 @@ def test_finds_what_only_decode_shows(find: Find, target: str) -> None:
     assert found is not None and found.value == "present.1.key"
 
 
+@pytest.mark.parametrize(
+    ("change", "needed"), [(cache_in_wrong_order, 2), (shift_mask, 1)], ids=["decode", "prefill"]
+)
+def test_needs_no_call_behind_the_first_that_fails(
+    find: Find, change: Callable[[onnx.GraphProto], None], needed: int
+) -> None:
+    found = find("olmoe", "onnx", graph(change), calls=needed)
+    assert found is not None and found == find("olmoe", "onnx", graph(change))
+    # A call more would have shown it.
+    assert needed == 1 or find("olmoe", "onnx", graph(change), calls=needed - 1) is None
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("change", "lowered"),
@@ -325,13 +343,24 @@ def test_finds_nothing_where_nothing_is_wrong(find: Find, family: str, target: s
     assert find(family, target, lambda _folder: None) is None
 
 
+@pytest.mark.parametrize(
+    ("family", "task", "extra"),
+    [
+        ("olmoe", "features", ("router_logits", "hidden_states")),
+        # Its hidden states are scaled where they are outputs, and the scale is folded otherwise.
+        ("granite", "generate", ("hidden_states",)),
+    ],
+)
 def test_captures_the_same_graph_afresh(
-    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
+    make_checkpoint: MakeCheckpoint,
+    make_ingot: MakeIngot,
+    family: str,
+    task: str,
+    extra: tuple[str, ...],
 ) -> None:
     """With the task and the further outputs of the ingot, on which the names depend."""
-    folder = make_checkpoint("olmoe")
-    extra = ("router_logits", "hidden_states")
-    ingot = make_ingot(folder, "ort", task="features", extra_outputs=extra)
+    folder = make_checkpoint(family)
+    ingot = make_ingot(folder, "ort", task=task, extra_outputs=extra)
     assert locate(ingot, Checkpoint.open(folder), make_inputs(512)) is None
 
 

@@ -11,15 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import MakeIngot
+from judged import judged
 from safetensors.torch import load_file, save_file
 
 from export.ingot import Manifest
 from graphs.checkpoint import Checkpoint
 from runtime.session import Floats, Ids, load
 from validate.eager import EagerSession
-from validate.inputs import make_inputs
-from validate.result import TensorResult
-from validate.run import CALLS, Reference, Stepper, compare_sessions, validate_ingot
+from validate.inputs import QUICK, Plan, make_inputs
+from validate.judge import CACHES
+from validate.recording import Stepper
+from validate.reference import Reference
+from validate.run import validate_ingot
 
 Tensors = dict[str, torch.Tensor]
 STATES = [f"present.{layer}.{kind}" for layer in range(2) for kind in ("key", "value")]
@@ -41,19 +45,51 @@ def ingot(request: pytest.FixtureRequest) -> Path:
     return path
 
 
+STAGES = ["prefill", *(f"decode {number}" for number in range(1, 33))]
+PIECES = ["split 16+3", "split 11+8", "row 0 alone", "row 1 alone"]
+INSIDE = ["router_logits.0", "router_logits.1", *(f"hidden_states.{n}" for n in range(3))]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_passes_on_every_seed(ingot: Path, reference: Reference, seed: int) -> None:
-    calls: list[int] = []
-    report = validate_ingot(ingot, reference, seed=seed, advance=calls.append)
+    report = validate_ingot(ingot, reference, seed=seed)
     assert (report.verdict, report.failures) == ("passed", [])
-    # A prefill and eight decode steps, two splits, and each row alone; logits and four states each.
-    stages = ["prefill", *(f"decode {number}" for number in range(1, 9))]
-    stages += ["split 16+3", "split 11+8", "row 0 alone", "row 1 alone"]
-    expected = [(stage, name) for stage in stages for name in ["logits", *STATES]]
-    assert [(t.stage, t.name) for t in report.tensors] == expected
-    assert all(t.score is not None and 0 < t.score < 4 for t in report.tensors)
+    # A prefill and 32 decode steps, the caches at their end, two splits, and each row alone.
+    expected = [(stage, name) for stage in STAGES for name in ["logits", *STATES]]
+    expected += [(CACHES, name) for name in STATES]
+    expected += [(stage, name) for stage in PIECES for name in ["logits", *STATES]]
+    replayed = [f"{stage}, replayed" for stage in STAGES]
+    inside = {(stage, name) for stage in replayed for name in ["logits", *STATES, *INSIDE]}
+    found = [(t.stage, t.name) for t in report.tensors]
+    assert found[: len(expected)] == expected
+    assert set(found[len(expected) :]) == inside and len(found) == len(expected) + len(inside)
+    assert all(t.score is not None and t.score < 5 for t in report.tensors)
     assert all(t.floor is not None and 1e-8 < t.floor < 1e-5 for t in report.tensors)
-    assert sum(calls) == CALLS
+    assert {mode: found.agreement for mode, found in report.routing.items()} == {
+        "free": (1.0, 1.0),
+        "replayed": (1.0, 1.0),
+    }
+    assert report.routing["free"].names == ("layer 0", "layer 1")
+    assert [growth.kind for growth in report.growth] == [
+        *("logits", "key", "value", "router", "hidden")
+    ]
+    assert len(report.hidden) == 3 and all(0 <= e < 5 * f for e, f in report.hidden)
+    assert report.distribution is not None and report.distribution.tokens == 19 + 12 + 2 * 32
+    assert 0 <= report.distribution.kl_max < 1e-10
+
+
+def test_feeds_what_the_plan_says(tiny_ort: Path, reference: Reference) -> None:
+    plan = Plan(prefill=21, decode=3, seeds=2)
+    report = validate_ingot(tiny_ort, reference, plan=plan, seed=4)
+    stages = list(dict.fromkeys(tensor.stage for tensor in report.tensors))
+    calls = ["prefill", "decode 1", "decode 2", "decode 3"]
+    pieces = ["split 16+5", "split 11+10", "row 0 alone", "row 1 alone"]
+    inside = [f"{stage}, replayed" for stage in calls]
+    free = [*calls, CACHES, *pieces]
+    assert stages == [f"seed {seed}, {s}" for seed in (4, 5) for s in [*free, *inside]]
+    # Too few steps for a growth.
+    assert report.verdict == "passed" and report.growth == ()
+    assert report.distribution is not None and report.distribution.tokens == 2 * (21 + 14 + 2 * 3)
 
 
 def test_sums_up_what_it_compared(ingot: Path, reference: Reference) -> None:
@@ -61,12 +97,13 @@ def test_sums_up_what_it_compared(ingot: Path, reference: Reference) -> None:
     summary = report.summary()
     assert summary["verdict"] == "passed" and summary["seed"] == 3
     assert summary["against"] == "eager PyTorch in float64, beside eager PyTorch in float32"
-    assert (summary["stages"], summary["compared"]) == (13, 65)
-    for kind in ("logits", "key", "value"):
+    assert (summary["stages"], summary["compared"]) == (71, len(report.tensors))
+    for kind in ("logits", "key", "value", "router", "hidden"):
         scores = [t.score for t in report.tensors if t.kind == kind]
         assert summary[f"{kind}_score"] == max(score for score in scores if score is not None)
     assert "first_failure" not in summary and "reason" not in summary
     assert summary["top1_agreement"] == 1.0
+    assert summary["routing_agreement_free"] == 1.0
     assert 0 < summary["router_margin"] < 1
 
 
@@ -91,7 +128,6 @@ def test_streams_a_checkpoint_to_exactly_the_same_numbers(tiny: Path) -> None:
     # It held the layers' weights only while they ran.
     held = {name for name, p in streamed.model.named_parameters() if p.device.type != "meta"}
     assert held == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    assert streamed.router_margin == loaded.router_margin is not None
 
 
 def test_forgets_everything_at_a_reset(eager: EagerSession) -> None:
@@ -254,15 +290,7 @@ def _compared(
     target: Path, reference: Reference, actual: Callable[[Stepper], Stepper]
 ) -> list[str]:
     """The failures, as stage and name."""
-    manifest, inputs = Manifest.read(target), make_inputs(512)
-    found: list[TensorResult] = compare_sessions(
-        reference.truth,
-        reference.eager,
-        actual(load(target)),
-        inputs,
-        manifest.main_output,
-        manifest.states,
-    )
+    found = judged(actual(load(target)), reference, Manifest.read(target))
     return [f"{tensor.stage}, {tensor.name}" for tensor in found if tensor.problem]
 
 
@@ -288,29 +316,25 @@ def test_leaves_padding_out_of_the_comparison(tiny_onnx: Path, reference: Refere
     assert _compared(tiny_onnx, reference, ScramblesPadding) == []
 
 
-def test_remembers_a_router_margin_of_zero(tiny: Path, tmp_path: Path) -> None:
+def test_reports_a_router_margin_of_zero(tiny: Path, make_ingot: MakeIngot, tmp_path: Path) -> None:
     def tie(weights: Tensors) -> None:
         # Two equal rows: a token that ranks them second and third has no margin at all.
         weights["model.layers.0.mlp.gate.weight"][6] = weights["model.layers.0.mlp.gate.weight"][1]
 
-    session = EagerSession(_variant(tiny, tmp_path, edit=tie), "generate")
-    inputs = make_inputs(512)
-    session.reset(2, 100)
-    session.step(inputs.input_ids, inputs.attention_mask)
-    assert session.router_margin == 0.0
-    for token in range(20):
-        session.step(np.full((2, 1), token), np.ones((2, 1), np.int64))
-    assert session.router_margin == 0.0
+    tied = _variant(tiny, tmp_path, edit=tie)
+    report = validate_ingot(make_ingot(tied.path, "onnx"), Reference(tied, "generate"), plan=QUICK)
+    assert report.router_margin == 0.0
+    assert report.verdict == "passed"
 
 
 def test_makes_inputs_that_would_show_a_mistake() -> None:
-    inputs = make_inputs(512, seed=1)
+    inputs = make_inputs(512, seed=1, plan=QUICK)
     assert inputs.input_ids.shape == inputs.attention_mask.shape == (2, 27)
     assert inputs.attention_mask.tolist() == [[1] * 27, [0] * 7 + [1] * 20]
     assert inputs.input_ids.min() >= 0 and inputs.input_ids.max() < 512
     assert not (inputs.input_ids[0] == inputs.input_ids[1]).all()
-    assert (make_inputs(512, seed=1).input_ids == inputs.input_ids).all()
-    assert (make_inputs(512, seed=2).input_ids != inputs.input_ids).any()
+    assert (make_inputs(512, seed=1, plan=QUICK).input_ids == inputs.input_ids).all()
+    assert (make_inputs(512, seed=2, plan=QUICK).input_ids != inputs.input_ids).any()
     # Every column is fed once, in order.
     columns = [c for _, part in inputs.steps for c in range(27)[part]]
     assert columns == list(range(27))

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from plugins.errors import IngotError
+
+if TYPE_CHECKING:
+    from export.ingot import Manifest
+    from runtime.session import Ids
+    from validate.inputs import Plan
+    from validate.result import Report
+
+EAGER = "eager"
+STATUS = {"passed": 0, "failed": 1, "skipped": 2}
 
 
 @click.command("validate")
@@ -19,6 +30,25 @@ from plugins.errors import IngotError
     help="The checkpoint folder the ingot was made from.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the token ids.")
+@click.option("--quick", "plan", flag_value="quick", help="8 decode steps in place of 32.")
+@click.option("--thorough", "plan", flag_value="thorough", help="3 seeds, 128 decode steps each.")
+@click.option(
+    "--against",
+    default=EAGER,
+    show_default=True,
+    help="What the ingot is compared with: eager, onnx, ort, trt, trt-rtx or another ingot.",
+)
+@click.option(
+    "--tokens",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Measure perplexity over these token ids, an .npy file of integers [n].",
+)
+@click.option(
+    "--text",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Measure perplexity over this text, encoded by the ingot's tokenizer.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
 @click.option(
     "--report",
     "folder",
@@ -41,6 +71,11 @@ def validate_command(
     ingot: Path,
     checkpoint: Path,
     seed: int,
+    plan: str | None,
+    against: str,
+    tokens: Path | None,
+    text: Path | None,
+    as_json: bool,
     folder: Path | None,
     baseline: Path | None,
     gated: Path | None,
@@ -51,44 +86,92 @@ def validate_command(
     of an engine could.
     """
     from export.ingot import Manifest
-    from export.progress import RichStages
-    from graphs.checkpoint import Checkpoint
-    from validate.gate import gate, save_baseline
-    from validate.run import (
-        CALLS,
-        cannot_compare,
-        examine,
-        load_reference,
-        spread,
-        validate_ingot,
-    )
+    from validate.gate import gate
+    from validate.report import json_text, write
 
     try:
         manifest = Manifest.read(ingot)
-        stages = RichStages()
-        reason = cannot_compare(manifest)
-        if reason is not None:
-            raise IngotError(f"{ingot} cannot be compared: {reason}.")
-        reference = load_reference(manifest, Checkpoint.open(checkpoint), stages)
-        report = examine(ingot, reference, stages, seed=seed)
+        words = _words(manifest, ingot, tokens, text)
+        report = _validate(manifest, ingot, checkpoint, seed, _plan(plan), against, words, baseline)
         if folder is not None:
-            from validate.report import write
-
             write(report, folder)
-        if baseline is not None:
-            with stages.stage("measure the spread", CALLS, "steps") as advance:
-                again = validate_ingot(ingot, reference, seed=seed, advance=advance)
-            save_baseline(report, baseline, spread(report, again))
         worse = [] if gated is None else gate(report, gated)
     except IngotError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
-    for name, value in report.summary().items():
-        click.echo(f"{name:20} {value}")
-    for failure in report.failures:
-        click.echo(f"FAILED {failure}")
+    if as_json:
+        click.echo(json_text(report), nl=False)
+    else:
+        for name, value in report.summary().items():
+            click.echo(f"{name:20} {value}")
+        for failure in report.failures:
+            click.echo(f"FAILED {failure}")
     for problem in worse:
-        click.echo(f"WORSE {problem}")
-    if worse:
-        sys.exit(1)
-    sys.exit({"passed": 0, "failed": 1, "skipped": 2}[report.verdict])
+        click.echo(f"WORSE {problem}", err=as_json)
+    sys.exit(1 if worse else STATUS[report.verdict])
+
+
+def _plan(name: str | None) -> Plan:
+    from validate.inputs import QUICK, STANDARD, THOROUGH
+
+    return {None: STANDARD, "quick": QUICK, "thorough": THOROUGH}[name]
+
+
+def _words(manifest: Manifest, ingot: Path, tokens: Path | None, text: Path | None) -> Ids | None:
+    """The tokens whose perplexity is asked for."""
+    from validate.distribution import read_text, read_tokens
+
+    if tokens is None and text is None:
+        return None
+    if tokens is not None and text is not None:
+        raise IngotError("--tokens and --text were both given; give one.")
+    if manifest.main_output != "logits" or not manifest.states:
+        raise IngotError(f"{ingot} predicts no tokens, so there is no perplexity to measure.")
+    if tokens is not None:
+        return read_tokens(tokens, manifest.vocab_size)
+    assert text is not None
+    return read_text(text, ingot)
+
+
+def _validate(
+    manifest: Manifest,
+    ingot: Path,
+    folder: Path,
+    seed: int,
+    plan: Plan,
+    against: str,
+    words: Ids | None,
+    baseline: Path | None,
+) -> Report:
+    from export.progress import RichStages
+    from graphs.checkpoint import Checkpoint
+    from validate.against import Other, OtherReference
+    from validate.cache import default_cache
+    from validate.gate import save_baseline
+    from validate.reference import Reference
+    from validate.run import cannot_compare, examine, spread, validate_ingot
+
+    reason = cannot_compare(manifest)
+    if reason is not None:
+        raise IngotError(f"{ingot} cannot be compared: {reason}.")
+    stages = RichStages()
+    checkpoint = Checkpoint.open(folder)
+    reference = Reference(checkpoint, manifest.task, manifest.precision, default_cache())
+    made_from = manifest.source.get("sha256")
+    if reference.hash(stages) != made_from:
+        raise IngotError(
+            f"{ingot} was made from another checkpoint than {folder}: its SHA-256 is "
+            f"{reference.hash(stages)[:12]}… and the ingot's {str(made_from)[:12]}…; give the "
+            "folder it was made from, or export again."
+        )
+    with contextlib.ExitStack() as stack:
+        if against != EAGER:
+            other = stack.enter_context(Other(against, manifest, checkpoint, stages))
+            reference = OtherReference(reference, other.folder, other.name)
+        report = examine(ingot, reference, stages, plan=plan, seed=seed, text=words)
+        if baseline is not None:
+            again = validate_ingot(
+                ingot, reference, stages, plan=plan, seed=seed, verify=False, text=words
+            )
+            save_baseline(report, baseline, spread(report, again))
+    return report

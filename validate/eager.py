@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from export.request import EXTRA_OUTPUTS
 from graphs.checkpoint import Checkpoint, WeightMap, assemble, load_parameters
 from graphs.family import family_of, parameter_bytes
 from graphs.layers import ModelOutput
 from graphs.state import BATCH, StateSpec
 from runtime.session import Floats, Ids
-from runtime.tokens import TokenInputs
 
 
 class EagerSession:
@@ -34,8 +34,8 @@ class EagerSession:
         advance: told the bytes of each weight that is loaded up front.
 
     Attributes:
-        router_margin: smallest difference seen between the K-th and the next router logit, or
-            None for a graph without routers. A margin near rounding error can flip a choice.
+        tapped: of the last call, ``router_logits.{i} [B*T, E]`` and
+            ``hidden_states.{i} [B, T, H]``.
     """
 
     def __init__(
@@ -57,15 +57,13 @@ class EagerSession:
         else:
             load_parameters(self.model, checkpoint, weight_map, advance=advance)
         self.states: tuple[StateSpec, ...] = getattr(self.model, "states")
-        config = getattr(self.model, "config")
-        self._top_k: int | None = getattr(config, "num_experts_per_tok", None)
-        self._tokens = TokenInputs(config.vocab_size, self.states)
-        self.router_margin: float | None = None
+        self._cached = any(state.axis is not None for state in self.states)
+        self.tapped: dict[str, Floats] = {}
         self.reset(1, 0)
 
     def reset(self, batch: int, capacity: int) -> None:
         """See ``runtime.session.Session.reset``."""
-        self._tokens.reset(batch, capacity)
+        self._mask: Ids = np.zeros((batch, 0), dtype=np.int64)
         self._past = tuple(
             torch.zeros(
                 [
@@ -80,24 +78,29 @@ class EagerSession:
     @torch.inference_mode()
     def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         """See ``runtime.session.Session.step``."""
-        self._tokens.check(input_ids, attention_mask)
-        feeds = self._tokens.append(input_ids, attention_mask)
+        feeds = self._feeds(input_ids, attention_mask)
         tensors = {name: torch.from_numpy(array.copy()) for name, array in feeds.items()}
         out: ModelOutput = self.model(**tensors, past=self._past)
         self._past = out.present
-        self._note_margin(out, attention_mask)
+        self.tapped = {
+            f"{name}.{index}": _array(tensor)
+            for name in EXTRA_OUTPUTS
+            for index, tensor in enumerate(getattr(out, name))
+        }
         return _array(out.main)
 
-    def _note_margin(self, out: ModelOutput, attention_mask: Ids) -> None:
-        real = torch.from_numpy(attention_mask.reshape(-1) != 0)
-        for logits in out.router_logits:
-            if self._top_k is None or self._top_k == logits.shape[-1]:
-                continue
-            ordered = logits[real].sort(-1, descending=True).values
-            margin = float((ordered[:, self._top_k - 1] - ordered[:, self._top_k]).min())
-            self.router_margin = min(
-                margin, margin if self.router_margin is None else self.router_margin
-            )
+    def _feeds(self, input_ids: Ids, attention_mask: Ids) -> dict[str, Ids]:
+        """The graph's token inputs by their definition; a session has its own way to them."""
+        if self.states:
+            attention_mask = np.concatenate((self._mask, attention_mask), axis=1)
+        self._mask = attention_mask
+        tokens = input_ids.shape[1]
+        counted = np.cumsum(attention_mask, axis=1)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask if self._cached else attention_mask[:, -tokens:],
+            "position_ids": np.maximum(counted - 1, 0)[:, -tokens:],
+        }
 
     def state(self) -> dict[str, Floats]:
         """See ``runtime.session.Session.state``."""

@@ -8,6 +8,32 @@ import numpy as np
 
 from runtime.session import Ids
 
+PADDING = 7
+# A multiple of every chunk size up to it; the other split is off it, and behind the padding.
+SPLIT = 16
+# A graph without state computes each length from its first token, so it is asked for fewer.
+MOST_LENGTHS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much one validation feeds.
+
+    Attributes:
+        prefill: tokens of the first call, at least; odd, so that a kernel's tail is used too.
+        decode: calls of one token after it.
+        seeds: sets of token ids.
+    """
+
+    prefill: int = 19
+    decode: int = 32
+    seeds: int = 1
+
+
+STANDARD = Plan()
+QUICK = Plan(decode=8)
+THOROUGH = Plan(prefill=131, decode=128, seeds=3)
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -43,28 +69,32 @@ class Inputs:
         ]
 
 
-# Odd, so that a kernel's tail is used too.
-PREFILL = 19
-DECODE = 8
-PADDING = 7
-# A multiple of every chunk size up to it; the other split is off it, and behind the padding.
-SPLIT = 16
-
-
 def make_inputs(
-    vocab_size: int, seed: int = 0, *, chunk_size: int = 0, stateful: bool = True
+    vocab_size: int,
+    seed: int = 0,
+    plan: Plan = STANDARD,
+    *,
+    chunk_size: int = 0,
+    stateful: bool = True,
+    longest: int | None = None,
 ) -> Inputs:
-    """Inputs for any vocabulary: two rows, a prefill and ``DECODE`` tokens more.
+    """Inputs for any vocabulary: two rows, a prefill and the plan's decode steps.
 
     Args:
         vocab_size: ids are below it.
         seed: of the ids.
+        plan: how much.
         chunk_size: of a chunked scan, whose prefill must carry its state over a boundary.
         stateful: see ``Inputs``.
+        longest: most tokens of a sequence that the target takes, if it has a limit.
     """
     random = np.random.default_rng(seed)
-    prefill = max(PREFILL, chunk_size + 3)
-    ids = random.integers(0, vocab_size, size=(2, prefill + DECODE), dtype=np.int64)
+    decode = plan.decode if stateful else min(plan.decode, MOST_LENGTHS)
+    prefill = max(plan.prefill, chunk_size + 3)
+    if longest is not None:
+        prefill = min(prefill, longest - 1)
+        decode = min(decode, longest - prefill)
+    ids = random.integers(0, vocab_size, size=(2, prefill + decode), dtype=np.int64)
     mask = np.ones_like(ids)
     mask[1, :PADDING] = 0
     return Inputs(ids, mask, prefill, stateful)

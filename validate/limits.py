@@ -29,6 +29,7 @@ LIMITS = {
         "measured at up to 3 floors over 20 seeds of every family; a constant that is 0.1 % wrong "
         "is at hundreds",
     ),
+    "router": Limit(8.0, "a projection of a hidden state"),
     "key": Limit(8.0, "a projection, a norm and a rotation of a hidden state"),
     "value": Limit(8.0, "a projection of a hidden state"),
     "conv": Limit(8.0, "a projection of a hidden state"),

@@ -64,13 +64,17 @@ class LocateError(IngotError):
     """An ingot whose graph cannot be held against a reference here."""
 
 
-def locate(folder: Path, checkpoint: Checkpoint, inputs: Inputs) -> Location | None:
+def locate(
+    folder: Path, checkpoint: Checkpoint, inputs: Inputs, calls: int | None = None
+) -> Location | None:
     """Name the first layer and the first node of an ingot beyond the floor.
 
     Args:
         folder: an ingot with a float32 graph; its hashes are not checked, and an engine is not run.
         checkpoint: what it was made from.
         inputs: for which its numbers are wrong; two or more calls show a fault in decode.
+        calls: only the first so many of ``inputs.steps``, where it is known that one of them fails;
+            every layer is run for every call.
 
     Returns:
         The first bad value, by layer, then by call, then in the order of computation. Where all
@@ -85,13 +89,13 @@ def locate(folder: Path, checkpoint: Checkpoint, inputs: Inputs) -> Location | N
         raise LocateError(f"{folder} is {manifest.precision}; only float32 graphs are located.")
     captured = _captured(manifest, checkpoint)
     reference, actual = _reference(captured.model), _ingot(folder)
-    calls = _Calls(captured, inputs, manifest.vocab_size)
+    known = _Calls(captured, inputs, manifest.vocab_size, calls)
     positions = _positions(reference)
     for position in sorted(set(positions.values())):
         # In the order of computation.
         values = [name for name, where in positions.items() if where == position]
         kept = _leaving(reference, positions, position)
-        found = _first_bad(reference, actual, calls, values, kept)
+        found = _first_bad(reference, actual, known, values, kept)
         if found is not None:
             return _location(position, *found, actual, reference)
     changed = next((n for n in positions if _differs(reference, actual, n)), None)
@@ -114,7 +118,8 @@ def _captured(manifest: Manifest, checkpoint: Checkpoint) -> Captured:
     model = family.build(checkpoint.config, manifest.task)
     weight_map = family.weight_map(model, checkpoint, manifest.task)
     read = block_reader(checkpoint, weight_map, model)
-    # Further outputs change the names of values, so the reference has those the ingot has.
+    # A factor is folded over a hidden state only where that is no output, and what is folded
+    # shifts the names behind it, so the reference has the outputs that the ingot has.
     named = {output.name.partition(".")[0] for output in manifest.outputs}
     extra = tuple(name for name in EXTRA_OUTPUTS if name in named)
     captured = capture(model, read, extra_outputs=extra)
@@ -240,7 +245,10 @@ class _Calls:
             element that differs between the two belongs to padding, wherever its tensor has it.
     """
 
-    def __init__(self, captured: Captured, inputs: Inputs, vocab_size: int) -> None:
+    def __init__(
+        self, captured: Captured, inputs: Inputs, vocab_size: int, most: int | None = None
+    ) -> None:
+        self._most = most
         self.states = captured.states
         self._tokens = TokenInputs(vocab_size, captured.states)
         self._batch = inputs.input_ids.shape[0]
@@ -256,7 +264,7 @@ class _Calls:
         self._tokens.reset(*inputs.input_ids.shape)
         known: list[Values] = [
             dict(self._tokens.append(inputs.input_ids[:, at], inputs.attention_mask[:, at]))
-            for _, at in inputs.steps
+            for _, at in inputs.steps[: self._most]
         ]
         for state in self.states:
             sizes = [
@@ -300,7 +308,7 @@ def _first_bad(
         found = actual_part.run(known)
         calls.keep(calls.known, call, expected, kept)
         for name in shared:
-            ratio = _error(expected[name], found[name], other[name]) / FLOOR
+            ratio = relative_error(expected[name], found[name], other[name]) / FLOOR
             if ratio > LIMIT:
                 return name, ratio
     missing = next((n for n in values if n in kept and n not in actual.makers), None)
@@ -383,7 +391,7 @@ def _input(name: str, array: Array) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, dtype, [None] * array.ndim)
 
 
-def _error(expected: Array, found: Array, other: Array) -> float:
+def relative_error(expected: Array, found: Array, other: Array) -> float:
     """Relative RMS error over the elements that do not depend on padding.
 
     Args:

@@ -169,9 +169,9 @@ def junit_text(report: Report) -> str:
         _case(suite, f"{prefix}.{tensor.stage}", tensor.name, problems, report.reason)
     for mode, routing in report.routing.items():
         problems = [
-            f"{routing.name(flip.router)}, row {flip.row}, token {flip.token}: {list(flip.chosen)} over "
-            f"{list(flip.expected)} at a margin of {flip.margin:.2g}, and rounding explains "
-            f"{flip.explained:.2g}"
+            f"{routing.name(flip.router)}, row {flip.row}, token {flip.token}: "
+            f"{list(flip.chosen)} over {list(flip.expected)} at a margin of {flip.margin:.2g}, "
+            f"and rounding explains {flip.explained:.2g}"
             for flip in routing.flips
             if flip.fails
         ]

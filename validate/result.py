@@ -14,6 +14,8 @@ from typing import Any
 from export.ingot import Verdict
 
 SCHEMA_VERSION = 1
+# A score: an error no larger than eager's own is no fault, whatever it rose from.
+HARMLESS = 1.0
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,40 @@ class Distribution:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """The score of one kind of tensor at the begin and at the end of decode.
+
+    Attributes:
+        kind: of ``TensorResult``.
+        first: geometric mean of the scores of the first quarter of the steps.
+        last: of the last quarter; where any step's score is NaN or infinite, that.
+        limit: largest ratio accepted.
+    """
+
+    kind: str
+    first: float
+    last: float
+    limit: float
+
+    @property
+    def ratio(self) -> float:
+        """Last over first; NaN or infinite where a score was."""
+        return self.last / self.first
+
+    @property
+    def problem(self) -> str:
+        """What is wrong in one sentence; empty where it is fine."""
+        if not math.isfinite(self.ratio):
+            return f"the error of {self.kind} over decode is not a number at every step"
+        if self.ratio <= self.limit or self.last <= HARMLESS:
+            return ""
+        return (
+            f"the error of {self.kind} grows over decode from {self.first:.3g} to {self.last:.3g} "
+            f"times eager PyTorch's, {self.ratio:.3g}-fold; up to {self.limit:g}-fold is accepted"
+        )
+
+
+@dataclass(frozen=True)
 class Location:
     """Where a failure begins.
 
@@ -174,13 +210,14 @@ class Report:
         seed: of the token ids.
         tensors: every tensor after every call, in order.
         routing: by mode, ``free`` and ``replayed``; empty for a model without routers.
+        growth: of the errors over decode, by kind; empty where there were too few steps.
         distribution: None for a target without logits.
         location: where it went wrong, where it did.
         environment: versions and machine, by name.
         hidden: error and floor of every layer's hidden state, where they were outputs.
         reason: why passing says nothing about the ingot itself, if it does not.
         seconds: the whole took.
-        router_margin: of the truth; see ``validate.eager.EagerSession``.
+        router_margin: smallest difference between the truth's K-th and next router logit.
     """
 
     ingot: str
@@ -191,6 +228,7 @@ class Report:
     seed: int
     tensors: tuple[TensorResult, ...]
     routing: dict[str, Routing] = field(default_factory=dict)
+    growth: tuple[Growth, ...] = ()
     distribution: Distribution | None = None
     location: Location | None = None
     environment: dict[str, str] = field(default_factory=dict)
@@ -214,6 +252,7 @@ class Report:
                 for f in routing.flips
                 if f.fails
             ]
+        found += [f"decode: {growth.problem}" for growth in self.growth if growth.problem]
         return found
 
     @property
@@ -250,6 +289,8 @@ class Report:
         for kind, tensor in self.worst.items():
             result[f"{kind}_score"] = tensor.score
             result[f"{kind}_error"] = tensor.error
+        for growth in self.growth:
+            result[f"{growth.kind}_growth"] = growth.ratio
         if self.distribution is not None:
             result["kl_mean"] = self.distribution.kl_mean
             result["kl_max"] = self.distribution.kl_max

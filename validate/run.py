@@ -2,227 +2,191 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from export.ingot import Manifest, StateInfo
+from export.ingot import Manifest
 from export.progress import Stages
-from graphs.checkpoint import Checkpoint
 from plugins.device import has_gpu
-from runtime.session import Floats, Ids, load
-from validate.compare import compare
-from validate.eager import EagerSession
-from validate.inputs import DECODE, Inputs, make_inputs
-from validate.metrics import Array
-from validate.result import Report, TensorResult
+from runtime.session import Ids, Session, load
+from validate import figures
+from validate.distribution import negative_log_likelihoods, perplexities
+from validate.inputs import STANDARD, Inputs, Plan, make_inputs
+from validate.judge import Judge
+from validate.recording import Layout
+from validate.reference import TRUTH, Reference
+from validate.result import Distribution, Location, Report
+from validate.taps import TappedSession
 
-# One precision higher than the target's.
-TRUTH = {"float32": torch.float64, "float16": torch.float32, "bfloat16": torch.float32}
-# Calls of one validation: a prefill and each decode step, a split at a chunk's end and off it, and
-# each row alone.
-CALLS = 1 + DECODE + 4 + 2
 LIBRARIES = ("torch", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13")
-
-
-class Stepper(Protocol):
-    """What is compared: anything that takes tokens and has state."""
-
-    def reset(self, batch: int, capacity: int) -> None: ...
-
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats: ...
-
-    def state(self) -> dict[str, Floats]: ...
-
-
-class Reference:
-    """The eager graph of a checkpoint twice: the truth, and in the precision of a target.
-
-    A graph that does not fit in half of the free memory is streamed from the checkpoint, layer by
-    layer, for every call.
-
-    Args:
-        checkpoint: the weights.
-        task: a task of the family.
-        precision: of the target: ``float32``, ``float16`` or ``bfloat16``.
-        advance: told the bytes of each weight that is loaded up front.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        task: str,
-        precision: str = "float32",
-        *,
-        advance: Callable[[int], None] = lambda _bytes: None,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.precision = precision
-        self.truth = EagerSession(checkpoint, task, precision=TRUTH[precision], advance=advance)
-        own: torch.dtype = getattr(torch, precision)
-        self.eager = EagerSession(checkpoint, task, precision=own, advance=advance)
-        self.chunk_size: int = getattr(getattr(self.eager.model, "config"), "chunk_size", 0)
-
-    @property
-    def against(self) -> str:
-        """What the target is compared with, in words."""
-        truth = str(TRUTH[self.precision]).removeprefix("torch.")
-        return f"eager PyTorch in {truth}, beside eager PyTorch in {self.precision}"
-
-    def inputs(self, manifest: Manifest, seed: int) -> Inputs:
-        """What an ingot of this checkpoint is fed."""
-        stateful = bool(manifest.states)
-        return make_inputs(manifest.vocab_size, seed, chunk_size=self.chunk_size, stateful=stateful)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Rows and columns of the inputs that one call feeds, and what the results are called."""
-
-    stage: str
-    rows: slice
-    columns: slice
-    compared: bool = True
-
-
-def _runs(inputs: Inputs) -> Iterator[list[_Call]]:
-    """Sequences of calls, each from an empty state."""
-    every = slice(None)
-    yield [_Call(stage, every, columns) for stage, columns in inputs.steps]
-    if not inputs.stateful:
-        return
-    # A state must carry over whatever the call boundaries are.
-    for split in inputs.splits:
-        rest = inputs.prefill - split
-        yield [
-            _Call("", every, slice(0, split), compared=False),
-            _Call(f"split {split}+{rest}", every, slice(split, inputs.prefill)),
-        ]
-    # A padded row must compute what it computes alone.
-    for row in range(len(inputs.input_ids)):
-        first = int((inputs.attention_mask[row] == 0).sum())
-        yield [_Call(f"row {row} alone", slice(row, row + 1), slice(first, inputs.prefill))]
-
-
-def compare_sessions(
-    truth: Stepper,
-    eager: Stepper,
-    target: Stepper,
-    inputs: Inputs,
-    main_output: str,
-    states: Sequence[StateInfo],
-    precision: str = "float32",
-    advance: Callable[[int], None] = lambda _calls: None,
-) -> list[TensorResult]:
-    """Feed three sessions the same calls and compare every output after each.
-
-    Padding positions are left out: their values mean nothing, and a target may compute others.
-    """
-    kinds = {state.output: str(state.kind) for state in states}
-    kinds[main_output] = "logits" if main_output == "logits" else "hidden"
-    axes = {state.output: state.axis for state in states}
-    results = []
-    for calls in _runs(inputs):
-        first = calls[0].columns.start
-        for session in (truth, eager, target):
-            rows, total = inputs.input_ids[calls[0].rows].shape
-            session.reset(rows, total)
-        for call in calls:
-            ids = inputs.input_ids[call.rows, call.columns]
-            mask = inputs.attention_mask[call.rows, call.columns]
-            seen = inputs.attention_mask[call.rows, first : call.columns.stop] != 0
-            tensors = []
-            for session in (truth, eager, target):
-                main = session.step(ids, mask)
-                # A classifier has one output a row, and not one a token.
-                found: dict[str, Array] = {main_output: main[mask != 0] if main.ndim == 3 else main}
-                for name, array in session.state().items():
-                    found[name] = _real(array, axes.get(name), seen)
-                tensors.append(found)
-            if call.compared:
-                of_truth, of_eager, of_target = tensors
-                results += compare(call.stage, of_truth, of_eager, of_target, kinds, precision)
-            advance(1)
-    return results
-
-
-def _real(array: Floats, axis: int | None, seen: npt.NDArray[np.bool_]) -> Floats:
-    """The positions of a cache that hold tokens; one of another length is left as it is."""
-    if axis is None or array.shape[axis] != seen.shape[1]:
-        return array
-    result: Floats = np.moveaxis(array, axis, 1)[seen]
-    return result
+# Tokens of a text that see each other where perplexity is measured.
+WINDOW = 256
+NO_GPU = "the engine did not run, for want of a GPU; its graph passed on ONNX Runtime"
 
 
 def cannot_compare(manifest: Manifest) -> str | None:
     """Why an ingot cannot be compared with eager PyTorch on this machine; None where it can."""
-    if manifest.precision == "float32":
+    if manifest.precision != "bfloat16" or (manifest.engine is not None and has_gpu()):
         return None
     return (
-        f"this ingot is {manifest.precision}, where a rounding error may change a router's choice "
-        "and with it every number after; --precision fp32 compares the same graph"
+        "this ingot is bfloat16, an engine needs a GPU, and ONNX Runtime's CPU provider computes "
+        "no bfloat16; --precision fp32 compares the same graph"
     )
+
+
+class Target:
+    """The ingot that is judged: as it is delivered, and its graph with taps.
+
+    Args:
+        folder: the ingot; its hashes are not checked.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+        self.layout = Layout(self.manifest)
+        self.engine = self.manifest.engine is not None and has_gpu()
+        # For TensorRT a graph is delivered, where no engine can run; how ONNX Runtime fuses it is
+        # no part of it.
+        self.graph_only = not self.engine and self.manifest.target not in ("onnx", "ort")
+
+    def delivered(self) -> Session:
+        """A session as a user gets it."""
+        if self.graph_only:
+            return self.tapped()
+        return load(self.folder, verify=False, allow_failed=True)
+
+    def tapped(self) -> TappedSession:
+        """The graph on ONNX Runtime with its routers and hidden states."""
+        return TappedSession(self.folder, self.manifest)
+
+    def inputs(self, reference: Reference, plan: Plan, seed: int) -> Inputs:
+        """What one validation feeds."""
+        manifest, longest = self.manifest, None
+        if self.engine and manifest.engine is not None:
+            longest = manifest.engine.profiles[0].shapes["input_ids"][2][1]
+        return make_inputs(
+            manifest.vocab_size,
+            seed,
+            plan,
+            chunk_size=reference.chunk_size,
+            stateful=bool(manifest.states),
+            longest=longest,
+        )
 
 
 def validate_ingot(
     folder: Path,
     reference: Reference,
+    stages: Stages | None = None,
     *,
+    plan: Plan = STANDARD,
     seed: int = 0,
     verify: bool = True,
     name: str | None = None,
-    advance: Callable[[int], None] = lambda _calls: None,
+    text: Ids | None = None,
 ) -> Report:
-    """Compare an ingot with the eager graph of its checkpoint.
+    """Compare an ingot with eager PyTorch; what does not match is in the report.
 
     Args:
         folder: the ingot.
         reference: the eager graph of the checkpoint it was made from.
-        seed: of the token ids.
+        stages: shows the steps.
+        plan: how much is fed.
+        seed: of the first set of token ids.
         verify: check the folder's hashes first.
         name: of the ingot in the report; by default the folder's.
-        advance: told of each finished call.
+        text: tokens ``[n]`` whose perplexity is measured.
+
+    Raises:
+        IngotError: a damaged ingot, or one that cannot be run.
     """
-    manifest = Manifest.read(folder)
-    graph_only = manifest.engine is not None and not has_gpu()
-    session = load(folder, verify=verify, allow_failed=True, graph_only=graph_only)
-    tensors = compare_sessions(
-        reference.truth,
-        reference.eager,
-        session,
-        reference.inputs(manifest, seed),
-        manifest.main_output,
-        manifest.states,
-        manifest.precision,
-        advance,
-    )
-    reason = "the engine did not run, for want of a GPU; its graph passed on ONNX Runtime"
-    return Report(
+    began = time.perf_counter()
+    stages = stages or Stages()
+    target = Target(folder)
+    target.manifest.check_files(folder, hashes=verify)
+    seeds = range(seed, seed + plan.seeds)
+    judges = []
+    for each in seeds:
+        inputs = target.inputs(reference, plan, each)
+        references = reference.record(target.layout, inputs, stages)
+        judges.append(Judge(reference, references, target.layout, inputs))
+    if not target.engine:
+        _judge_graph(target, judges, stages)
+    session = target.delivered()
+    logits = _judge_delivered(session, judges, stages)
+    source = target.manifest.source.get("sha256", "unknown")
+    report = Report(
         ingot=name or folder.name,
-        model_type=manifest.model_type,
-        target=manifest.target,
-        precision=manifest.precision,
+        model_type=target.manifest.model_type,
+        target=target.manifest.target,
+        precision=target.manifest.precision,
         against=reference.against,
         seed=seed,
-        tensors=tuple(tensors),
-        router_margin=reference.truth.router_margin,
-        environment={**environment(), "checkpoint": manifest.source.get("sha256", "unknown")},
-        reason=reason if graph_only else None,
+        tensors=figures.tensors(judges, seeds),
+        routing=figures.routing(judges),
+        growth=figures.worst_growth(judges),
+        hidden=figures.hidden(judges),
+        router_margin=figures.margin(judges, reference),
+        environment={**environment(), "checkpoint": source},
+        reason=NO_GPU if target.graph_only and target.manifest.engine is not None else None,
     )
+    if target.manifest.main_output == "logits" and target.manifest.states:
+        found = figures.next_tokens(judges, logits)
+        if found is not None and text is not None:
+            found = _with_perplexity(found, session, reference, text, stages)
+        report = replace(report, distribution=found)
+    return replace(report, seconds=time.perf_counter() - began)
 
 
-def load_reference(manifest: Manifest, checkpoint: Checkpoint, stages: Stages) -> Reference:
-    """The reference of an ingot, as a step that is shown."""
-    # The truth is twice as wide.
-    with stages.stage("load eager reference", 3 * manifest.weight_bytes) as advance:
-        return Reference(checkpoint, manifest.task, manifest.precision, advance=advance)
+def _judge_graph(target: Target, judges: Sequence[Judge], stages: Stages) -> None:
+    """Its hidden states and routers, and with the truth's experts every tensor."""
+    session = target.tapped()
+    calls = sum(judge.calls for judge in judges)
+    with stages.stage("run the graph with its routers", calls, "steps") as advance:
+        for judge in judges:
+            judge.inside(session, judge.observe(session, advance))
+
+
+def _judge_delivered(
+    session: Session, judges: Sequence[Judge], stages: Stages
+) -> list[npt.NDArray[np.floating]]:
+    """The logits ``[n, V]`` of every call; each stage is judged."""
+    calls = sum(judge.calls for judge in judges)
+    result = []
+    with stages.stage("validate against eager PyTorch", calls, "steps") as advance:
+        for judge in judges:
+            found = judge.observe(session, advance)
+            judge.free(found)
+            result += [call[judge.layout.main_output] for call in found.main]
+    return result
+
+
+def _with_perplexity(
+    found: Distribution, session: Session, reference: Reference, text: Ids, stages: Stages
+) -> Distribution:
+    """A distribution with the perplexity of a text, of the target and of the truth."""
+    truth = reference.session(TRUTH[reference.precision], stages)
+    likelihoods = []
+    for name, side in (("truth", truth), ("target", session)):
+        with stages.stage(f"perplexity of the {name}", len(text), "steps") as advance:
+            likelihoods.append(negative_log_likelihoods(side, text, WINDOW, advance))
+    of_truth, of_target = likelihoods
+    perplexity, truth_perplexity, interval = perplexities(of_truth, of_target, WINDOW)
+    return replace(
+        found,
+        perplexity=perplexity,
+        truth_perplexity=truth_perplexity,
+        ratio_interval=interval,
+    )
 
 
 def examine(
@@ -230,40 +194,48 @@ def examine(
     reference: Reference,
     stages: Stages,
     *,
+    plan: Plan = STANDARD,
     seed: int = 0,
     verify: bool = True,
     name: str | None = None,
+    text: Ids | None = None,
 ) -> Report:
-    """``validate_ingot`` as a step that is shown; a failure is located in a second."""
-    with stages.stage("validate against eager PyTorch", CALLS, "steps") as advance:
-        report = validate_ingot(
-            folder, reference, seed=seed, verify=verify, name=name, advance=advance
-        )
+    """``validate_ingot``; a failure is located in a step of its own."""
+    report = validate_ingot(
+        folder, reference, stages, plan=plan, seed=seed, verify=verify, name=name, text=text
+    )
     if report.verdict != "failed":
         return report
     with stages.stage("find where it goes wrong"):
-        return _located(report, folder, reference)
+        return replace(report, location=_location(report, Target(folder), reference, plan))
 
 
-def _located(report: Report, folder: Path, reference: Reference) -> Report:
-    """A failed report with the place where the graph goes wrong, if it is in the graph."""
+def _location(report: Report, target: Target, reference: Reference, plan: Plan) -> Location | None:
+    """Where the graph goes wrong, or else the session; None where neither does by itself."""
     from validate.locate import LocateError, locate
+    from validate.locate_session import locate_session
 
-    inputs = reference.inputs(Manifest.read(folder), report.seed)
-    try:
-        return replace(report, location=locate(folder, reference.checkpoint, inputs))
-    except LocateError:
-        # What failed is reported all the same.
-        return report
+    inputs = target.inputs(reference, plan, report.seed)
+    failed = {tensor.stage for tensor in report.tensors if tensor.problem}
+    stages = [stage for stage, _ in inputs.steps]
+    # A fault that shows in no call of the main run may be in any.
+    calls = next((n + 1 for n, stage in enumerate(stages) if stage in failed), None)
+    with contextlib.suppress(LocateError):
+        found = locate(target.folder, reference.checkpoint, inputs, calls)
+        if found is not None:
+            return found
+    return locate_session(target.delivered(), target.folder, inputs)
 
 
 def spread(first: Report, second: Report) -> dict[str, float]:
     """By kind, how far two runs of one validation are apart, as a share of the score."""
+    scores = {(tensor.stage, tensor.name): tensor.score for tensor in second.tensors}
     result: dict[str, float] = {}
-    for one, other in zip(first.tensors, second.tensors, strict=True):
-        if one.score and other.score:
-            apart = abs(one.score - other.score) / min(one.score, other.score)
-            result[one.kind] = max(result.get(one.kind, 0.0), apart)
+    for tensor in first.tensors:
+        one, other = tensor.score, scores.get((tensor.stage, tensor.name))
+        if one and other:
+            apart = abs(one - other) / min(one, other)
+            result[tensor.kind] = max(result.get(tensor.kind, 0.0), apart)
     return result
 
 

@@ -128,11 +128,16 @@ def _fold(producer: ir.Node, factor: float) -> bool:
 
 
 def _norm_weight(head: ir.Node) -> ir.Value | None:
-    """The weight of the norm whose only use is this product."""
+    """The weight, to be scaled, of the norm whose only use is this product."""
     norm = head.inputs[0].producer() if head.inputs[0] is not None else None
     if norm is None or norm.op_type != "RMSNormalization" or not _only_use(norm.outputs[0]):
         return None
-    return _own_weight(norm.inputs[1])
+    weight = _own_weight(norm.inputs[1])
+    if weight is not None:
+        # It is no longer what its name says, or will not be.
+        name = (norm.outputs[0].name or "").removeprefix("scaled.")
+        norm.outputs[0].name = f"scaled.{name}"
+    return weight
 
 
 def _fold_embedding(table: ir.Value | None, factor: float) -> bool:

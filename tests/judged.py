@@ -1,0 +1,25 @@
+"""A session, right or with a fault in it, judged as a validation judges an ingot's."""
+
+from __future__ import annotations
+
+from export.ingot import Manifest
+from export.progress import Stages
+from validate.inputs import QUICK, make_inputs
+from validate.judge import Judge
+from validate.recording import Layout, Stepper
+from validate.reference import Reference
+from validate.result import TensorResult
+
+
+def judged(session: Stepper, reference: Reference, manifest: Manifest) -> list[TensorResult]:
+    """Every tensor after every call of a quick validation."""
+    layout = Layout(manifest)
+    inputs = make_inputs(
+        manifest.vocab_size,
+        plan=QUICK,
+        chunk_size=reference.chunk_size,
+        stateful=bool(manifest.states),
+    )
+    judge = Judge(reference, reference.record(layout, inputs, Stages()), layout, inputs)
+    judge.free(judge.observe(session))
+    return judge.results

@@ -1,0 +1,381 @@
+"""Each small wrong in a session over a right graph is found: the call, and what was wrong first."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import MakeCheckpoint, MakeIngot
+from oracle import capture_once
+
+from export.ingot import MANIFEST, Manifest
+from graphs.family import find_family
+from graphs.preset import preset_config, write_checkpoint
+from runtime.ort import OrtSession
+from runtime.session import Floats, Ids, Session, load
+from runtime.tokens import TokenInputs
+from validate.inputs import Inputs, make_inputs
+from validate.locate_session import locate_session
+from validate.result import Location
+
+FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
+# Every graph with a fault in what it is fed: a cache that grows, a shared one, a fixed state.
+SUBJECTS = (("olmoe", "onnx"), ("olmoe", "ort"), ("mamba2", "ort"))
+MIDDLE = {"olmoe": "present.1.value", "mamba2": "present_states.1.ssm"}
+FIRST = {"olmoe": "present.0.key", "mamba2": "present_states.0.conv"}
+
+GetIngot = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def ingot(make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> GetIngot:
+    """``ingot(family, target)``, made when first asked for; both targets from one capture."""
+    checkpoints: dict[str, Path] = {}
+    captures: dict[str, Callable[..., Any]] = {}
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(family: str, target: str) -> Path:
+        if (family, target) not in made:
+            if family not in checkpoints:
+                checkpoints[family] = make_checkpoint(family)
+                captures[family] = capture_once()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("export.build.capture", captures[family])
+                made[family, target] = make_ingot(checkpoints[family], target)
+        return made[family, target]
+
+    return get
+
+
+def unpadded() -> Inputs:
+    inputs = make_inputs(512)
+    return replace(inputs, attention_mask=np.ones_like(inputs.attention_mask))
+
+
+class PositionsOffByOneInDecode(TokenInputs):
+    def append(self, input_ids: Ids, attention_mask: Ids) -> dict[str, Ids]:
+        later = int(self.seen > 0)
+        feeds = super().append(input_ids, attention_mask)
+        return {**feeds, "position_ids": feeds["position_ids"] + later}
+
+
+class CountsPadding(TokenInputs):
+    def append(self, input_ids: Ids, attention_mask: Ids) -> dict[str, Ids]:
+        feeds = super().append(input_ids, attention_mask)
+        columns = np.arange(self.mask.shape[1])[-input_ids.shape[1] :]
+        return {**feeds, "position_ids": np.broadcast_to(columns, input_ids.shape)}
+
+
+class ShowsOnePaddingToken(TokenInputs):
+    def append(self, input_ids: Ids, attention_mask: Ids) -> dict[str, Ids]:
+        feeds = super().append(input_ids, attention_mask)
+        mask = feeds["attention_mask"].copy()
+        mask[:, :-1] |= mask[:, 1:]
+        return {**feeds, "attention_mask": mask}
+
+
+class ForgetsThePastInItsMask(TokenInputs):
+    """The mask is as long as it should be, and all of the past is visible."""
+
+    def append(self, input_ids: Ids, attention_mask: Ids) -> dict[str, Ids]:
+        feeds = super().append(input_ids, attention_mask)
+        mask = np.ones_like(feeds["attention_mask"])
+        mask[:, -input_ids.shape[1] :] = attention_mask
+        return {**feeds, "attention_mask": mask}
+
+
+class FeedsRowsSwapped(TokenInputs):
+    def append(self, input_ids: Ids, attention_mask: Ids) -> dict[str, Ids]:
+        return super().append(input_ids[::-1], attention_mask)
+
+
+class PositionsOfPaddingAreHigh(TokenInputs):
+    """Not a fault: no real token sees them."""
+
+    def append(self, input_ids: Ids, attention_mask: Ids) -> dict[str, Ids]:
+        feeds = super().append(input_ids, attention_mask)
+        positions = np.where(attention_mask == 0, 3, feeds["position_ids"])
+        return {**feeds, "position_ids": positions}
+
+
+def feeding(ingot: Path, tokens: type[TokenInputs]) -> OrtSession:
+    """A session whose graph gets what such a counter makes."""
+    manifest = Manifest.read(ingot)
+    session = OrtSession(ingot, manifest)
+    session._tokens = tokens(manifest.vocab_size, manifest.states)
+    return session
+
+
+def rounded(value: onnxruntime.OrtValue) -> onnxruntime.OrtValue:
+    wide = torch.from_numpy(value.numpy().copy())
+    narrow = wide.to(torch.bfloat16).to(wide.dtype)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(narrow.numpy())
+
+
+class KeepsAStateInBfloat16(OrtSession):
+    def _run(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        result = super()._run(input_ids, attention_mask)
+        self.round()
+        return result
+
+    def round(self) -> None:
+        name = MIDDLE[self.manifest.model_type].replace("present.", "past_key_values.")
+        name = name.replace("present_states.", "past_states.")
+        self._state[name] = rounded(self._state[name])
+
+
+class FeedsAStateInBfloat16(KeepsAStateInBfloat16):
+    """Handed out in full, and rounded on the way into the next call."""
+
+    def _run(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        if self._tokens.seen:
+            self.round()
+        return OrtSession._run(self, input_ids, attention_mask)
+
+
+class SwapsRows(OrtSession):
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        return super().step(input_ids, attention_mask)[::-1]
+
+
+class SwapsRowsOfStates(OrtSession):
+    def state(self) -> dict[str, Floats]:
+        return {name: array[::-1] for name, array in super().state().items()}
+
+
+class DropsAState(OrtSession):
+    def state(self) -> dict[str, Floats]:
+        middle = MIDDLE[self.manifest.model_type]
+        return {name: array for name, array in super().state().items() if name != middle}
+
+
+class AddsAState(OrtSession):
+    def state(self) -> dict[str, Floats]:
+        return {**super().state(), "present.9.key": np.ones((2, 3), np.float32)}
+
+
+class TurnsNanInDecode(OrtSession):
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        logits = super().step(input_ids, attention_mask)
+        return logits if input_ids.shape[1] > 1 else logits * np.float32(np.nan)
+
+
+class HandsOutItsRoom(OrtSession):
+    """A shared cache with the place of tokens to come."""
+
+    def state(self) -> dict[str, Floats]:
+        states = self.manifest.states
+        return {state.output: self._state[state.input].numpy() for state in states}
+
+
+class ScramblesPadding(OrtSession):
+    """Right wherever a token is; padding may hold anything."""
+
+    def reset(self, batch: int, capacity: int) -> None:
+        super().reset(batch, capacity)
+        self.mask: Ids = np.zeros((batch, 0), np.int64)
+
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        self.mask = np.concatenate((self.mask, attention_mask), axis=1)
+        logits = super().step(input_ids, attention_mask)
+        return np.where(attention_mask[..., None] == 0, np.float32(np.nan), logits)
+
+    def state(self) -> dict[str, Floats]:
+        padding = self.mask[:, None, :, None] == 0
+        found = super().state()
+        return {name: np.where(padding, np.float32(9), array) for name, array in found.items()}
+
+
+class Wrapped:
+    """A session that does not tell what it fed."""
+
+    def __init__(self, inner: Session, every_token: bool = False) -> None:
+        self.inner = inner
+        self.every_token = every_token
+
+    def reset(self, batch: int, capacity: int) -> None:
+        self.inner.reset(batch, capacity)
+
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        mask = np.ones_like(attention_mask) if self.every_token else attention_mask
+        return self.inner.step(input_ids, mask)
+
+    def state(self) -> dict[str, Floats]:
+        return self.inner.state()
+
+
+def check(found: Location | None, value: str, least: float = math.inf) -> None:
+    assert found is not None
+    assert (found.layer, found.operator, found.value) == (None, "session", value)
+    assert found.ratio >= least
+
+
+@pytest.mark.parametrize(("family", "target"), SUBJECTS)
+@pytest.mark.parametrize(
+    ("tokens", "value"),
+    [
+        (ShowsOnePaddingToken, "attention_mask at prefill"),
+        (FeedsRowsSwapped, "input_ids at prefill"),
+    ],
+)
+def test_finds_what_is_fed_wrong(
+    ingot: GetIngot, family: str, target: str, tokens: type[TokenInputs], value: str
+) -> None:
+    folder = ingot(family, target)
+    check(locate_session(feeding(folder, tokens), folder, make_inputs(512)), value)
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+@pytest.mark.parametrize(
+    ("tokens", "value"),
+    [
+        (PositionsOffByOneInDecode, "position_ids at decode 1"),
+        (CountsPadding, "position_ids at prefill"),
+        (ForgetsThePastInItsMask, "attention_mask at decode 1"),
+    ],
+)
+def test_finds_what_only_attention_reads(
+    ingot: GetIngot, target: str, tokens: type[TokenInputs], value: str
+) -> None:
+    folder = ingot("olmoe", target)
+    check(locate_session(feeding(folder, tokens), folder, make_inputs(512)), value)
+
+
+@pytest.mark.parametrize(("family", "target"), SUBJECTS)
+@pytest.mark.parametrize(
+    "tokens", [CountsPadding, ShowsOnePaddingToken, ForgetsThePastInItsMask, TokenInputs]
+)
+def test_a_fault_of_padding_needs_padding(
+    ingot: GetIngot, family: str, target: str, tokens: type[TokenInputs]
+) -> None:
+    folder = ingot(family, target)
+    assert locate_session(feeding(folder, tokens), folder, unpadded()) is None
+
+
+@pytest.mark.parametrize(("family", "target"), SUBJECTS)
+@pytest.mark.parametrize(
+    ("kind", "stage"), [(KeepsAStateInBfloat16, "prefill"), (FeedsAStateInBfloat16, "decode 1")]
+)
+def test_finds_a_state_that_is_rounded(
+    ingot: GetIngot, family: str, target: str, kind: type[OrtSession], stage: str
+) -> None:
+    """Where it first shows, though the logits and the layers behind it are wrong as well."""
+    folder = ingot(family, target)
+    found = locate_session(kind(folder, Manifest.read(folder)), folder, make_inputs(512))
+    check(found, f"{MIDDLE[family]} at {stage}", 500)
+    assert found is not None and found.ratio < 10_000
+
+
+@pytest.mark.parametrize(("family", "target"), SUBJECTS)
+@pytest.mark.parametrize(
+    ("kind", "values", "least"),
+    [
+        (SwapsRows, dict.fromkeys(FIRST, "logits at prefill"), 1e5),
+        (SwapsRowsOfStates, {f: f"{name} at prefill" for f, name in FIRST.items()}, 1e5),
+        (DropsAState, {f: f"{name} at prefill" for f, name in MIDDLE.items()}, math.inf),
+        (AddsAState, dict.fromkeys(FIRST, "present.9.key at prefill"), math.inf),
+        (TurnsNanInDecode, dict.fromkeys(FIRST, "logits at decode 1"), math.inf),
+    ],
+)
+def test_finds_what_is_handed_out_wrong(
+    ingot: GetIngot,
+    family: str,
+    target: str,
+    kind: type[OrtSession],
+    values: dict[str, str],
+    least: float,
+) -> None:
+    folder = ingot(family, target)
+    found = locate_session(kind(folder, Manifest.read(folder)), folder, make_inputs(512))
+    check(found, values[family], least)
+
+
+def test_finds_a_shared_cache_that_is_not_cut(ingot: GetIngot) -> None:
+    folder = ingot("olmoe", "ort")
+    session = HandsOutItsRoom(folder, Manifest.read(folder))
+    check(locate_session(session, folder, make_inputs(512)), "present.0.key at prefill")
+
+
+def test_judges_a_session_that_does_not_tell_what_it_fed(ingot: GetIngot) -> None:
+    folder = ingot("olmoe", "ort")
+    right = cast(Session, Wrapped(load(folder)))
+    wrong = cast(Session, Wrapped(load(folder), every_token=True))
+    assert locate_session(right, folder, make_inputs(512)) is None
+    check(locate_session(wrong, folder, make_inputs(512)), "present.0.key at prefill", 1e4)
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_finds_nothing_in_a_right_session(ingot: GetIngot, family: str, target: str) -> None:
+    folder = ingot(family, target)
+    session = load(folder)
+    assert locate_session(session, folder, make_inputs(512)) is None
+    # Whatever it was used for before.
+    assert locate_session(session, folder, make_inputs(512, seed=1)) is None
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+def test_padding_may_hold_anything(ingot: GetIngot, target: str) -> None:
+    folder = ingot("olmoe", target)
+    scrambled = ScramblesPadding(folder, Manifest.read(folder))
+    assert locate_session(scrambled, folder, make_inputs(512)) is None
+    high = feeding(folder, PositionsOfPaddingAreHigh)
+    assert locate_session(high, folder, make_inputs(512)) is None
+
+
+@pytest.mark.parametrize("family", ["mamba2", "olmoe"])
+def test_runs_a_float16_graph(
+    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot, family: str
+) -> None:
+    folder = make_ingot(make_checkpoint(family), "trt", builder="none", precision="fp16")
+    session = load(folder, graph_only=True)
+    assert locate_session(session, folder, make_inputs(512)) is None
+    rounds = KeepsAStateInBfloat16(folder, Manifest.read(folder))
+    found = locate_session(rounds, folder, make_inputs(512))
+    check(found, f"{MIDDLE[family]} at prefill", 500)
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+def test_runs_a_graph_without_state(tmp_path: Path, make_ingot: MakeIngot, target: str) -> None:
+    family = find_family("jetmoe")
+    config = {**preset_config(family, "tiny"), "num_labels": 2}
+    write_checkpoint(tmp_path, family, config, task="classify", seed=3)
+    folder = make_ingot(tmp_path, target, task="classify")
+    inputs = make_inputs(512, stateful=False)
+    assert locate_session(load(folder), folder, inputs) is None
+    counts = feeding(folder, CountsPadding)
+    check(locate_session(counts, folder, inputs), "position_ids at 19 tokens")
+    swaps = SwapsRows(folder, Manifest.read(folder))
+    check(locate_session(swaps, folder, inputs), "logits at 19 tokens", 1e5)
+
+
+def test_runs_no_graph_that_the_session_does_not(ingot: GetIngot, tmp_path: Path) -> None:
+    """Of bfloat16, or one that an engine runs instead; not even the session is touched."""
+    untouched = cast(Session, object())
+    folder = Path(shutil.copytree(ingot("olmoe", "ort"), tmp_path / "copy"))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    engine = {
+        "builder": "tensorrt",
+        "version": "10",
+        "compute_capabilities": [90],
+        "graph_sha256": "",
+        "plugins": {},
+        "libraries": [],
+        "embedded": False,
+        "profiles": [],
+    }
+    for change in ({"precision": "bfloat16"}, {"engine": engine}):
+        (folder / MANIFEST).write_text(json.dumps({**manifest, **change}))
+        assert locate_session(untouched, folder, make_inputs(512)) is None
+    # The graph beside an engine, which is what runs where there is no GPU.
+    session = SwapsRows(folder, Manifest.read(folder))
+    check(locate_session(session, folder, make_inputs(512)), "logits at prefill", 1e5)

@@ -1,0 +1,113 @@
+"""Another ingot in the place of the truth: two backends held against each other.
+
+The floor stays what eager PyTorch's own error is, so a score says how far the two are apart in what
+the precision costs. Both use the truth's experts, as in replayed routing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+
+from export.build import build
+from export.ingot import Manifest
+from export.progress import Stages
+from export.request import PRECISIONS, TARGETS, ExportRequest
+from graphs.checkpoint import Checkpoint
+from plugins.errors import IngotError
+from validate.inputs import Inputs
+from validate.recording import Layout, record
+from validate.reference import Reference, References
+from validate.taps import TappedSession
+
+
+class AgainstError(IngotError):
+    """Two ingots that cannot be held against each other."""
+
+
+class OtherReference(Reference):
+    """A reference whose truth is what another ingot computes.
+
+    Args:
+        reference: of the checkpoint of both.
+        folder: the other ingot; its graph runs on ONNX Runtime.
+        name: of it, in words.
+
+    Raises:
+        AgainstError: an ingot of another checkpoint, task or precision.
+    """
+
+    def __init__(self, reference: Reference, folder: Path, name: str) -> None:
+        super().__init__(reference.checkpoint, reference.task, reference.precision, reference.cache)
+        self._name = name
+        self._manifest = Manifest.read(folder)
+        other = (self._manifest.task, self._manifest.precision)
+        if other != (self.task, self.precision):
+            raise AgainstError(
+                f"{folder} is {' '.join(other)} and this ingot {self.task} {self.precision}; only "
+                "ingots of one task and precision are held against each other."
+            )
+        self._session = TappedSession(folder, self._manifest)
+
+    @property
+    def against(self) -> str:
+        """See ``Reference.against``."""
+        return f"{self._name}, in what eager PyTorch's own error in {self.precision} is"
+
+    def record(self, layout: Layout, inputs: Inputs, stages: Stages) -> References:
+        """The other ingot's numbers as what is expected."""
+        references = super().record(layout, inputs, stages)
+
+        def choose(number: int) -> None:
+            self._session.choose(self.chosen(references.truth[number], inputs, number))
+
+        with stages.stage(f"run {self._name}", len(inputs.steps), "steps") as advance:
+            other = record(self._session, layout, inputs, choose, advance)
+        return replace(references, expected=other)
+
+
+class Other:
+    """The other ingot of ``--against``: a folder, or made of the same checkpoint for a while.
+
+    Args:
+        against: a target of ``export.request.TARGETS``, or an ingot's folder.
+        manifest: of the ingot that is judged.
+        checkpoint: of both.
+        stages: shows the export.
+    """
+
+    def __init__(
+        self, against: str, manifest: Manifest, checkpoint: Checkpoint, stages: Stages
+    ) -> None:
+        self._temporary = TemporaryDirectory(prefix="ingot-against-")
+        self.name = f"the {against} ingot of the same checkpoint"
+        self.folder = Path(self._temporary.name) / against
+        if against not in TARGETS:
+            self.folder, self.name = Path(against), f"the ingot {against}"
+            return
+        precision = next(short for short, full in PRECISIONS.items() if full == manifest.precision)
+        build(
+            ExportRequest(
+                str(checkpoint.path),
+                against,
+                self.folder,
+                task=manifest.task,
+                precision=precision,
+                builder="none",
+            ),
+            stages,
+            None,
+        )
+
+    def __enter__(self) -> Other:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._temporary.cleanup()

@@ -1,0 +1,110 @@
+"""What several judged sets of token ids add up to: the figures of one report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from validate.distribution import distribution
+from validate.growth import growth
+from validate.judge import REPLAYED, Judge
+from validate.limits import TIE_LIMIT
+from validate.metrics import rms
+from validate.recording import HIDDEN_STATES, Array
+from validate.reference import Reference, routers
+from validate.result import Distribution, Growth, Routing, TensorResult
+from validate.routing import least_margin
+
+
+def tensors(judges: Sequence[Judge], seeds: Sequence[int]) -> tuple[TensorResult, ...]:
+    """Every result; with several seeds the stage begins with its own."""
+    if len(seeds) == 1:
+        return tuple(judges[0].results)
+    return tuple(
+        replace(result, stage=f"seed {seed}, {result.stage}")
+        for seed, judge in zip(seeds, judges, strict=True)
+        for result in judge.results
+    )
+
+
+def routing(judges: Sequence[Judge]) -> dict[str, Routing]:
+    """By mode, the mean agreement and all flips."""
+    result: dict[str, Routing] = {}
+    for mode in judges[0].routing:
+        found = [judge.routing[mode] for judge in judges]
+        agreement = np.mean([each.agreement for each in found], axis=0)
+        flips = tuple(flip for each in found for flip in each.flips)
+        result[mode] = Routing(tuple(map(float, agreement)), flips, found[0].names)
+    return result
+
+
+def worst_growth(judges: Sequence[Judge]) -> tuple[Growth, ...]:
+    """By kind, the set of token ids whose errors grow most."""
+    worst: dict[str, Growth] = {}
+    for judge in judges:
+        for each in growth(_over_decode(judge)):
+            before = worst.get(each.kind)
+            if before is None or not each.ratio <= before.ratio:
+                worst[each.kind] = each
+    return tuple(worst.values())
+
+
+def _over_decode(judge: Judge) -> list[TensorResult]:
+    """Results with the truth's experts where there are routers: those miss no token."""
+    ending = f", {REPLAYED}"
+    if not judge.routing:
+        return judge.results
+    return [
+        replace(result, stage=result.stage.removesuffix(ending))
+        for result in judge.results
+        if result.stage.endswith(ending)
+    ]
+
+
+def hidden(judges: Sequence[Judge]) -> tuple[tuple[float, float], ...]:
+    """Error and floor of the embedding and of each layer's hidden state, over all calls."""
+    found: dict[int, list[TensorResult]] = {}
+    for judge in judges:
+        for result in judge.results:
+            if result.name.startswith(HIDDEN_STATES):
+                found.setdefault(int(result.name.removeprefix(HIDDEN_STATES)), []).append(result)
+    return tuple(
+        (_rms(result.error for result in layer), _rms(result.floor for result in layer))
+        for _, layer in sorted(found.items())
+    )
+
+
+def _rms(values: Iterator[float | None]) -> float:
+    squares = [math.nan if value is None else value * value for value in values]
+    return math.sqrt(math.fsum(squares) / len(squares))
+
+
+def margin(judges: Sequence[Judge], reference: Reference) -> float | None:
+    """The truth's smallest margin of a choice."""
+    found = [
+        least_margin(routers(call), reference.top_k)
+        for judge in judges
+        for call in judge.references.truth
+    ]
+    return min((each for each in found if each is not None), default=None)
+
+
+def next_tokens(judges: Sequence[Judge], logits: Sequence[Array]) -> Distribution | None:
+    """The target's distributions over all calls; None where the logits are of another shape.
+
+    Args:
+        judges: each with its references.
+        logits: of the target, ``[n, V]`` of each call of each judge.
+    """
+    sides = [(r.expected, r.truth, r.eager) for r in (judge.references for judge in judges)]
+    expected, truth, eager = (
+        [call["logits"] for recording in side for call in recording]
+        for side in zip(*sides, strict=True)
+    )
+    if any(found.shape != want.shape for found, want in zip(logits, expected, strict=True)):
+        return None
+    noise = np.concatenate(eager).astype(np.float64) - np.concatenate(truth)
+    return distribution(np.concatenate(expected), np.concatenate(logits), TIE_LIMIT * rms(noise))

@@ -1,0 +1,75 @@
+"""Whether a target's error grows over decode beyond what eager PyTorch's own does."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+from validate.result import Growth, TensorResult
+
+# Last score over first. A score is an error over eager's of the same step, so growth that the
+# arithmetic itself has divides out, and another order of the same sums stays near 1. What remains
+# are the scatter of single steps, which a mean over a quarter of them damps, and an error that
+# always leans to one side: it adds up as n where independent ones add up as sqrt(n), so between the
+# middles of the first and the last quarter (a factor 7 in n) its score rises 2.6-fold at most. A
+# fault that feeds on itself rises by a factor a step.
+GROWTH_LIMIT = 4.0
+
+# Fewer steps make quarters of one step, which is scatter and no mean.
+LEAST_STEPS = 8
+
+# A target may be exact where eager rounds, and nothing is a factor beyond zero. A twentieth of what
+# the precision costs is exact for every purpose; `validate.gate.SCORE_FLOOR` is the same.
+SCORE_FLOOR = 0.05
+
+_DECODE = re.compile(r"decode ([0-9]+)")
+
+
+def growth(tensors: Sequence[TensorResult]) -> list[Growth]:
+    """How the scores of each kind change over the stages named ``decode N``.
+
+    Args:
+        tensors: of a report, in any order; of stages with other names, and those without a score,
+            nothing is taken.
+
+    Returns:
+        One entry a kind with at least ``LEAST_STEPS`` steps, in the order of their first tensors.
+    """
+    kinds: dict[str, dict[int, list[float]]] = {}
+    for tensor in tensors:
+        stage = _DECODE.fullmatch(tensor.stage)
+        score = tensor.score
+        if stage is not None and score is not None:
+            steps = kinds.setdefault(tensor.kind, defaultdict(list))
+            steps[int(stage[1])].append(score)
+    return [
+        _growth(kind, [_rms(steps[number]) for number in sorted(steps)])
+        for kind, steps in kinds.items()
+        if len(steps) >= LEAST_STEPS
+    ]
+
+
+def _growth(kind: str, scores: Sequence[float]) -> Growth:
+    """Of the scores of all steps, in order."""
+    quarter = len(scores) // 4
+    first, last = _mean(scores[:quarter]), _mean(scores[-quarter:])
+    wrong = [score for score in scores if not math.isfinite(score)]
+    if wrong:
+        # Also in the middle, where no quarter would see it.
+        last = math.nan if any(math.isnan(score) for score in wrong) else math.inf
+    return Growth(kind, first, last, GROWTH_LIMIT)
+
+
+def _rms(scores: Sequence[float]) -> float:
+    # hypot does not overflow where squares would; of an infinity and a NaN it makes an infinity.
+    if any(math.isnan(score) for score in scores):
+        return math.nan
+    return math.hypot(*scores) / math.sqrt(len(scores))
+
+
+def _mean(scores: Sequence[float]) -> float:
+    """Geometric, none below ``SCORE_FLOOR``."""
+    # In this order: a comparison with NaN is false, and max keeps its first argument then.
+    return math.exp(math.fsum(math.log(max(score, SCORE_FLOOR)) for score in scores) / len(scores))

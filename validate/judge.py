@@ -1,0 +1,300 @@
+"""One set of token ids: a target's numbers held against the eager graph's, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from export.progress import Advance
+from validate.cache import Recording
+from validate.compare import compare
+from validate.inputs import Inputs
+from validate.metrics import errors
+from validate.recording import (
+    HIDDEN_STATES,
+    ROUTER_LOGITS,
+    Call,
+    Layout,
+    Places,
+    Stepper,
+    Tensors,
+    collect_whole,
+    main_run,
+    observe,
+    places,
+    record,
+    row_run,
+    select,
+    split_run,
+    whole,
+)
+from validate.reference import Reference, References, routers
+from validate.result import Routing, TensorResult
+from validate.routing import compare_choices, first_flips
+from validate.taps import TappedSession
+
+Mask = npt.NDArray[np.bool_]
+
+CACHES = "all of the caches"
+FREE, REPLAYED = "free", "replayed"
+NEVER = np.iinfo(np.int64).max
+
+
+def _ignore(_calls: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the prefill that is fed by itself.
+
+    Attributes:
+        calls: one after the other; the last is compared.
+        tokens: by call, which of the prefill's real tokens it has.
+        rows: of the batch.
+    """
+
+    calls: Sequence[Call]
+    tokens: Sequence[Mask]
+    rows: Sequence[int]
+
+
+def pieces(inputs: Inputs) -> list[Piece]:
+    """The prefill in two pieces, at the end of a chunk and off it; and each row alone.
+
+    A state must carry over whatever the call boundaries are, and a padded row must compute what it
+    computes alone.
+    """
+    if not inputs.stateful:
+        return []
+    row_of, position_of = places(inputs, main_run(inputs)[0]).T
+    rows = range(len(inputs.input_ids))
+    splits = [split for split in inputs.splits if split < inputs.prefill]
+    return [
+        Piece(split_run(inputs, split), [position_of < split, position_of >= split], rows)
+        for split in splits
+    ] + [Piece([row_run(inputs, row)], [row_of == row], [row]) for row in rows]
+
+
+@dataclass
+class Observed:
+    """What a target gives.
+
+    Attributes:
+        main: of the main run.
+        whole: the caches at its end; see ``validate.recording.collect_whole``.
+        pieces: of each piece its calls.
+    """
+
+    main: Recording
+    whole: Tensors
+    pieces: list[list[Tensors]] = field(default_factory=list)
+
+
+class Judge:
+    """Compares what sessions of one target give with the references.
+
+    Args:
+        reference: of the checkpoint.
+        references: what it gives for the inputs.
+        layout: of the outputs.
+        inputs: that are fed.
+
+    Attributes:
+        routing: by mode.
+    """
+
+    def __init__(
+        self, reference: Reference, references: References, layout: Layout, inputs: Inputs
+    ) -> None:
+        self.reference = reference
+        self.references = references
+        self.layout = layout
+        self.inputs = inputs
+        self._free: list[TensorResult] = []
+        self._inside: list[TensorResult] = []
+        self.routing: dict[str, Routing] = {}
+        self._calls = main_run(inputs)
+        self._pieces = pieces(inputs)
+        self._places = [places(inputs, call) for call in self._calls]
+        self._recordings = (references.expected, references.truth, references.eager)
+        self._floors = _usual_floors(references)
+        self._flips: dict[int, int] = {}
+        self._piece_flips: list[dict[int, int]] = [{} for _ in self._pieces]
+
+    @property
+    def results(self) -> list[TensorResult]:
+        """Of every tensor after every call: of free runs, and then of the rest."""
+        return self._free + self._inside
+
+    @property
+    def calls(self) -> int:
+        """Of ``observe``."""
+        return len(self._calls) + sum(len(piece.calls) for piece in self._pieces)
+
+    def observe(self, session: Stepper, advance: Advance = _ignore) -> Observed:
+        """Feed every stage to a session that chooses its experts itself."""
+        main = record(session, self.layout, self.inputs, advance=advance)
+        end = collect_whole(self.layout, self.inputs, self._calls, session.state())
+        found = Observed(main, end)
+        for piece in self._pieces:
+            found.pieces.append([])
+            for call in piece.calls:
+                found.pieces[-1].append(observe(session, self.layout, self.inputs, call))
+                advance(1)
+        return found
+
+    def inside(self, session: TappedSession, found: Observed, advance: Advance = _ignore) -> None:
+        """Judge the graph's hidden states; with routers, all tensors under the truth's experts.
+
+        Args:
+            session: over the target's graph.
+            found: what it gave when it chose itself.
+            advance: told of each finished call.
+        """
+        if not session.routers:
+            for number, call in enumerate(self._calls):
+                taps = {n: a for n, a in found.main[number].items() if is_tap(n)}
+                self._inside += self._compare(call.stage, number, taps, wanted=is_tap)
+            return
+        self._note_flips(found)
+        replayed = found.main
+        # Without a flip it would compute the same once more.
+        if self.routing[FREE].flips:
+            truth = self.references.truth
+            replayed = record(
+                session,
+                self.layout,
+                self.inputs,
+                lambda n: session.choose(self.reference.chosen(truth[n], self.inputs, n)),
+                advance,
+            )
+            session.choose(None)
+        self.routing[REPLAYED] = self._routing(replayed)
+        for number, call in enumerate(self._calls):
+            self._inside += self._compare(f"{call.stage}, {REPLAYED}", number, replayed[number])
+
+    def free(self, found: Observed) -> None:
+        """Judge what a session gave when it chose its experts itself.
+
+        Tokens are left out from where a flip that rounding explains changed their numbers; with the
+        truth's experts they were judged by ``inside``.
+        """
+        for number, call in enumerate(self._calls):
+            main = found.main[number]
+            self._free += self._compare(call.stage, number, main, self._flips, wanted=is_no_tap)
+        if found.whole:
+            self._free += self._compare_whole(found.whole)
+        for piece, calls, flips in zip(self._pieces, found.pieces, self._piece_flips, strict=True):
+            stage = piece.calls[-1].stage
+            self._free += self._compare(stage, 0, calls[-1], flips, wanted=is_no_tap, piece=piece)
+
+    def _compare(
+        self,
+        stage: str,
+        number: int,
+        found: Tensors,
+        flips: Mapping[int, int] = {},
+        *,
+        wanted: Callable[[str], bool] = lambda _name: True,
+        piece: Piece | None = None,
+    ) -> list[TensorResult]:
+        """Compare one call with a recorded one, or with a piece of it.
+
+        Args:
+            stage: named in the results.
+            number: of the recorded call.
+            found: of the target.
+            flips: by row, where tokens are left out from.
+            wanted: which names are compared; a tap only where the target has it.
+            piece: of the recorded call.
+        """
+        at = self._places[number]
+        tokens = np.ones(len(at), dtype=np.bool_) if piece is None else piece.tokens[-1]
+        rows = range(len(self.inputs.input_ids)) if piece is None else piece.rows
+        sides = [select(self.layout, side[number], tokens, rows) for side in self._recordings]
+        names = [n for n in sides[0] if wanted(n) and (n in found or is_no_tap(n))]
+        names += [name for name in found if name not in sides[0] and wanted(name)]
+        return self._results(stage, names, at[tokens], rows, [*sides, found], flips)
+
+    def _compare_whole(self, found: Tensors) -> list[TensorResult]:
+        """The caches at the end of the main run, with all that its calls added."""
+        at = np.concatenate(self._places)
+        rows = range(len(self.inputs.input_ids))
+        sides = [whole(self.layout, side) for side in self._recordings]
+        return self._results(CACHES, list(sides[0]), at, rows, [*sides, found], self._flips)
+
+    def _results(
+        self,
+        stage: str,
+        names: Sequence[str],
+        at: Places,
+        rows: Sequence[int],
+        sides: Sequence[Tensors],
+        flips: Mapping[int, int],
+    ) -> list[TensorResult]:
+        """Compare expected, truth, eager and target where no flip changed the numbers."""
+        keep = np.array([flips.get(row, NEVER) > position for row, position in at], dtype=np.bool_)
+        kept_rows = [index for index, row in enumerate(rows) if row not in flips]
+        names = [n for n in names if kept_rows or not self.layout.of_rows(n)]
+        names = [n for n in names if keep.any() or self.layout.of_rows(n)]
+        if flips and not names:
+            return []
+        expected, truth, eager, found = (
+            select(self.layout, {n: side[n] for n in names if n in side}, keep, kept_rows)
+            for side in sides
+        )
+        kinds = {name: self.layout.kind(name) for name in names}
+        precision = self.reference.precision
+        return compare(stage, truth, eager, found, kinds, precision, self._floors, expected)
+
+    def _note_flips(self, found: Observed) -> None:
+        """What the target's own choices are, and from where on they changed its numbers."""
+        self.routing[FREE] = self._routing(found.main)
+        self._flips = first_flips(self.routing[FREE])
+        for index, (piece, calls) in enumerate(zip(self._pieces, found.pieces, strict=True)):
+            sides = [
+                [select(self.layout, side[0], tokens, piece.rows) for tokens in piece.tokens]
+                for side in self._recordings
+            ]
+            at = [self._places[0][tokens] for tokens in piece.tokens]
+            self._piece_flips[index] = first_flips(self._choices([*sides, calls], at))
+
+    def _routing(self, found: Recording) -> Routing:
+        """The choices of a main run."""
+        return self._choices([*self._recordings, found], self._places)
+
+    def _choices(self, sides: Sequence[Recording], at: Sequence[Places]) -> Routing:
+        """Of some calls, as expected, truth, eager and target have them."""
+        by_router = [
+            [np.concatenate(calls) for calls in zip(*map(routers, side), strict=True)]
+            for side in sides
+        ]
+        names = self.reference.router_names(len(by_router[0]))
+        top_k = self.reference.top_k
+        expected, truth, eager, found = by_router
+        return compare_choices(expected, truth, eager, found, np.concatenate(at), top_k, names)
+
+
+def _usual_floors(references: References) -> dict[str, float]:
+    """By name, eager PyTorch's relative RMS error over all calls of the main run."""
+    squares: dict[str, list[float]] = {}
+    for truth, eager in zip(references.truth, references.eager, strict=True):
+        for name, want in truth.items():
+            if want.size:
+                error = errors(want, eager[name]).relative_rms
+                squares.setdefault(name, []).append(error**2)
+    return {name: float(np.sqrt(np.mean(found))) for name, found in squares.items()}
+
+
+def is_tap(name: str) -> bool:
+    """Whether it is a value inside of a graph, and not one of its outputs or states."""
+    return name.startswith((ROUTER_LOGITS, HIDDEN_STATES))
+
+
+def is_no_tap(name: str) -> bool:
+    """The opposite."""
+    return not is_tap(name)

@@ -1,0 +1,172 @@
+"""Whether an ingot's session, and not its graph, goes wrong: in what it feeds, keeps or hands out.
+
+The session is driven through the calls of a validation, and beside it the ingot's own graph in a
+plain ONNX Runtime session, whose inputs are worked out here from their definition and share no code
+with ``runtime.tokens``. Both run the same graph, so what differs is the session's doing.
+
+Of each call the cause is looked for before its effects. What was fed comes first, and of that the
+tokens, the mask, and the positions counted from it. Then the states, in the order of the layers: a
+state that was rounded between two calls shows where it was handed out after the first, or where
+the second made its successor from it, and in everything behind that layer. The main output, which
+follows from all of it, comes last: it alone is wrong where the session only hands it out wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from export.ingot import GRAPH, Manifest, StateInfo
+from runtime.ort import OrtSession
+from runtime.session import Ids, Session
+from validate.inputs import Inputs
+from validate.locate import FLOOR, LIMIT, relative_error
+from validate.result import Location
+
+Array = npt.NDArray[Any]
+Values = dict[str, Array]
+
+
+def locate_session(session: Session, folder: Path, inputs: Inputs) -> Location | None:
+    """Name the first thing that a session feeds or hands out otherwise than its graph asks for.
+
+    Call it where the graph is known to be right: a fault of the graph is on both sides, and is not
+    seen. The session is reset, and its graph is loaded a second time.
+
+    Args:
+        session: of the ingot; one without ``fed`` is judged by what it hands out alone.
+        folder: the ingot; its hashes are not checked.
+        inputs: for which its numbers are wrong.
+
+    Returns:
+        The first difference, by call: in an input, at a real position (of the mask at any), with
+        an infinite ratio; or in a state or the main output at real positions, with the relative RMS
+        error over the floor of ``validate.locate``. A missing or unknown state, and another shape,
+        are infinitely wrong. None where there is none, and where the graph cannot be run beside the
+        session: in bfloat16, or where an engine runs in its place.
+    """
+    manifest = Manifest.read(folder)
+    engine = manifest.engine is not None and not isinstance(session, OrtSession)
+    if engine or manifest.precision == "bfloat16":
+        return None
+    plain = _Plain(folder, manifest, inputs)
+    session.reset(*inputs.input_ids.shape)
+    for stage, columns in inputs.steps:
+        ids, mask = inputs.input_ids[:, columns], inputs.attention_mask[:, columns]
+        main = session.step(ids, mask)
+        feeds = _feeds(manifest, inputs, columns)
+        wrong = _first_fed_wrong(feeds, getattr(session, "fed", {}), mask != 0)
+        if wrong is not None:
+            return Location(None, "session", f"{wrong} at {stage}", math.inf)
+        expected = _real(plain.run(feeds, columns.stop), manifest, inputs, columns)
+        handed = {**session.state(), manifest.main_output: main}
+        found = _real(handed, manifest, inputs, columns)
+        for name in [*expected, *(name for name in found if name not in expected)]:
+            ratio = _ratio(expected.get(name), found.get(name))
+            if ratio > LIMIT:
+                return Location(None, "session", f"{name} at {stage}", ratio)
+    return None
+
+
+def _feeds(manifest: Manifest, inputs: Inputs, columns: slice) -> dict[str, Ids]:
+    """The token inputs of one call: ids and positions ``[B, T]``, mask ``[B, T]`` or ``[B, S]``.
+
+    A cache holds the past, so the mask covers it too. A token's position is the number of real
+    tokens before it; where a call stands alone, it begins at the first token anyway.
+    """
+    so_far = inputs.attention_mask[:, : columns.stop]
+    cached = any(state.axis is not None for state in manifest.states)
+    positions = so_far.cumsum(axis=1) - so_far
+    return {
+        "input_ids": inputs.input_ids[:, columns],
+        "attention_mask": so_far if cached else inputs.attention_mask[:, columns],
+        "position_ids": positions[:, columns],
+    }
+
+
+def _first_fed_wrong(
+    feeds: dict[str, Ids], fed: dict[str, Ids], real: npt.NDArray[np.bool_]
+) -> str | None:
+    """The first input fed otherwise than by definition.
+
+    Args:
+        feeds: by definition.
+        fed: by the session; what it does not tell is not judged.
+        real: ``[B, T]``, where the call's tokens are not padding.
+    """
+    for name, expected in feeds.items():
+        if name not in fed:
+            continue
+        if fed[name].shape != expected.shape:
+            return name
+        differs = fed[name] != expected
+        if differs.any() if name == "attention_mask" else differs[real].any():
+            return name
+    return None
+
+
+class _Plain:
+    """The ingot's graph in a session of its own: each call's states are the last call's outputs.
+
+    No buffer is shared here. A cache that a session may append to in place enters with room for
+    every token, as the operator asks for, and comes back as a new array of the same length.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, inputs: Inputs) -> None:
+        options = onnxruntime.SessionOptions()
+        # As in ``runtime.ort``.
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            str(folder / GRAPH), options, providers=["CPUExecutionProvider"]
+        )
+        self._manifest = manifest
+        self._taken = {item.name for item in self._session.get_inputs()}
+        self._states = {state.input: _empty(state, inputs) for state in manifest.states}
+
+    def run(self, feeds: dict[str, Ids], seen: int) -> Values:
+        """The states, cut to the tokens seen, and the main output of one call, by name."""
+        names = [*(state.output for state in self._manifest.states), self._manifest.main_output]
+        taken = {name: array for name, array in feeds.items() if name in self._taken}
+        found = self._session.run(names, {**taken, **self._states})
+        values: Values = dict(zip(names, found, strict=True))
+        self._states = {state.input: values[state.output] for state in self._manifest.states}
+        for state in self._manifest.states:
+            if state.shared and state.axis is not None:
+                values[state.output] = values[state.output].take(range(seen), state.axis)
+        return values
+
+
+def _empty(state: StateInfo, inputs: Inputs) -> Array:
+    """A state before the first call: zeros, and a cache of no tokens or with room for all."""
+    batch, capacity = inputs.input_ids.shape
+    sizes = {"batch": batch, "past_sequence": capacity if state.shared else 0}
+    shape = [sizes[d] if isinstance(d, str) else d for d in state.input_shape]
+    return np.zeros(shape, dtype=np.dtype(state.dtype))
+
+
+def _real(values: Values, manifest: Manifest, inputs: Inputs, columns: slice) -> Values:
+    """What one call hands out, states first, in float32 and without the places of padding."""
+    axes = {state.output: state.axis for state in manifest.states}
+    seen = inputs.attention_mask[:, : columns.stop] != 0
+    result = {}
+    for name, array in values.items():
+        axis, real = axes.get(name), seen
+        if name == manifest.main_output and array.ndim == 3:
+            axis, real = 1, inputs.attention_mask[:, columns] != 0
+        if axis is not None:
+            moved = np.moveaxis(array, axis, 1)
+            array = moved[real] if moved.shape[:2] == real.shape else array
+        result[name] = array.astype(np.float32)
+    return result
+
+
+def _ratio(expected: Array | None, found: Array | None) -> float:
+    """The error over the floor, infinite where one side has no such tensor."""
+    if expected is None or found is None:
+        return math.inf
+    return relative_error(expected, found, expected) / FLOOR

@@ -1,0 +1,233 @@
+"""What sessions compute when they are fed a validation's inputs, kept call by call.
+
+A recording holds real tokens only, since what a session computes for padding means nothing: of a
+tensor by token ``[n, ...]`` in the order of ``Calls.places``, and of a cache the positions that a
+call added. Whatever a prefill gives, pieces of it and rows of it give as well, so one recording of
+the truth serves every stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from export.ingot import Manifest
+from runtime.session import Floats, Ids
+from validate.cache import Recording
+from validate.inputs import Inputs
+
+Array = npt.NDArray[Any]
+Tensors = dict[str, Array]
+Places = npt.NDArray[np.int64]
+
+ROUTER_LOGITS = "router_logits."
+HIDDEN_STATES = "hidden_states."
+
+# Elements of a state of fixed size that are kept a row and call; the states of a model of a few
+# billion parameters would not fit in memory for every decode step. An error's RMS over so many is
+# within a hundredth of that over all.
+MOST_ELEMENTS = 2**15
+
+
+class Stepper(Protocol):
+    """What is compared: anything that takes tokens and has state."""
+
+    def reset(self, batch: int, capacity: int) -> None: ...
+
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats: ...
+
+    def state(self) -> dict[str, Floats]: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a run: rows and columns of the inputs.
+
+    Attributes:
+        stage: its name in a report.
+        columns: that it feeds.
+        rows: likewise.
+        first: column with which the run began.
+    """
+
+    stage: str
+    columns: slice
+    rows: slice = field(default_factory=lambda: slice(None))
+    first: int = 0
+
+
+class Layout:
+    """Which outputs a graph has, and how each lies.
+
+    Args:
+        manifest: of an ingot of the graph.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.main_output = manifest.main_output
+        self.states = manifest.states
+        self._axes = {state.output: state.axis for state in manifest.states}
+        self._kinds = {state.output: str(state.kind) for state in manifest.states}
+        self._kinds[self.main_output] = "logits" if self.main_output == "logits" else "hidden"
+        # A classifier has one output a row, and not one a token.
+        main = next(item for item in manifest.outputs if item.name == self.main_output)
+        self._of_rows = {name for name, axis in self._axes.items() if axis is None}
+        self._of_rows |= {self.main_output} if len(main.shape) < 3 else set()
+
+    def kind(self, name: str) -> str:
+        """``logits``, ``hidden``, ``router`` or the kind of a state."""
+        return "router" if name.startswith(ROUTER_LOGITS) else self._kinds.get(name, "hidden")
+
+    def axis(self, name: str) -> int | None:
+        """Of a cache, the axis that grows."""
+        return self._axes.get(name)
+
+    def of_rows(self, name: str) -> bool:
+        """Whether it is ``[B, ...]``, and not by token."""
+        return name in self._of_rows
+
+
+def main_run(inputs: Inputs) -> list[Call]:
+    """The calls that a recording holds: a prefill and the decode steps."""
+    return [Call(stage, columns) for stage, columns in inputs.steps]
+
+
+def split_run(inputs: Inputs, split: int) -> list[Call]:
+    """The prefill in two pieces."""
+    name = f"split {split}+{inputs.prefill - split}"
+    return [Call(name, slice(0, split)), Call(name, slice(split, inputs.prefill))]
+
+
+def row_run(inputs: Inputs, row: int) -> Call:
+    """The prefill of one row, without its padding and without the others."""
+    first = int((inputs.attention_mask[row] == 0).sum())
+    columns = slice(first, inputs.prefill)
+    return Call(f"row {row} alone", columns, slice(row, row + 1), first)
+
+
+def fed(inputs: Inputs, call: Call) -> tuple[Ids, Ids]:
+    """Token ids and mask of a call."""
+    place = (call.rows, call.columns)
+    return inputs.input_ids[place], inputs.attention_mask[place]
+
+
+def places(inputs: Inputs, call: Call) -> Places:
+    """``[n, 2]``: row and column of each real token of a call, row by row."""
+    real = np.argwhere(fed(inputs, call)[1] != 0)
+    result: Places = real + np.array((call.rows.start or 0, call.columns.start))
+    return result
+
+
+def _collect(layout: Layout, inputs: Inputs, call: Call, tensors: Mapping[str, Array]) -> Tensors:
+    """What is kept of one call's outputs, states and taps."""
+    real = fed(inputs, call)[1] != 0
+    result: Tensors = {}
+    for name, array in tensors.items():
+        axis = layout.axis(name)
+        if axis is not None:
+            result[name] = _added(array, axis, call, real)
+        elif layout.of_rows(name):
+            result[name] = array if name == layout.main_output else _thinned(array)
+        elif name.startswith(ROUTER_LOGITS):
+            result[name] = array[real.reshape(-1)]
+        else:
+            result[name] = array[real]
+    return result
+
+
+def _added(cache: Array, axis: int, call: Call, real: npt.NDArray[np.bool_]) -> Array:
+    """The positions ``[n, Hkv, D]`` that a call added to a cache; they are its last."""
+    if cache.shape[axis] != call.columns.stop - call.first:
+        # One of another length is left as it is, and fails by its shape.
+        return cache
+    added = call.columns.stop - call.columns.start
+    return np.moveaxis(cache, axis, 1)[:, -added:][real]
+
+
+def record(
+    session: Stepper,
+    layout: Layout,
+    inputs: Inputs,
+    prepare: Callable[[int], object] = lambda _number: None,
+    advance: Callable[[int], None] = lambda _calls: None,
+) -> Recording:
+    """Feed the main run to a session and keep what it gives, its taps included.
+
+    Args:
+        session: with ``tapped`` where it has taps.
+        layout: of the outputs.
+        inputs: to feed.
+        prepare: told the number of each call before it.
+        advance: told of each finished call.
+    """
+    recording: Recording = []
+    for number, call in enumerate(main_run(inputs)):
+        prepare(number)
+        recording.append(observe(session, layout, inputs, call))
+        advance(1)
+    return recording
+
+
+def observe(session: Stepper, layout: Layout, inputs: Inputs, call: Call) -> Tensors:
+    """Feed one call to a session, after a reset where a run begins, and keep what it gives."""
+    ids, mask = fed(inputs, call)
+    if call.columns.start == call.first:
+        session.reset(len(ids), inputs.input_ids.shape[1])
+    main = session.step(ids, mask)
+    tensors = {layout.main_output: main, **session.state(), **getattr(session, "tapped", {})}
+    return _collect(layout, inputs, call, tensors)
+
+
+def collect_whole(
+    layout: Layout, inputs: Inputs, calls: Sequence[Call], state: Mapping[str, Array]
+) -> Tensors:
+    """The caches ``[n, Hkv, D]`` after some calls, ordered as the calls were."""
+    result: Tensors = {}
+    for name, cache in state.items():
+        axis = layout.axis(name)
+        if axis is None:
+            continue
+        if cache.shape[axis] != calls[-1].columns.stop - calls[0].first:
+            result[name] = cache
+            continue
+        by_position = np.moveaxis(cache, axis, 1)
+        parts = [by_position[:, c.columns][fed(inputs, c)[1] != 0] for c in calls]
+        result[name] = np.concatenate(parts)
+    return result
+
+
+def whole(layout: Layout, recording: Recording) -> Tensors:
+    """The caches of a recording after its last call, ordered likewise."""
+    names = [name for name in recording[0] if layout.axis(name) is not None]
+    return {name: np.concatenate([call[name] for call in recording]) for name in names}
+
+
+def select(
+    layout: Layout, tensors: Tensors, tokens: npt.NDArray[np.bool_], rows: Sequence[int]
+) -> Tensors:
+    """Some tokens of one call, and some rows of what has no tokens."""
+    return {
+        name: array[list(rows)]
+        if layout.of_rows(name)
+        # One of another length is left as it is, and fails by its shape.
+        else array[tokens]
+        if len(array) == len(tokens)
+        else array
+        for name, array in tensors.items()
+    }
+
+
+def _thinned(array: Array) -> Array:
+    """Elements of a large state at even distances, ``[B, k]``; a small one as it is."""
+    rows = array.reshape(len(array), -1)
+    if rows.shape[1] <= MOST_ELEMENTS:
+        return array
+    # Odd, so that it meets every residue of sizes that are powers of two.
+    kept = np.ascontiguousarray(rows[:, :: rows.shape[1] // MOST_ELEMENTS | 1])
+    # A sum with NaN or infinity is none, so one outside of what is kept is seen all the same.
+    kept[~np.isfinite(rows.sum(axis=1, dtype=np.float64)), 0] = np.nan
+    return kept

@@ -1,0 +1,187 @@
+"""The eager graph of a checkpoint twice: the truth, and in the precision of a target.
+
+What they compute is kept on disk (``validate.cache``), so that a second validation of the same
+checkpoint, of another target or after another export, begins at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from export.progress import Stages
+from graphs.checkpoint import Checkpoint
+from graphs.family import family_of
+from validate.cache import Cache, Recording, code_digest, inputs_digest, key
+from validate.eager import EagerSession
+from validate.inputs import Inputs
+from validate.recording import (
+    ROUTER_LOGITS,
+    Array,
+    Layout,
+    Tensors,
+    main_run,
+    record,
+)
+from validate.routing import Chosen, Replay, choices
+
+# One precision higher than the target's.
+TRUTH = {"float32": torch.float64, "float16": torch.float32, "bfloat16": torch.float32}
+
+
+@dataclass(frozen=True)
+class References:
+    """What the eager graphs compute from one validation's inputs; see ``validate.recording``.
+
+    Attributes:
+        truth: one precision higher.
+        eager: in the target's, with the truth's experts.
+        expected: what a target is compared with.
+    """
+
+    truth: Recording
+    eager: Recording
+    expected: Recording
+
+
+class Reference:
+    """Truth and floor of one checkpoint; the models are loaded when they are first needed.
+
+    A graph that does not fit in half of the free memory is streamed from the checkpoint, layer by
+    layer, for every call.
+
+    Args:
+        checkpoint: the weights.
+        task: a task of the family.
+        precision: of the target: ``float32``, ``float16`` or ``bfloat16``.
+        cache: of recordings; None keeps none.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        task: str,
+        precision: str = "float32",
+        cache: Cache | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.task = task
+        self.precision = precision
+        self.cache = cache
+        self._model = family_of(checkpoint).build(checkpoint.config, task)
+        self._sessions: dict[torch.dtype, EagerSession] = {}
+        config = getattr(self._model, "config")
+        self.chunk_size: int = getattr(config, "chunk_size", 0)
+        self.top_k: int = getattr(config, "num_experts_per_tok", 0)
+        self.layers: int = config.num_hidden_layers
+
+    @property
+    def against(self) -> str:
+        """What the target is compared with, in words."""
+        truth = str(TRUTH[self.precision]).removeprefix("torch.")
+        return f"eager PyTorch in {truth}, beside eager PyTorch in {self.precision}"
+
+    def record(self, layout: Layout, inputs: Inputs, stages: Stages) -> References:
+        """Run the main run on both, or read what was kept of an earlier one."""
+        truth = self._recording(layout, inputs, TRUTH[self.precision], None, stages)
+        own: torch.dtype = getattr(torch, self.precision)
+        eager = self._recording(layout, inputs, own, truth, stages)
+        return References(truth, eager, expected=truth)
+
+    def session(self, dtype: torch.dtype, stages: Stages) -> EagerSession:
+        """The eager graph in one precision."""
+        if dtype not in self._sessions:
+            size = sum(parameter.numel() for parameter in self._model.parameters())
+            with stages.stage(f"load eager {_name(dtype)}", size * dtype.itemsize) as advance:
+                self._sessions[dtype] = EagerSession(
+                    self.checkpoint, self.task, precision=dtype, advance=advance
+                )
+        return self._sessions[dtype]
+
+    def _recording(
+        self,
+        layout: Layout,
+        inputs: Inputs,
+        dtype: torch.dtype,
+        truth: Recording | None,
+        stages: Stages,
+    ) -> Recording:
+        name = ""
+        if self.cache is not None:
+            name = self._key(inputs, dtype, self.hash(stages), replayed=truth is not None)
+            kept = self.cache.get(name)
+            if kept is not None:
+                return kept
+        session = self.session(dtype, stages)
+        with (
+            stages.stage(f"run eager {_name(dtype)}", len(inputs.steps), "steps") as advance,
+            Replay() as replay,
+        ):
+
+            def choose(number: int) -> None:
+                replay.choose(None if truth is None else self.chosen(truth[number], inputs, number))
+
+            recording = record(session, layout, inputs, choose, advance)
+        if self.cache is not None:
+            self.cache.put(name, recording)
+        return recording
+
+    def chosen(self, truth: Tensors, inputs: Inputs, number: int) -> list[Chosen]:
+        """The truth's experts ``[B*T, E]`` in one call, router by router; all for padding."""
+        call = main_run(inputs)[number]
+        real = (inputs.attention_mask[:, call.columns] != 0).reshape(-1)
+        result = []
+        for logits in routers(truth):
+            mask = np.ones((len(real), logits.shape[1]), dtype=np.bool_)
+            mask[real] = choices(logits, self.top_k)
+            result.append(mask)
+        return result
+
+    def hash(self, stages: Stages) -> str:
+        """SHA-256 of the checkpoint, as far as the graph uses it; reads it where nobody has yet."""
+        weights = family_of(self.checkpoint).weight_map(self._model, self.checkpoint, self.task)
+        names = {part.name for parts in weights.values() for part in parts}
+        unread = sorted(names - self.checkpoint.digests.keys())
+        if unread:
+            size = sum(self._bytes(name) for name in unread)
+            with stages.stage("hash checkpoint", size) as advance:
+                for name in unread:
+                    self.checkpoint.read(name)
+                    advance(self._bytes(name))
+        return self.checkpoint.digest()
+
+    def _bytes(self, name: str) -> int:
+        entry = self.checkpoint.entries[name]
+        return entry.end - entry.begin
+
+    def router_names(self, count: int) -> tuple[str, ...]:
+        """What the routers are called, in the order they run."""
+        a_layer = count // self.layers
+        if a_layer == 1:
+            return tuple(f"layer {layer}" for layer in range(count))
+        return tuple(f"layer {r // a_layer}, router {r % a_layer}" for r in range(count))
+
+    def _key(self, inputs: Inputs, dtype: torch.dtype, checkpoint: str, *, replayed: bool) -> str:
+        return key(
+            checkpoint=checkpoint,
+            task=self.task,
+            dtype=_name(dtype),
+            replayed=_name(TRUTH[self.precision]) if replayed else None,
+            inputs=inputs_digest(inputs.input_ids, inputs.attention_mask),
+            prefill=inputs.prefill,
+            stateful=inputs.stateful,
+            torch=torch.__version__,
+            code=code_digest(),
+        )
+
+
+def routers(tensors: Tensors) -> list[Array]:
+    """The router logits of one call, in the order the routers run."""
+    found = [name for name in tensors if name.startswith(ROUTER_LOGITS)]
+    return [tensors[n] for n in sorted(found, key=lambda n: int(n.removeprefix(ROUTER_LOGITS)))]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,112 @@
+"""An ingot's graph with its routers and hidden states as outputs, and its choices as inputs.
+
+Every graph names these values (``export.capture``), so nothing has to be found by its shape. The
+graph is changed in memory; the weights stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from export.ingot import GRAPH, Manifest
+from runtime.ort import OrtSession
+from runtime.session import Floats, Ids
+from validate.recording import HIDDEN_STATES, ROUTER_LOGITS, Array
+from validate.routing import DOMAIN, OPERATOR, Chosen, replay_function
+
+
+class TappedSession(OrtSession):
+    """Runs an ingot's graph on ONNX Runtime and keeps what is inside.
+
+    Args:
+        folder: the ingot.
+        manifest: of it.
+
+    Attributes:
+        tapped: of the last call, ``router_logits.{i} [B*T, E]`` as the router made them and
+            ``hidden_states.{i} [B, T, H]``.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        model = onnx.load(str(folder / GRAPH), load_external_data=False)
+        named = {name for node in model.graph.node for name in node.output}
+        self.routers = _numbered(named, ROUTER_LOGITS)
+        taps = [*self.routers, *_numbered(named, HIDDEN_STATES)]
+        outputs = {value.name for value in model.graph.output}
+        model.graph.output.extend(
+            onnx.ValueInfoProto(name=name) for name in taps if name not in outputs
+        )
+        _insert_replays(model, self.routers)
+        super().__init__(folder, manifest, graph=model.SerializeToString(), taps=taps)
+        self.choose(None)
+
+    def choose(self, chosen: Sequence[Chosen] | None) -> None:
+        """Force these experts on each router, ``[B*T, E]``; None leaves the choice to the graph."""
+        # With all of them chosen no other could stand above, and no logit is moved.
+        masks = [np.ones((1, 1), dtype=np.bool_)] * len(self.routers) if chosen is None else chosen
+        self.given = {_chosen(name): mask for name, mask in zip(self.routers, masks, strict=True)}
+
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        """See ``runtime.session.Session.step``."""
+        self._pieces: list[dict[str, Array]] = []
+        main = super().step(input_ids, attention_mask)
+        batch = len(input_ids)
+        self.tapped = {
+            name: np.concatenate([_by_row(p[name], batch) for p in self._pieces], axis=1)
+            for name in self.tapped
+        }
+        for name in self.routers:
+            self.tapped[name] = self.tapped[name].reshape(-1, self.tapped[name].shape[-1])
+        return main
+
+    def _run(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        # A step may take several, a token each.
+        main = super()._run(input_ids, attention_mask)
+        self._pieces.append(self.tapped)
+        return main
+
+
+def _by_row(tap: Array, batch: int) -> Array:
+    """``[B*T, E]`` or ``[B, T, H]`` -> ``[B, T, ...]`` in float32."""
+    return tap.reshape(batch, -1, tap.shape[-1]).astype(np.float32)
+
+
+def _numbered(names: set[str], prefix: str) -> list[str]:
+    """The names of one kind, in the order of their numbers."""
+    found = [name for name in names if name.startswith(prefix)]
+    return sorted(found, key=lambda name: int(name.removeprefix(prefix)))
+
+
+def _chosen(router: str) -> str:
+    return router.replace(ROUTER_LOGITS, "chosen_experts.")
+
+
+def _insert_replays(model: onnx.ModelProto, routers: Sequence[str]) -> None:
+    """Put a ``Replay`` between each router's logits and all that read them."""
+    if not routers:
+        return
+    moved = {name: f"{name}.replayed" for name in routers}
+    nodes = []
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = moved.get(name, name)
+        nodes.append(node)
+        for name in node.output:
+            if name in moved:
+                inputs = [name, _chosen(name)]
+                nodes.append(helper.make_node(OPERATOR, inputs, [moved[name]], domain=DOMAIN))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    for name in routers:
+        model.graph.input.append(
+            helper.make_tensor_value_info(
+                _chosen(name), onnx.TensorProto.BOOL, ["tokens_or_one", "experts_or_one"]
+            )
+        )
+    model.functions.append(replay_function())
+    model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
