@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from export.ingot import Manifest
 from plugins.errors import IngotError
+from runtime.tokenizer import load_tokenizer
 
 # numpy and ONNX Runtime are imported when a command runs, so that --help works without them.
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from runtime.generate import Sampling
     from runtime.session import Session
 
@@ -55,18 +58,6 @@ def _load(folder: Path, threads: int, *, verify: bool, allow_failed: bool) -> Se
         )
 
 
-def _tokenizer(folder: Path) -> Any:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise IngotError(
-            f"{folder} holds no tokenizer.json, so text cannot be encoded; give token ids: "
-            "--prompt-ids 1,2,3."
-        )
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(path))
-
-
 @click.command("generate")
 @click.argument("ingot", type=click.Path(path_type=Path))
 @click.option("--prompt", multiple=True, help="Text; give it several times for a batch.")
@@ -101,7 +92,7 @@ def generate_command(
         sampling = Sampling(temperature, top_k, top_p, seed)
         prompts = _given(prompt, prompt_ids)
         session = _load(ingot, threads, verify=not no_verify, allow_failed=allow_failed)
-        tokenizer = _tokenizer(ingot) if prompt else None
+        tokenizer = load_tokenizer(ingot) if prompt else None
         if tokenizer is not None:
             prompts = [tokenizer.encode(text).ids for text in prompt]
         stop = list(stop_id) or None
@@ -114,7 +105,7 @@ def generate_command(
 def _stream(
     session: Session,
     prompts: list[list[int]],
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
     max_new_tokens: int,
     sampling: Sampling,
     stop_ids: list[int] | None,
@@ -174,7 +165,7 @@ def classify_command(
         prompts = _given(prompt, prompt_ids)
         session = _load(ingot, threads, verify=not no_verify, allow_failed=allow_failed)
         if prompt:
-            tokenizer = _tokenizer(ingot)
+            tokenizer = load_tokenizer(ingot)
             prompts = [tokenizer.encode(text).ids for text in prompt]
         logits = classify(session, prompts)
     except IngotError as error:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from export.ingot import GRAPH, Manifest, StateInfo
+from export.ingot import GRAPH, MANIFEST, Manifest, StateInfo
 from runtime.session import Floats, Ids, SessionError
 from runtime.tokens import TokenInputs
 
@@ -69,6 +69,14 @@ class OrtSession:
                 f"ONNX Runtime {version} cannot load {folder / GRAPH} (made with {made_with}): "
                 f"{error}"
             ) from error
+        has = {item.name for item in (*self._session.get_inputs(), *self._session.get_outputs())}
+        named = {manifest.main_output, *(item.name for item in manifest.inputs)}
+        missing = sorted((named | {state.output for state in manifest.states}) - has)
+        if missing:
+            raise SessionError(
+                f"{folder / GRAPH} has no {', '.join(missing)}, which {MANIFEST} names; the two are "
+                "not of one export: export again."
+            )
         self._inputs = {item.name for item in manifest.inputs}
         self._tokens = TokenInputs(manifest.vocab_size, manifest.states)
         self.reset(1, 0)

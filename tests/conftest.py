@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before anything imports Triton, as transformers does: its kernels run on the CPU here.
 os.environ["TRITON_INTERPRET"] = "1"
+
+# Never the user's own. The first process makes it for all workers and commands, and at its end it
+# is removed.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="ingot-tests-cache-")
+    os.environ["INGOT_CACHE"] = _cache.name
 
 from collections.abc import Callable
 from pathlib import Path

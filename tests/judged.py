@@ -13,7 +13,7 @@ from validate.result import TensorResult
 
 def judged(session: Stepper, reference: Reference, manifest: Manifest) -> list[TensorResult]:
     """Every tensor after every call of a quick validation."""
-    layout = Layout(manifest)
+    layout = Layout(manifest, reference.states)
     inputs = make_inputs(
         manifest.vocab_size,
         plan=QUICK,

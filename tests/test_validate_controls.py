@@ -86,7 +86,6 @@ class Control:
         hidden: what the names of the calls begin with that cannot show it.
         config: of the checkpoint.
         retraced: whether the graph is another one, and not the weights alone.
-        missed: why a report cannot be right yet, if it is not.
     """
 
     family: str
@@ -98,7 +97,6 @@ class Control:
     hidden: tuple[str, ...] = ("nothing",)
     config: dict[str, Any] = field(default_factory=dict)
     retraced: bool = True
-    missed: str | None = None
 
 
 class Exports:
@@ -370,7 +368,6 @@ CONTROLS = {
         "Unsqueeze",
         first="decode 1",
         hidden=("prefill", "row"),
-        missed="names of values shift, and another node by the name of a right one is blamed",
     ),
     "11 logits times 1.001": Control("olmoe", of_model(scale_logits), None, "MatMul"),
     "12 o_proj transposed": Control(
@@ -401,19 +398,12 @@ CONTROLS = {
         LAYER,
         "Concat",
         "Sigmoid",
-        missed="a state that the manifest does not name is an IndexError",
     ),
 }
 
 
-def known(reason: str | None) -> list[pytest.MarkDecorator]:
-    return [] if reason is None else [pytest.mark.xfail(strict=True, reason=reason)]
-
-
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=known(control.missed)) for name, control in CONTROLS.items()]
-)
+@pytest.mark.parametrize("name", CONTROLS)
 def test_fails_a_wrong_export_and_says_where(exports: Exports, name: str, target: str) -> None:
     control = CONTROLS[name]
     report = examined(*exports.wrong(control, target))
@@ -448,9 +438,6 @@ def test_passes_the_right_export(
     assert (report.verdict, report.failures, report.location) == ("passed", [], None)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="ONNX Runtime's own error comes through"
-)
 @pytest.mark.parametrize("target", TARGETS)
 def test_refuses_a_graph_without_an_output(exports: Exports, target: str) -> None:
     wrong = Control("olmoe", drop_an_output, LAYER, "", retraced=False)

@@ -423,7 +423,7 @@ def test_names_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(TokensError, match=f"cannot read {missing}: .*; give a .npy file"):
             read_tokens(missing, 300)
         with pytest.raises(TokensError, match=f"cannot read {missing}: .*; give a text file"):
-            read_text(missing, tmp_path)
+            read_text(missing, tmp_path, 300)
 
 
 def make_tokenizer() -> Tokenizer:
@@ -445,7 +445,7 @@ def test_reads_text_with_the_tokenizer_of_the_ingot(tmp_path: Path) -> None:
     tokenizer.enable_padding(length=4096)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "text").write_bytes(text.encode())
-    found = read_text(tmp_path / "text", tmp_path)
+    found = read_text(tmp_path / "text", tmp_path, 300)
     assert found.dtype == np.int64
     assert found.tolist() == plain and len(plain) == 1 + len(text.encode())
 
@@ -453,11 +453,11 @@ def test_reads_text_with_the_tokenizer_of_the_ingot(tmp_path: Path) -> None:
 def test_refuses_text_it_cannot_encode(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("some text")
     with pytest.raises(TokensError, match=r"no tokenizer\.json.*: --tokens FILE\.npy\."):
-        read_text(tmp_path / "text", tmp_path)
+        read_text(tmp_path / "text", tmp_path, 300)
     make_tokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "text").write_bytes("Größe".encode("latin-1"))
     with pytest.raises(TokensError, match="not UTF-8 text: byte 2 "):
-        read_text(tmp_path / "text", tmp_path)
+        read_text(tmp_path / "text", tmp_path, 300)
     (tmp_path / "text").write_bytes(b"")
     with pytest.raises(TokensError, match="gives a sequence of 1 token ids"):
-        read_text(tmp_path / "text", tmp_path)
+        read_text(tmp_path / "text", tmp_path, 300)

@@ -480,6 +480,18 @@ def test_plots_show_the_worst_tensor_of_a_place() -> None:
     assert "at decode 8" in html.plots(with_tensor(make_report(), 56, error=1.0))[1].caption
 
 
+def test_plots_take_decode_steps_with_the_truths_experts_where_there_are_some() -> None:
+    found = make_report()
+    replayed = [
+        replace(tensor, stage=f"seed 1, {tensor.stage}, replayed", error=2.0)
+        for tensor in found.tensors
+        if tensor.stage == "decode 3"
+    ]
+    plot = html.plots(replace(found, tensors=(*found.tensors, *replayed)))[1]
+    assert "at decode 3" in plot.caption and "error over its floor" in plot.svg
+    assert plot.svg != html.plots(found)[1].svg
+
+
 def test_plots_have_labels_on_axes_of_one_decade_and_of_many() -> None:
     for top in (1.0001e-7, 3e-7, 1e-3):
         words = html.plots(plain_report(hidden=((1e-7, 1e-7), (top, 1e-7))))[0].svg

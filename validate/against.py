@@ -6,10 +6,11 @@ the precision costs. Both use the truth's experts, as in replayed routing.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
 
 from export.build import build
 from export.ingot import Manifest
@@ -49,6 +50,11 @@ class OtherReference(Reference):
                 f"{folder} is {' '.join(other)} and this ingot {self.task} {self.precision}; only "
                 "ingots of one task and precision are held against each other."
             )
+        if self._manifest.source.get("sha256") != self.hash(Stages()):
+            raise AgainstError(
+                f"{folder} was not made from {self.checkpoint.path}; only ingots of one checkpoint "
+                "are held against each other."
+            )
         self._session = TappedSession(folder, self._manifest)
 
     @property
@@ -68,7 +74,10 @@ class OtherReference(Reference):
         return replace(references, expected=other)
 
 
-class Other:
+@contextlib.contextmanager
+def other_ingot(
+    against: str, manifest: Manifest, checkpoint: Checkpoint, stages: Stages
+) -> Iterator[tuple[Path, str]]:
     """The other ingot of ``--against``: a folder, or made of the same checkpoint for a while.
 
     Args:
@@ -76,38 +85,28 @@ class Other:
         manifest: of the ingot that is judged.
         checkpoint: of both.
         stages: shows the export.
+
+    Yields:
+        Its folder, and what to call it.
+
+    Raises:
+        IngotError: no such ingot, a damaged one, or one that cannot be made.
     """
-
-    def __init__(
-        self, against: str, manifest: Manifest, checkpoint: Checkpoint, stages: Stages
-    ) -> None:
-        self._temporary = TemporaryDirectory(prefix="ingot-against-")
-        self.name = f"the {against} ingot of the same checkpoint"
-        self.folder = Path(self._temporary.name) / against
-        if against not in TARGETS:
-            self.folder, self.name = Path(against), f"the ingot {against}"
-            return
-        precision = next(short for short, full in PRECISIONS.items() if full == manifest.precision)
-        build(
-            ExportRequest(
-                str(checkpoint.path),
-                against,
-                self.folder,
-                task=manifest.task,
-                precision=precision,
-                builder="none",
-            ),
-            stages,
-            None,
+    if against not in TARGETS:
+        folder = Path(against)
+        Manifest.read(folder).check_files(folder)
+        yield folder, f"the ingot {against}"
+        return
+    precision = next(short for short, full in PRECISIONS.items() if full == manifest.precision)
+    with TemporaryDirectory(prefix="ingot-against-") as temporary:
+        folder = Path(temporary) / against
+        request = ExportRequest(
+            str(checkpoint.path),
+            against,
+            folder,
+            task=manifest.task,
+            precision=precision,
+            builder="none",
         )
-
-    def __enter__(self) -> Other:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._temporary.cleanup()
+        build(request, stages, None)
+        yield folder, f"the {against} ingot of the same checkpoint"

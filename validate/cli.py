@@ -88,6 +88,7 @@ def validate_command(
     from export.ingot import Manifest
     from validate.gate import gate
     from validate.report import json_text, write
+    from validate.terminal import print_report
 
     try:
         manifest = Manifest.read(ingot)
@@ -101,13 +102,10 @@ def validate_command(
         sys.exit(2)
     if as_json:
         click.echo(json_text(report), nl=False)
+        for problem in worse:
+            click.echo(f"WORSE {problem}", err=True)
     else:
-        for name, value in report.summary().items():
-            click.echo(f"{name:20} {value}")
-        for failure in report.failures:
-            click.echo(f"FAILED {failure}")
-    for problem in worse:
-        click.echo(f"WORSE {problem}", err=as_json)
+        print_report(report, worse)
     sys.exit(1 if worse else STATUS[report.verdict])
 
 
@@ -130,7 +128,7 @@ def _words(manifest: Manifest, ingot: Path, tokens: Path | None, text: Path | No
     if tokens is not None:
         return read_tokens(tokens, manifest.vocab_size)
     assert text is not None
-    return read_text(text, ingot)
+    return read_text(text, ingot, manifest.vocab_size)
 
 
 def _validate(
@@ -145,7 +143,7 @@ def _validate(
 ) -> Report:
     from export.progress import RichStages
     from graphs.checkpoint import Checkpoint
-    from validate.against import Other, OtherReference
+    from validate.against import OtherReference, other_ingot
     from validate.cache import default_cache
     from validate.gate import save_baseline
     from validate.reference import Reference
@@ -166,10 +164,12 @@ def _validate(
         )
     with contextlib.ExitStack() as stack:
         if against != EAGER:
-            other = stack.enter_context(Other(against, manifest, checkpoint, stages))
-            reference = OtherReference(reference, other.folder, other.name)
+            other, name = stack.enter_context(other_ingot(against, manifest, checkpoint, stages))
+            reference = OtherReference(reference, other, name)
         report = examine(ingot, reference, stages, plan=plan, seed=seed, text=words)
-        if baseline is not None:
+        if baseline is not None and report.verdict == "failed":
+            click.echo(f"{baseline} was not written: what failed is no baseline", err=True)
+        elif baseline is not None:
             again = validate_ingot(
                 ingot, reference, stages, plan=plan, seed=seed, verify=False, text=words
             )

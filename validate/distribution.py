@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from plugins.errors import IngotError
 from runtime.session import Ids
+from runtime.tokenizer import TOKENIZER, load_tokenizer
 from validate.metrics import Array
 from validate.result import Distribution
 
@@ -239,7 +240,7 @@ def read_tokens(path: Path, vocab_size: int) -> Ids:
     return _enough(path, array)
 
 
-def read_text(path: Path, folder: Path) -> Ids:
+def read_text(path: Path, folder: Path, vocab_size: int) -> Ids:
     """A UTF-8 text file as token ids, int64 ``[n]``.
 
     As for a prompt, the tokenizer adds what it adds to any text, such as a first token.
@@ -247,12 +248,13 @@ def read_text(path: Path, folder: Path) -> Ids:
     Args:
         path: the text.
         folder: the ingot, whose own tokenizer is taken.
+        vocab_size: of the model, which a tokenizer that belongs to another may exceed.
 
     Raises:
-        TokensError: no such file, not UTF-8, an ingot without a tokenizer, or fewer than two ids.
+        TokensError: no such file, not UTF-8, an ingot without a tokenizer, an id outside of the
+            vocabulary, or fewer than two ids.
+        TokenizerError: a damaged tokenizer.
     """
-    from runtime.cli import _tokenizer
-
     try:
         # Not read_text, which changes line ends.
         text = path.read_bytes().decode("utf-8")
@@ -262,18 +264,20 @@ def read_text(path: Path, folder: Path) -> Ids:
         raise TokensError(
             f"{path} is not UTF-8 text: byte {error.start} has no meaning there; save it as UTF-8."
         ) from error
-    try:
-        tokenizer = _tokenizer(folder)
-    except IngotError as error:
-        # Its own message names an option of another command.
+    # Its own message names an option of another command.
+    if not (folder / TOKENIZER).is_file():
         raise TokensError(
-            f"{folder} holds no tokenizer.json, so text cannot be encoded; give token ids: "
+            f"{folder} holds no {TOKENIZER}, so text cannot be encoded; give token ids: "
             "--tokens FILE.npy."
-        ) from error
-    # A tokenizer may have been saved with the length it was trained at, and would drop the rest.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return _enough(path, np.array(tokenizer.encode(text).ids, dtype=np.int64))
+        )
+    ids = np.array(load_tokenizer(folder).encode(text).ids, dtype=np.int64)
+    outside = ids[ids >= vocab_size]
+    if outside.size:
+        raise TokensError(
+            f"{folder / TOKENIZER} makes token id {outside[0]} of {path}, outside of the "
+            f"vocabulary of {vocab_size}; it belongs to another model."
+        )
+    return _enough(path, ids)
 
 
 def _unreadable(path: Path, error: OSError, wanted: str) -> str:

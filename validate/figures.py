@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from validate.distribution import distribution
-from validate.growth import growth
-from validate.judge import REPLAYED, Judge
+from validate.growth import growth, over_decode
+from validate.judge import Judge
 from validate.limits import TIE_LIMIT
 from validate.metrics import rms
 from validate.recording import HIDDEN_STATES, Array
@@ -45,23 +45,11 @@ def worst_growth(judges: Sequence[Judge]) -> tuple[Growth, ...]:
     """By kind, the set of token ids whose errors grow most."""
     worst: dict[str, Growth] = {}
     for judge in judges:
-        for each in growth(_over_decode(judge)):
+        for each in growth(over_decode(judge.results)):
             before = worst.get(each.kind)
             if before is None or not each.ratio <= before.ratio:
                 worst[each.kind] = each
     return tuple(worst.values())
-
-
-def _over_decode(judge: Judge) -> list[TensorResult]:
-    """Results with the truth's experts where there are routers: those miss no token."""
-    ending = f", {REPLAYED}"
-    if not judge.routing:
-        return judge.results
-    return [
-        replace(result, stage=result.stage.removesuffix(ending))
-        for result in judge.results
-        if result.stage.endswith(ending)
-    ]
 
 
 def hidden(judges: Sequence[Judge]) -> tuple[tuple[float, float], ...]:

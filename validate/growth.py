@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from validate.result import Growth, TensorResult
 
@@ -25,6 +26,7 @@ LEAST_STEPS = 8
 SCORE_FLOOR = 0.05
 
 _DECODE = re.compile(r"decode ([0-9]+)")
+_ANY_DECODE = re.compile(r"(?:seed [0-9]+, )?(decode [0-9]+)(, replayed)?")
 
 
 def growth(tensors: Sequence[TensorResult]) -> list[Growth]:
@@ -37,6 +39,15 @@ def growth(tensors: Sequence[TensorResult]) -> list[Growth]:
     Returns:
         One entry a kind with at least ``LEAST_STEPS`` steps, in the order of their first tensors.
     """
+    return [
+        _growth(kind, list(steps.values()))
+        for kind, steps in step_scores(tensors).items()
+        if len(steps) >= LEAST_STEPS
+    ]
+
+
+def step_scores(tensors: Sequence[TensorResult]) -> dict[str, dict[int, float]]:
+    """By kind and decode step, in order, the RMS of its tensors' scores; a NaN stays one."""
     kinds: dict[str, dict[int, list[float]]] = {}
     for tensor in tensors:
         stage = _DECODE.fullmatch(tensor.stage)
@@ -44,11 +55,20 @@ def growth(tensors: Sequence[TensorResult]) -> list[Growth]:
         if stage is not None and score is not None:
             steps = kinds.setdefault(tensor.kind, defaultdict(list))
             steps[int(stage[1])].append(score)
-    return [
-        _growth(kind, [_rms(steps[number]) for number in sorted(steps)])
+    return {
+        kind: {number: _rms(steps[number]) for number in sorted(steps)}
         for kind, steps in kinds.items()
-        if len(steps) >= LEAST_STEPS
-    ]
+    }
+
+
+def over_decode(tensors: Sequence[TensorResult]) -> list[TensorResult]:
+    """The decode steps of all sets of token ids, as ``decode N``.
+
+    With the truth's experts where a target was run with them, since those results miss no token.
+    """
+    found = [(stage, t) for t in tensors if (stage := _ANY_DECODE.fullmatch(t.stage))]
+    replayed = [(stage, tensor) for stage, tensor in found if stage[2]]
+    return [replace(tensor, stage=stage[1]) for stage, tensor in replayed or found]
 
 
 def _growth(kind: str, scores: Sequence[float]) -> Growth:

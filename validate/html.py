@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from xml.etree import ElementTree
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from validate.growth import over_decode, step_scores
 from validate.report import clean, figures, headline, number
 from validate.result import Report, TensorResult
 
@@ -53,7 +53,6 @@ _RC: dict[Any, Any] = {
 }
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
-_DECODE = re.compile(r"decode (\d+)")
 
 
 @dataclass(frozen=True)
@@ -121,23 +120,21 @@ def _by_layer(report: Report) -> Plot:
         what = "The worst state of each layer over all stages: error of the target, and its floor."
     if not series:
         return Plot(title, "Nothing to draw: no tensor that was compared belongs to a layer.")
-    return _lines("layer", title, what, series, "layer (number)")
+    return _lines("layer", title, what, series, "layer (number)", "relative RMS error (ratio)")
 
 
 def _over_decode(report: Report) -> Plot:
     title = "Error over decode steps"
-
-    def step(tensor: TensorResult) -> int | None:
-        found = _DECODE.fullmatch(tensor.stage)
-        return None if found is None else int(found[1])
-
-    series = _pairs(report.tensors, step)
-    if not series:
+    steps = step_scores(over_decode(report.tensors))
+    if not steps:
         return Plot(title, "Nothing to draw: no tensor was compared after a decode step.")
-    what = (
-        "The worst tensor of each kind after each decode step: error of the target, and its floor."
-    )
-    return _lines("decode", title, what, series, "decode step (tokens after the prefill)")
+    series = [
+        Series(kind, tuple((float(step), score) for step, score in scores.items()))
+        for kind, scores in steps.items()
+    ]
+    what = "The error of each kind of tensor after each decode step, in floors."
+    axis = "decode step (tokens after the prefill)"
+    return _lines("decode", title, what, series, axis, "error over its floor (ratio)")
 
 
 def _kl(report: Report) -> Plot:
@@ -238,8 +235,8 @@ def _pairs(
     return result
 
 
-def _lines(name: str, title: str, what: str, series: list[Series], axis: str) -> Plot:
-    """Lines over a common axis, errors on a logarithmic scale."""
+def _lines(name: str, title: str, what: str, series: list[Series], axis: str, scale: str) -> Plot:
+    """Lines over a common axis, on a logarithmic scale."""
     values = [(y, x, line.label) for line in series for x, y in line.points]
     drawn = [value for value in values if _drawable(value[0])]
     note = _left_out(len(values) - len(drawn), "value", "zero or not finite")
@@ -261,7 +258,7 @@ def _lines(name: str, title: str, what: str, series: list[Series], axis: str) ->
             )
         axes.set_yscale("log")
         axes.set_xlabel(axis)
-        axes.set_ylabel("relative RMS error (ratio)")
+        axes.set_ylabel(scale)
 
     top, x, label = max(drawn)
     spoken = f"{what} The highest point is {number(top)} at {name} {x:.0f} ({label})."

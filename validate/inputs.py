@@ -68,6 +68,26 @@ class Inputs:
             (f"decode {column - self.prefill + 1}", slice(column, column + 1)) for column in decode
         ]
 
+    def feeds(self, columns: slice, *, cached: bool) -> dict[str, Ids]:
+        """A graph's token inputs of one call, by their definition.
+
+        A token's position is the number of real tokens before it, so it shares no code with the
+        sessions, which count on from call to call.
+
+        Args:
+            columns: of the call.
+            cached: whether a cache holds the past, which the mask then covers too.
+
+        Returns:
+            Ids and positions ``[B, T]``, and the mask ``[B, T]`` or ``[B, S]``.
+        """
+        so_far = self.attention_mask[:, : columns.stop]
+        return {
+            "input_ids": self.input_ids[:, columns],
+            "attention_mask": so_far if cached else self.attention_mask[:, columns],
+            "position_ids": (so_far.cumsum(axis=1) - so_far)[:, columns],
+        }
+
 
 def make_inputs(
     vocab_size: int,

@@ -173,7 +173,7 @@ class Judge:
                 advance,
             )
             session.choose(None)
-        self.routing[REPLAYED] = self._routing(replayed)
+        self.routing[REPLAYED] = self._routing(replayed, forced=True)
         for number, call in enumerate(self._calls):
             self._inside += self._compare(f"{call.stage}, {REPLAYED}", number, replayed[number])
 
@@ -263,11 +263,13 @@ class Judge:
             at = [self._places[0][tokens] for tokens in piece.tokens]
             self._piece_flips[index] = first_flips(self._choices([*sides, calls], at))
 
-    def _routing(self, found: Recording) -> Routing:
+    def _routing(self, found: Recording, *, forced: bool = False) -> Routing:
         """The choices of a main run."""
-        return self._choices([*self._recordings, found], self._places)
+        return self._choices([*self._recordings, found], self._places, forced=forced)
 
-    def _choices(self, sides: Sequence[Recording], at: Sequence[Places]) -> Routing:
+    def _choices(
+        self, sides: Sequence[Recording], at: Sequence[Places], *, forced: bool = False
+    ) -> Routing:
         """Of some calls, as expected, truth, eager and target have them."""
         by_router = [
             [np.concatenate(calls) for calls in zip(*map(routers, side), strict=True)]
@@ -276,7 +278,8 @@ class Judge:
         names = self.reference.router_names(len(by_router[0]))
         top_k = self.reference.top_k
         expected, truth, eager, found = by_router
-        return compare_choices(expected, truth, eager, found, np.concatenate(at), top_k, names)
+        place = np.concatenate(at)
+        return compare_choices(expected, truth, eager, found, place, top_k, names, forced=forced)
 
 
 def _usual_floors(references: References) -> dict[str, float]:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnxruntime
+import torch
 from onnx import helper
 
 from export.capture import Captured, capture
@@ -37,7 +38,6 @@ from graphs.checkpoint import Checkpoint, block_reader
 from graphs.family import family_of
 from graphs.state import BATCH
 from plugins.errors import IngotError
-from runtime.tokens import TokenInputs
 from validate.inputs import Inputs
 from validate.metrics import rms
 from validate.result import Location
@@ -45,11 +45,13 @@ from validate.result import Location
 Array = npt.NDArray[Any]
 Values = dict[str, Array]
 
-# Relative RMS error of one layer's values that float32 rounding explains. Both sides run the same
+# Relative RMS error of one layer's values that rounding explains. Both sides run the same
 # kernels on the same inputs, so right values are nearly always equal to the bit; where a changed
 # graph makes ONNX Runtime fuse nodes or split sums otherwise, they are near this. Measured: 2e-7
 # between a layer as it is run here and the same without optimizations and on one thread, H = 64.
-FLOOR = 1e-6
+# In float16 ONNX Runtime keeps float32 between nodes it has no float16 kernel for, which an output
+# more or less changes.
+FLOORS = {"float32": 1e-6, "float16": 1e-3}
 # A value is bad from this many floors on. The smallest change worth finding is far above: it has
 # to move the logits by a multiple of their own floor through all the layers behind it.
 LIMIT = 10.0
@@ -70,7 +72,8 @@ def locate(
     """Name the first layer and the first node of an ingot beyond the floor.
 
     Args:
-        folder: an ingot with a float32 graph; its hashes are not checked, and an engine is not run.
+        folder: an ingot with a graph in float32 or float16; its hashes are not checked, and an
+            engine is not run.
         checkpoint: what it was made from.
         inputs: for which its numbers are wrong; two or more calls show a fault in decode.
         calls: only the first so many of ``inputs.steps``, where it is known that one of them fails;
@@ -85,23 +88,51 @@ def locate(
         LocateError: a graph of another precision.
     """
     manifest = Manifest.read(folder)
-    if manifest.precision != "float32":
-        raise LocateError(f"{folder} is {manifest.precision}; only float32 graphs are located.")
+    if manifest.precision not in FLOORS:
+        raise LocateError(
+            f"{folder} is {manifest.precision}; only graphs in {' or '.join(FLOORS)} are located."
+        )
     captured = _captured(manifest, checkpoint)
     reference, actual = _reference(captured.model), _ingot(folder)
-    known = _Calls(captured, inputs, manifest.vocab_size, calls)
-    positions = _positions(reference)
+    dtype: torch.dtype = getattr(torch, manifest.precision)
+    known = _Calls(captured, inputs, manifest.vocab_size, dtype, calls)
+    positions, there = _positions(reference), _positions(actual)
+    anchors = _anchors(reference)
     for position in sorted(set(positions.values())):
         # In the order of computation.
         values = [name for name, where in positions.items() if where == position]
         kept = _leaving(reference, positions, position)
-        found = _first_bad(reference, actual, known, values, kept)
+        pairs = {
+            name
+            for name in values
+            if name in anchors & actual.makers.keys()
+            or (
+                there.get(name) == position
+                and _operator(reference, name) == _operator(actual, name)
+            )
+        }
+        floor = FLOORS[manifest.precision]
+        found = _first_bad(reference, actual, known, values, kept, pairs, floor)
         if found is not None:
             return _location(position, *found, actual, reference)
     changed = next((n for n in positions if _differs(reference, actual, n)), None)
     if changed is not None:
         return _location(positions[changed], changed, 0.0, actual, reference)
     return None
+
+
+def _anchors(graph: _Graph) -> set[str]:
+    """Values whose name says what they are, in whatever graph: outputs, routers, hidden states.
+
+    Other names are numbered, so that a node more or less makes another value of the same name.
+    """
+    outputs = {value.name for value in graph.model.graph.output}
+    return outputs | {n for n in graph.makers if n.partition(".")[0] in EXTRA_OUTPUTS}
+
+
+def _operator(graph: _Graph, value: str) -> tuple[str, str]:
+    node = graph.makers[value]
+    return node.domain, node.op_type
 
 
 def _location(
@@ -246,11 +277,16 @@ class _Calls:
     """
 
     def __init__(
-        self, captured: Captured, inputs: Inputs, vocab_size: int, most: int | None = None
+        self,
+        captured: Captured,
+        inputs: Inputs,
+        vocab_size: int,
+        precision: torch.dtype,
+        most: int | None,
     ) -> None:
         self._most = most
         self.states = captured.states
-        self._tokens = TokenInputs(vocab_size, captured.states)
+        self._precision = precision
         self._batch = inputs.input_ids.shape[0]
         self.known = self._begin(inputs)
         self.padded: list[Values] = []
@@ -261,17 +297,16 @@ class _Calls:
 
     def _begin(self, inputs: Inputs) -> list[Values]:
         """Every call's token inputs, and the states of the first."""
-        self._tokens.reset(*inputs.input_ids.shape)
-        known: list[Values] = [
-            dict(self._tokens.append(inputs.input_ids[:, at], inputs.attention_mask[:, at]))
-            for _, at in inputs.steps[: self._most]
-        ]
+        cached = any(state.axis is not None for state in self.states)
+        steps = inputs.steps[: self._most]
+        known: list[Values] = [dict(inputs.feeds(at, cached=cached)) for _, at in steps]
         for state in self.states:
             sizes = [
                 self._batch if d == BATCH else 0 if isinstance(d, str) else d
                 for d in state.input_shape
             ]
-            known[0][state.input] = np.zeros(sizes, dtype=np.float32)
+            zeros = torch.zeros(sizes, dtype=state.dtype(self._precision))
+            known[0][state.input] = zeros.numpy()
         return known
 
     def keep(self, known: list[Values], call: int, found: Values, kept: Collection[str]) -> None:
@@ -293,10 +328,22 @@ def _first_bad(
     calls: _Calls,
     values: Sequence[str],
     kept: Collection[str],
+    pairs: Collection[str],
+    floor: float,
 ) -> tuple[str, float] | None:
-    """The first value of one layer beyond the limit, and its error over the floor."""
+    """The first value of one layer beyond the limit, and its error over the floor.
+
+    Args:
+        reference: one side.
+        actual: the other.
+        calls: what is known of each.
+        values: of the layer.
+        kept: those that later layers read.
+        pairs: those that are the same on both sides.
+        floor: what rounding explains.
+    """
     given = calls.known[0]
-    shared, broken = _computable(actual, [n for n in values if n in actual.makers], given)
+    shared, broken = _computable(actual, [n for n in values if n in pairs], given)
     expected_part = _Part(reference, values, given)
     actual_part = _Part(actual, shared, given)
     for call, known in enumerate(calls.known):
@@ -308,7 +355,7 @@ def _first_bad(
         found = actual_part.run(known)
         calls.keep(calls.known, call, expected, kept)
         for name in shared:
-            ratio = relative_error(expected[name], found[name], other[name]) / FLOOR
+            ratio = relative_error(expected[name], found[name], other[name]) / floor
             if ratio > LIMIT:
                 return name, ratio
     missing = next((n for n in values if n in kept and n not in actual.makers), None)

@@ -25,11 +25,14 @@ from export.ingot import GRAPH, Manifest, StateInfo
 from runtime.ort import OrtSession
 from runtime.session import Ids, Session
 from validate.inputs import Inputs
-from validate.locate import FLOOR, LIMIT, relative_error
+from validate.locate import FLOORS, LIMIT, relative_error
 from validate.result import Location
 
 Array = npt.NDArray[Any]
 Values = dict[str, Array]
+
+# Also in float16: both sides run the same graph by the same kernels.
+FLOOR = FLOORS["float32"]
 
 
 def locate_session(session: Session, folder: Path, inputs: Inputs) -> Location | None:
@@ -54,12 +57,13 @@ def locate_session(session: Session, folder: Path, inputs: Inputs) -> Location |
     engine = manifest.engine is not None and not isinstance(session, OrtSession)
     if engine or manifest.precision == "bfloat16":
         return None
+    cached = any(state.axis is not None for state in manifest.states)
     plain = _Plain(folder, manifest, inputs)
     session.reset(*inputs.input_ids.shape)
     for stage, columns in inputs.steps:
         ids, mask = inputs.input_ids[:, columns], inputs.attention_mask[:, columns]
         main = session.step(ids, mask)
-        feeds = _feeds(manifest, inputs, columns)
+        feeds = inputs.feeds(columns, cached=cached)
         wrong = _first_fed_wrong(feeds, getattr(session, "fed", {}), mask != 0)
         if wrong is not None:
             return Location(None, "session", f"{wrong} at {stage}", math.inf)
@@ -67,26 +71,10 @@ def locate_session(session: Session, folder: Path, inputs: Inputs) -> Location |
         handed = {**session.state(), manifest.main_output: main}
         found = _real(handed, manifest, inputs, columns)
         for name in [*expected, *(name for name in found if name not in expected)]:
-            ratio = _ratio(expected.get(name), found.get(name))
+            ratio = _error(expected.get(name), found.get(name)) / FLOOR
             if ratio > LIMIT:
                 return Location(None, "session", f"{name} at {stage}", ratio)
     return None
-
-
-def _feeds(manifest: Manifest, inputs: Inputs, columns: slice) -> dict[str, Ids]:
-    """The token inputs of one call: ids and positions ``[B, T]``, mask ``[B, T]`` or ``[B, S]``.
-
-    A cache holds the past, so the mask covers it too. A token's position is the number of real
-    tokens before it; where a call stands alone, it begins at the first token anyway.
-    """
-    so_far = inputs.attention_mask[:, : columns.stop]
-    cached = any(state.axis is not None for state in manifest.states)
-    positions = so_far.cumsum(axis=1) - so_far
-    return {
-        "input_ids": inputs.input_ids[:, columns],
-        "attention_mask": so_far if cached else inputs.attention_mask[:, columns],
-        "position_ids": positions[:, columns],
-    }
 
 
 def _first_fed_wrong(
@@ -165,8 +153,8 @@ def _real(values: Values, manifest: Manifest, inputs: Inputs, columns: slice) ->
     return result
 
 
-def _ratio(expected: Array | None, found: Array | None) -> float:
-    """The error over the floor, infinite where one side has no such tensor."""
+def _error(expected: Array | None, found: Array | None) -> float:
+    """Relative RMS error, infinite where one side has no such tensor."""
     if expected is None or found is None:
         return math.inf
-    return relative_error(expected, found, expected) / FLOOR
+    return relative_error(expected, found, expected)

@@ -8,14 +8,15 @@ the truth serves every stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from export.ingot import Manifest
+from export.ingot import Manifest, StateInfo
+from graphs.state import StateSpec
 from runtime.session import Floats, Ids
 from validate.cache import Recording
 from validate.inputs import Inputs
@@ -65,13 +66,14 @@ class Layout:
 
     Args:
         manifest: of an ingot of the graph.
+        states: of the eager graph; a damaged ingot may lack some, and have others.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, states: Iterable[StateSpec]) -> None:
         self.main_output = manifest.main_output
-        self.states = manifest.states
-        self._axes = {state.output: state.axis for state in manifest.states}
-        self._kinds = {state.output: str(state.kind) for state in manifest.states}
+        known: list[StateInfo | StateSpec] = [*manifest.states, *states]
+        self._axes = {state.output: state.axis for state in known}
+        self._kinds = {state.output: str(state.kind) for state in known}
         self._kinds[self.main_output] = "logits" if self.main_output == "logits" else "hidden"
         # A classifier has one output a row, and not one a token.
         main = next(item for item in manifest.outputs if item.name == self.main_output)

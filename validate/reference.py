@@ -14,6 +14,7 @@ import torch
 from export.progress import Stages
 from graphs.checkpoint import Checkpoint
 from graphs.family import family_of
+from graphs.state import StateSpec
 from validate.cache import Cache, Recording, code_digest, inputs_digest, key
 from validate.eager import EagerSession
 from validate.inputs import Inputs
@@ -76,6 +77,7 @@ class Reference:
         self.chunk_size: int = getattr(config, "chunk_size", 0)
         self.top_k: int = getattr(config, "num_experts_per_tok", 0)
         self.layers: int = config.num_hidden_layers
+        self.states: tuple[StateSpec, ...] = getattr(self._model, "states")
 
     @property
     def against(self) -> str:

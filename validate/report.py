@@ -95,8 +95,11 @@ def headline(report: Report) -> str:
 
 
 def figures(report: Report) -> list[tuple[str, str]]:
-    """Routing and distribution figures, each in words."""
+    """Routing, growth and distribution figures, each in words."""
     rows = [(f"Routing, {mode}", _routing(found)) for mode, found in report.routing.items()]
+    if report.growth:
+        by_kind = ", ".join(f"{each.kind} {number(each.ratio)}" for each in report.growth)
+        rows.append(("Growth of the error over decode, in floors", f"{by_kind}-fold"))
     found = report.distribution
     if found is None or not found.kl:
         return rows

@@ -59,7 +59,12 @@ def replayed(router_logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     middle = (least + most) / 2
     below = middle - (middle.abs() + NUDGE) * NUDGE
     moved = torch.where(chosen, router_logits.clamp(min=middle), router_logits.clamp(max=below))
-    return torch.where(least > most, router_logits, moved)
+    # Among equals the lower id is chosen, so a tie may be right as it is.
+    ids, count = torch.arange(router_logits.shape[-1]), router_logits.shape[-1]
+    last = torch.where(chosen & (router_logits == least), ids, -1).amax(-1, keepdim=True)
+    first = torch.where(~chosen & (router_logits == most), ids, count).amin(-1, keepdim=True)
+    right = (least > most) | ((least == most) & (last < first))
+    return torch.where(right, router_logits, moved)
 
 
 class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -111,7 +116,26 @@ def replay_function() -> onnx.FunctionProto:
             raised = Max (router_logits, middle)
             lowered = Min (router_logits, below)
             moved = Where (chosen, raised, lowered)
-            right = Greater (least, most)
+            zero = Constant <value_int: int = 0> ()
+            one = Constant <value_int: int = 1> ()
+            minus_one = Neg (one)
+            sizes = Shape <start: int = 1> (router_logits)
+            count = Squeeze (sizes)
+            ids = Range (zero, count, one)
+            others = Not (chosen)
+            is_least = Equal (router_logits, least)
+            is_most = Equal (router_logits, most)
+            chosen_least = And (chosen, is_least)
+            other_most = And (others, is_most)
+            ids_least = Where (chosen_least, ids, minus_one)
+            ids_most = Where (other_most, ids, count)
+            last_least = ReduceMax (ids_least, last)
+            first_most = ReduceMin (ids_most, last)
+            apart = Greater (least, most)
+            equal = Equal (least, most)
+            in_order = Less (last_least, first_most)
+            right_tie = And (equal, in_order)
+            right = Or (apart, right_tie)
             moved_logits = Where (right, router_logits, moved)
         }}
         """
@@ -126,6 +150,8 @@ def compare_choices(
     places: npt.NDArray[np.int64],
     top_k: int,
     names: tuple[str, ...],
+    *,
+    forced: bool = False,
 ) -> Routing:
     """Hold the target's choices against the truth's.
 
@@ -138,10 +164,12 @@ def compare_choices(
         places: ``[n, 2]``, row of the batch and position of each token.
         top_k: K.
         names: of the routers.
+        forced: whether the truth's experts were used whatever the target's logits said.
 
     Returns:
         Every flip. One that follows from another, since it is at a later router of the same row
-        and not before it, is marked as such: its margin says nothing.
+        and not before it, is marked as such: its margin says nothing. Where the experts are
+        forced, none follows.
     """
     flips: list[Flip] = []
     agreement = []
@@ -164,7 +192,7 @@ def compare_choices(
                 chosen=tuple(np.flatnonzero(chosen[token]).tolist()),
                 margin=float(ordered[-top_k] - ordered[-top_k - 1]),
                 explained=explained,
-                follows=position >= changed.get(row, position + 1),
+                follows=not forced and position >= changed.get(row, position + 1),
             )
             here.append(flip)
         for flip in here:

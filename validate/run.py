@@ -47,12 +47,13 @@ class Target:
 
     Args:
         folder: the ingot; its hashes are not checked.
+        reference: of its checkpoint.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, reference: Reference) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
-        self.layout = Layout(self.manifest)
+        self.layout = Layout(self.manifest, reference.states)
         self.engine = self.manifest.engine is not None and has_gpu()
         # For TensorRT a graph is delivered, where no engine can run; how ONNX Runtime fuses it is
         # no part of it.
@@ -111,7 +112,7 @@ def validate_ingot(
     """
     began = time.perf_counter()
     stages = stages or Stages()
-    target = Target(folder)
+    target = Target(folder, reference)
     target.manifest.check_files(folder, hashes=verify)
     seeds = range(seed, seed + plan.seeds)
     judges = []
@@ -207,7 +208,9 @@ def examine(
     if report.verdict != "failed":
         return report
     with stages.stage("find where it goes wrong"):
-        return replace(report, location=_location(report, Target(folder), reference, plan))
+        return replace(
+            report, location=_location(report, Target(folder, reference), reference, plan)
+        )
 
 
 def _location(report: Report, target: Target, reference: Reference, plan: Plan) -> Location | None:
@@ -224,7 +227,8 @@ def _location(report: Report, target: Target, reference: Reference, plan: Plan) 
         found = locate(target.folder, reference.checkpoint, inputs, calls)
         if found is not None:
             return found
-    return locate_session(target.delivered(), target.folder, inputs)
+    session = load(target.folder, verify=False, allow_failed=True, graph_only=not target.engine)
+    return locate_session(session, target.folder, inputs)
 
 
 def spread(first: Report, second: Report) -> dict[str, float]:

@@ -87,14 +87,19 @@ def _chosen(router: str) -> str:
 
 
 def _insert_replays(model: onnx.ModelProto, routers: Sequence[str]) -> None:
-    """Put a ``Replay`` between each router's logits and all that read them."""
+    """Put a ``Replay`` between each router's logits and what chooses by them.
+
+    A GatherElements only reads the logits of experts that a TopK chose (JetMoE's attention); as in
+    the eager graph under ``validate.routing.Replay``, they are the router's own.
+    """
     if not routers:
         return
     moved = {name: f"{name}.replayed" for name in routers}
     nodes = []
     for node in model.graph.node:
         for place, name in enumerate(node.input):
-            node.input[place] = moved.get(name, name)
+            if node.op_type != "GatherElements":
+                node.input[place] = moved.get(name, name)
         nodes.append(node)
         for name in node.output:
             if name in moved:

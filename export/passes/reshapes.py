@@ -33,6 +33,8 @@ class SizesFromTokens(ir.passes.InPlacePass):
             value = node.inputs[0] if node.op_type == "Shape" else None
             if value is None or not value.is_graph_input() or value.name in self.tokens:
                 continue
+            if not {"start", "end"} <= node.attributes.keys():
+                continue
             start, end = (node.attributes[name].as_int() for name in ("start", "end"))
             assert value.shape is not None and end == start + 1
             replacement, axis = source[str(value.shape[start])]

@@ -1,0 +1,50 @@
+"""A validation's result for the person who typed the command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from validate.report import LISTED, figures, headline, number
+from validate.result import Report
+
+COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
+
+
+def print_report(report: Report, worse: Sequence[str]) -> None:
+    """The verdict, the worst tensor of each kind, the figures, and every problem, on stdout.
+
+    Args:
+        report: what was found.
+        worse: what got worse since a baseline.
+    """
+    console = Console(soft_wrap=True, highlight=False)
+    verdict, _, rest = headline(report).partition(":")
+    console.print(f"[bold {COLOURS[report.verdict]}]{verdict}[/]:{escape(rest)}")
+    if report.location is not None:
+        console.print(f"It begins at: {escape(str(report.location))}")
+    if report.worst:
+        Console().print(_scores(report))
+    for name, text in figures(report):
+        console.print(f"{name}: {text}", markup=False)
+    for failure in report.failures[:LISTED]:
+        console.print(f"FAILED {failure}", markup=False)
+    if len(report.failures) > LISTED:
+        more = len(report.failures) - LISTED
+        console.print(f"and {more} more problems; --report FOLDER writes all of them")
+    for problem in worse:
+        console.print(f"WORSE {problem}", markup=False)
+
+
+def _scores(report: Report) -> Table:
+    compared = sum(tensor.error is not None for tensor in report.tensors)
+    table = Table(title=f"Worst of {compared} tensors", title_justify="left")
+    for column in ("kind", "error", "in floors", "limit", "stage", "tensor"):
+        table.add_column(column, justify="right" if column in ("error", "in floors") else "left")
+    for kind, tensor in report.worst.items():
+        cells = (number(tensor.error), number(tensor.score), number(tensor.limit))
+        table.add_row(kind, *cells, escape(tensor.stage), escape(tensor.name))
+    return table
