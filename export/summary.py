@@ -42,7 +42,7 @@ def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stage
 
 
 # Of tensors, as a validation has them.
-KINDS = ("logits", "hidden", "key", "value", "conv", "ssm")
+KINDS = ("logits", "hidden", "router", "key", "value", "conv", "ssm")
 
 
 def _engine_rows(engine: EngineInfo) -> list[tuple[str, str]]:
@@ -90,6 +90,13 @@ def _verdict_rows(manifest: Manifest) -> list[tuple[str, str]]:
             score, error = found[f"{kind}_score"], found[f"{kind}_error"]
             times = f"{score:.2g} times eager PyTorch's own error"
             rows.append((kind, f"relative RMS error {error:.1e}, {times}"))
+    for mode in ("free", "replayed"):
+        if f"routing_agreement_{mode}" in found:
+            share = found[f"routing_agreement_{mode}"]
+            rows.append((f"routing, {mode}", f"{share:.1%} of tokens have the truth's experts"))
+    if "kl_max" in found:
+        mean, most = found["kl_mean"], found["kl_max"]
+        rows.append(("KL divergence", f"{mean:.1e} nats in the mean, {most:.1e} at most"))
     if "top1_agreement" in found:
         rows.append(("top-1 agreement", f"{found['top1_agreement']:.1%}"))
     if "first_failure" in found:

@@ -33,7 +33,7 @@ from validate.recording import (
 )
 from validate.reference import Reference, References, routers
 from validate.result import Routing, TensorResult
-from validate.routing import compare_choices, first_flips
+from validate.routing import compare_choices, doubtful, first_flips
 from validate.taps import TappedSession
 
 Mask = npt.NDArray[np.bool_]
@@ -176,6 +176,20 @@ class Judge:
         self.routing[REPLAYED] = self._routing(replayed, forced=True)
         for number, call in enumerate(self._calls):
             self._inside += self._compare(f"{call.stage}, {REPLAYED}", number, replayed[number])
+
+    def doubt(self) -> None:
+        """Leave tokens out of ``free`` from where rounding may have turned a choice.
+
+        For a target whose routers cannot be seen, such as an engine: any choice whose margin
+        rounding explains may have been another there.
+        """
+        by_router = [
+            [np.concatenate(calls) for calls in zip(*map(routers, side), strict=True)]
+            for side in self._recordings
+        ]
+        at = np.concatenate(self._places)
+        self._flips = doubtful(*by_router, at, self.reference.top_k)
+        self._piece_flips = [self._flips for _ in self._pieces]
 
     def free(self, found: Observed) -> None:
         """Judge what a session gave when it chose its experts itself.

@@ -242,7 +242,8 @@ class Report:
     def failures(self) -> list[str]:
         """Every problem in one sentence, in the order they arose."""
         found = [f"{t.stage}, {t.name}: {t.problem}" for t in self.tensors if t.problem]
-        if not any(tensor.error is not None for tensor in self.tensors) and not found:
+        proven = any(tensor.error is not None for tensor in self.tensors)
+        if not proven and not found and self.reason is None:
             found.append("nothing was compared")
         for mode, routing in self.routing.items():
             found += [

@@ -33,7 +33,9 @@ Chosen = npt.NDArray[np.bool_]
 
 DOMAIN = "ingot.validate"
 OPERATOR = "Replay"
-# How far apart two logits are put, relative: enough for any float32 top-k to tell them apart.
+# How far apart two logits are put, relative to the largest of the token (and at least that):
+# enough for any float32 top-k to tell them apart, and for one of the softmax, as in ONNX Runtime's
+# MoE, where a small difference of small logits would round away.
 NUDGE = 2.0**-20
 
 # The operators that choose, and the place of the router's logits among their arguments.
@@ -57,7 +59,7 @@ def replayed(router_logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     least = torch.where(chosen, router_logits, infinity).amin(-1, keepdim=True)
     most = torch.where(chosen, -infinity, router_logits).amax(-1, keepdim=True)
     middle = (least + most) / 2
-    below = middle - (middle.abs() + NUDGE) * NUDGE
+    below = middle - (router_logits.abs().amax(-1, keepdim=True) + 1) * NUDGE
     moved = torch.where(chosen, router_logits.clamp(min=middle), router_logits.clamp(max=below))
     # Among equals the lower id is chosen, so a tie may be right as it is.
     ids, count = torch.arange(router_logits.shape[-1]), router_logits.shape[-1]
@@ -109,8 +111,10 @@ def replay_function() -> onnx.FunctionProto:
             most = ReduceMax (of_others, last)
             both = Add (least, most)
             middle = Mul (both, half)
-            size = Abs (middle)
-            size_up = Add (size, nudge)
+            sizes = Abs (router_logits)
+            size = ReduceMax (sizes, last)
+            unit = Constant <value_float: float = 1.0> ()
+            size_up = Add (size, unit)
             step = Mul (size_up, nudge)
             below = Sub (middle, step)
             raised = Max (router_logits, middle)
@@ -119,8 +123,8 @@ def replay_function() -> onnx.FunctionProto:
             zero = Constant <value_int: int = 0> ()
             one = Constant <value_int: int = 1> ()
             minus_one = Neg (one)
-            sizes = Shape <start: int = 1> (router_logits)
-            count = Squeeze (sizes)
+            experts = Shape <start: int = 1> (router_logits)
+            count = Squeeze (experts)
             ids = Range (zero, count, one)
             others = Not (chosen)
             is_least = Equal (router_logits, least)
@@ -211,6 +215,29 @@ def first_flips(routing: Routing) -> dict[int, int]:
         return result
     for flip in routing.flips:
         result[flip.row] = min(flip.token, result.get(flip.row, flip.token))
+    return result
+
+
+def doubtful(
+    expected: Sequence[Array],
+    truth: Sequence[Array],
+    eager: Sequence[Array],
+    places: npt.NDArray[np.int64],
+    top_k: int,
+) -> dict[int, int]:
+    """By row, the first position where rounding explains another choice at some router.
+
+    Args are those of ``compare_choices``.
+    """
+    result: dict[int, int] = {}
+    for want, exact, own in zip(expected, truth, eager, strict=True):
+        if want.shape[1] <= top_k:
+            continue
+        ordered = np.sort(want, axis=-1)
+        margins = ordered[:, -top_k] - ordered[:, -top_k - 1]
+        explained = FLIP_LIMIT * rms(own.astype(np.float64) - exact)
+        for row, position in places[margins <= explained]:
+            result[int(row)] = min(int(position), result.get(int(row), int(position)))
     return result
 
 

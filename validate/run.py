@@ -29,6 +29,10 @@ from validate.taps import TappedSession
 LIBRARIES = ("torch", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13")
 # Tokens of a text that see each other where perplexity is measured.
 WINDOW = 256
+ALL_DOUBTFUL = (
+    "at every token some router is nearer to a tie than rounding explains, and the experts of an "
+    "engine cannot be forced; --precision fp32 compares the same graph"
+)
 NO_GPU = "the engine did not run, for want of a GPU; its graph passed on ONNX Runtime"
 
 
@@ -120,7 +124,10 @@ def validate_ingot(
         inputs = target.inputs(reference, plan, each)
         references = reference.record(target.layout, inputs, stages)
         judges.append(Judge(reference, references, target.layout, inputs))
-    if not target.engine:
+    if target.engine:
+        for judge in judges:
+            judge.doubt()
+    else:
         _judge_graph(target, judges, stages)
     session = target.delivered()
     logits = _judge_delivered(session, judges, stages)
@@ -138,7 +145,7 @@ def validate_ingot(
         hidden=figures.hidden(judges),
         router_margin=figures.margin(judges, reference),
         environment={**environment(), "checkpoint": source},
-        reason=NO_GPU if target.graph_only and target.manifest.engine is not None else None,
+        reason=_reason(target, judges),
     )
     if target.manifest.main_output == "logits" and target.manifest.states:
         found = figures.next_tokens(judges, logits)
@@ -146,6 +153,13 @@ def validate_ingot(
             found = _with_perplexity(found, session, reference, text, stages)
         report = replace(report, distribution=found)
     return replace(report, seconds=time.perf_counter() - began)
+
+
+def _reason(target: Target, judges: Sequence[Judge]) -> str | None:
+    """Why passing proves nothing about the ingot itself, if it does not."""
+    if target.engine and not any(judge.results for judge in judges):
+        return ALL_DOUBTFUL
+    return NO_GPU if target.graph_only and target.manifest.engine is not None else None
 
 
 def _judge_graph(target: Target, judges: Sequence[Judge], stages: Stages) -> None:
