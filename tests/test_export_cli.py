@@ -20,11 +20,9 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from export.cli import export_command, main
-from export.ingot import GRAPH, MANIFEST, WEIGHTS, Manifest, sha256
-from graphs.family import FAMILIES, find_family
-from graphs.preset import preset_config, write_checkpoint
+from export.ingot import GRAPH, MANIFEST, WEIGHTS, Manifest
+from graphs.family import FAMILIES
 from runtime.session import SessionError, load
-from validate.cli import validate_command
 from validate.limits import LIMITS
 
 Tensors = dict[str, torch.Tensor]
@@ -286,84 +284,3 @@ def test_keeps_an_ingot_that_fails_and_says_so(
     assert report["failures"][0].startswith("prefill, logits: the error ")
     with pytest.raises(SessionError, match="failed its validation"):
         load(out)
-
-
-def _validate(ingot: Path, checkpoint: Path) -> Result:
-    arguments = [str(ingot), "--checkpoint", str(checkpoint)]
-    return CliRunner().invoke(validate_command, arguments)
-
-
-def test_validates_again_and_passes(tiny: Path, tiny_onnx: Path, tmp_path: Path) -> None:
-    done = _module("validate", tiny_onnx, "--checkpoint", tiny, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^verdict +passed$", done.stdout, re.MULTILINE)
-    assert "FAILED" not in done.stdout
-
-
-def _fails(result: Result) -> None:
-    assert result.exit_code == 1
-    assert re.search(r"^verdict +failed$", result.stdout, re.MULTILINE)
-    assert re.search(r"^FAILED prefill, logits: the error ", result.stdout, re.MULTILINE)
-
-
-def test_gates_on_a_baseline(tiny: Path, tiny_onnx: Path, tmp_path: Path) -> None:
-    kept = tmp_path / "baseline.json"
-    arguments = [str(tiny_onnx), "--checkpoint", str(tiny)]
-    saved = CliRunner().invoke(validate_command, [*arguments, "--save-baseline", str(kept)])
-    assert saved.exit_code == 0, saved.output
-    same = CliRunner().invoke(validate_command, [*arguments, "--gate", str(kept)])
-    assert same.exit_code == 0, same.output
-    # As if this had been twice as good last time.
-    text = re.sub(r'"score": ([\d.e-]+)', lambda m: f'"score": {float(m[1]) / 2}', kept.read_text())
-    kept.write_text(text)
-    worse = CliRunner().invoke(validate_command, [*arguments, "--gate", str(kept)])
-    assert worse.exit_code == 1, worse.output
-    assert re.search(r"^WORSE .*prefill, logits", worse.stdout, re.MULTILINE)
-    assert "verdict              passed" in worse.stdout
-
-
-def test_fails_an_ingot_with_two_experts_swapped(
-    tiny: Path, tiny_onnx: Path, tmp_path: Path
-) -> None:
-    ingot = Path(shutil.copytree(tiny_onnx, tmp_path / "ingot"))
-    file = ingot / WEIGHTS
-    data = bytearray(file.read_bytes())
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    stacks = [name for name in header if ".0.mlp.experts." in name]
-    assert len(stacks) == 2
-    for name in stacks:
-        # In the file's own bytes, because writing it anew would move the tensors.
-        begin, end = (8 + length + offset for offset in header[name]["data_offsets"])
-        size = (end - begin) // header[name]["shape"][0]
-        first, second = slice(begin, begin + size), slice(begin + size, begin + 2 * size)
-        data[first], data[second] = data[second], data[first]
-    file.write_bytes(data)
-    refused = _validate(ingot, tiny)
-    assert refused.exit_code == 2
-    _refused(refused.stderr, f"{WEIGHTS} is not the file that was validated")
-
-    raw = json.loads((ingot / MANIFEST).read_text())
-    raw["files"][WEIGHTS]["sha256"] = sha256(file)
-    (ingot / MANIFEST).write_text(json.dumps(raw))
-    _fails(_validate(ingot, tiny))
-
-
-def test_fails_an_ingot_of_another_seed(tiny_onnx: Path, tmp_path: Path) -> None:
-    family = find_family("olmoe")
-    write_checkpoint(tmp_path, family, preset_config(family, "tiny"), seed=8)
-    _fails(_validate(tiny_onnx, tmp_path))
-
-
-def test_answers_a_validation_that_cannot_run_with_one_line(
-    tiny: Path, tiny_onnx: Path, tmp_path: Path
-) -> None:
-    for ingot, checkpoint, named in (
-        (tiny, tiny, "is not an ingot"),
-        (tiny_onnx, tmp_path, "has no config.json"),
-        (tiny_onnx, tmp_path / "absent", "is not a folder"),
-    ):
-        result = _validate(ingot, checkpoint)
-        assert result.exit_code == 2
-        _refused(result.stderr, named)
-        assert result.stdout == ""

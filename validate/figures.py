@@ -47,9 +47,14 @@ def worst_growth(judges: Sequence[Judge]) -> tuple[Growth, ...]:
     for judge in judges:
         for each in growth(over_decode(judge.results)):
             before = worst.get(each.kind)
-            if before is None or not each.ratio <= before.ratio:
+            if before is None or _badness(each) > _badness(before):
                 worst[each.kind] = each
     return tuple(worst.values())
+
+
+def _badness(found: Growth) -> tuple[bool, float]:
+    """A problem first: a larger ratio may be none, where the error stays below eager's own."""
+    return bool(found.problem), math.inf if math.isnan(found.ratio) else found.ratio
 
 
 def hidden(judges: Sequence[Judge]) -> tuple[tuple[float, float], ...]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LISTED = 50
+LISTED = 15
 BINS = 30
 
 # No two of the first eight series share a marker or a line style; the colours are of about one

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.progress import Advance
+from plugins.errors import IngotError
 from validate.cache import Recording
 from validate.compare import compare
 from validate.inputs import Inputs
@@ -16,6 +17,7 @@ from validate.metrics import errors
 from validate.recording import (
     HIDDEN_STATES,
     ROUTER_LOGITS,
+    Array,
     Call,
     Layout,
     Places,
@@ -154,7 +156,16 @@ class Judge:
             session: over the target's graph.
             found: what it gave when it chose itself.
             advance: told of each finished call.
+
+        Raises:
+            IngotError: the graph does not name all its routers.
         """
+        expected = len(routers(self.references.truth[0]))
+        if len(session.routers) != expected:
+            raise IngotError(
+                f"the graph names {len(session.routers)} routers and the model has {expected}; it "
+                "was made by another version: export it again."
+            )
         if not session.routers:
             for number, call in enumerate(self._calls):
                 taps = {n: a for n, a in found.main[number].items() if is_tap(n)}
@@ -183,12 +194,9 @@ class Judge:
         For a target whose routers cannot be seen, such as an engine: any choice whose margin
         rounding explains may have been another there.
         """
-        by_router = [
-            [np.concatenate(calls) for calls in zip(*map(routers, side), strict=True)]
-            for side in self._recordings
-        ]
+        expected, truth, eager = map(_by_router, self._recordings)
         at = np.concatenate(self._places)
-        self._flips = doubtful(*by_router, at, self.reference.top_k)
+        self._flips = doubtful(expected, truth, eager, at, self.reference.top_k)
         self._piece_flips = [self._flips for _ in self._pieces]
 
     def free(self, found: Observed) -> None:
@@ -285,15 +293,16 @@ class Judge:
         self, sides: Sequence[Recording], at: Sequence[Places], *, forced: bool = False
     ) -> Routing:
         """Of some calls, as expected, truth, eager and target have them."""
-        by_router = [
-            [np.concatenate(calls) for calls in zip(*map(routers, side), strict=True)]
-            for side in sides
-        ]
-        names = self.reference.router_names(len(by_router[0]))
+        expected, truth, eager, found = map(_by_router, sides)
+        names = self.reference.router_names(len(expected))
         top_k = self.reference.top_k
-        expected, truth, eager, found = by_router
         place = np.concatenate(at)
         return compare_choices(expected, truth, eager, found, place, top_k, names, forced=forced)
+
+
+def _by_router(calls: Recording) -> list[Array]:
+    """Each router's logits ``[n, E]`` over all calls."""
+    return [np.concatenate(each) for each in zip(*map(routers, calls), strict=True)]
 
 
 def _usual_floors(references: References) -> dict[str, float]:

@@ -1,0 +1,64 @@
+"""Copies of an ingot with one thing changed, as its manifest then says or not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.ingot import MANIFEST, WEIGHTS, sha256
+
+
+def copied(ingot: Path, out: Path, **fields: Any) -> Path:
+    """A copy whose ``ingot.json`` has other values in some fields."""
+    shutil.copytree(ingot, out)
+    raw = json.loads((out / MANIFEST).read_text())
+    (out / MANIFEST).write_text(json.dumps({**raw, **fields}))
+    return out
+
+
+def with_weight(
+    ingot: Path,
+    out: Path,
+    name: str,
+    change: Callable[[npt.NDArray[np.float32]], object],
+    *,
+    known: bool = True,
+) -> Path:
+    """A copy with one weight changed in place.
+
+    Args:
+        ingot: a float32 one.
+        out: the copy.
+        name: how the name of the weight ends; one has such a name.
+        change: the weight, which it may write to.
+        known: whether the manifest has the new file's hash.
+    """
+    copied(ingot, out)
+    file = out / WEIGHTS
+    data = bytearray(file.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    (found,) = [entry for each, entry in header.items() if each.endswith(name)]
+    # In the file's own bytes, because writing it anew would move the tensors.
+    begin, end = (8 + length + offset for offset in found["data_offsets"])
+    array = np.frombuffer(memoryview(data)[begin:end], dtype=np.float32).reshape(found["shape"])
+    before = array.copy()
+    change(array)
+    assert (array != before).any()
+    file.write_bytes(data)
+    if known:
+        raw = json.loads((out / MANIFEST).read_text())
+        raw["files"][WEIGHTS]["sha256"] = sha256(file)
+        (out / MANIFEST).write_text(json.dumps(raw))
+    return out
+
+
+def one_percent(weight: npt.NDArray[np.float32]) -> None:
+    """Make a weight 1 % larger."""
+    weight *= np.float32(1.01)

@@ -1,0 +1,630 @@
+"""``ingot validate``: its verdicts and statuses, what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NoReturn
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from conftest import MakeCheckpoint, MakeIngot
+from damage import copied, one_percent, with_weight
+from test_runtime_tokenizer import cut_and_padded
+
+import export.capture
+from export.capture import Captured
+from export.ingot import GRAPH, WEIGHTS, EngineInfo, Manifest
+from graphs.checkpoint import stack_height
+from graphs.family import find_family
+from graphs.preset import preset_config, write_checkpoint
+from plugins.errors import IngotError
+from validate.cli import validate_command
+from validate.inputs import QUICK, STANDARD, THOROUGH, Plan
+from validate.result import Report, TensorResult
+
+# How many words of `cut_and_padded` a text has: more than one window of a perplexity.
+WORDS = 300
+REPORTS = {"report.json", "junit.xml", "summary.md", "report.html"}
+NORM = "layers.1.post_attention_layernorm.weight"
+EAGER_STAGES = ["load eager float64", "run eager float64", "load eager float32"]
+EAGER_STAGES += ["run eager float32"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_trace() -> Iterator[None]:
+    """Trace each graph once: that takes seconds, and all ingots of a kind here have one graph."""
+    made: dict[Any, Captured] = {}
+    trace = export.capture.capture
+
+    def capture(model: Any, read: Any, **options: Any) -> Captured:
+        key = (type(model), tuple(sorted(map(str, options.items()))))
+        if key not in made:
+            made[key] = trace(model, read, **options)
+        # The checkpoint learns its hash from what is read, and the copy reads the first one's.
+        for name, parameter in model.named_parameters():
+            for block in range(stack_height(tuple(parameter.shape))):
+                read(name, block)
+        return replace(made[key], model=made[key].model.clone())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.build.capture", capture)
+        patch.setattr("validate.locate.capture", capture)
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny`` with a tokenizer."""
+    folder = tmp_path_factory.mktemp("words") / "checkpoint"
+    shutil.copytree(tiny, folder)
+    cut_and_padded(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ingot(checkpoint: Path, make_ingot: MakeIngot) -> Path:
+    return make_ingot(checkpoint, "onnx")
+
+
+@pytest.fixture(scope="module")
+def swapped(ingot: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ingot with two experts swapped, and a manifest that says nothing of it."""
+
+    def swap(stack: np.ndarray) -> None:
+        stack[[0, 1]] = stack[[1, 0]]
+
+    folder = tmp_path_factory.mktemp("swapped")
+    names = _stacks(ingot)
+    assert len(names) == 2
+    first = with_weight(ingot, folder / "first", names[0], swap)
+    return with_weight(first, folder / "ingot", names[1], swap)
+
+
+def _stacks(ingot: Path) -> list[str]:
+    data = (ingot / WEIGHTS).read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return [name for name in header if ".0.mlp.experts." in name]
+
+
+def _validate(ingot: Path, checkpoint: Path, *arguments: str | Path) -> Result:
+    command = [ingot, "--checkpoint", checkpoint, *arguments]
+    result = CliRunner().invoke(validate_command, list(map(str, command)))
+    escaped = result.exception is not None and not isinstance(result.exception, SystemExit)
+    assert not escaped, f"a user would see a stack trace: {result.exception!r}"
+    return result
+
+
+def _quick(ingot: Path, checkpoint: Path, *arguments: str | Path) -> Result:
+    return _validate(ingot, checkpoint, "--quick", *arguments)
+
+
+def _passed(result: Result, against: str = "eager PyTorch in float64") -> None:
+    assert result.exit_code == 0, result.output
+    first = result.stdout.splitlines()[0]
+    assert re.fullmatch(rf"PASSED: olmoe, onnx, float32, against {re.escape(against)}.*\.", first)
+    assert "FAILED" not in result.stdout
+
+
+def _failed(result: Result) -> None:
+    assert result.exit_code == 1, result.output
+    first = result.stdout.splitlines()[0]
+    assert re.fullmatch(r"FAILED: olmoe, onnx, float32, against .*: \d+ problems\.", first)
+    assert re.search(r"^FAILED prefill, logits: the error ", result.stdout, re.MULTILINE)
+
+
+def _refused(result: Result, named: str) -> None:
+    """One ``error:`` line that names the thing, and nothing else but the progress."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if not line.endswith(" ...")]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ") and lines[0].endswith(".")
+    assert named in lines[0]
+
+
+def _strict(text: str) -> dict[str, Any]:
+    """The report, of JSON without the constants that JSON has not."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise AssertionError(f"{constant} is no JSON")
+
+    found: dict[str, Any] = json.loads(text, parse_constant=refuse)
+    return found
+
+
+def _stages(result: Result) -> list[str]:
+    return [line.removesuffix(" ...") for line in result.stderr.splitlines()]
+
+
+# --- the verdict, its status and what is printed
+
+
+def test_validates_again_and_passes(ingot: Path, checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "validate", str(ingot), "--checkpoint", str(checkpoint)]
+    command.append("--quick")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert first == (
+        "PASSED: olmoe, onnx, float32, against eager PyTorch in float64, beside eager PyTorch in "
+        "float32."
+    )
+    assert rest[0].strip() == "Worst of 159 tensors"
+    # One row a kind: error, score, limit, stage and tensor.
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in rest if "│" in line]
+    assert [row[0] for row in rows] == ["logits", "key", "value", "router", "hidden"]
+    for _, error, score, limit, stage, tensor in rows:
+        assert 0 < float(error) < 1e-5 and 0 < float(score) < float(limit) == 8
+        assert stage and tensor
+    figures = [line.partition(":")[0] for line in rest if ": " in line]
+    assert figures == [
+        "Routing, free",
+        "Routing, replayed",
+        "Growth of the error over decode, in floors",
+        "KL divergence of truth from target, nats",
+        "Top-1 agreement",
+    ]
+    # Progress is no part of the result.
+    assert "run the graph with its routers ..." in done.stderr.splitlines()
+    assert "..." not in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fails_an_ingot_with_two_experts_swapped(swapped: Path, checkpoint: Path) -> None:
+    result = _quick(swapped, checkpoint)
+    _failed(result)
+    (begins,) = re.findall(r"^It begins at: (.*)$", result.stdout, re.MULTILINE)
+    assert re.fullmatch(r"layer 0, MoeDispatch output .*x floor", begins)
+    assert len(re.findall(r"^FAILED [^:]*, ", result.stdout, re.MULTILINE)) == 10
+    assert re.search(r"^and \d+ more problems; --report FOLDER writes", result.stdout, re.MULTILINE)
+
+
+def test_refuses_an_ingot_that_is_not_the_one_that_was_made(
+    ingot: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    broken = with_weight(ingot, tmp_path / "ingot", NORM, one_percent, known=False)
+    _refused(_quick(broken, checkpoint), f"{WEIGHTS} is not the file that was validated")
+
+
+def _report(problem: str = "", reason: str | None = None) -> Report:
+    tensor = TensorResult("prefill", "logits", "logits", None, 1e-7, 1e-7, 1.0, 8.0, problem)
+    return Report("out", "olmoe", "trt", "float32", "eager", 0, (tensor,), reason=reason)
+
+
+@pytest.mark.parametrize(
+    ("report", "status", "first"),
+    [
+        (_report(), 0, "PASSED: olmoe, trt, float32, against eager."),
+        (_report("it is [red]bad[/]"), 1, "FAILED: olmoe, trt, float32, against eager: 1 problem."),
+        (_report(reason="no [GPU]"), 2, "NOT PROVEN: olmoe, trt, float32, against eager: no [GPU]"),
+    ],
+    ids=["passed", "failed", "skipped"],
+)
+def test_the_status_is_the_verdict(
+    ingot: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    report: Report,
+    status: int,
+    first: str,
+) -> None:
+    monkeypatch.setattr("validate.run.examine", lambda *_arguments, **_options: report)
+    result = _validate(ingot, checkpoint)
+    assert result.exit_code == status
+    assert result.stdout.splitlines()[0].startswith(first)
+    failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED ")]
+    # What looks like markup is printed as it is.
+    assert failed == (["FAILED prefill, logits: it is [red]bad[/]"] if status == 1 else [])
+    assert _validate(ingot, checkpoint, "--json").exit_code == status
+
+
+def test_says_that_an_engine_did_not_run(
+    ingot: Path,
+    checkpoint: Path,
+    make_ingot: MakeIngot,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("validate.run.has_gpu", lambda: False)
+    graph = make_ingot(checkpoint, "trt", builder="none", precision="fp32")
+    engine = EngineInfo("tensorrt-rtx", "1.7", (80,), "0" * 64, {}, (), False, ())
+    result = _quick(copied(graph, tmp_path / "ingot", engine=asdict(engine)), checkpoint)
+    assert result.exit_code == 2
+    assert re.match(r"NOT PROVEN: olmoe, trt, .*did not run, for want of a GPU", result.stdout)
+    assert "FAILED" not in result.stdout and result.stderr.count("error") == 0
+    # Without an engine the graph is all there is, and it was run.
+    assert _quick(graph, checkpoint).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "plan", "seed"),
+    [
+        ([], STANDARD, 0),
+        (["--quick"], QUICK, 0),
+        (["--thorough", "--seed", "5"], THOROUGH, 5),
+    ],
+    ids=["standard", "quick", "thorough"],
+)
+def test_options_choose_the_plan(
+    ingot: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    plan: Plan,
+    seed: int,
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def examine(*_arguments: Any, **options: Any) -> Report:
+        asked.update(options)
+        return _report()
+
+    monkeypatch.setattr("validate.run.examine", examine)
+    assert _validate(ingot, checkpoint, *arguments).exit_code == 0
+    assert (asked["plan"], asked["seed"]) == (plan, seed)
+
+
+def test_prints_json_and_nothing_else(
+    ingot: Path, swapped: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    # Another target is exported on the way, which has a table to show.
+    good = _quick(ingot, checkpoint, "--json", "--seed", "3", "--against", "trt")
+    report = _strict(good.stdout)
+    assert (good.exit_code, report["verdict"], report["failures"]) == (0, "passed", [])
+    decode = {t["stage"] for t in report["tensors"] if t["stage"].startswith("decode")}
+    assert len({stage.partition(",")[0] for stage in decode}) == 8
+    assert (report["seed"], report["schema_version"]) == (3, 1)
+    assert "olmoe on TensorRT" in good.stderr
+    assert set(_stages(good)) >= {"capture graph", "validate against eager PyTorch"}
+
+    bad = _quick(swapped, checkpoint, "--json")
+    report = _strict(bad.stdout)
+    assert (bad.exit_code, report["verdict"]) == (1, "failed")
+    assert report["failures"] and report["location"]["operator"] == "MoeDispatch"
+    assert "FAILED" not in bad.stderr
+
+
+def _reported(result: Result, out: Path) -> None:
+    """Four files, each of which says what the status does."""
+    assert {path.name for path in out.iterdir()} == REPORTS
+    status = result.exit_code
+    assert _strict((out / "report.json").read_text())["verdict"] == ("passed", "failed")[status]
+    suite = ElementTree.parse(out / "junit.xml").getroot()[0]
+    assert (suite.get("failures") == "0") == (status == 0)
+    for name in ("summary.md", "report.html"):
+        text = (out / name).read_text()
+        assert (("PASSED" in text), ("FAILED" in text)) == (status == 0, status == 1)
+
+
+def test_writes_four_files_of_a_report(ingot: Path, checkpoint: Path, tmp_path: Path) -> None:
+    result = _quick(ingot, checkpoint, "--report", tmp_path / "new" / "out")
+    _passed(result)
+    _reported(result, tmp_path / "new" / "out")
+
+
+def test_a_report_that_cannot_be_written_is_an_error(
+    ingot: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    _refused(_quick(ingot, checkpoint, "--report", tmp_path / "file" / "out"), "cannot write ")
+
+
+# --- baselines
+
+
+def test_gates_on_a_baseline(ingot: Path, swapped: Path, checkpoint: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "new" / "baseline.json"
+    _passed(_quick(ingot, checkpoint, "--save-baseline", kept))
+    _passed(_quick(ingot, checkpoint, "--gate", kept))
+
+    bad = _quick(swapped, checkpoint, "--gate", kept)
+    _failed(bad)
+    worse = re.findall(r"^WORSE (.*)$", bad.stdout, re.MULTILINE)
+    assert worse[0].startswith("the validation itself failed: prefill, logits: ")
+    assert worse[1].startswith("prefill, logits: score ")
+
+    _refused(_quick(ingot, checkpoint, "--gate", kept, "--seed", "1"), "is of something else: seed")
+
+    # As if this had been twice as good last time.
+    text = re.sub(r'"score": ([\d.e-]+)', lambda m: f'"score": {float(m[1]) / 2}', kept.read_text())
+    kept.write_text(text)
+    worse_only = _quick(ingot, checkpoint, "--gate", kept)
+    assert worse_only.exit_code == 1, worse_only.output
+    assert worse_only.stdout.startswith("PASSED: ")
+    assert re.search(r"^WORSE prefill, logits: score .*, was ", worse_only.stdout, re.MULTILINE)
+    assert "FAILED" not in worse_only.stdout
+    as_json = _quick(ingot, checkpoint, "--gate", kept, "--json")
+    assert (as_json.exit_code, _strict(as_json.stdout)["verdict"]) == (1, "passed")
+    assert re.search(r"^WORSE prefill, logits: score ", as_json.stderr, re.MULTILINE)
+
+
+def test_what_failed_becomes_no_baseline(swapped: Path, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    kept = tmp_path / "baseline.json"
+    result = _quick(swapped, checkpoint, "--save-baseline", kept, "--report", out)
+    _failed(result)
+    assert f"{kept} was not written: what failed is no baseline" in result.stderr
+    assert not kept.exists()
+    _reported(result, out)
+
+
+# --- perplexity
+
+
+def _perplexity(result: Result) -> tuple[float, ...]:
+    """Of the ingot and of the truth, their ratio, and its interval."""
+    figure = r"([\d.]+)"
+    (found,) = re.findall(
+        rf"^Perplexity: {figure}, of the truth {figure}, ratio {figure} "
+        rf"\(95 % interval {figure} to {figure}\)$",
+        result.stdout,
+        re.MULTILINE,
+    )
+    return tuple(map(float, found))
+
+
+def test_measures_perplexity_over_tokens_and_over_text(
+    ingot: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    ids = np.random.default_rng(0).integers(0, 512, WORDS)
+    np.save(tmp_path / "ids.npy", ids)
+    # The saved tokenizer cuts a text after five words, and line ends are spaces to it.
+    (tmp_path / "text").write_text("\n".join(f"w{number}" for number in ids))
+    by_tokens = _quick(ingot, checkpoint, "--tokens", tmp_path / "ids.npy")
+    _passed(by_tokens)
+    target, truth, ratio, low, high = _perplexity(by_tokens)
+    # A random model knows nothing of random tokens.
+    assert target == truth > 256
+    assert low <= ratio <= high and abs(ratio - 1) < 1e-4
+    assert {"perplexity of the truth", "perplexity of the target"} <= set(_stages(by_tokens))
+    by_text = _quick(ingot, checkpoint, "--text", tmp_path / "text")
+    _passed(by_text)
+    assert _perplexity(by_text) == _perplexity(by_tokens)
+    np.save(tmp_path / "five.npy", ids[:5])
+    assert _perplexity(_quick(ingot, checkpoint, "--tokens", tmp_path / "five.npy"))[0] != target
+    assert "Perplexity" not in _quick(ingot, checkpoint).stdout
+
+
+BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "no file": ("--tokens", lambda path: None, "give a .npy file of token ids"),
+    "no .npy": ("--tokens", lambda path: path.write_text("1 2 3"), "is no whole .npy file"),
+    "floats": ("--tokens", lambda path: _save(path, [1.0, 2.0]), "holds float64 of shape [2]"),
+    "rows": ("--tokens", lambda path: _save(path, [[1, 2]]), "of shape [1, 2]"),
+    "beyond": ("--tokens", lambda path: _save(path, [1, 512]), "token id 512, outside of the"),
+    "one": ("--tokens", lambda path: _save(path, [1]), "a sequence of 1 token ids"),
+    "no text": ("--text", lambda path: None, "give a text file"),
+    "Latin-1": ("--text", lambda path: path.write_bytes(b"w1 \xe4"), "is not UTF-8 text"),
+    "one word": ("--text", lambda path: path.write_text("w1"), "a sequence of 1 token ids"),
+}
+
+
+def _save(path: Path, values: list[Any]) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.array(values))
+
+
+@pytest.mark.parametrize("bad", BAD_FILES)
+def test_refuses_a_file_that_is_no_text(
+    ingot: Path, checkpoint: Path, tmp_path: Path, bad: str
+) -> None:
+    option, make, named = BAD_FILES[bad]
+    make(tmp_path / "file")
+    _refused(_quick(ingot, checkpoint, option, tmp_path / "file"), named)
+
+
+def test_refuses_text_without_a_tokenizer_that_belongs_to_the_model(
+    ingot: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("w1 w600 w2")
+    other = copied(ingot, tmp_path / "ingot")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["w600"] = 600
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    named = f"token id 600 of {tmp_path / 'text'}, outside of the vocabulary of 512"
+    _refused(_quick(other, checkpoint, "--text", tmp_path / "text"), named)
+    (other / "tokenizer.json").write_text("{")
+    _refused(_quick(other, checkpoint, "--text", tmp_path / "text"), "is no tokenizer")
+    (other / "tokenizer.json").unlink()
+    _refused(_quick(other, checkpoint, "--text", tmp_path / "text"), "--tokens FILE.npy")
+
+
+def test_refuses_two_texts(ingot: Path, checkpoint: Path, tmp_path: Path) -> None:
+    texts: list[str | Path] = ["--tokens", tmp_path / "ids.npy", "--text", tmp_path / "text"]
+    _refused(_quick(ingot, checkpoint, *texts), "--tokens and --text were both given")
+
+
+@pytest.mark.parametrize(("family", "task"), [("jetmoe", "classify"), ("olmoe", "features")])
+def test_refuses_a_text_for_what_predicts_none(
+    make_ingot: MakeIngot, tmp_path: Path, family: str, task: str
+) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    found = find_family(family)
+    config = {**preset_config(found, "tiny"), "num_hidden_layers": 1}
+    write_checkpoint(folder, found, config, task="generate" if task == "features" else task)
+    out = make_ingot(folder, "onnx", task=task)
+    _save(tmp_path / "ids.npy", [1, 2, 3])
+    _refused(_quick(out, folder, "--tokens", tmp_path / "ids.npy"), "predicts no tokens")
+    # Without one there is nothing against it.
+    result = _quick(out, folder, "--json")
+    assert result.exit_code == 0, result.output
+    assert _strict(result.stdout)["distribution"] is None
+
+
+# --- what cannot be compared
+
+
+def test_answers_a_validation_that_cannot_run_with_one_line(
+    ingot: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    _refused(_validate(checkpoint, checkpoint), "is not an ingot")
+    _refused(_validate(ingot, tmp_path), "has no config.json")
+    _refused(_validate(ingot, tmp_path / "absent"), "is not a folder")
+
+
+def _files(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_refuses_another_checkpoint_and_writes_nothing(
+    ingot: Path,
+    checkpoint: Path,
+    make_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("INGOT_CACHE", str(tmp_path / "cache"))
+    other = make_checkpoint(rms_norm_eps=1e-6)
+    before = _files(ingot)
+    report, baseline = tmp_path / "report", tmp_path / "baseline.json"
+    result = _quick(ingot, other, "--report", report, "--save-baseline", baseline)
+    _refused(result, f"{ingot} was made from another checkpoint than {other}")
+    assert (Manifest.read(ingot).source["sha256"])[:12] in result.stderr
+    assert list(tmp_path.iterdir()) == [] and _files(ingot) == before
+
+
+def test_says_why_bfloat16_is_not_compared(ingot: Path, checkpoint: Path, tmp_path: Path) -> None:
+    # What it is decided by; no weight is looked at.
+    other = copied(ingot, tmp_path / "ingot", precision="bfloat16", target="trt")
+    result = _quick(other, checkpoint)
+    _refused(result, "cannot be compared: this ingot is bfloat16, an engine needs a GPU")
+    assert "--precision fp32 compares the same graph" in result.stderr
+
+
+# --- another ingot
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort", "trt", "trt-rtx"])
+def test_compares_with_another_target(ingot: Path, checkpoint: Path, target: str) -> None:
+    result = _quick(ingot, checkpoint, "--against", target)
+    _passed(result, f"the {target} ingot of the same checkpoint, in what eager PyTorch's own")
+    assert f"run the {target} ingot of the same checkpoint" in _stages(result)
+
+
+def test_compares_with_another_folder(ingot: Path, checkpoint: Path, tmp_path: Path) -> None:
+    other = copied(ingot, tmp_path / "other")
+    before = _files(other)
+    _passed(_quick(ingot, checkpoint, "--against", other), f"the ingot {other}, in what")
+    assert _files(other) == before
+
+
+def test_fails_a_damaged_ingot_against_a_right_one(
+    ingot: Path, swapped: Path, checkpoint: Path
+) -> None:
+    _failed(_quick(swapped, checkpoint, "--against", ingot))
+    # Neither knows which of the two is right.
+    other = _quick(ingot, checkpoint, "--against", swapped)
+    _failed(other)
+    assert "It begins at:" not in other.stdout, "nothing is wrong with the ingot itself"
+
+
+OTHERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
+    "nothing": (lambda ingot, out: out, "is not an ingot"),
+    "a name": (lambda ingot, out: Path("tensorrt"), "tensorrt is not an ingot"),
+    "a precision": (
+        lambda ingot, out: copied(ingot, out, precision="float16"),
+        "is generate float16 and this ingot generate float32",
+    ),
+    "a task": (
+        lambda ingot, out: copied(ingot, out, task="features"),
+        "is features float32 and this ingot generate float32",
+    ),
+    "a checkpoint": (
+        lambda ingot, out: copied(ingot, out, source={"name": "x", "sha256": "0" * 64}),
+        "was not made from ",
+    ),
+    "damage": (
+        lambda ingot, out: with_weight(ingot, out, NORM, one_percent, known=False),
+        f"{WEIGHTS} is not the file that was validated",
+    ),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_refuses_another_ingot_that_cannot_be_held_against_it(
+    ingot: Path, checkpoint: Path, tmp_path: Path, other: str
+) -> None:
+    make, named = OTHERS[other]
+    _refused(_quick(ingot, checkpoint, "--against", make(ingot, tmp_path / "other")), named)
+
+
+def test_removes_the_ingot_it_compared_with(
+    ingot: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen: list[bool] = []
+
+    def look(name: str) -> Callable[..., Any]:
+        def fail(*_arguments: Any, **_options: Any) -> NoReturn:
+            (folder,) = tmp_path.glob("ingot-against-*")
+            seen.append((folder / "onnx" / GRAPH).is_file())
+            raise IngotError(f"{name} failed.")
+
+        return fail
+
+    _passed(_quick(ingot, checkpoint, "--against", "onnx"), "the onnx ingot")
+    assert list(tmp_path.iterdir()) == []
+    # Before the ingot is whole, and after.
+    for name in ("export.build.file_infos", "validate.run.examine"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, look(name))
+            _refused(_quick(ingot, checkpoint, "--against", "onnx"), f"{name} failed")
+        assert list(tmp_path.iterdir()) == []
+    assert seen == [False, True]
+
+
+# --- the cache
+
+
+def _forbid(*_arguments: Any, **_options: Any) -> NoReturn:
+    raise AssertionError("eager PyTorch was run")
+
+
+def test_keeps_what_eager_computes(
+    ingot: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("INGOT_CACHE", str(cache))
+    first = _quick(ingot, checkpoint, "--json")
+    assert [stage for stage in _stages(first) if "eager float" in stage] == EAGER_STAGES
+    # The truth, and eager in the ingot's precision.
+    assert len(list(cache.glob("*.safetensors"))) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("validate.reference.EagerSession", _forbid)
+        again = _quick(ingot, checkpoint, "--json")
+    assert _stages(again) == [stage for stage in _stages(first) if stage not in EAGER_STAGES]
+    one, other = _strict(first.stdout), _strict(again.stdout)
+    assert one.pop("seconds") > other.pop("seconds") and one == other
+    # Other tokens are another truth.
+    assert "run eager float64" in _stages(_quick(ingot, checkpoint, "--seed", "1"))
+
+
+def test_keeps_nothing_where_it_is_off(
+    ingot: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INGOT_CACHE", "off")
+    for _ in range(2):
+        result = _quick(ingot, checkpoint)
+        assert [stage for stage in _stages(result) if "eager float" in stage] == EAGER_STAGES
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_these_tests_use_a_cache_of_their_own() -> None:
+    assert Path(os.environ["INGOT_CACHE"]).name.startswith("ingot-tests-cache-")
+    code = "from validate.cache import default_cache as cache; print(cache().folder)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == os.environ["INGOT_CACHE"]

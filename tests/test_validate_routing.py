@@ -1,0 +1,476 @@
+"""Expert choices: what is chosen, what forcing a choice changes, and which flips are excused."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx.reference
+import onnxruntime
+import pytest
+import torch
+from conftest import MakeCheckpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper
+
+import plugins.moe_dispatch
+from graphs.checkpoint import Checkpoint
+from plugins.moe_dispatch import route
+from runtime.session import Floats
+from validate.eager import EagerSession
+from validate.inputs import QUICK, make_inputs
+from validate.limits import FLIP_LIMIT
+from validate.result import Flip, Routing
+from validate.routing import (
+    DOMAIN,
+    NUDGE,
+    OPERATOR,
+    Chosen,
+    Replay,
+    choices,
+    compare_choices,
+    doubtful,
+    first_flips,
+    least_margin,
+    replay_function,
+    replayed,
+)
+
+Array = npt.NDArray[Any]
+
+
+def by_route(logits: Array, top_k: int) -> Chosen:
+    """The experts that the operator chooses, as a mask."""
+    ids, _ = route(torch.from_numpy(logits), top_k, normalize=False)
+    mask = np.zeros(logits.shape, dtype=np.bool_)
+    np.put_along_axis(mask, ids.numpy(), True, axis=-1)
+    return mask
+
+
+# Few values make ties; the others are what a float can be.
+VALUES = [
+    st.sampled_from([-1.0, 0.0, 1.0]),
+    st.sampled_from([-0.0, 0.0, 1e-40, -1e-40, 2.0**-20]),
+    st.floats(-30, 30, width=32),
+    st.floats(-(2.0**120), 2.0**120, width=32),
+    st.floats(1, 1 + 2.0**-18, width=32),
+]
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn, dtypes: Sequence[type] = (np.float32, np.float64)
+) -> tuple[Array, Chosen, int]:
+    """Logits ``[N, E]``, for each token any K experts, and K."""
+    rows, experts = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    top_k = draw(st.integers(1, experts))
+    value = st.one_of(VALUES) if draw(st.booleans()) else draw(st.sampled_from(VALUES))
+    row = st.lists(value, min_size=experts, max_size=experts)
+    logits: Array = np.array(
+        draw(st.lists(row, min_size=rows, max_size=rows)), draw(st.sampled_from(dtypes))
+    )
+    mask = np.zeros(logits.shape, dtype=np.bool_)
+    for each in mask:
+        each[draw(st.permutations(range(experts)))[:top_k]] = True
+    return logits, mask, top_k
+
+
+def moved(logits: Array, chosen: Chosen) -> Array:
+    result: Array = replayed(torch.from_numpy(logits), torch.from_numpy(chosen)).numpy()
+    return result
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_chooses_what_the_operator_does(case: tuple[Array, Chosen, int]) -> None:
+    logits, _, top_k = case
+    np.testing.assert_array_equal(choices(logits, top_k), by_route(logits, top_k))
+
+
+@pytest.mark.parametrize("top_k", range(1, 9))
+def test_chooses_the_lower_id_among_equals(top_k: int) -> None:
+    logits = np.random.default_rng(top_k).integers(-1, 2, (200, 8)).astype(np.float32)
+    np.testing.assert_array_equal(choices(logits, top_k), by_route(logits, top_k))
+    assert (choices(np.zeros((1, 8)), top_k)[0] == (np.arange(8) < top_k)).all()
+
+
+@settings(max_examples=250, deadline=None)
+@given(cases())
+def test_forces_any_choice_and_moves_no_logit_without_need(
+    case: tuple[Array, Chosen, int],
+) -> None:
+    logits, mask, top_k = case
+    result = moved(logits, mask)
+    assert result.dtype == logits.dtype
+    np.testing.assert_array_equal(by_route(result, top_k), mask)
+    right = (by_route(logits, top_k) == mask).all(axis=-1)
+    assert result[right].tobytes() == logits[right].tobytes()
+    for at, (before, after, chosen) in enumerate(zip(logits, result, mask, strict=True)):
+        if chosen.all():
+            continue
+        least, most = float(before[chosen].min()), float(before[~chosen].max())
+        # Twice the nudge, since the middle is rounded too.
+        nudge = NUDGE * (float(np.abs(before).max()) + 1)
+        most_moved = max(0.0, most - least) / 2 + 2 * nudge
+        assert np.abs(after.astype(np.float64) - before).max() <= most_moved
+        # None is moved away from where it is wanted, and none that stands right is moved.
+        assert (after[chosen] >= before[chosen]).all() and (after[~chosen] <= before[~chosen]).all()
+        assert float(after[chosen].min()) - float(after[~chosen].max()) > nudge / 2 or right[at]
+    # What was forced once is right, ties and all.
+    assert moved(result, mask).tobytes() == result.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_moves_to_either_side_of_the_midpoint(dtype: type) -> None:
+    logits: Array = np.array([[5, 4, 3, 2, 1]], dtype)
+    # 2 is wanted for 4: these meet at 3, and 3 is then no longer wanted; 5 and 1 stand right.
+    result = moved(logits, np.array([[True, False, False, True, False]]))[0]
+    assert result[[0, 3, 4]].tolist() == [5, 3, 1]
+    np.testing.assert_array_equal(result[1:3], np.full(2, 3 - (5 + 1) * NUDGE, dtype))
+
+
+def test_puts_logits_far_enough_apart_for_a_top_k_of_their_softmax() -> None:
+    # As ONNX Runtime's MoE takes it.
+    random = np.random.default_rng(0)
+    for scale in (1e-6, 1e-2, 1.0, 20.0):
+        logits = (scale * random.standard_normal((500, 8))).astype(np.float32)
+        mask = by_route(random.standard_normal((500, 8)), 3)
+        softmax = torch.softmax(torch.from_numpy(moved(logits, mask)), -1).numpy()
+        told = np.where(mask, softmax, 1).min(-1) > np.where(mask, 0, softmax).max(-1)
+        assert told[(by_route(logits, 3) != mask).any(-1)].all()
+
+
+def test_leaves_a_tie_that_is_right_and_turns_one_that_is_not() -> None:
+    logits = np.array([[1, 2, 2, 2]], np.float32)
+    right = np.array([[False, True, True, False]])
+    np.testing.assert_array_equal(moved(logits, right), logits)
+    wrong = np.array([[False, True, False, True]])
+    below = 2 - (2 + 1) * NUDGE
+    np.testing.assert_array_equal(moved(logits, wrong), np.array([[1, 2, below, 2]], np.float32))
+
+
+@functools.cache
+def replay_model() -> onnx.ModelProto:
+    """``Replay`` and nothing else, with its function."""
+    floats, bools = onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL
+    graph = helper.make_graph(
+        [helper.make_node(OPERATOR, ["logits", "chosen"], ["moved"], domain=DOMAIN)],
+        "replay",
+        [
+            helper.make_tensor_value_info("logits", floats, ["tokens", "experts"]),
+            helper.make_tensor_value_info("chosen", bools, ["tokens_or_one", "experts_or_one"]),
+        ],
+        [helper.make_tensor_value_info("moved", floats, ["tokens", "experts"])],
+    )
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
+    model = helper.make_model(
+        graph, functions=[replay_function()], opset_imports=opsets, ir_version=10
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@functools.cache
+def on_ort() -> Callable[[Array, Chosen], Array]:
+    session = onnxruntime.InferenceSession(
+        replay_model().SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return lambda logits, chosen: session.run(None, {"logits": logits, "chosen": chosen})[0]
+
+
+@functools.cache
+def on_reference() -> Callable[[Array, Chosen], Array]:
+    session: Any = onnx.reference.ReferenceEvaluator(replay_model())
+    return lambda logits, chosen: session.run(None, {"logits": logits, "chosen": chosen})[0]
+
+
+@pytest.mark.parametrize("runtime", [on_ort, on_reference])
+def test_the_onnx_function_moves_as_torch_does(
+    runtime: Callable[[], Callable[[Array, Chosen], Array]],
+) -> None:
+    run = runtime()
+
+    @settings(max_examples=100, deadline=None)
+    @given(cases([np.float32]))
+    def check(case: tuple[Array, Chosen, int]) -> None:
+        logits, mask, _ = case
+        found = run(logits, mask)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, moved(logits, mask))
+        # One that chooses all is of any shape that broadcasts, and leaves every number. (ONNX
+        # Runtime's Where makes 0 of -0.)
+        free = np.ones((1, 1), dtype=np.bool_)
+        np.testing.assert_array_equal(run(logits, free), logits)
+        assert moved(logits, free).tobytes() == logits.tobytes()
+
+    check()
+
+
+@pytest.fixture(scope="module")
+def folders(tiny: Path, make_checkpoint: MakeCheckpoint) -> dict[str, Path]:
+    return {"olmoe": tiny, "jetmoe": make_checkpoint("jetmoe")}
+
+
+@pytest.fixture(scope="module", params=["olmoe", "jetmoe"])
+def eager(request: pytest.FixtureRequest, folders: dict[str, Path]) -> EagerSession:
+    return EagerSession(Checkpoint.open(folders[request.param]), "generate", streamed=False)
+
+
+# Two layers; the second architecture has a router of attention and one of the MLP in each.
+ROUTERS = {"OlmoeForCausalLM": 2, "JetMoeForCausalLM": 4}
+CALLS = [slice(0, 6), slice(6, 7), slice(7, 9)]
+
+
+def experts_of(session: EagerSession) -> tuple[int, int]:
+    """E and K."""
+    config = getattr(session.model, "config")
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    return experts, config.num_experts_per_tok
+
+
+def steps(
+    session: EagerSession, prepare: Callable[[int], object] = lambda _number: None
+) -> Iterator[dict[str, Floats]]:
+    """All that a session gives, call by call."""
+    inputs = make_inputs(512, seed=1, plan=QUICK)
+    session.reset(2, 9)
+    for number, columns in enumerate(CALLS):
+        prepare(number)
+        ids, mask = inputs.input_ids[:, columns], inputs.attention_mask[:, columns]
+        main = session.step(ids, mask)
+        yield {"logits": main, **session.state(), **session.tapped}
+
+
+def router_logits(session: EagerSession, found: dict[str, Floats]) -> list[Floats]:
+    count = ROUTERS[type(session.model).__name__]
+    assert sum(name.startswith("router_logits.") for name in found) == count
+    return [found[f"router_logits.{n}"] for n in range(count)]
+
+
+def other_experts(session: EagerSession) -> list[list[Chosen]]:
+    """Of each call and router, K experts of each token by lot."""
+    experts, top_k = experts_of(session)
+    random = np.random.default_rng(0)
+    return [
+        [
+            by_route(random.standard_normal((2 * (call.stop - call.start), experts)), top_k)
+            for _ in range(ROUTERS[type(session.model).__name__])
+        ]
+        for call in CALLS
+    ]
+
+
+def test_forcing_its_own_choice_changes_no_bit(eager: EagerSession) -> None:
+    free = list(steps(eager))
+    _, top_k = experts_of(eager)
+    own = [[choices(logits, top_k) for logits in router_logits(eager, call)] for call in free]
+    with Replay() as replay:
+        forced = list(steps(eager, lambda number: replay.choose(own[number])))
+        unforced = list(steps(eager, lambda _number: replay.choose(None)))
+    for want, *found in zip(free, forced, unforced, strict=True):
+        for other in found:
+            assert other.keys() == want.keys()
+            for name, array in want.items():
+                assert other[name].tobytes() == array.tobytes(), name
+
+
+def plainly_moved(row: Array, chosen: Chosen) -> Array:
+    """``replayed`` of one token, one logit after the other."""
+    least = min(value for value, mine in zip(row, chosen, strict=True) if mine)
+    most = max(value for value, mine in zip(row, chosen, strict=True) if not mine)
+    if least > most:
+        return row
+    middle = (least + most) / np.float32(2)
+    below = middle - (abs(row).max() + np.float32(1)) * np.float32(NUDGE)
+    pairs = zip(row, chosen, strict=True)
+    return np.array([max(v, middle) if mine else min(v, below) for v, mine in pairs], row.dtype)
+
+
+def test_forcing_others_computes_what_a_router_that_chose_them_would(
+    eager: EagerSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = list(steps(eager))
+    others = other_experts(eager)
+    with Replay() as replay:
+        forced = list(steps(eager, lambda number: replay.choose(others[number])))
+    waiting = iter([mask for call in others for mask in call])
+
+    def told(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, ...]:
+        mask = next(waiting)
+        rows = [plainly_moved(*pair) for pair in zip(logits.numpy(), mask, strict=True)]
+        instead = torch.from_numpy(np.stack(rows))
+        # Ids by the mask alone, the largest of its logits first.
+        ids = np.stack(
+            [
+                sorted(np.flatnonzero(mine), key=lambda e, row=row: -row[e])  # type: ignore[misc]
+                for row, mine in zip(rows, mask, strict=True)
+            ]
+        )
+        weights = torch.softmax(instead, -1).gather(-1, torch.from_numpy(ids))
+        if normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return torch.from_numpy(ids), weights
+
+    monkeypatch.setattr(plugins.moe_dispatch, "route", told)
+    expected = list(steps(eager))
+    assert next(waiting, None) is None
+    for number, (want, found) in enumerate(zip(expected, forced, strict=True)):
+        for name, array in want.items():
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+        assert (found["logits"] != free[number]["logits"]).any(axis=-1).all()
+        # Taps show the router's logits as it made them.
+        assert (choices(found["router_logits.0"], 2) != others[number][0]).any()
+    np.testing.assert_array_equal(forced[0]["router_logits.0"], free[0]["router_logits.0"])
+
+
+# {0, 1} by a margin of 1.5 over 2.
+PLAIN = [6.0, 3.5, 2.0, 0.0]
+SWAPPED = [6.0, 2.0, 3.5, 0.0]
+NAMES = ("first", "second", "third")
+
+
+def case(
+    flips: Sequence[tuple[int, int, int]],
+    *,
+    error: float = 1.5 / FLIP_LIMIT,
+    forced: bool = False,
+    expected: Sequence[float] = PLAIN,
+) -> Routing:
+    """Three routers, two rows of the positions 3 to 7; a target that differs at some places.
+
+    Args:
+        flips: router, row and position of each.
+        error: of every eager logit, up or down.
+        forced: of ``compare_choices``.
+        expected: logits of each token, from which the truth's are far.
+    """
+    places = np.array([(row, position) for row in range(2) for position in range(3, 8)])
+    want = [np.tile(np.array(expected, np.float64), (10, 1)) for _ in NAMES]
+    # Its margins are others, and must not be the ones that count.
+    truth = [logits * 4 for logits in want]
+    signs = np.where(np.arange(40).reshape(10, 4) % 3, 1.0, -1.0)
+    eager = [(logits + error * signs).astype(np.float64) for logits in truth]
+    target = [np.tile(np.array(PLAIN, np.float32), (10, 1)) for _ in NAMES]
+    for router, row, position in flips:
+        target[router][row * 5 + position - 3] = SWAPPED
+    return compare_choices(want, truth, eager, target, places, 2, NAMES, forced=forced)
+
+
+def test_counts_the_tokens_that_agree() -> None:
+    assert case([]) == Routing((1.0, 1.0, 1.0), (), NAMES)
+    assert case([(1, 0, 4)]).agreement == (1.0, 0.9, 1.0)
+    assert case([(1, 0, 4), (1, 1, 4), (2, 1, 3)]).agreement == (1.0, 0.8, 0.9)
+
+
+def test_tells_what_was_chosen_where_and_by_what_margin() -> None:
+    (flip,) = case([(1, 1, 6)], error=1.0).flips
+    assert flip == Flip(1, 1, 6, (0, 1), (0, 2), 1.5, FLIP_LIMIT, follows=False)
+
+
+@pytest.mark.parametrize(("factor", "fails"), [(0.0, True), (0.999, True), (1.001, False)])
+def test_excuses_a_flip_that_eager_s_own_error_explains(factor: float, fails: bool) -> None:
+    (flip,) = case([(0, 0, 3)], error=factor * 1.5 / FLIP_LIMIT).flips
+    assert flip.explained == pytest.approx(factor * 1.5)
+    assert flip.fails == fails
+
+
+def test_takes_the_error_of_the_router_itself() -> None:
+    logits = np.array([PLAIN])
+    noisy = [logits + 1.0, logits + 2.0]
+    found = compare_choices(
+        [logits] * 2, [logits] * 2, noisy, [np.array([SWAPPED])] * 2, np.array([(0, 0)]), 2, ()
+    )
+    assert [flip.explained for flip in found.flips] == [FLIP_LIMIT, 2 * FLIP_LIMIT]
+
+
+def test_a_flip_follows_one_of_an_earlier_router_at_or_before_it() -> None:
+    after = [(1, 0, 5), (1, 0, 6), (1, 0, 7), (2, 0, 5)]
+    # The same router's other tokens, what came before, and the other row did not see it.
+    by_itself = [(0, 0, 5), (0, 0, 6), (1, 0, 4), (1, 1, 6), (2, 1, 5)]
+    found = case([*after, *by_itself], error=0.0)
+    follows = {(f.router, f.row, f.token): f.follows for f in found.flips}
+    assert follows == {**dict.fromkeys(after, True), **dict.fromkeys(by_itself, False)}
+    assert [f.fails for f in found.flips] == [not f.follows for f in found.flips]
+
+
+def test_a_flip_follows_the_first_of_several() -> None:
+    found = case([(0, 0, 6), (1, 0, 4), (2, 0, 4), (2, 0, 3)], error=0.0)
+    assert [(f.router, f.token, f.follows) for f in found.flips] == [
+        *((0, 6, False), (1, 4, False)),
+        *((2, 3, False), (2, 4, True)),
+    ]
+
+
+def test_no_flip_follows_where_the_experts_were_forced() -> None:
+    flips = [(0, 0, 3), (1, 0, 5), (2, 0, 7)]
+    assert [f.fails for f in case(flips, error=0.0).flips] == [True, False, False]
+    assert [f.fails for f in case(flips, error=0.0, forced=True).flips] == [True] * 3
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_margin_or_an_error_that_is_no_number_explains_nothing() -> None:
+    (flip,) = case([(1, 0, 4)], error=np.nan).flips
+    assert flip.fails
+    infinite = [np.inf, np.inf, np.inf, 0.0]
+    (flip,) = case([(1, 0, 4)], expected=infinite, error=1e9).flips[:1]
+    assert np.isnan(flip.margin) and flip.fails
+    # Nor does a target without numbers agree with anything.
+    logits = np.array([PLAIN])
+    nothing = np.array([[np.nan, np.nan, 1.0, 2.0]])
+    found = compare_choices([logits], [logits], [logits], [nothing], np.array([(0, 0)]), 2, ())
+    assert [flip.fails for flip in found.flips] == [True]
+
+
+def test_all_of_the_experts_are_no_choice() -> None:
+    logits = [np.array([PLAIN, SWAPPED])]
+    found = compare_choices(logits, logits, logits, [-logits[0]], np.zeros((2, 2), int), 4, ())
+    assert found == Routing((1.0,), (), ())
+
+
+def test_tells_from_where_on_a_row_is_another() -> None:
+    assert first_flips(case([])) == {}
+    found = case([(0, 0, 6), (1, 0, 4), (2, 1, 7), (2, 0, 5)], error=1.0)
+    assert first_flips(found) == {0: 4, 1: 7}
+    # One that fails excuses nothing, not even what is left out for others.
+    assert first_flips(case([(0, 0, 6), (2, 1, 7)], error=0.0)) == {}
+
+
+def test_tells_where_another_choice_could_be_explained() -> None:
+    places = np.array([(row, position) for row in range(2) for position in range(3, 8)])
+
+    def logits(margins: list[float]) -> Array:
+        return np.array([[5.0, 3.5, 3.5 - margin, 0.0] for margin in margins])
+
+    def doubted(*routers: dict[int, float], error: float = 0.25 / FLIP_LIMIT) -> dict[int, int]:
+        made = [logits([changed.get(at, 1.0) for at in range(10)]) for changed in routers]
+        far = [4 * each for each in made]
+        return doubtful(made, far, [each + error for each in far], places, 2)
+
+    assert doubted({}, {}) == {}
+    assert doubted({}, {}, error=0.999 / FLIP_LIMIT) == {}
+    assert doubted({}, {}, error=1.001 / FLIP_LIMIT) == {0: 3, 1: 3}
+    assert doubted({2: 0.1, 3: 0.1}, {}) == {0: 5}
+    # The first of all routers, by row.
+    assert doubted({2: 0.1, 9: 0.0}, {1: 0.1, 8: 0.2}) == {0: 4, 1: 6}
+    assert doubted({2: 0.26}, {3: 0.24}) == {0: 6}
+    # With all of the experts there is no choice.
+    tie = [logits([0.0] * 10)]
+    assert doubtful(tie, tie, tie, places, 4) == {}
+
+
+def test_finds_the_least_margin_of_a_choice() -> None:
+    one = np.array([[5.0, 3.5, 2.0, 0.0], [1.0, 4.0, 2.0, 3.0]])
+    two = np.array([[0.25, 0.0, 9.0, -9.0]])
+    assert least_margin([one, two], 2) == 0.25
+    assert least_margin([two, one], 2) == 0.25
+    assert least_margin([one], 2) == 1.0
+    assert least_margin([one], 1) == 1.0
+    assert least_margin([one, np.zeros((3, 4))], 3) == 0.0
+    assert least_margin([one, two], 4) is None
+    assert least_margin([], 2) is None
