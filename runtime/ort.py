@@ -74,8 +74,8 @@ class OrtSession:
         missing = sorted((named | {state.output for state in manifest.states}) - has)
         if missing:
             raise SessionError(
-                f"{folder / GRAPH} has no {', '.join(missing)}, which {MANIFEST} names; the two are "
-                "not of one export: export again."
+                f"{folder / GRAPH} has no {', '.join(missing)}, which {MANIFEST} names; the two "
+                "are not of one export: export again."
             )
         self._inputs = {item.name for item in manifest.inputs}
         self._tokens = TokenInputs(manifest.vocab_size, manifest.states)
