@@ -31,7 +31,7 @@ test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow -n 0
+	$(BIN)/python -m pytest -m slow
 
 # On a machine with an NVIDIA GPU, after `make plugins`.
 test-gpu: setup

@@ -839,7 +839,7 @@ def test_validation_passes(subject: Subject, target: str) -> None:
     stages = dict.fromkeys(tensor.stage for tensor in report.tensors)
     assert len(stages) == 1 + 32 + 2 + 2
     for stage in stages:
-        hidden = [f"hidden_states.{n}" for n in range(LAYERS + 1) if " " not in stage]
+        hidden = [f"hidden_states.{n}" for n in range(reference.layers + 1) if " " not in stage]
         names = [tensor.name for tensor in report.tensors if tensor.stage == stage]
         assert names[: 1 + len(states)] == ["logits", *states]
         assert set(hidden) <= set(names)

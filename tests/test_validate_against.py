@@ -25,6 +25,9 @@ from validate.routing import choices
 from validate.run import validate_ingot
 from validate.taps import TappedSession
 
+# Minutes of tracing; `make test-slow` runs them, and so does CI.
+pytestmark = pytest.mark.slow
+
 WEIGHT = "layers.1.self_attn.q_norm.weight"
 ROUTER = "layers.0.mlp.gate.weight"
 

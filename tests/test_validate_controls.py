@@ -32,6 +32,9 @@ from validate.reference import Reference
 from validate.result import Report
 from validate.run import examine
 
+# Minutes of tracing; `make test-slow` runs them, and so does CI.
+pytestmark = pytest.mark.slow
+
 TARGETS = ("onnx", "ort")
 # The last of two layers: what is wrong in it leaves the first one right.
 LAYER = 1

@@ -27,6 +27,9 @@ from validate.inputs import Inputs, make_inputs
 from validate.locate_session import locate_session
 from validate.result import Location
 
+# Minutes of tracing; `make test-slow` runs them, and so does CI.
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
 # Every graph with a fault in what it is fed: a cache that grows, a shared one, a fixed state.
 SUBJECTS = (("olmoe", "onnx"), ("olmoe", "ort"), ("mamba2", "ort"))

@@ -29,6 +29,9 @@ from validate.recording import Layout, main_run, places, record
 from validate.reference import Reference, References, routers
 from validate.routing import choices
 
+# Minutes of tracing; `make test-slow` runs them, and so does CI.
+pytestmark = pytest.mark.slow
+
 # Of each family, with all of its tasks.
 TASKS = [(family, task) for family in FAMILIES for task in find_family(family).tasks]
 SHORT = Plan(decode=3)

@@ -19,6 +19,9 @@ from validate.recording import Stepper
 from validate.routing import Chosen, Replay, choices
 from validate.taps import TappedSession
 
+# Minutes of tracing; `make test-slow` runs them, and so does CI.
+pytestmark = pytest.mark.slow
+
 # Families with their number of routers in two layers.
 ROUTERS = {"olmoe": 2, "jetmoe": 4, "granite": 0, "mamba2": 0}
 ROUTED = [family for family, count in ROUTERS.items() if count]

@@ -124,7 +124,7 @@ class Judge:
         self._places = [places(inputs, call) for call in self._calls]
         self._recordings = (references.expected, references.truth, references.eager)
         self._floors = _usual_floors(references)
-        self._flips: dict[int, int] = {}
+        self._flips: list[dict[int, int]] = [{} for _ in self._calls]
         self._piece_flips: list[dict[int, int]] = [{} for _ in self._pieces]
 
     @property
@@ -196,8 +196,9 @@ class Judge:
         """
         expected, truth, eager = map(_by_router, self._recordings)
         at = np.concatenate(self._places)
-        self._flips = doubtful(expected, truth, eager, at, self.reference.top_k)
-        self._piece_flips = [self._flips for _ in self._pieces]
+        flips = doubtful(expected, truth, eager, at, self.reference.top_k)
+        self._flips = [flips for _ in self._calls]
+        self._piece_flips = [flips for _ in self._pieces]
 
     def free(self, found: Observed) -> None:
         """Judge what a session gave when it chose its experts itself.
@@ -206,8 +207,8 @@ class Judge:
         truth's experts they were judged by ``inside``.
         """
         for number, call in enumerate(self._calls):
-            main = found.main[number]
-            self._free += self._compare(call.stage, number, main, self._flips, wanted=is_no_tap)
+            main, flips = found.main[number], self._flips[number]
+            self._free += self._compare(call.stage, number, main, flips, wanted=is_no_tap)
         if found.whole:
             self._free += self._compare_whole(found.whole)
         for piece, calls, flips in zip(self._pieces, found.pieces, self._piece_flips, strict=True):
@@ -247,7 +248,7 @@ class Judge:
         at = np.concatenate(self._places)
         rows = range(len(self.inputs.input_ids))
         sides = [whole(self.layout, side) for side in self._recordings]
-        return self._results(CACHES, list(sides[0]), at, rows, [*sides, found], self._flips)
+        return self._results(CACHES, list(sides[0]), at, rows, [*sides, found], self._flips[-1])
 
     def _results(
         self,
@@ -276,7 +277,13 @@ class Judge:
     def _note_flips(self, found: Observed) -> None:
         """What the target's own choices are, and from where on they changed its numbers."""
         self.routing[FREE] = self._routing(found.main)
-        self._flips = first_flips(self.routing[FREE])
+        self._flips = [first_flips(self.routing[FREE]) for _ in self._calls]
+        if not self.inputs.stateful:
+            # Each call stands alone.
+            self._flips = [
+                first_flips(self._choices([[side[n]] for side in sides], [self._places[n]]))
+                for n, sides in enumerate([(*self._recordings, found.main)] * len(self._calls))
+            ]
         for index, (piece, calls) in enumerate(zip(self._pieces, found.pieces, strict=True)):
             sides = [
                 [select(self.layout, side[0], tokens, piece.rows) for tokens in piece.tokens]
