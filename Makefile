@@ -8,7 +8,7 @@ TARGET ?= ort
 PRESET ?= tiny
 OUT ?= out/$(notdir $(MODEL))-$(TARGET)
 
-.PHONY: setup export plugins test test-slow test-gpu lint format clean
+.PHONY: setup export plugins test test-slow test-gpu triton-test lint format clean
 
 setup: $(VENV)/.installed
 
@@ -28,7 +28,7 @@ plugins: setup
 	$(BIN)/python -m plugins.tensorrt.build
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not triton"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -37,6 +37,11 @@ test-slow: setup
 test-gpu: setup
 	$(BIN)/python -m plugins.check
 	$(BIN)/python -m pytest -m gpu -n 0
+
+# Fetches Triton Inference Server into .tools and tests repositories of `ingot triton` on it.
+triton-test: setup
+	$(BIN)/python tests/triton_server.py
+	$(BIN)/python -m pytest -m triton -n 0
 
 lint: setup
 	$(BIN)/ruff check .
@@ -49,3 +54,39 @@ format: setup
 
 clean:
 	rm -rf out dist build .pytest_cache .mypy_cache .ruff_cache
+
+# The C++ library of runtime/embed. Its headers and ONNX Runtime's library are gathered in .tools/cpp.
+CMAKE := cmake -S runtime/embed -DORT_ROOT=$(CURDIR)/.tools/cpp
+MEMCHECK := valgrind --quiet --error-exitcode=9 --leak-check=full --show-leak-kinds=all --errors-for-leak-kinds=all \
+	--suppressions=runtime/embed/tests/valgrind.supp
+
+.PHONY: cpp cpp-headers cpp-ingots cpp-test cpp-valgrind
+
+cpp-headers: setup
+	PYTHON=$(BIN)/python runtime/embed/fetch_headers.sh .tools/cpp
+
+# build/cpp/libingot.so and build/cpp/ingot_generate.
+cpp: cpp-headers
+	$(CMAKE) -B build/cpp -DCMAKE_BUILD_TYPE=RelWithDebInfo -DINGOT_TESTS=OFF
+	cmake --build build/cpp --parallel 2
+
+# The seeded tiny ingots that its tests open, made again where what exports them has changed.
+cpp-ingots: build/cpp-ingots/.made
+
+build/cpp-ingots/.made: tests/make_ingots.py $(wildcard export/*.py export/passes/*.py graphs/*.py plugins/*.py) | setup
+	PYTHONPATH=. $(BIN)/python tests/make_ingots.py build/cpp-ingots
+	touch $@
+
+# With AddressSanitizer and UndefinedBehaviorSanitizer, and against the Python session.
+cpp-test: cpp cpp-ingots
+	$(CMAKE) -B build/cpp-sanitize -DCMAKE_BUILD_TYPE=Debug -DINGOT_SANITIZE=ON \
+		-DINGOT_TEST_INGOTS=$(CURDIR)/build/cpp-ingots
+	cmake --build build/cpp-sanitize --parallel 2
+	ctest --test-dir build/cpp-sanitize --output-on-failure
+	INGOT_CPP=$(CURDIR)/build/cpp $(BIN)/python -m pytest -m cpp -n 0 tests/test_runtime_embed.py
+
+cpp-valgrind: cpp cpp-ingots
+	runtime/embed/fetch_headers.sh .tools/cpp valgrind
+	$(MEMCHECK) build/cpp/ingot_generate build/cpp-ingots/olmoe-ort --prompt-ids 17,300,5 --prompt-ids 4 --max-new-tokens 3
+	$(MEMCHECK) build/cpp/ingot_generate build/cpp-ingots/mamba2-ort --prompt-ids 17,300,5 --max-new-tokens 3 --temperature 1
+	$(MEMCHECK) build/cpp/ingot_generate_c build/cpp-ingots/granite-onnx 17 300 5

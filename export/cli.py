@@ -45,6 +45,9 @@ class LazyGroup(click.Group):
         "generate": ("runtime.cli", "generate_command"),
         "classify": ("runtime.cli", "classify_command"),
         "validate": ("validate.cli", "validate_command"),
+        "inspect": ("runtime.inspection", "inspect_command"),
+        "bench": ("runtime.cli", "bench_command"),
+        "triton": ("runtime.triton", "triton_command"),
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:

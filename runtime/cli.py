@@ -1,7 +1,8 @@
-"""``python -m runtime generate INGOT`` and ``python -m runtime classify INGOT``."""
+"""``python -m runtime``: generate, classify and bench here, and the commands of other files."""
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,10 @@ import click
 
 from export.ingot import Manifest
 from plugins.errors import IngotError
+from runtime.chat import chat_text
+from runtime.inspection import inspect_command
 from runtime.tokenizer import load_tokenizer
+from runtime.triton import triton_command
 
 # numpy and ONNX Runtime are imported when a command runs, so that --help works without them.
 if TYPE_CHECKING:
@@ -62,6 +66,7 @@ def _load(folder: Path, threads: int, *, verify: bool, allow_failed: bool) -> Se
 @click.argument("ingot", type=click.Path(path_type=Path))
 @click.option("--prompt", multiple=True, help="Text; give it several times for a batch.")
 @click.option("--prompt-ids", multiple=True, help="Token ids such as 1,2,3, instead of text.")
+@click.option("--chat", multiple=True, help="What a user says, put into the model's template.")
 @click.option("--max-new-tokens", default=64, show_default=True)
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", default=0, show_default=True, help="0 is off.")
@@ -75,6 +80,7 @@ def generate_command(
     ingot: Path,
     prompt: tuple[str, ...],
     prompt_ids: tuple[str, ...],
+    chat: tuple[str, ...],
     max_new_tokens: int,
     temperature: float,
     top_k: int,
@@ -90,11 +96,16 @@ def generate_command(
 
     try:
         sampling = Sampling(temperature, top_k, top_p, seed)
-        prompts = _given(prompt, prompt_ids)
+        if chat and (prompt or prompt_ids):
+            raise IngotError("--chat stands alone; give it without --prompt and --prompt-ids.")
+        prompts = [] if chat else _given(prompt, prompt_ids)
         session = _load(ingot, threads, verify=not no_verify, allow_failed=allow_failed)
-        tokenizer = load_tokenizer(ingot) if prompt else None
+        tokenizer = load_tokenizer(ingot) if prompt or chat else None
         if tokenizer is not None:
-            prompts = [tokenizer.encode(text).ids for text in prompt]
+            # A template writes the special tokens itself.
+            texts = [chat_text(ingot, [{"role": "user", "content": said}]) for said in chat]
+            whole = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+            prompts = whole or [tokenizer.encode(text).ids for text in prompt]
         stop = list(stop_id) or None
         _stream(session, prompts, tokenizer, max_new_tokens, sampling, stop)
     except IngotError as error:
@@ -179,6 +190,48 @@ def classify_command(
         click.echo("  ".join(f"{labels[n]} {row[n]:.4f}" for n in order))
 
 
+@click.command("bench")
+@click.argument("ingot", type=click.Path(path_type=Path))
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Default 1, 4.")
+@click.option(
+    "--length", "lengths", multiple=True, type=click.IntRange(1), help="Default 16, 128, 256."
+)
+@click.option("--repetitions", default=20, show_default=True, type=click.IntRange(1))
+@click.option("--threads", default=0, show_default=True, help="0 lets the runtime choose.")
+def bench_command(
+    ingot: Path, batches: tuple[int, ...], lengths: tuple[int, ...], repetitions: int, threads: int
+) -> None:
+    """Measure prefill and decode at several lengths and batch sizes."""
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from runtime.bench import bench
+
+    batches, lengths = batches or (1, 4), lengths or (16, 128, 256)
+    table = Table(
+        *("phase", "batch", "length", "tokens/s", "spread"),
+        title=f"{ingot}, median of {repetitions}",
+        title_justify="left",
+    )
+    console = Console(stderr=True)
+    try:
+        session = _load(ingot, threads, verify=True, allow_failed=False)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("measuring", total=2 * len(batches) * len(lengths))
+            for row in bench(
+                session, batches, lengths, repetitions, lambda n: bar.advance(task, n)
+            ):
+                cells = (str(row.batch), str(row.length), f"{row.tokens_per_second:,.1f}")
+                table.add_row(row.what, *cells, f"±{row.spread:.0%}")
+    except IngotError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    Console().print(table)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    click.echo(f"peak memory of the process: {peak * (1 if sys.platform == 'darwin' else 1024):,}")
+
+
 @click.group()
 def main() -> None:
     """Run an ingot."""
@@ -186,3 +239,6 @@ def main() -> None:
 
 main.add_command(generate_command)
 main.add_command(classify_command)
+main.add_command(triton_command)
+main.add_command(inspect_command)
+main.add_command(bench_command)

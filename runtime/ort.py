@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,13 @@ class OrtSession:
         named = {"batch": self._tokens.batch, "past_sequence": length}
         sizes = [named[d] if isinstance(d, str) else d for d in state.input_shape]
         return np.zeros(sizes, dtype=np.dtype(state.dtype))
+
+    def fork(self) -> OrtSession:
+        """See ``Session.fork``; ONNX Runtime's own session has no state."""
+        twin = copy.copy(self)
+        twin._tokens = TokenInputs(self.manifest.vocab_size, self.manifest.states)
+        twin.reset(1, 0)
+        return twin
 
     def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         """See ``Session.step``."""

@@ -5,6 +5,7 @@ Shape letters: B batch, T new tokens, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +15,10 @@ import numpy.typing as npt
 
 from export.ingot import Manifest
 from plugins.errors import IngotError
+
+# ONNX Runtime's wheel (1.31) otherwise keeps a database of its use in the home folder to report it.
+# It looks when it is imported, which every way to a session does after this module.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -59,6 +64,9 @@ class Session(Protocol):
 
     def state(self) -> dict[str, Floats]:
         """A copy of every state, by output name, cut to the tokens seen so far."""
+
+    def fork(self) -> Session:
+        """A session of its own, with no state, over the same weights; each may have a thread."""
 
 
 def load(

@@ -173,6 +173,7 @@ class TrtSession:
         memory: Memory | None = None,
     ) -> None:
         self.manifest = manifest
+        self._folder = folder
         self._engine = engine or load_engine(folder, manifest, hashed=hashed)
         self._memory: Memory = memory or Device()
         assert manifest.engine is not None
@@ -185,6 +186,10 @@ class TrtSession:
         self.fed: dict[str, Ids] = {}
         self._fixed = all(state.axis is None for state in manifest.states)
         self.reset(1, 0)
+
+    def fork(self) -> TrtSession:
+        """See ``Session.fork``; the engine is shared, its contexts and memory are not."""
+        return TrtSession(self._folder, self.manifest, hashed=True, engine=self._engine)
 
     def reset(self, batch: int, capacity: int) -> None:
         """See ``Session.reset``.

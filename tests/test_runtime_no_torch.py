@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,14 @@ def test_runs_its_command_without_torch(tiny_ort: Path) -> None:
     assert status == 0
     assert [int(token) for token in output.split()] == expected
     assert set(json.loads(loaded)).isdisjoint(BLOCKED)
+
+
+def test_keeps_no_record_of_its_use(tiny_ort: Path, tmp_path: Path) -> None:
+    code = "import json, sys" + GENERATE
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        environment[name] = str(tmp_path)
+    command = [sys.executable, "-c", code, "[]", str(tiny_ort), json.dumps(PROMPTS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,94 @@
+"""How fast an ingot is here: prefill and decode at several lengths and batch sizes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.session import Ids, Session, SessionError
+
+# Calls before the measured ones: the first allocates, and a second one settles.
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One row.
+
+    Attributes:
+        what: ``prefill`` or ``decode``.
+        batch: sequences.
+        length: tokens of the prefill, or before the decode step.
+        tokens_per_second: median over the repetitions, all sequences together.
+        spread: half of the distance between the quartiles, as a share of the median.
+    """
+
+    what: str
+    batch: int
+    length: int
+    tokens_per_second: float
+    spread: float
+
+
+def bench(
+    session: Session,
+    batches: tuple[int, ...],
+    lengths: tuple[int, ...],
+    repetitions: int,
+    advance: Callable[[int], None] = lambda _rows: None,
+) -> Iterator[Speed]:
+    """Measure every batch and length: a prefill of the length, then decode steps behind it.
+
+    Raises:
+        SessionError: no generating ingot, or more tokens than its context.
+    """
+    manifest = session.manifest
+    if manifest.task != "generate":
+        raise SessionError(f"the ingot is for {manifest.task}; bench takes one that generates.")
+    most = manifest.generation["context_length"]
+    for batch in batches:
+        for length in lengths:
+            total = length + WARM_UP + repetitions
+            if most is not None and total > most:
+                raise SessionError(
+                    f"{length} tokens and {WARM_UP + repetitions} steps exceed this model's "
+                    f"context of {most}; give a smaller --length."
+                )
+            random = np.random.default_rng(0)
+            ids = random.integers(0, manifest.vocab_size, (batch, total), dtype=np.int64)
+            yield _prefill(session, ids[:, :length], total, repetitions)
+            advance(1)
+            yield _decode(session, ids, length)
+            advance(1)
+
+
+def _prefill(session: Session, ids: Ids, capacity: int, repetitions: int) -> Speed:
+    times = []
+    mask = np.ones_like(ids)
+    for _ in range(WARM_UP + repetitions):
+        session.reset(len(ids), capacity)
+        times.append(_seconds(session, ids, mask))
+    return _speed("prefill", ids.shape[1], ids.size, len(ids), times[WARM_UP:])
+
+
+def _decode(session: Session, ids: Ids, length: int) -> Speed:
+    """The state is that of the last prefill."""
+    mask = np.ones((len(ids), 1), dtype=np.int64)
+    times = [_seconds(session, ids[:, at : at + 1], mask) for at in range(length, ids.shape[1])]
+    return _speed("decode", length, len(ids), len(ids), times[WARM_UP:])
+
+
+def _seconds(session: Session, ids: Ids, mask: Ids) -> float:
+    begin = time.perf_counter()
+    session.step(ids, mask)
+    return time.perf_counter() - begin
+
+
+def _speed(what: str, length: int, tokens: int, batch: int, times: list[float]) -> Speed:
+    median = statistics.median(times)
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (median,) * 3
+    return Speed(what, batch, length, tokens / median, (high - low) / 2 / median)

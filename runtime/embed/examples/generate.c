@@ -1,0 +1,40 @@
+/* ingot_generate_c INGOT ID [ID ...]: 16 greedy tokens after one prompt, from C. */
+#include <ingot.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+static int print(void *user, const int64_t *tokens, int64_t prompts) {
+    (void)user;
+    (void)prompts;
+    printf("%" PRId64 " ", tokens[0]);
+    return fflush(stdout);
+}
+
+int main(int count, char **words) {
+    if (count < 3) {
+        fprintf(stderr, "usage: ingot_generate_c INGOT ID [ID ...]\n");
+        return 2;
+    }
+    const int64_t length = count - 2;
+    int64_t *prompt = malloc((size_t)length * sizeof *prompt);
+    if (prompt == NULL) return 1;
+    for (int64_t n = 0; n < length; ++n) prompt[n] = strtoll(words[n + 2], NULL, 10);
+
+    ingot_session *session = NULL;
+    ingot_session_status status = ingot_session_open(words[1], NULL, &session);
+    if (status == INGOT_SESSION_OK) {
+        ingot_generate_options options = ingot_generate_defaults();
+        options.max_new_tokens = 16;
+        const int64_t *const prompts[] = {prompt};
+        status = ingot_session_generate(session, prompts, &length, 1, &options, print, NULL);
+    }
+    if (status == INGOT_SESSION_OK) {
+        printf("\n");
+    } else {
+        fprintf(stderr, "error: %s\n", ingot_session_error());
+    }
+    ingot_session_close(session);
+    free(prompt);
+    return status == INGOT_SESSION_OK ? 0 : 2;
+}

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# What the C++ library is built with, into the folder given (default .tools/cpp): headers of ONNX
+# Runtime, nlohmann-json and doctest from Debian's packages, and a link to the libonnxruntime.so of
+# the Python package, so that C++ and Python run the same one.
+#
+# The packages are unpacked, not installed. cmake, libssl-dev and g++ are installed where they are
+# missing, and the extra packages named after the folder (valgrind).
+set -euo pipefail
+root=$(cd "$(dirname "$0")/../.." && pwd)
+out=${1:-$root/.tools/cpp}
+shift || true
+python=${PYTHON:-$root/.venv/bin/python}
+
+missing=()
+command -v cmake >/dev/null || missing+=(cmake)
+command -v g++ >/dev/null || missing+=(g++)
+[ -e /usr/include/openssl/evp.h ] || missing+=(libssl-dev)
+for tool in "$@"; do command -v "$tool" >/dev/null || missing+=("$tool"); done
+if [ ${#missing[@]} -gt 0 ]; then
+    if [ "$(id -u)" != 0 ]; then
+        echo "error: missing ${missing[*]}; run: sudo apt-get install ${missing[*]}" >&2
+        exit 1
+    fi
+    apt-get update -qq
+    apt-get install -y -qq "${missing[@]}"
+fi
+
+if [ ! -e "$out/.fetched" ]; then
+    # A list of our own: the release with ONNX Runtime's headers is newer than the machine's may be,
+    # and none of its packages may be installed here by accident. The mirror is the machine's.
+    mirror=$(apt-get indextargets --format '$(ORIGIN) $(REPO_URI)' |
+        awk '$1 == "Debian" && $2 !~ /security/ { print $2; exit }')
+    if [ -z "$mirror" ]; then
+        echo "error: no Debian mirror among this machine's apt sources; run apt-get update, or give" \
+            "cmake -DORT_ROOT=... with headers of your own" >&2
+        exit 1
+    fi
+    apt=$(mktemp -d)
+    trap 'rm -rf "$apt"' EXIT
+    mkdir -p "$apt/lists/partial" "$apt/archives/partial" "$apt/deb"
+    keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    echo "deb [signed-by=$keyring] $mirror trixie main" >"$apt/sources.list"
+    options=(-qq -o "Dir::Etc::sourcelist=$apt/sources.list" -o Dir::Etc::sourceparts=-
+        -o "Dir::State::lists=$apt/lists" -o "Dir::Cache::archives=$apt/archives"
+        -o "Dir::Cache::pkgcache=" -o "Dir::Cache::srcpkgcache=" -o APT::Sandbox::User=root)
+    apt-get "${options[@]}" update
+    (cd "$apt/deb" && apt-get "${options[@]}" download libonnxruntime-dev nlohmann-json3-dev doctest-dev)
+    mkdir -p "$out/include"
+    for package in "$apt"/deb/*.deb; do dpkg -x "$package" "$apt/root"; done
+    cp -r "$apt"/root/usr/include/. "$out/include"
+    # Debian's C++ header of ONNX Runtime lies a folder deeper than in Microsoft's own archive.
+    if [ -d "$out/include/onnxruntime" ]; then cp -r "$out"/include/onnxruntime/. "$out/include"; fi
+    touch "$out/.fetched"
+fi
+
+capi=$("$python" -c 'import importlib.util as u, pathlib as p
+print(p.Path(u.find_spec("onnxruntime").origin).parent / "capi")')
+library=$(find "$capi" -name 'libonnxruntime.so.*' | head -n 1)
+if [ -z "$library" ]; then
+    echo "error: no libonnxruntime.so in $capi; reinstall the Python package onnxruntime" >&2
+    exit 1
+fi
+mkdir -p "$out/lib"
+# The name of the file and that which a program asks for when it starts (SONAME).
+ln -sf "$library" "$out/lib/libonnxruntime.so"
+ln -sf "$library" "$out/lib/libonnxruntime.so.1"

@@ -1,0 +1,43 @@
+// What a session asks of the runtime that computes the graph.
+#pragma once
+
+#include <ingot/session.hpp>
+
+#include <memory>
+
+#include "tokens.hpp"
+
+namespace ingot {
+
+class Backend {
+  public:
+    virtual ~Backend() = default;
+
+    // Zero states for `batch` sequences with room for `capacity` tokens.
+    virtual void reset(std::int64_t batch, std::int64_t capacity) = 0;
+
+    // Runs the graph and replaces the states. Returns the main output, valid until the next call.
+    virtual View run(const Feeds &feeds) = 0;
+
+    // A copy of every state, cut to `seen` tokens.
+    virtual std::vector<StateCopy> state(std::int64_t seen) const = 0;
+
+    // Whether it refuses several rows of several tokens after a past; then they are fed one by one.
+    virtual bool one_by_one() const { return false; }
+};
+
+std::unique_ptr<Backend> open_onnxruntime(const std::filesystem::path &folder,
+                                          const Manifest &manifest, int threads);
+
+// `hashed` says that the folder's files were found to be the manifest's just before.
+std::unique_ptr<Backend> open_tensorrt(const std::filesystem::path &folder, const Manifest &manifest,
+                                       bool hashed);
+
+// The sizes of a state's input at a length of the past.
+std::vector<std::int64_t> state_shape(const StateInfo &state, std::int64_t batch,
+                                      std::int64_t length);
+
+// The elements of a shape. Throws Error where that is more than memory can hold.
+std::size_t elements(const std::vector<std::int64_t> &shape);
+
+}  // namespace ingot

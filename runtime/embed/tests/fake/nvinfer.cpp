@@ -1,0 +1,186 @@
+// Stands in for TensorRT's library. It cannot compute a graph; its engine is a recipe that only comes
+// out right where shapes, addresses, profiles and the turns of the states are:
+//
+//   the state [B, 1, P, 1] gets each new token's id + 1000 * its position; the next token is
+//   (sum of the state over unmasked columns + 7 * column count) mod V.
+//
+// TensorRT's classes call through a table of functions (apiv::V*); ours has only those a session may
+// use, so that any other call ends the test.
+#include <NvInferRuntime.h>
+
+#include <array>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace {
+
+constexpr std::int64_t kVocabulary = 512;
+
+// The tables of C++ objects as GCC and Clang lay them out.
+struct Table {
+    std::array<void *, 256> functions;
+    void *const *pointer = functions.data();
+
+    Table() {
+        void (*const unexpected)() = std::abort;
+        for (void *&function : functions) std::memcpy(&function, &unexpected, sizeof function);
+    }
+
+    template <typename Member, typename Function>
+    Table &set(Member member, Function *function) {
+        std::array<std::size_t, 2> raw{};
+        static_assert(sizeof raw == sizeof member);
+        std::memcpy(&raw, &member, sizeof raw);
+        std::memcpy(&functions.at((raw[0] - 1) / sizeof(void *)), &function, sizeof function);
+        return *this;
+    }
+
+    // An object of which only its table is used.
+    template <typename Interface>
+    Interface *object() {
+        return reinterpret_cast<Interface *>(&pointer);
+    }
+};
+
+struct Bound {
+    nvinfer1::Dims shape{};
+    void *address = nullptr;
+
+    const std::int64_t *ids() const { return static_cast<const std::int64_t *>(address); }
+    float *floats() const { return static_cast<float *>(address); }
+};
+
+struct Context final : nvinfer1::IExecutionContext {
+    Table table;
+    std::int32_t profile = -1;
+    std::map<std::string, Bound> bound;
+
+    Context();
+    bool run();
+};
+
+std::map<const void *, Context *> contexts;  // by what the functions of the table are told
+
+bool set_shape(void *self, const char *name, const nvinfer1::Dims &shape) {
+    contexts.at(self)->bound[name].shape = shape;
+    return true;
+}
+
+bool set_address(void *self, const char *name, void *address) {
+    contexts.at(self)->bound[name].address = address;
+    return true;
+}
+
+bool set_profile(void *self, std::int32_t index, cudaStream_t) {
+    contexts.at(self)->profile = index;
+    return true;
+}
+
+bool enqueue(void *self, cudaStream_t) { return contexts.at(self)->run(); }
+
+Context::Context() {
+    using nvinfer1::apiv::VExecutionContext;
+    table.set(&VExecutionContext::setInputShape, set_shape)
+        .set(&VExecutionContext::setTensorAddress, set_address)
+        .set(&VExecutionContext::setOptimizationProfileAsync, set_profile)
+        .set(&VExecutionContext::enqueueV3, enqueue);
+    mImpl = table.object<VExecutionContext>();
+    contexts[mImpl] = this;
+}
+
+bool Context::run() {
+    const Bound ids = bound["input_ids"], mask = bound["attention_mask"], positions = bound["position_ids"];
+    const Bound past = bound["past"], present = bound["present"], logits = bound["logits"];
+    const std::int64_t batch = ids.shape.d[0], fresh = ids.shape.d[1], before = past.shape.d[2];
+    const std::int64_t columns = before + fresh;
+    if (past.shape.nbDims != 4 || mask.shape.d[1] != columns) return false;
+    // The second profile is for one token.
+    if (profile != (fresh == 1 ? 1 : 0)) return false;
+    for (std::int64_t row = 0; row < batch; ++row) {
+        float *state = present.floats() + row * columns;
+        std::memcpy(state, past.floats() + row * before, static_cast<std::size_t>(before) * sizeof *state);
+        for (std::int64_t t = 0; t < fresh; ++t) {
+            const std::int64_t at = row * fresh + t;
+            state[before + t] = static_cast<float>(ids.ids()[at] + 1000 * positions.ids()[at]);
+            double sum = 7.0 * static_cast<double>(before + t + 1);
+            for (std::int64_t s = 0; s <= before + t; ++s) {
+                if (mask.ids()[row * columns + s] != 0) sum += static_cast<double>(state[s]);
+            }
+            float *out = logits.floats() + at * kVocabulary;
+            std::memset(out, 0, kVocabulary * sizeof *out);
+            out[static_cast<std::int64_t>(std::fmod(sum, kVocabulary))] = 1.0F;
+        }
+    }
+    return true;
+}
+
+nvinfer1::IExecutionContext *create_context(void *, nvinfer1::ExecutionContextAllocationStrategy) {
+    return new Context;
+}
+
+struct Engine final : nvinfer1::ICudaEngine {
+    Table table;
+
+    Engine() {
+        using Create = nvinfer1::IExecutionContext *(nvinfer1::apiv::VCudaEngine::*)(
+            nvinfer1::ExecutionContextAllocationStrategy) noexcept;
+        table.set(static_cast<Create>(&nvinfer1::apiv::VCudaEngine::createExecutionContext),
+                  create_context);
+        mImpl = table.object<nvinfer1::apiv::VCudaEngine>();
+    }
+};
+
+bool plugins_loaded = false;
+
+nvinfer1::ICudaEngine *deserialize(void *, const void *blob, std::size_t size) {
+    const std::string text(static_cast<const char *>(blob), size);
+    return text == "a recipe" && plugins_loaded ? new Engine : nullptr;
+}
+
+void allow_host_code(void *, bool) {}
+
+struct Runtime final : nvinfer1::IRuntime {
+    Table table;
+
+    Runtime() {
+        using nvinfer1::apiv::VRuntime;
+        // Some versions of TensorRT have more than one of this name.
+        using Deserialize =
+            nvinfer1::ICudaEngine *(VRuntime::*)(const void *, std::size_t) noexcept;
+        table.set(static_cast<Deserialize>(&VRuntime::deserializeCudaEngine), deserialize)
+            .set(&VRuntime::setEngineHostCodeAllowed, allow_host_code);
+        mImpl = table.object<VRuntime>();
+    }
+};
+
+void *load_library(void *self, const char *path) {
+    plugins_loaded = std::strstr(path, "libingot_trt.so") != nullptr;
+    return plugins_loaded ? self : nullptr;
+}
+
+}  // namespace
+
+extern "C" {
+
+std::int32_t getInferLibMajorVersion() noexcept { return NV_TENSORRT_MAJOR; }
+std::int32_t getInferLibMinorVersion() noexcept { return 1; }
+std::int32_t getInferLibPatchVersion() noexcept { return 2; }
+std::int32_t getInferLibBuildVersion() noexcept { return 3; }
+
+void *createInferRuntime_INTERNAL(void *, std::int32_t) noexcept { return new Runtime; }
+
+nvinfer1::IPluginRegistry *getPluginRegistry() noexcept {
+    static Table table = [] {
+        Table made;
+        made.set(&nvinfer1::IPluginRegistry::loadLibrary, load_library);
+        return made;
+    }();
+    table.pointer = table.functions.data();
+    return table.object<nvinfer1::IPluginRegistry>();
+}
+
+}  // extern "C"

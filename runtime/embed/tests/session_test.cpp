@@ -1,0 +1,178 @@
+// One call at a time: what is refused, what a state holds, and that pieces add up to the whole.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <thread>
+
+#include "folder.hpp"
+
+namespace {
+
+using ingot::Ids;
+using ingot::Session;
+
+const std::vector<std::string> kAll = {"olmoe-ort",   "olmoe-onnx",   "jetmoe-ort", "jetmoe-onnx",
+                                       "granite-ort", "granite-onnx", "mamba2-ort", "mamba2-onnx"};
+
+Ids some_ids(std::size_t count) {
+    Ids result;
+    for (std::size_t n = 0; n < count; ++n) result.push_back(static_cast<std::int64_t>(n * 37 % 500));
+    return result;
+}
+
+// A copy of the last position's logits of every row.
+std::vector<float> last_logits(const ingot::View &view) {
+    const auto rows = static_cast<std::size_t>(view.shape[0]);
+    const auto tokens = static_cast<std::size_t>(view.shape[1]);
+    const auto width = static_cast<std::size_t>(view.shape[2]);
+    std::vector<float> result;
+    for (std::size_t row = 0; row < rows; ++row) {
+        const float *begin = view.data + ((row + 1) * tokens - 1) * width;
+        result.insert(result.end(), begin, begin + width);
+    }
+    return result;
+}
+
+float farthest(const std::vector<float> &a, const std::vector<float> &b) {
+    REQUIRE(a.size() == b.size());
+    float result = 0;
+    for (std::size_t n = 0; n < a.size(); ++n) result = std::max(result, std::fabs(a[n] - b[n]));
+    return result;
+}
+
+// Columns `begin` to `end` of [2, T].
+Ids columns(const Ids &ids, std::size_t begin, std::size_t end) {
+    const std::size_t width = ids.size() / 2;
+    Ids result;
+    for (std::size_t row = 0; row < 2; ++row) {
+        for (std::size_t t = begin; t < end; ++t) result.push_back(ids[row * width + t]);
+    }
+    return result;
+}
+
+}  // namespace
+
+TEST_SUITE_BEGIN("session");
+
+TEST_CASE("calls that the graph would misread") {
+    Session session(tiny("olmoe-ort"));
+    const Ids two = {1, 2}, ones = {1, 1};
+    const auto message = [&](const Ids &ids, const Ids &mask, std::int64_t batch,
+                             std::int64_t tokens) {
+        return refusal([&] { session.step(ids, mask, batch, tokens); });
+    };
+    CHECK(contains(message(two, ones, 1, 2), "2 tokens after 0 do not fit the session's capacity of 0"));
+    session.reset(1, 3);
+    CHECK(contains(message(two, ones, 2, 1), "both must be [1, tokens]"));
+    CHECK(contains(message(two, ones, 1, 1), "2 ids and 2 mask values were given for [1, 1]"));
+    CHECK(contains(message(two, {1}, 1, 2), "2 ids and 1 mask values"));
+    CHECK(contains(message(two, ones, 1, 0), "holds no tokens"));
+    CHECK(contains(message(two, ones, 1, -1), "holds no tokens"));
+    CHECK(contains(message(two, {1, 2}, 1, 2), "only 1 (token) and 0 (padding)"));
+    CHECK(contains(message({1, 512}, ones, 1, 2), "token id 512 is outside the vocabulary of 512"));
+    CHECK(contains(message({-1, 1}, ones, 1, 2), "token id -1 is outside the vocabulary"));
+    CHECK(contains(refusal([&] { session.step({nullptr, 2}, {nullptr, 2}, 1, 2); }), "null pointer"));
+    // A refused call leaves the state as it was.
+    CHECK(session.step(two, ones, 1, 2).shape == Ids{1, 2, 512});
+    CHECK(contains(message(two, ones, 1, 2), "2 tokens after 2 do not fit the session's capacity of 3"));
+    CHECK(session.step({two.data(), 1}, {ones.data(), 1}, 1, 1).shape == Ids{1, 1, 512});
+}
+
+TEST_CASE("sizes that no memory holds") {
+    Session session(tiny("olmoe-ort"));
+    CHECK(contains(refusal([&] { session.reset(0, 1); }), "a batch of at least 1"));
+    CHECK(contains(refusal([&] { session.reset(1, -1); }), "a capacity of at least 0"));
+    CHECK(contains(refusal([&] { session.reset(1, INT64_MAX); }), "do not fit into memory"));
+    CHECK(contains(refusal([&] { session.reset(INT64_MAX, 1); }), "memory"));
+    CHECK(contains(refusal([&] { session.state(); }), "call reset first"));
+    const Ids one = {1};
+    CHECK(contains(refusal([&] { session.step(one, one, 1, 1); }), "call reset first"));
+    session.reset(1, 1);
+    session.step(one, one, 1, 1);
+}
+
+TEST_CASE("tokens fed in pieces give the logits of all at once") {
+    for (const std::string &name : kAll) {
+        CAPTURE(name);
+        Session session(tiny(name));
+        // Two rows, the second padded by three on the left.
+        Ids ids = some_ids(20), mask(20, 1);
+        std::fill(mask.begin() + 10, mask.begin() + 13, 0);
+        session.reset(2, 16);
+        const std::vector<float> whole = last_logits(session.step(ids, mask, 2, 10));
+        const std::vector<ingot::StateCopy> states = session.state();
+
+        session.reset(2, 16);
+        session.step(columns(ids, 0, 4), columns(mask, 0, 4), 2, 4);
+        session.step(columns(ids, 4, 5), columns(mask, 4, 5), 2, 1);
+        const ingot::View view = session.step(columns(ids, 5, 10), columns(mask, 5, 10), 2, 5);
+        CHECK(view.shape == Ids{2, 5, session.manifest().vocab_size});
+        CHECK(farthest(last_logits(view), whole) < 1e-4F);
+        const std::vector<ingot::StateCopy> pieces = session.state();
+        REQUIRE(pieces.size() == states.size());
+        REQUIRE(pieces.size() == session.manifest().states.size());
+        for (std::size_t n = 0; n < states.size(); ++n) {
+            CAPTURE(states[n].name);
+            CHECK(pieces[n].shape == states[n].shape);
+            const auto &axis = session.manifest().states[n].axis;
+            if (axis) CHECK(states[n].shape[*axis] == 10);
+            // Padded positions of a cache are masked, and hold whatever their call computed there.
+            if (!axis) CHECK(farthest(pieces[n].values, states[n].values) < 1e-4F);
+        }
+    }
+}
+
+TEST_CASE("a padded row computes what it computes alone") {
+    for (const std::string &name : kAll) {
+        CAPTURE(name);
+        Session session(tiny(name));
+        const Ids ids = {5, 6, 7, 8, 0, 0, 9, 11}, mask = {1, 1, 1, 1, 0, 0, 1, 1};
+        session.reset(2, 8);
+        std::vector<float> both = last_logits(session.step(ids, mask, 2, 4));
+        both.erase(both.begin(), both.begin() + session.manifest().vocab_size);
+        session.reset(1, 8);
+        const Ids alone = {9, 11}, ones = {1, 1};
+        CHECK(farthest(last_logits(session.step(alone, ones, 1, 2)), both) < 1e-4F);
+    }
+}
+
+TEST_CASE("reset forgets, and a session moves") {
+    Session first(tiny("mamba2-ort"));
+    const Ids ids = {3, 4, 5}, ones = {1, 1, 1};
+    first.reset(1, 3);
+    const std::vector<float> before = last_logits(first.step(ids, ones, 1, 3));
+    Session second(std::move(first));
+    second.reset(1, 3);
+    CHECK(farthest(last_logits(second.step(ids, ones, 1, 3)), before) == 0.0F);
+}
+
+TEST_CASE("sessions of several threads do not meet") {
+    const Ids expected = Session(tiny("olmoe-ort")).generate({{5, 6}})[0];
+    std::vector<Ids> found(4);
+    std::vector<std::thread> threads;
+    for (Ids &row : found) {
+        threads.emplace_back([&row] { row = Session(tiny("olmoe-ort")).generate({{5, 6}})[0]; });
+    }
+    for (std::thread &thread : threads) thread.join();
+    for (const Ids &row : found) CHECK(row == expected);
+}
+
+TEST_CASE("an ingot without state takes each call for itself") {
+    Session session(tiny("jetmoe-classify"));
+    const auto labels = static_cast<std::int64_t>(session.manifest().labels.size());
+    session.reset(2, 3);
+    const Ids ids = some_ids(6), ones(6, 1);
+    for (int n = 0; n < 3; ++n) CHECK(session.step(ids, ones, 2, 3).shape == Ids{2, labels});
+    CHECK(session.state().empty());
+}
+
+TEST_CASE("features are of the hidden size") {
+    Session session(tiny("olmoe-features"));
+    session.reset(1, 3);
+    const Ids ids = some_ids(3), ones(3, 1);
+    const ingot::View view = session.step(ids, ones, 1, 3);
+    REQUIRE(view.shape.size() == 3);
+    CHECK(view.shape[2] == session.manifest().outputs[0].shape[2].size);
+}
+
+TEST_SUITE_END();

@@ -1,0 +1,245 @@
+"""``python -m runtime inspect INGOT``: what an ingot is, from its manifest and its weights' header.
+
+Nothing is loaded and nothing is run; only ``weights.safetensors``' first bytes are read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from export.ingot import WEIGHTS, Manifest, StateInfo
+from plugins.errors import IngotError
+
+SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
+
+# The operators of Ingot's own, as a canonical graph and a lowered one have them: what runs each.
+_IN_GRAPH = {
+    "MoeDispatch": "function body of standard operators",
+    "MoeLinear": "function body of standard operators",
+    "Mamba2Scan": "function body of standard operators",
+    "CausalConv": "function body of standard operators",
+    "MoE": "ONNX Runtime's kernel, for MoeDispatch",
+    "LinearAttention": "ONNX Runtime's kernel, for Mamba2Scan",
+    "CausalConvWithState": "ONNX Runtime's kernel, for the convolution with its state",
+    "GroupQueryAttention": "ONNX Runtime's kernel, for Attention and its caches",
+}
+_PLUGIN = "TensorRT plugin"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors of one name, layer numbers aside.
+
+    Attributes:
+        name: with ``*`` for each number.
+        count: of tensors.
+        dtype: safetensors' name of it.
+        bytes: of all.
+    """
+
+    name: str
+    count: int
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is shown.
+
+    Attributes:
+        path: of the folder.
+        model_type: as are target, task, precision, verdict and source those of the manifest.
+        operators: every operator of the graph and how often it is there.
+        lowered: of the operators that are not ONNX's own, what runs each.
+        parameters: in all.
+        active_parameters: that one token uses.
+        weight_bytes: of all parameters.
+        active_bytes: of those one token uses, on the average width of a parameter.
+        state_bytes_per_token: that each token of a sequence adds.
+        state_bytes_per_sequence: of fixed size.
+        shared_buffers: whether past and present are one buffer of a fixed capacity.
+        context_length: longest sequence; None where the state has a fixed size.
+        weights: by name, with their precision.
+        profiles: of an engine, by name: input -> least, usual and largest shape.
+        engine: builder and version.
+        files: name -> bytes and SHA-256.
+    """
+
+    path: str
+    model_type: str
+    target: str
+    task: str
+    precision: str
+    verdict: str
+    source: dict[str, Any]
+    operators: dict[str, int]
+    lowered: dict[str, str]
+    parameters: int
+    active_parameters: int
+    weight_bytes: int
+    active_bytes: int
+    state_bytes_per_token: int
+    state_bytes_per_sequence: int
+    shared_buffers: bool
+    context_length: int | None
+    weights: tuple[Weights, ...]
+    profiles: dict[str, dict[str, Any]]
+    engine: str | None
+    files: dict[str, dict[str, Any]]
+
+    def decode_bytes(self, length: int) -> int:
+        """Bytes that one token of one sequence reads and writes at least, after so many tokens."""
+        past = self.state_bytes_per_token * length
+        return self.active_bytes + past + 2 * self.state_bytes_per_sequence
+
+
+def inspect(folder: Path) -> Inspection:
+    """Read what there is to know of an ingot.
+
+    Raises:
+        IngotError: not an ingot, or one whose weights have no readable header.
+    """
+    manifest = Manifest.read(folder)
+    engine = manifest.engine
+    plugins = engine.plugins if engine is not None else {}
+    operators: dict[str, int] = manifest.graph["operators"]
+    width = manifest.weight_bytes / manifest.parameters
+    return Inspection(
+        path=str(folder),
+        model_type=manifest.model_type,
+        target=manifest.target,
+        task=manifest.task,
+        precision=manifest.precision,
+        verdict=manifest.verdict,
+        source=manifest.source,
+        operators=operators,
+        lowered={
+            name: _PLUGIN if name in plugins else _IN_GRAPH[name]
+            for name in operators
+            if name in _IN_GRAPH
+        },
+        parameters=manifest.parameters,
+        active_parameters=manifest.active_parameters,
+        weight_bytes=manifest.weight_bytes,
+        active_bytes=round(manifest.active_parameters * width),
+        state_bytes_per_token=sum(_bytes(s) for s in manifest.states if s.axis is not None),
+        state_bytes_per_sequence=sum(_bytes(s) for s in manifest.states if s.axis is None),
+        shared_buffers=any(state.shared for state in manifest.states),
+        context_length=manifest.generation["context_length"],
+        weights=_weights(folder / WEIGHTS),
+        profiles={p.name: p.shapes for p in engine.profiles} if engine is not None else {},
+        engine=f"{engine.builder} {engine.version}" if engine is not None else None,
+        files={name: asdict(info) for name, info in manifest.files.items()},
+    )
+
+
+def _bytes(state: StateInfo) -> int:
+    """Of one sequence, and of a state that grows of one token."""
+    size = SIZES[state.dtype]
+    for dimension in state.input_shape:
+        # Symbolic are the batch and the past.
+        size *= dimension if isinstance(dimension, int) else 1
+    return size
+
+
+def _weights(path: Path) -> tuple[Weights, ...]:
+    try:
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            if size > path.stat().st_size:
+                raise ValueError(f"it says to have {size} bytes of it")
+            header = json.loads(file.read(size))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return tuple(_grouped(entries))
+    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+        raise IngotError(f"{path} has no readable header ({error}); export again.") from error
+
+
+def _grouped(entries: Mapping[str, Any]) -> Iterable[Weights]:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name, entry in entries.items():
+        begin, end = entry["data_offsets"]
+        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name), entry["dtype"]
+        groups.setdefault(key, []).append(end - begin)
+    for (name, dtype), sizes in sorted(groups.items()):
+        yield Weights(name, len(sizes), dtype, sum(sizes))
+
+
+@click.command("inspect")
+@click.argument("ingot", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect_command(ingot: Path, as_json: bool) -> None:
+    """Show an ingot's operators, weights, states and hashes, without running it."""
+    try:
+        found = inspect(ingot)
+    except IngotError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=1))
+    else:
+        _show(found)
+
+
+def _show(found: Inspection) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=found.path, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _rows(found):
+        table.add_row(name, value)
+    console.print(table)
+    weights = Table("tensor", "count", "dtype", "bytes", title="weights", title_justify="left")
+    for each in found.weights:
+        weights.add_row(each.name, str(each.count), each.dtype, f"{each.bytes:,}")
+    console.print(weights)
+    files = Table("file", "bytes", "SHA-256", title="files", title_justify="left")
+    for name, info in found.files.items():
+        files.add_row(name, f"{info['bytes']:,}", info["sha256"])
+    console.print(files)
+
+
+def _rows(found: Inspection) -> Iterable[tuple[str, str]]:
+    yield "model", f"{found.model_type}, {found.task}, {found.precision}, for {found.target}"
+    yield "verdict", found.verdict
+    known = {name: value for name, value in found.source.items() if value is not None}
+    yield "checkpoint", ", ".join(f"{name} {value}" for name, value in known.items())
+    share = found.active_parameters / found.parameters
+    yield "parameters", f"{found.parameters:,}, {found.weight_bytes:,} bytes"
+    yield "active per token", f"{found.active_parameters:,} ({share:.0%})"
+    total = sum(found.operators.values())
+    counted = ", ".join(f"{count} {name}" for name, count in found.operators.items())
+    yield "operators", f"{total}: {counted}"
+    for name, how in found.lowered.items():
+        yield name, how
+    if found.state_bytes_per_token:
+        shared = ", in buffers that past and present share" * found.shared_buffers
+        yield "cache", f"{found.state_bytes_per_token:,} bytes a token and sequence{shared}"
+    if found.state_bytes_per_sequence:
+        yield "state", f"{found.state_bytes_per_sequence:,} bytes a sequence, of fixed size"
+    for length in (1, 1024):
+        read = f"{found.decode_bytes(length):,} bytes: weights touched, and state"
+        yield f"decode after {length}", read
+    if found.context_length is not None:
+        yield "context", f"{found.context_length:,} tokens"
+    if found.engine is not None:
+        yield "engine", found.engine
+    for name, shapes in found.profiles.items():
+        yield f"profile {name}", ", ".join(f"{n} {_least_to_most(s)}" for n, s in shapes.items())
+
+
+def _least_to_most(shape: Any) -> str:
+    return " / ".join("x".join(map(str, each)) for each in shape)

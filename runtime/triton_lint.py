@@ -1,0 +1,280 @@
+"""What Triton does not check before it loads a model, or never: ``ingot triton --check REPO``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from export.ingot import ENGINE, GRAPH, MANIFEST, Manifest, ManifestError, sha256
+from runtime.triton import CONFIG, PLUGINS, RECORD, SCHEMA_VERSION, TYPES, TritonError, grows
+
+Shape = Sequence[int | str]
+
+
+def lint(repository: Path) -> list[str]:
+    """Everything wrong with a repository, a sentence each; none where nothing was found.
+
+    Raises:
+        TritonError: not a repository of ours, or the parser of configs is not installed.
+    """
+    record = _record(repository)
+    problems = []
+    for file, digest in record["files"].items():
+        path = repository / file
+        if not path.is_file():
+            problems.append(f"{file} is missing.")
+        elif sha256(path) != digest:
+            problems.append(f"{file} is not the file that was written (its SHA-256 differs).")
+    place = repository / record["ingot"]
+    manifest = None
+    try:
+        manifest = Manifest.read(place)
+        manifest.check_files(place)
+    except ManifestError as error:
+        problems.append(str(error))
+    for name in record["models"]:
+        folder = repository / name
+        config = _config(folder, problems)
+        if config is None:
+            continue
+        if config.name != name:
+            problems.append(f"{name}/{CONFIG} names the model {config.name!r}, and not {name!r}.")
+        found = (
+            _generate(folder, config)
+            if config.backend == "python"
+            else _graph(folder, config, manifest)
+        )
+        problems += [f"{name}/{CONFIG}: {problem}" for problem in found]
+    return problems
+
+
+def _record(repository: Path) -> dict[str, Any]:
+    path = repository / RECORD
+    if not path.is_file():
+        raise TritonError(f"{repository} has no {RECORD}; make it with `ingot triton INGOT --out`.")
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = record["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TritonError(f"{path} is damaged ({error}); make the repository again.") from error
+    if version != SCHEMA_VERSION:
+        raise TritonError(
+            f"{path} has schema version {version}; this Ingot reads {SCHEMA_VERSION}."
+        )
+    return record
+
+
+def _config(folder: Path, problems: list[str]) -> Any:
+    """The parsed config of a model; None, and a problem more, where there is none."""
+    try:
+        from google.protobuf import text_format
+        from tritonclient.grpc import model_config_pb2
+    except ImportError as error:
+        raise TritonError(
+            f"{error.name} is missing; install it with: pip install 'ingot[triton]'"
+        ) from error
+    path = folder / CONFIG
+    if not path.is_file():
+        problems.append(f"{folder.name}/{CONFIG} is missing.")
+        return None
+    try:
+        return text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+    except text_format.ParseError as error:
+        problems.append(f"{folder.name}/{CONFIG} cannot be read: {error}")
+        return None
+
+
+def _generate(folder: Path, config: Any) -> Iterator[str]:
+    """The Python model's."""
+    if not config.model_transaction_policy.decoupled:
+        yield "model_transaction_policy.decoupled must be true, for a response for each token."
+    if config.max_batch_size != 0:
+        yield f"max_batch_size is {config.max_batch_size}; it must be 0."
+    settings = {name: value.string_value for name, value in config.parameters.items()}
+    for name, least in (("streams", 1), ("threads", 0), ("capacity", 2), ("max_new_tokens", 1)):
+        value = settings.get(name, "")
+        if not value.isdecimal() or int(value) < least:
+            yield f"the parameter {name} is {value!r}; it must be a number of at least {least}."
+    if settings.get("verify") not in ("true", "false"):
+        yield f"the parameter verify is {settings.get('verify')!r}; it must be true or false."
+    if not (folder / settings.get("ingot", "") / MANIFEST).is_file() or "ingot" not in settings:
+        yield f"the parameter ingot is {settings.get('ingot')!r}, where no ingot lies."
+    if not (folder / "1" / "model.py").is_file():
+        yield "1/model.py is missing."
+
+
+def _graph(folder: Path, config: Any, manifest: Manifest | None) -> Iterator[str]:
+    """The graph's own model."""
+    engine = config.backend == "tensorrt"
+    file = folder / "1" / (config.default_model_filename or (ENGINE if engine else GRAPH))
+    if not file.is_file():
+        yield f"1/{file.name}, which it runs, is missing."
+    graph = folder / "1" / GRAPH
+    if not graph.is_file():
+        return
+    try:
+        inputs, outputs = _tensors(graph)
+    # onnx's parser raises protobuf's errors, of any implementation.
+    except Exception as error:
+        yield f"1/{GRAPH} cannot be read: {error}"
+        return
+    batching = config.max_batch_size > 0
+    if not batching:
+        yield "max_batch_size is 0, but the graph's first dimension is the batch's."
+    for kind, configured, known in (
+        ("input", config.input, inputs),
+        ("output", config.output, outputs),
+    ):
+        for tensor in configured:
+            yield from _tensor(kind, tensor.name, tensor.data_type, tensor.dims, known)
+    states = list(config.sequence_batching.state)
+    yield from _names(config, states, inputs, outputs)
+    for state in states:
+        yield from _state(state, inputs, outputs, manifest)
+    if states and config.model_warmup:
+        yield (
+            "model_warmup and state exclude each other: a warm-up request belongs to no sequence, "
+            "so the model would not load."
+        )
+    if manifest is not None:
+        yield from _engine(folder, config, manifest)
+
+
+def _tensors(graph: Path) -> tuple[dict[str, tuple[str, Shape]], dict[str, tuple[str, Shape]]]:
+    """Inputs and outputs of an ONNX file: name -> Triton's dtype, and the shape."""
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+
+    def described(value: Any) -> tuple[str, Shape]:
+        tensor = value.type.tensor_type
+        name = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        shape = [d.dim_param or "?" if d.dim_param or not d.HasField("dim_value") else d.dim_value
+                 for d in tensor.shape.dim]  # fmt: skip
+        return TYPES.get(name, name), shape
+
+    weights = {weight.name for weight in model.graph.initializer}
+    return (
+        {value.name: described(value) for value in model.graph.input if value.name not in weights},
+        {value.name: described(value) for value in model.graph.output},
+    )
+
+
+def _tensor(
+    what: str, name: str, data_type: int, dims: Sequence[int], known: dict[str, tuple[str, Shape]]
+) -> Iterator[str]:
+    """Compare a name, a dtype and dims without the batch's with the graph."""
+    from tritonclient.grpc import model_config_pb2
+
+    if name not in known:
+        yield f"{what} {name} is not in {GRAPH}."
+        return
+    wanted, shape = known[name]
+    found = model_config_pb2.DataType.Name(data_type)
+    if found != wanted:
+        yield f"{what} {name} is {found}; in {GRAPH} it is {wanted}."
+    rest = list(shape[1:])
+    fits = len(dims) == len(rest) and all(
+        dim == size if isinstance(size, int) else dim == -1 or dim > 0
+        for dim, size in zip(dims, rest, strict=True)
+    )
+    if not fits:
+        yield f"{what} {name} has dims {list(dims)}; in {GRAPH}, behind the batch, {rest}."
+
+
+def _names(
+    config: Any,
+    states: list[Any],
+    inputs: dict[str, tuple[str, Shape]],
+    outputs: dict[str, tuple[str, Shape]],
+) -> Iterator[str]:
+    """Every input of the graph must come from somewhere, and once."""
+    given = [tensor.name for tensor in config.input] + [state.input_name for state in states]
+    given += [control.name for control in config.sequence_batching.control_input]
+    for name in sorted(set(inputs) - set(given)):
+        yield f"{name}, an input of {GRAPH}, is neither an input nor a state."
+    for name in sorted({name for name in given if given.count(name) > 1}):
+        yield f"{name} is given more than once."
+    made = [state.output_name for state in states]
+    for name in sorted({name for name in made if made.count(name) > 1}):
+        yield f"{name} is the output of more than one state."
+
+
+def _state(
+    state: Any,
+    inputs: dict[str, tuple[str, Shape]],
+    outputs: dict[str, tuple[str, Shape]],
+    manifest: Manifest | None,
+) -> Iterator[str]:
+    from tritonclient.grpc import model_config_pb2
+
+    name, dims = state.input_name, list(state.dims)
+    yield from _tensor("state input", name, state.data_type, dims, inputs)
+    yield from _tensor("state output", state.output_name, state.data_type, dims, outputs)
+    if len(state.initial_state) != 1:
+        yield (
+            f"state {name} has {len(state.initial_state)} initial states; without exactly one a "
+            "sequence would start from memory that was never written."
+        )
+        return
+    first = state.initial_state[0]
+    if first.data_type != state.data_type:
+        types = [model_config_pb2.DataType.Name(t) for t in (first.data_type, state.data_type)]
+        yield f"the initial state of {name} is {types[0]} and the state {types[1]}."
+    if not first.name:
+        yield f"the initial state of {name} has no name."
+    if first.WhichOneof("state_data") != "zero_data" or not first.zero_data:
+        yield f"the initial state of {name} is not zero_data; the model begins with zeros."
+    fits = len(first.dims) == len(dims) and all(
+        start > 0 and dim in (-1, start) for start, dim in zip(first.dims, dims, strict=True)
+    )
+    if not fits:
+        yield f"the initial state of {name} has dims {list(first.dims)}, which do not fit {dims}."
+    known = None if manifest is None else {s.input: s for s in manifest.states}.get(name)
+    if known is None:
+        if manifest is not None:
+            yield f"{name} is no state of the ingot."
+        return
+    if known.output != state.output_name:
+        yield f"{name} goes on as {known.output}, and not as {state.output_name}."
+    if known.shared and -1 in dims:
+        yield f"{name} is appended to in place, so its dims must be fixed, with the capacity."
+    if known.axis is not None and not known.shared and -1 not in dims:
+        yield f"{name} grows by the tokens of each request, so its dims cannot all be fixed."
+    alone = state.use_same_buffer_for_input_output or state.use_growable_memory
+    if alone and not known.shared:
+        yield f"{name} is read while {known.output} is written, so they cannot be one buffer."
+
+
+def _engine(folder: Path, config: Any, manifest: Manifest) -> Iterator[str]:
+    """What else the ingot says about its states and its engine."""
+    given = {state.input_name for state in config.sequence_batching.state}
+    for state in manifest.states:
+        if state.input not in given:
+            yield f"{state.input}, a state of the ingot, is not among the states."
+    if grows(manifest) == "shared" and config.max_batch_size > 1:
+        yield (
+            f"max_batch_size is {config.max_batch_size}; ONNX Runtime's GroupQueryAttention takes "
+            "several rows of several tokens after a past only one by one."
+        )
+    if config.backend != "tensorrt":
+        return
+    engine = manifest.engine
+    if engine is None:
+        yield "the ingot holds no engine for the TensorRT backend."
+        return
+    if engine.graph_sha256 != manifest.files[GRAPH].sha256:
+        yield f"{ENGINE} was built from another {GRAPH}."
+    if engine.builder != "tensorrt":
+        yield f"Triton's TensorRT backend loads no engine of {engine.builder}."
+    if engine.plugins and not engine.embedded and not (folder / "1" / PLUGINS).is_file():
+        yield f"1/{PLUGINS}, which the engine needs, is missing."
+    most = engine.profiles[0].shapes["input_ids"][2][0]
+    if config.max_batch_size > most:
+        yield f"max_batch_size is {config.max_batch_size}; the engine was built for {most}."
+    for group in config.instance_group:
+        for profile in group.profile:
+            if not profile.isdecimal() or int(profile) >= len(engine.profiles):
+                yield f"the engine has no profile {profile}."

@@ -1,0 +1,38 @@
+"""``python tests/make_ingots.py FOLDER``: the seeded tiny ingots that the C++ tests open.
+
+In one process, since most of an export of this size is the start of PyTorch.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from export.build import build
+from export.progress import Stages
+from export.request import ExportRequest
+
+FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
+# By folder name: family, target and task.
+INGOTS = {
+    **{
+        f"{family}-{target}": (family, target, "generate")
+        for family in FAMILIES
+        for target in ("onnx", "ort")
+    },
+    "jetmoe-classify": ("jetmoe", "ort", "classify"),
+    "olmoe-features": ("olmoe", "ort", "features"),
+}
+
+
+def main(folder: Path) -> None:
+    for name, (family, target, task) in INGOTS.items():
+        request = ExportRequest(
+            family, target, folder / name, task=task, preset="tiny", overwrite=True
+        )
+        build(request, Stages(), None)
+        print(folder / name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

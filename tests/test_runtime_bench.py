@@ -1,0 +1,80 @@
+"""``bench`` measures what it says: counted by a session and a clock of known speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from export.ingot import Manifest
+from runtime.bench import WARM_UP, Speed, bench
+from runtime.cli import bench_command
+from runtime.session import Floats, Ids, SessionError
+
+
+class Clocked:
+    """A session whose calls take as long as they have tokens, on a clock that it moves."""
+
+    def __init__(self, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.manifest = manifest
+        self.fed: dict[str, Ids] = {}
+        self.calls: list[tuple[int, int, int]] = []
+        self.now = 0.0
+        self.seen = 0
+        monkeypatch.setattr("runtime.bench.time.perf_counter", lambda: self.now)
+
+    def reset(self, batch: int, capacity: int) -> None:
+        self.size = batch, capacity
+        self.seen = 0
+
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        assert (attention_mask == 1).all()
+        self.calls.append((*input_ids.shape, self.seen))
+        self.seen += input_ids.shape[1]
+        assert input_ids.shape[0] == self.size[0] and self.seen <= self.size[1]
+        # The first calls are slow, as everywhere.
+        slow = 50.0 if len(self.calls) <= WARM_UP else 1.0
+        self.now += slow * input_ids.shape[1]
+        return np.zeros((*input_ids.shape, 1), np.float32)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def fork(self) -> Clocked:
+        raise AssertionError("one session is measured")
+
+
+def test_measures_prefill_and_decode(tiny_ort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Clocked(Manifest.read(tiny_ort), monkeypatch)
+    rows = list(bench(session, (1, 3), (8, 32), 5))
+    # A token takes a second, whatever the batch.
+    assert rows == [
+        Speed(what, batch, length, float(batch), 0.0)
+        for batch in (1, 3)
+        for length in (8, 32)
+        for what in ("prefill", "decode")
+    ]
+    repeated = WARM_UP + 5
+    first = session.calls[: 2 * repeated]
+    assert first[:repeated] == [(1, 8, 0)] * repeated
+    # Each step has one token more behind it, from the prefill on.
+    assert first[repeated:] == [(1, 1, 8 + n) for n in range(repeated)]
+
+
+def test_refuses_more_than_the_context(tiny_ort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Clocked(Manifest.read(tiny_ort), monkeypatch)
+    with pytest.raises(SessionError, match="exceed this model's context of 512"):
+        list(bench(session, (1,), (500,), 20))
+
+
+def test_prints_a_table(tiny_ort: Path) -> None:
+    arguments = [str(tiny_ort), "--batch", "2", "--length", "4", "--repetitions", "3"]
+    result = CliRunner().invoke(bench_command, arguments)
+    assert result.exit_code == 0, result.output
+    assert "prefill" in result.output and "decode" in result.output
+    assert "peak memory of the process" in result.output
+    missing = CliRunner().invoke(bench_command, ["nowhere"])
+    assert missing.exit_code == 2 and "is not an ingot" in missing.output

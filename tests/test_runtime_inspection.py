@@ -1,0 +1,90 @@
+"""``inspect`` says what is in the folder, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import MakeCheckpoint, MakeIngot
+
+from export.ingot import WEIGHTS, Manifest
+from runtime.inspection import inspect, inspect_command
+
+
+def test_counts_what_one_token_touches(tiny_ort: Path) -> None:
+    found = inspect(tiny_ort)
+    # 2 layers, key and value of 2 heads of 16, in float32.
+    assert found.state_bytes_per_token == 2 * 2 * 2 * 16 * 4
+    assert found.state_bytes_per_sequence == 0 and found.shared_buffers
+    # Of 8 experts 2 are touched: [8, 2 * 32, 64] and [8, 64, 32] in two layers.
+    experts = 2 * (8 * 64 * 64 + 8 * 64 * 32)
+    assert found.active_parameters == found.parameters - experts * 6 // 8
+    assert found.active_bytes == 4 * found.active_parameters
+    assert found.decode_bytes(100) == found.active_bytes + 100 * found.state_bytes_per_token
+    assert found.lowered == {
+        "GroupQueryAttention": "ONNX Runtime's kernel, for Attention and its caches",
+        "MoE": "ONNX Runtime's kernel, for MoeDispatch",
+    }
+
+
+def test_weighs_every_tensor_once(tiny_onnx: Path) -> None:
+    found = inspect(tiny_onnx)
+    assert sum(each.bytes for each in found.weights) == found.weight_bytes
+    named = {each.name: each for each in found.weights}
+    router = named["model.layers.*.mlp.gate.weight"]
+    assert (router.count, router.dtype, router.bytes) == (2, "F32", 2 * 8 * 64 * 4)
+    assert found.lowered == {"MoeDispatch": "function body of standard operators"}
+    assert not found.shared_buffers
+
+
+def test_knows_a_state_of_fixed_size_and_half_precision(
+    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
+) -> None:
+    folder = make_ingot(make_checkpoint("mamba2"), "trt", builder="none", precision="fp16")
+    found = inspect(folder)
+    assert (found.precision, found.context_length, found.engine) == ("float16", None, None)
+    assert found.state_bytes_per_token == 0
+    sizes = {"float16": 2, "float32": 4}
+    expected = 0
+    for state in Manifest.read(folder).states:
+        elements = sizes[state.dtype]
+        for size in state.input_shape[1:]:
+            elements *= int(size)
+        expected += elements
+    assert found.state_bytes_per_sequence == expected > 0
+    # Written and read.
+    assert found.decode_bytes(7) == found.active_bytes + 2 * expected
+    # A_log, D and dt_bias stay in float32.
+    assert {each.dtype for each in found.weights} == {"F16", "F32"}
+    assert found.lowered["Mamba2Scan"] == "function body of standard operators"
+
+
+def test_shows_and_prints_json(tiny_ort: Path) -> None:
+    shown = CliRunner().invoke(inspect_command, [str(tiny_ort)])
+    assert shown.exit_code == 0
+    for text in ("olmoe, generate, float32, for ort", "model.norm.weight", "model.onnx", "MoE"):
+        assert text in shown.output
+    printed = CliRunner().invoke(inspect_command, [str(tiny_ort), "--json"])
+    data = json.loads(printed.output)
+    assert data["files"] == {
+        name: {"bytes": info.bytes, "sha256": info.sha256}
+        for name, info in Manifest.read(tiny_ort).files.items()
+    }
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "garbage"])
+def test_refuses_weights_without_a_header(tiny_ort: Path, tmp_path: Path, damage: str) -> None:
+    for name in ("ingot.json",):
+        (tmp_path / name).write_bytes((tiny_ort / name).read_bytes())
+    if damage != "missing":
+        (tmp_path / WEIGHTS).write_bytes(b"1234" if damage == "short" else b"\x08" * 40)
+    result = CliRunner().invoke(inspect_command, [str(tmp_path)])
+    assert result.exit_code == 2
+    assert "has no readable header" in result.output and "export again" in result.output
+
+
+def test_refuses_a_folder_that_is_no_ingot(tmp_path: Path) -> None:
+    result = CliRunner().invoke(inspect_command, [str(tmp_path)])
+    assert result.exit_code == 2 and "is not an ingot" in result.output
