@@ -76,22 +76,12 @@ def tiny(make_checkpoint: MakeCheckpoint) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_ingots(tiny: Path, make_ingot: MakeIngot) -> dict[str, Path]:
-    """``tiny`` as an ``onnx`` and an ``ort`` ingot, traced once; read only."""
-    from oracle import capture_once
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.build.capture", capture_once())
-        return {target: make_ingot(tiny, target) for target in ("onnx", "ort")}
-
-
-@pytest.fixture(scope="session")
-def tiny_onnx(tiny_ingots: dict[str, Path]) -> Path:
+def tiny_onnx(tiny: Path, make_ingot: MakeIngot) -> Path:
     """``tiny`` as an ``onnx`` ingot; read only."""
-    return tiny_ingots["onnx"]
+    return make_ingot(tiny, "onnx")
 
 
 @pytest.fixture(scope="session")
-def tiny_ort(tiny_ingots: dict[str, Path]) -> Path:
+def tiny_ort(tiny: Path, make_ingot: MakeIngot) -> Path:
     """``tiny`` as an ``ort`` ingot; read only."""
-    return tiny_ingots["ort"]
+    return make_ingot(tiny, "ort")
