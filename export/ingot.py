@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 from plugins.errors import IngotError
 
+# Bytes of an element, by the names that inputs, outputs and states have their dtypes under.
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 SCHEMA_VERSION = 1
 MANIFEST = "ingot.json"
 GRAPH = "model.onnx"

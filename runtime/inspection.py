@@ -16,10 +16,8 @@ from typing import Any
 
 import click
 
-from export.ingot import WEIGHTS, Manifest, StateInfo
+from export.ingot import SIZES, WEIGHTS, Manifest, StateInfo
 from plugins.errors import IngotError
-
-SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
 
 # The operators of Ingot's own, as a canonical graph and a lowered one have them: what runs each.
 _IN_GRAPH = {

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from export.ingot import ENGINE, GRAPH, EngineInfo, Manifest, StateInfo, sha256
+from export.ingot import ENGINE, GRAPH, SIZES, EngineInfo, Manifest, StateInfo, sha256
 from plugins import device as gpu
 from plugins.library import PATH as KERNELS
 from runtime.cuda import Array, Device
@@ -25,7 +25,6 @@ from runtime.tokens import TokenInputs
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 PLUGINS = "libingot_trt.so"
-SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 
 
 class Memory(Protocol):

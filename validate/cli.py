@@ -155,11 +155,11 @@ def _validate(
     stages = RichStages()
     checkpoint = Checkpoint.open(folder)
     reference = Reference(checkpoint, manifest.task, manifest.precision, default_cache())
-    made_from = manifest.source.get("sha256")
-    if reference.hash(stages) != made_from:
+    made_from, given = manifest.source.get("sha256"), reference.hash(stages)
+    if given != made_from:
         raise IngotError(
             f"{ingot} was made from another checkpoint than {folder}: its SHA-256 is "
-            f"{reference.hash(stages)[:12]}… and the ingot's {str(made_from)[:12]}…; give the "
+            f"{given[:12]}… and the ingot's {str(made_from)[:12]}…; give the "
             "folder it was made from, or export again."
         )
     with contextlib.ExitStack() as stack:

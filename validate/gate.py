@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from plugins.errors import IngotError
+from validate.limits import SCORE_FLOOR
 from validate.report import number, plain, write_whole
 from validate.result import Distribution, Report, TensorResult
 
 # How many measured run-to-run spreads a figure may rise: three are chance once in hundreds of runs.
 SPREADS = 3.0
-# A score may always rise by this: it is a twentieth of what the precision itself costs.
-SCORE_FLOOR = 0.05
 # Nats; below it a divergence is rounding of its own sum over the vocabulary.
 KL_FLOOR = 1e-14
 # Shares differ by whole tokens; this only absorbs the division.

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
+from validate.limits import SCORE_FLOOR
 from validate.result import Growth, TensorResult
 
 # Last score over first. A score is an error over eager's of the same step, so growth that the
@@ -20,10 +21,6 @@ GROWTH_LIMIT = 4.0
 
 # Fewer steps make quarters of one step, which is scatter and no mean.
 LEAST_STEPS = 8
-
-# A target may be exact where eager rounds, and nothing is a factor beyond zero. A twentieth of what
-# the precision costs is exact for every purpose; `validate.gate.SCORE_FLOOR` is the same.
-SCORE_FLOOR = 0.05
 
 _DECODE = re.compile(r"decode ([0-9]+)")
 _ANY_DECODE = re.compile(r"(?:seed [0-9]+, )?(decode [0-9]+)(, replayed)?")

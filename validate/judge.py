@@ -280,9 +280,10 @@ class Judge:
         self._flips = [first_flips(self.routing[FREE]) for _ in self._calls]
         if not self.inputs.stateful:
             # Each call stands alone.
+            every = (*self._recordings, found.main)
             self._flips = [
-                first_flips(self._choices([[side[n]] for side in sides], [self._places[n]]))
-                for n, sides in enumerate([(*self._recordings, found.main)] * len(self._calls))
+                first_flips(self._choices([[side[n]] for side in every], [at]))
+                for n, at in enumerate(self._places)
             ]
         for index, (piece, calls) in enumerate(zip(self._pieces, found.pieces, strict=True)):
             sides = [

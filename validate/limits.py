@@ -44,6 +44,10 @@ NORM_LIMIT = 8.0
 # logit may well be several times the RMS error of all.
 TIE_LIMIT = 64.0
 
+# A score. A target may be exact where eager rounds, and nothing is a factor beyond zero; and any
+# score may rise by this. It is a twentieth of what the precision itself costs.
+SCORE_FLOOR = 0.05
+
 # A router may choose another expert where the truth's margin is below so many RMS errors of the
 # eager graph's logits: a right target is up to 8 floors off, the margin is a difference of two
 # logits, and of many tokens some are three deviations out.

@@ -93,6 +93,12 @@ class Layout:
         return name in self._of_rows
 
 
+def numbered(names: Iterable[str], prefix: str) -> list[str]:
+    """The names of one kind of tap, in the order of their numbers."""
+    found = [name for name in names if name.startswith(prefix)]
+    return sorted(found, key=lambda name: int(name.removeprefix(prefix)))
+
+
 def main_run(inputs: Inputs) -> list[Call]:
     """The calls that a recording holds: a prefill and the decode steps."""
     return [Call(stage, columns) for stage, columns in inputs.steps]

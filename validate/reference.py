@@ -24,6 +24,7 @@ from validate.recording import (
     Layout,
     Tensors,
     main_run,
+    numbered,
     record,
 )
 from validate.routing import Chosen, Replay, choices
@@ -82,8 +83,8 @@ class Reference:
     @property
     def against(self) -> str:
         """What the target is compared with, in words."""
-        truth = str(TRUTH[self.precision]).removeprefix("torch.")
-        return f"eager PyTorch in {truth}, beside eager PyTorch in {self.precision}"
+        truth = TRUTH[self.precision]
+        return f"eager PyTorch in {_name(truth)}, beside eager PyTorch in {self.precision}"
 
     def record(self, layout: Layout, inputs: Inputs, stages: Stages) -> References:
         """Run the main run on both, or read what was kept of an earlier one."""
@@ -181,8 +182,7 @@ class Reference:
 
 def routers(tensors: Tensors) -> list[Array]:
     """The router logits of one call, in the order the routers run."""
-    found = [name for name in tensors if name.startswith(ROUTER_LOGITS)]
-    return [tensors[n] for n in sorted(found, key=lambda n: int(n.removeprefix(ROUTER_LOGITS)))]
+    return [tensors[name] for name in numbered(tensors, ROUTER_LOGITS)]
 
 
 def _name(dtype: torch.dtype) -> str:

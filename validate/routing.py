@@ -146,6 +146,18 @@ def replay_function() -> onnx.FunctionProto:
     )
 
 
+def margins(router_logits: Array, top_k: int) -> Array:
+    """The K-th largest logit less the next, ``[..., E]`` -> ``[...]``; K is below E."""
+    ordered = np.sort(router_logits, axis=-1)
+    result: Array = ordered[..., -top_k] - ordered[..., -top_k - 1]
+    return result
+
+
+def _explained(truth: Array, eager: Array) -> float:
+    """The largest margin that rounding explains."""
+    return FLIP_LIMIT * rms(eager.astype(np.float64) - truth)
+
+
 def compare_choices(
     expected: Sequence[Array],
     truth: Sequence[Array],
@@ -183,18 +195,17 @@ def compare_choices(
         wanted, chosen = choices(want, top_k), choices(found, top_k)
         differ = (wanted != chosen).any(axis=-1)
         agreement.append(float(1 - differ.mean()))
-        explained = FLIP_LIMIT * rms(eager[router].astype(np.float64) - truth[router])
+        explained = _explained(truth[router], eager[router])
         here = []
         for token in np.flatnonzero(differ):
             row, position = (int(place) for place in places[token])
-            ordered = np.sort(want[token])
             flip = Flip(
                 router=router,
                 row=row,
                 token=position,
                 expected=tuple(np.flatnonzero(wanted[token]).tolist()),
                 chosen=tuple(np.flatnonzero(chosen[token]).tolist()),
-                margin=float(ordered[-top_k] - ordered[-top_k - 1]),
+                margin=float(margins(want[token], top_k)),
                 explained=explained,
                 follows=not forced and position >= changed.get(row, position + 1),
             )
@@ -233,19 +244,14 @@ def doubtful(
     for want, exact, own in zip(expected, truth, eager, strict=True):
         if want.shape[1] <= top_k:
             continue
-        ordered = np.sort(want, axis=-1)
-        margins = ordered[:, -top_k] - ordered[:, -top_k - 1]
-        explained = FLIP_LIMIT * rms(own.astype(np.float64) - exact)
-        for row, position in places[margins <= explained]:
+        for row, position in places[margins(want, top_k) <= _explained(exact, own)]:
             result[int(row)] = min(int(position), result.get(int(row), int(position)))
     return result
 
 
 def least_margin(router_logits: Sequence[Array], top_k: int) -> float | None:
     """The smallest difference between a token's K-th and next logit; None without a choice."""
-    margins = [
-        float((ordered[:, -top_k] - ordered[:, -top_k - 1]).min())
-        for ordered in (np.sort(logits, axis=-1) for logits in router_logits)
-        if ordered.shape[-1] > top_k
+    found = [
+        float(margins(logits, top_k).min()) for logits in router_logits if logits.shape[-1] > top_k
     ]
-    return min(margins, default=None)
+    return min(found, default=None)

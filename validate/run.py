@@ -10,9 +10,6 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from export.ingot import Manifest
 from export.progress import Stages
 from plugins.device import has_gpu
@@ -20,7 +17,7 @@ from runtime.session import Ids, Session, load
 from validate import figures
 from validate.distribution import negative_log_likelihoods, perplexities
 from validate.inputs import STANDARD, Inputs, Plan, make_inputs
-from validate.judge import Judge
+from validate.judge import Judge, Observed
 from validate.recording import Layout
 from validate.reference import TRUTH, Reference
 from validate.result import Distribution, Location, Report
@@ -64,10 +61,8 @@ class Target:
         self.graph_only = not self.engine and self.manifest.target not in ("onnx", "ort")
 
     def delivered(self) -> Session:
-        """A session as a user gets it."""
-        if self.graph_only:
-            return self.tapped()
-        return load(self.folder, verify=False, allow_failed=True)
+        """A session as a user gets it; over the graph, where an engine cannot run."""
+        return load(self.folder, verify=False, allow_failed=True, graph_only=not self.engine)
 
     def tapped(self) -> TappedSession:
         """The graph on ONNX Runtime with its routers and hidden states."""
@@ -124,13 +119,9 @@ def validate_ingot(
         inputs = target.inputs(reference, plan, each)
         references = reference.record(target.layout, inputs, stages)
         judges.append(Judge(reference, references, target.layout, inputs))
-    if target.engine:
-        for judge in judges:
-            judge.doubt()
-    else:
-        _judge_graph(target, judges, stages)
-    session = target.delivered()
-    logits = _judge_delivered(session, judges, stages)
+    session, observed = _observe(target, judges, stages)
+    for judge, found in zip(judges, observed, strict=True):
+        judge.free(found)
     source = target.manifest.source.get("sha256", "unknown")
     report = Report(
         ingot=name or folder.name,
@@ -148,10 +139,11 @@ def validate_ingot(
         reason=_reason(target, judges),
     )
     if target.manifest.main_output == "logits" and target.manifest.states:
-        found = figures.next_tokens(judges, logits)
-        if found is not None and text is not None:
-            found = _with_perplexity(found, session, reference, text, stages)
-        report = replace(report, distribution=found)
+        logits = [call["logits"] for found in observed for call in found.main]
+        tokens = figures.next_tokens(judges, logits)
+        if tokens is not None and text is not None:
+            tokens = _with_perplexity(tokens, session, reference, text, stages)
+        report = replace(report, distribution=tokens)
     return replace(report, seconds=time.perf_counter() - began)
 
 
@@ -162,27 +154,37 @@ def _reason(target: Target, judges: Sequence[Judge]) -> str | None:
     return NO_GPU if target.graph_only and target.manifest.engine is not None else None
 
 
-def _judge_graph(target: Target, judges: Sequence[Judge], stages: Stages) -> None:
+def _observe(
+    target: Target, judges: Sequence[Judge], stages: Stages
+) -> tuple[Session, list[Observed]]:
+    """The session of the target and what it gives; what is inside of its graph is judged."""
+    if target.engine:
+        for judge in judges:
+            judge.doubt()
+    else:
+        inside = _judge_graph(target, judges, stages)
+        if target.graph_only:
+            return inside
+        # It goes before another session takes as much memory.
+        del inside
+    session = target.delivered()
+    calls = sum(judge.calls for judge in judges)
+    with stages.stage("validate against eager PyTorch", calls, "steps") as advance:
+        return session, [judge.observe(session, advance) for judge in judges]
+
+
+def _judge_graph(
+    target: Target, judges: Sequence[Judge], stages: Stages
+) -> tuple[TappedSession, list[Observed]]:
     """Its hidden states and routers, and with the truth's experts every tensor."""
     session = target.tapped()
     calls = sum(judge.calls for judge in judges)
+    observed = []
     with stages.stage("run the graph with its routers", calls, "steps") as advance:
         for judge in judges:
-            judge.inside(session, judge.observe(session, advance))
-
-
-def _judge_delivered(
-    session: Session, judges: Sequence[Judge], stages: Stages
-) -> list[npt.NDArray[np.floating]]:
-    """The logits ``[n, V]`` of every call; each stage is judged."""
-    calls = sum(judge.calls for judge in judges)
-    result = []
-    with stages.stage("validate against eager PyTorch", calls, "steps") as advance:
-        for judge in judges:
-            found = judge.observe(session, advance)
-            judge.free(found)
-            result += [call[judge.layout.main_output] for call in found.main]
-    return result
+            observed.append(judge.observe(session, advance))
+            judge.inside(session, observed[-1])
+    return session, observed
 
 
 def _with_perplexity(
@@ -241,8 +243,7 @@ def _location(report: Report, target: Target, reference: Reference, plan: Plan) 
         found = locate(target.folder, reference.checkpoint, inputs, calls)
         if found is not None:
             return found
-    session = load(target.folder, verify=False, allow_failed=True, graph_only=not target.engine)
-    return locate_session(session, target.folder, inputs)
+    return locate_session(target.delivered(), target.folder, inputs)
 
 
 def spread(first: Report, second: Report) -> dict[str, float]:

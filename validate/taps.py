@@ -16,7 +16,7 @@ from onnx import helper
 from export.ingot import GRAPH, Manifest
 from runtime.ort import OrtSession
 from runtime.session import Floats, Ids
-from validate.recording import HIDDEN_STATES, ROUTER_LOGITS, Array
+from validate.recording import HIDDEN_STATES, ROUTER_LOGITS, Array, numbered
 from validate.routing import DOMAIN, OPERATOR, Chosen, replay_function
 
 
@@ -35,8 +35,8 @@ class TappedSession(OrtSession):
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         model = onnx.load(str(folder / GRAPH), load_external_data=False)
         named = {name for node in model.graph.node for name in node.output}
-        self.routers = _numbered(named, ROUTER_LOGITS)
-        taps = [*self.routers, *_numbered(named, HIDDEN_STATES)]
+        self.routers = numbered(named, ROUTER_LOGITS)
+        taps = [*self.routers, *numbered(named, HIDDEN_STATES)]
         outputs = {value.name for value in model.graph.output}
         model.graph.output.extend(
             onnx.ValueInfoProto(name=name) for name in taps if name not in outputs
@@ -74,12 +74,6 @@ class TappedSession(OrtSession):
 def _by_row(tap: Array, batch: int) -> Array:
     """``[B*T, E]`` or ``[B, T, H]`` -> ``[B, T, ...]`` in float32."""
     return tap.reshape(batch, -1, tap.shape[-1]).astype(np.float32)
-
-
-def _numbered(names: set[str], prefix: str) -> list[str]:
-    """The names of one kind, in the order of their numbers."""
-    found = [name for name in names if name.startswith(prefix)]
-    return sorted(found, key=lambda name: int(name.removeprefix(prefix)))
 
 
 def _chosen(router: str) -> str:
