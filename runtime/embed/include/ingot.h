@@ -57,6 +57,10 @@ INGOT_API ingot_generate_options ingot_generate_defaults(void);
 INGOT_API ingot_session_status ingot_session_open(const char *folder, const ingot_open_options *options,
                                                   ingot_session **session);
 
+/* Another session over the same weights, with no state: for another thread. It may be made while the first
+ * one is used, and each is closed by itself, in any order. On failure *forked is NULL. */
+INGOT_API ingot_session_status ingot_session_fork(const ingot_session *session, ingot_session **forked);
+
 /* Closes a session; NULL is allowed. */
 INGOT_API void ingot_session_close(ingot_session *session);
 

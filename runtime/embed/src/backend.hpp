@@ -13,6 +13,9 @@ class Backend {
   public:
     virtual ~Backend() = default;
 
+    // Another one over the same weights, without states; `reset` it first.
+    virtual std::unique_ptr<Backend> fork() const = 0;
+
     // Zero states for `batch` sequences with room for `capacity` tokens.
     virtual void reset(std::int64_t batch, std::int64_t capacity) = 0;
 

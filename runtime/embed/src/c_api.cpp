@@ -90,6 +90,15 @@ ingot_session_status ingot_session_open(const char *folder, const ingot_open_opt
     });
 }
 
+ingot_session_status ingot_session_fork(const ingot_session *session, ingot_session **forked) {
+    return guard([&] {
+        need(forked, "forked");
+        *forked = nullptr;
+        need(session, "session");
+        *forked = new ingot_session{session->session.fork()};
+    });
+}
+
 void ingot_session_close(ingot_session *session) { delete session; }
 
 int64_t ingot_session_vocab_size(const ingot_session *session) {

@@ -88,13 +88,20 @@ CUdeviceptr pointer(const void *address) { return reinterpret_cast<CUdeviceptr>(
 
 CUstream stream_of(void *stream) { return static_cast<CUstream>(stream); }
 
+int current_device() {
+    CUcontext current = nullptr;
+    CUdevice device = 0;
+    if (driver().get_current(&current) == CUDA_SUCCESS && current != nullptr) {
+        driver().check(driver().get_device(&device), "name the current device");
+    }
+    return device;
+}
+
 }  // namespace
 
-Cuda::Cuda() : driver_(driver()) {
-    CUcontext current = nullptr;
-    if (driver_.get_current(&current) == CUDA_SUCCESS && current != nullptr) {
-        driver_.check(driver_.get_device(&device_), "name the current device");
-    }
+Cuda::Cuda() : Cuda(current_device()) {}
+
+Cuda::Cuda(int device) : driver_(driver()), device_(device) {
     int major = 0, minor = 0;
     driver_.check(
         driver_.attribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device_),

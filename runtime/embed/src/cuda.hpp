@@ -11,15 +11,19 @@ namespace ingot {
 
 struct CudaDriver;
 
-// Memory and one stream on the caller's current device, or the first one where none is current.
+// Memory and one stream on a device: by default the caller's current one, or the first where none is.
 //
 // Throws Error: no driver, no device, or a call that CUDA refuses.
 class Cuda {
   public:
     Cuda();
+    explicit Cuda(int device);
     ~Cuda();
     Cuda(const Cuda &) = delete;
     Cuda &operator=(const Cuda &) = delete;
+
+    // The device's ordinal.
+    int device() const { return device_; }
 
     // Major times ten plus minor, such as 90.
     std::int64_t capability() const { return capability_; }

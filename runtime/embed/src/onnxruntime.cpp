@@ -46,24 +46,61 @@ void read(const Ort::Value &value, std::size_t begin, std::size_t count, float *
     std::transform(halves, halves + count, out, [](Ort::Float16_t half) { return half.ToFloat(); });
 }
 
-class OrtBackend final : public Backend {
-  public:
-    OrtBackend(const fs::path &folder, const Manifest &manifest, int threads) : manifest_(manifest) {
+// The graph and its weights. ONNX Runtime's own session has no state, and runs for several threads.
+struct Model {
+    Model(const fs::path &folder, const Manifest &given, int threads) : manifest(given) {
         Ort::SessionOptions options;
         options.SetIntraOpNumThreads(threads);
         // Warnings about unused constants of the function bodies are of no use to a user.
         options.SetLogSeverityLevel(3);
-        session_ = Ort::Session(env_, (folder / kGraph).c_str(), options);
+        session = Ort::Session(env, (folder / kGraph).c_str(), options);
         check_names(folder);
-        for (const TensorInfo &input : manifest.inputs) inputs_.insert(input.name);
+        for (const TensorInfo &input : manifest.inputs) inputs.insert(input.name);
         for (const StateInfo &state : manifest.states) {
             element_type(state.dtype, state.input);
-            shared_ = shared_ || state.shared;
+            shared = shared || state.shared;
         }
         for (const TensorInfo &output : manifest.outputs) {
             if (output.name == manifest.main_output) element_type(output.dtype, output.name);
         }
     }
+
+    void check_names(const fs::path &folder) const {
+        const Ort::AllocatorWithDefaultOptions allocator;
+        std::set<std::string> has;
+        for (std::size_t n = 0; n < session.GetInputCount(); ++n) {
+            has.insert(session.GetInputNameAllocated(n, allocator).get());
+        }
+        for (std::size_t n = 0; n < session.GetOutputCount(); ++n) {
+            has.insert(session.GetOutputNameAllocated(n, allocator).get());
+        }
+        std::set<std::string> named{manifest.main_output};
+        for (const TensorInfo &input : manifest.inputs) named.insert(input.name);
+        for (const StateInfo &state : manifest.states) {
+            named.insert(state.input);
+            named.insert(state.output);
+        }
+        for (const std::string &name : named) {
+            if (has.count(name) > 0) continue;
+            throw Error((folder / kGraph).string() + " has no " + name + ", which " + kManifest +
+                        " names; the two are not of one export: export again.");
+        }
+    }
+
+    const Manifest manifest;
+    // ONNX Runtime counts these: every session of a process has the same.
+    Ort::Env env{ORT_LOGGING_LEVEL_ERROR, "ingot"};
+    Ort::Session session{nullptr};
+    std::set<std::string> inputs;
+    bool shared = false;  // whether a state is one buffer, read and appended to in place
+};
+
+class OrtBackend final : public Backend {
+  public:
+    explicit OrtBackend(std::shared_ptr<Model> model)
+        : model_(std::move(model)), manifest_(model_->manifest) {}
+
+    std::unique_ptr<Backend> fork() const override { return std::make_unique<OrtBackend>(model_); }
 
     void reset(std::int64_t batch, std::int64_t capacity) override {
         // The old buffers go first, so that two of them need not fit.
@@ -81,11 +118,11 @@ class OrtBackend final : public Backend {
     }
 
     View run(const Feeds &feeds) override {
-        Ort::IoBinding binding(session_);
+        Ort::IoBinding binding(model_->session);
         // Tensors over the caller's memory; ONNX Runtime reads inputs only, whatever its types say.
         std::vector<Ort::Value> held;
         const auto bind = [&](const char *name, const std::int64_t *data, std::int64_t columns) {
-            if (inputs_.count(name) == 0) return;
+            if (model_->inputs.count(name) == 0) return;
             const std::array<std::int64_t, 2> shape{feeds.batch, columns};
             held.push_back(Ort::Value::CreateTensor<std::int64_t>(
                 memory_, const_cast<std::int64_t *>(data),
@@ -105,7 +142,7 @@ class OrtBackend final : public Backend {
                 binding.BindOutput(state.output.c_str(), memory_);
             }
         }
-        session_.Run(Ort::RunOptions{nullptr}, binding);
+        model_->session.Run(Ort::RunOptions{nullptr}, binding);
         std::vector<Ort::Value> results = binding.GetOutputValues();
         main_ = std::move(results.at(0));
         for (std::size_t n = 0; n < states_.size(); ++n) {
@@ -121,19 +158,18 @@ class OrtBackend final : public Backend {
             StateCopy copy{info.output, sizes(states_[n]), {}};
             // A shared buffer as blocks of rows along its axis, of which the first `seen` are used.
             std::vector<std::int64_t> before, after;
-            std::int64_t stride = 1;
+            std::int64_t stride = 1, rows = 1;
             if (info.shared && info.axis) {
                 const auto axis = copy.shape.begin() + static_cast<std::ptrdiff_t>(*info.axis);
                 before.assign(copy.shape.begin(), axis);
                 after.assign(axis + 1, copy.shape.end());
                 stride = *axis;
-                *axis = seen;
+                rows = *axis = seen;
             } else {
                 after = copy.shape;
-                seen = 1;
             }
             const std::size_t blocks = elements(before), inner = elements(after);
-            const std::size_t used = static_cast<std::size_t>(seen) * inner;
+            const std::size_t used = static_cast<std::size_t>(rows) * inner;
             copy.values.resize(blocks * used);
             for (std::size_t block = 0; block < blocks && used > 0; ++block) {
                 read(states_[n], block * static_cast<std::size_t>(stride) * inner, used,
@@ -144,30 +180,9 @@ class OrtBackend final : public Backend {
         return result;
     }
 
-    bool one_by_one() const override { return shared_; }
+    bool one_by_one() const override { return model_->shared; }
 
   private:
-    void check_names(const fs::path &folder) const {
-        std::set<std::string> has;
-        for (std::size_t n = 0; n < session_.GetInputCount(); ++n) {
-            has.insert(session_.GetInputNameAllocated(n, allocator_).get());
-        }
-        for (std::size_t n = 0; n < session_.GetOutputCount(); ++n) {
-            has.insert(session_.GetOutputNameAllocated(n, allocator_).get());
-        }
-        std::set<std::string> named{manifest_.main_output};
-        for (const TensorInfo &input : manifest_.inputs) named.insert(input.name);
-        for (const StateInfo &state : manifest_.states) {
-            named.insert(state.input);
-            named.insert(state.output);
-        }
-        for (const std::string &name : named) {
-            if (has.count(name) > 0) continue;
-            throw Error((folder / kGraph).string() + " has no " + name + ", which " + kManifest +
-                        " names; the two are not of one export: export again.");
-        }
-    }
-
     View view(const Feeds &feeds) {
         View result{nullptr, sizes(main_)};
         if (result.shape.size() < 2 || result.shape[0] != feeds.batch) {
@@ -184,14 +199,10 @@ class OrtBackend final : public Backend {
         return result;
     }
 
-    Manifest manifest_;
-    // ONNX Runtime counts these: every session of a process has the same.
-    Ort::Env env_{ORT_LOGGING_LEVEL_ERROR, "ingot"};
-    Ort::Session session_{nullptr};
+    std::shared_ptr<Model> model_;
+    const Manifest &manifest_;
     Ort::AllocatorWithDefaultOptions allocator_;
     Ort::MemoryInfo memory_ = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-    std::set<std::string> inputs_;
-    bool shared_ = false;
     std::vector<Ort::Value> states_;  // of manifest_.states, in order
     Ort::Value main_{nullptr};
     std::vector<float> widened_;  // the main output of a half-precision graph
@@ -200,7 +211,11 @@ class OrtBackend final : public Backend {
 // Turns ONNX Runtime's exceptions into ours.
 class Guarded final : public Backend {
   public:
-    explicit Guarded(std::unique_ptr<OrtBackend> inner) : inner_(std::move(inner)) {}
+    explicit Guarded(std::unique_ptr<Backend> inner) : inner_(std::move(inner)) {}
+
+    std::unique_ptr<Backend> fork() const override {
+        return std::make_unique<Guarded>(inner_->fork());
+    }
 
     void reset(std::int64_t batch, std::int64_t capacity) override {
         guard([&] { inner_->reset(batch, capacity); });
@@ -227,7 +242,7 @@ class Guarded final : public Backend {
         }
     }
 
-    std::unique_ptr<OrtBackend> inner_;
+    std::unique_ptr<Backend> inner_;
 };
 
 }  // namespace
@@ -240,7 +255,8 @@ std::unique_ptr<Backend> open_onnxruntime(const fs::path &folder, const Manifest
                     std::to_string(ORT_API_VERSION) + " or later; put a later libonnxruntime.so first.");
     }
     try {
-        return std::make_unique<Guarded>(std::make_unique<OrtBackend>(folder, manifest, threads));
+        auto model = std::make_shared<Model>(folder, manifest, threads);
+        return std::make_unique<Guarded>(std::make_unique<OrtBackend>(std::move(model)));
     } catch (const Ort::Exception &error) {
         const auto made = manifest.tools.find("onnxruntime");
         throw Error("ONNX Runtime " + version + " cannot load " + (folder / kGraph).string() +

@@ -91,11 +91,21 @@ Session::Session(const fs::path &folder, const Options &options) {
     reset(1, 0);
 }
 
+Session::Session(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
 Session::Session(Session &&) noexcept = default;
 Session &Session::operator=(Session &&) noexcept = default;
 Session::~Session() = default;
 
 const Manifest &Session::manifest() const { return impl_->manifest; }
+
+Session Session::fork() const {
+    auto impl = std::make_unique<Impl>(impl_->manifest);
+    impl->backend = impl_->backend->fork();
+    Session result(std::move(impl));
+    result.reset(1, 0);
+    return result;
+}
 
 void Session::reset(std::int64_t batch, std::int64_t capacity) {
     impl_->lost = true;

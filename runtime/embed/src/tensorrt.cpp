@@ -53,14 +53,13 @@ std::size_t width_of(const std::string &dtype) {
     throw Error("the engine has a tensor of " + dtype + ", which this version cannot feed; export again.");
 }
 
-class TrtBackend final : public Backend {
-  public:
-    TrtBackend(const fs::path &folder, const Manifest &manifest, bool hashed) : manifest_(manifest) {
-        const EngineInfo &info = *manifest_.engine;
-        const NvInfer &library = nvinfer(info);
-        cuda_ = std::make_unique<Cuda>();
-        check_engine(folder, manifest_, library.version, cuda_->capability(), hashed);
-        const Cuda::Current current(*cuda_);
+// The engine, with its weights on the device; contexts of it run for several threads.
+struct Loaded {
+    Loaded(const fs::path &folder, const Manifest &given, bool hashed)
+        : manifest(given), library(nvinfer(*manifest.engine)) {
+        const EngineInfo &info = *manifest.engine;
+        check_engine(folder, manifest, library.version, cuda.capability(), hashed);
+        const Cuda::Current current(cuda);
         if (!info.embedded) {
             for (const std::string &name : info.libraries) {
                 const std::string path = (folder / name).string();
@@ -69,24 +68,40 @@ class TrtBackend final : public Backend {
                 }
             }
         }
-        runtime_.reset(static_cast<nvinfer1::IRuntime *>(
+        runtime.reset(static_cast<nvinfer1::IRuntime *>(
             library.create_runtime(&logger(), NV_TENSORRT_VERSION)));
-        if (!runtime_) refuse("TensorRT " + library.version + " cannot start");
-        runtime_->setEngineHostCodeAllowed(info.embedded);
+        if (!runtime) refuse("TensorRT " + library.version + " cannot start");
+        runtime->setEngineHostCodeAllowed(info.embedded);
         std::ifstream file(folder / kEngine, std::ios::binary);
         const std::vector<char> blob((std::istreambuf_iterator<char>(file)),
                                      std::istreambuf_iterator<char>());
-        engine_.reset(runtime_->deserializeCudaEngine(blob.data(), blob.size()));
-        if (!engine_) refuse((folder / kEngine).string() + " cannot be read");
-        contexts_.resize(info.profiles.size());
+        engine.reset(runtime->deserializeCudaEngine(blob.data(), blob.size()));
+        if (!engine) refuse((folder / kEngine).string() + " cannot be read");
+    }
+
+    const Manifest manifest;
+    const NvInfer &library;
+    // Keeps the device open: what lies there is lost when the last one closes it.
+    Cuda cuda;
+    std::unique_ptr<nvinfer1::IRuntime> runtime;
+    std::unique_ptr<nvinfer1::ICudaEngine> engine;
+};
+
+class TrtBackend final : public Backend {
+  public:
+    explicit TrtBackend(std::shared_ptr<Loaded> loaded)
+        : loaded_(std::move(loaded)), manifest_(loaded_->manifest), cuda_(loaded_->cuda.device()) {
+        contexts_.resize(manifest_.engine->profiles.size());
     }
 
     ~TrtBackend() override {
-        const Cuda::Current current(*cuda_);
+        const Cuda::Current current(cuda_);
         contexts_.clear();
-        engine_.reset();
-        runtime_.reset();
+        // The last backend frees the engine, and it needs the device for that.
+        loaded_.reset();
     }
+
+    std::unique_ptr<Backend> fork() const override { return std::make_unique<TrtBackend>(loaded_); }
 
     void reset(std::int64_t batch, std::int64_t capacity) override {
         const auto &most = manifest_.engine->profiles[0].shapes.at("input_ids").most;
@@ -96,26 +111,26 @@ class TrtBackend final : public Backend {
                         " of " + std::to_string(most[1]) +
                         "); export with a larger --max-batch or --max-seq.");
         }
-        const Cuda::Current current(*cuda_);
+        const Cuda::Current current(cuda_);
         batch_ = batch;
         turn_ = 0;
         for (const StateInfo &state : manifest_.states) {
             const std::size_t bytes =
                 elements(state_shape(state, batch, capacity)) * width_of(state.dtype);
-            for (const int turn : {0, 1}) cuda_->zero(cuda_->room(buffer(state, turn), bytes), bytes);
+            for (const int turn : {0, 1}) cuda_.zero(cuda_.room(buffer(state, turn), bytes), bytes);
         }
     }
 
     View run(const Feeds &feeds) override {
-        const Cuda::Current current(*cuda_);
+        const Cuda::Current current(cuda_);
         nvinfer1::IExecutionContext &context = context_for(feeds.tokens);
         feed(context, "input_ids", feeds.ids, {feeds.batch, feeds.tokens});
         feed(context, "attention_mask", feeds.mask, {feeds.batch, feeds.columns});
         feed(context, "position_ids", feeds.positions, {feeds.batch, feeds.tokens});
         for (const StateInfo &state : manifest_.states) {
             bind(context, state.input, state_shape(state, feeds.batch, feeds.past),
-                 cuda_->at(buffer(state, turn_)));
-            context.setTensorAddress(state.output.c_str(), cuda_->at(buffer(state, 1 - turn_)));
+                 cuda_.at(buffer(state, turn_)));
+            context.setTensorAddress(state.output.c_str(), cuda_.at(buffer(state, 1 - turn_)));
         }
         const TensorInfo &main = main_output();
         std::vector<std::int64_t> shape;
@@ -125,9 +140,9 @@ class TrtBackend final : public Backend {
                                                         : feeds.tokens);
         }
         const std::size_t bytes = elements(shape) * width_of(main.dtype);
-        void *address = cuda_->room(main.name, bytes);
+        void *address = cuda_.room(main.name, bytes);
         context.setTensorAddress(main.name.c_str(), address);
-        if (!context.enqueueV3(static_cast<cudaStream_t>(cuda_->stream()))) {
+        if (!context.enqueueV3(static_cast<cudaStream_t>(cuda_.stream()))) {
             refuse("the engine could not run");
         }
         turn_ = 1 - turn_;
@@ -136,11 +151,11 @@ class TrtBackend final : public Backend {
     }
 
     std::vector<StateCopy> state(std::int64_t seen) const override {
-        const Cuda::Current current(*cuda_);
+        const Cuda::Current current(cuda_);
         std::vector<StateCopy> result;
         for (const StateInfo &state : manifest_.states) {
             StateCopy copy{state.output, state_shape(state, batch_, seen), {}};
-            copy.values = download(state.dtype, elements(copy.shape), cuda_->at(buffer(state, turn_)));
+            copy.values = download(state.dtype, elements(copy.shape), cuda_.at(buffer(state, turn_)));
             result.push_back(std::move(copy));
         }
         return result;
@@ -163,10 +178,10 @@ class TrtBackend final : public Backend {
     nvinfer1::IExecutionContext &context_for(std::int64_t tokens) {
         const std::size_t index = contexts_.size() > 1 && tokens == 1 ? 1 : 0;
         if (!contexts_[index]) {
-            contexts_[index].reset(engine_->createExecutionContext());
+            contexts_[index].reset(loaded_->engine->createExecutionContext());
             if (!contexts_[index] ||
                 !contexts_[index]->setOptimizationProfileAsync(
-                    static_cast<std::int32_t>(index), static_cast<cudaStream_t>(cuda_->stream()))) {
+                    static_cast<std::int32_t>(index), static_cast<cudaStream_t>(cuda_.stream()))) {
                 contexts_[index].reset();
                 refuse("the engine could not make room to run");
             }
@@ -179,8 +194,8 @@ class TrtBackend final : public Backend {
         const auto named = [&](const TensorInfo &input) { return input.name == name; };
         if (std::none_of(manifest_.inputs.begin(), manifest_.inputs.end(), named)) return;
         const std::size_t bytes = elements(shape) * sizeof *data;
-        void *address = cuda_->room(name, bytes);
-        cuda_->upload(address, data, bytes);
+        void *address = cuda_.room(name, bytes);
+        cuda_.upload(address, data, bytes);
         bind(context, name, shape, address);
     }
 
@@ -197,11 +212,11 @@ class TrtBackend final : public Backend {
     std::vector<float> download(const std::string &dtype, std::size_t count, const void *address) const {
         std::vector<float> result(count);
         if (dtype == "float32") {
-            cuda_->download(result.data(), address, count * sizeof(float));
+            cuda_.download(result.data(), address, count * sizeof(float));
             return result;
         }
         std::vector<std::uint16_t> halves(count);
-        cuda_->download(halves.data(), address, count * sizeof(std::uint16_t));
+        cuda_.download(halves.data(), address, count * sizeof(std::uint16_t));
         const bool brain = dtype == "bfloat16";
         std::transform(halves.begin(), halves.end(), result.begin(), [&](std::uint16_t bits) {
             return brain ? Ort::BFloat16_t::FromBits(bits).ToFloat()
@@ -210,10 +225,9 @@ class TrtBackend final : public Backend {
         return result;
     }
 
-    Manifest manifest_;
-    std::unique_ptr<Cuda> cuda_;
-    std::unique_ptr<nvinfer1::IRuntime> runtime_;
-    std::unique_ptr<nvinfer1::ICudaEngine> engine_;
+    std::shared_ptr<Loaded> loaded_;
+    const Manifest &manifest_;
+    Cuda cuda_;
     std::vector<std::unique_ptr<nvinfer1::IExecutionContext>> contexts_;  // by profile
     std::int64_t batch_ = 1;
     int turn_ = 0;  // which buffer of each state holds the past
@@ -223,7 +237,7 @@ class TrtBackend final : public Backend {
 }  // namespace
 
 std::unique_ptr<Backend> open_tensorrt(const fs::path &folder, const Manifest &manifest, bool hashed) {
-    return std::make_unique<TrtBackend>(folder, manifest, hashed);
+    return std::make_unique<TrtBackend>(std::make_shared<Loaded>(folder, manifest, hashed));
 }
 
 }  // namespace ingot

@@ -92,6 +92,26 @@ TEST_CASE("NULL is refused, or closed") {
           INGOT_SESSION_REFUSED);
 }
 
+TEST_CASE("a fork goes on when its session is closed") {
+    const ingot::Ids expected = ingot::Session(tiny("mamba2-ort")).generate({{17, 300, 5}})[0];
+    ingot_session *first = nullptr, *second = nullptr;
+    REQUIRE(ingot_session_open(tiny("mamba2-ort").c_str(), nullptr, &first) == INGOT_SESSION_OK);
+    CHECK(ingot_session_fork(first, nullptr) == INGOT_SESSION_REFUSED);
+    CHECK(ingot_session_fork(nullptr, &second) == INGOT_SESSION_REFUSED);
+    CHECK(contains(message(), "session is NULL"));
+    REQUIRE(ingot_session_fork(first, &second) == INGOT_SESSION_OK);
+    ingot_session_close(first);
+    const ingot::Ids prompt = {17, 300, 5};
+    const int64_t *pointer = prompt.data(), length = 3;
+    Told told;
+    CHECK(ingot_session_generate(second, &pointer, &length, 1, nullptr, collect, &told) ==
+          INGOT_SESSION_OK);
+    ingot_session_close(second);
+    ingot::Ids found;
+    for (const ingot::Ids &row : told.rows) found.push_back(row[0]);
+    CHECK(found == expected);
+}
+
 TEST_CASE("a step gives logits and their shape") {
     const Opened opened("olmoe-ort");
     const int64_t ids[] = {1, 2, 3, 4}, mask[] = {1, 1, 0, 1};

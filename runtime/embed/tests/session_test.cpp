@@ -157,6 +157,61 @@ TEST_CASE("sessions of several threads do not meet") {
     for (const Ids &row : found) CHECK(row == expected);
 }
 
+TEST_CASE("states in shared buffers and others are cut each in its own way") {
+    const Copy mixed("olmoe-ort");
+    // The first layer's key and value; the rest stay in buffers of the session's capacity.
+    mixed.edit([](nlohmann::json &raw) {
+        for (const std::size_t n : {0U, 1U}) raw["states"][n]["shared"] = false;
+    });
+    std::vector<std::vector<ingot::StateCopy>> found;
+    for (const auto &folder : {tiny("olmoe-ort"), mixed.path()}) {
+        Session session(folder);
+        session.reset(1, 16);
+        const Ids ids = some_ids(6), ones(6, 1);
+        session.step({ids.data(), 5}, {ones.data(), 5}, 1, 5);
+        session.step({ids.data() + 5, 1}, {ones.data(), 1}, 1, 1);
+        found.push_back(session.state());
+    }
+    REQUIRE(found[0].size() == found[1].size());
+    for (std::size_t n = 0; n < found[0].size(); ++n) {
+        CAPTURE(found[0][n].name);
+        REQUIRE(found[1][n].shape == found[0][n].shape);
+        CHECK(farthest(found[1][n].values, found[0][n].values) < 1e-6F);
+    }
+}
+
+TEST_CASE("forks share the weights and nothing else") {
+    for (const std::string &name : kAll) {
+        CAPTURE(name);
+        const std::vector<Ids> prompts = {{5, 6}, {411}, {9, 8, 207}, {300}};
+        std::vector<Ids> expected;
+        Session alone(tiny(name));
+        for (const Ids &prompt : prompts) expected.push_back(alone.generate({prompt})[0]);
+
+        std::vector<Session> forks;
+        {
+            Session first(tiny(name));
+            first.reset(1, 3);
+            const Ids ids = {3, 4, 5}, ones = {1, 1, 1};
+            first.step(ids, ones, 1, 3);
+            for (std::size_t n = 0; n < prompts.size(); ++n) forks.push_back(first.fork());
+            for (const ingot::StateCopy &copy : forks[0].state()) {
+                for (const float value : copy.values) CHECK(value == 0.0F);
+            }
+            CHECK(contains(refusal([&] { forks[0].step({ids.data(), 1}, {ones.data(), 1}, 1, 1); }),
+                           "do not fit the session's capacity of 0"));
+            // They go on without the session they were made of.
+        }
+        std::vector<Ids> found(prompts.size());
+        std::vector<std::thread> threads;
+        for (std::size_t n = 0; n < prompts.size(); ++n) {
+            threads.emplace_back([&, n] { found[n] = forks[n].generate({prompts[n]})[0]; });
+        }
+        for (std::thread &thread : threads) thread.join();
+        CHECK(found == expected);
+    }
+}
+
 TEST_CASE("an ingot without state takes each call for itself") {
     Session session(tiny("jetmoe-classify"));
     const auto labels = static_cast<std::int64_t>(session.manifest().labels.size());

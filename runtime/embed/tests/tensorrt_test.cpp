@@ -104,6 +104,9 @@ TEST_CASE("an engine is fed each call's shapes, and its states in turn") {
     ingot::GenerateOptions options;
     options.max_new_tokens = 12;
     const std::vector<ingot::Ids> rows = session.generate(prompts, options);
+    // Beside it runs a fork, with states of its own over the same engine.
+    ingot::Session fork = session.fork();
+    CHECK(fork.generate({prompts[0]}, options)[0] == rows[0]);
     std::vector<float> states;
     for (std::size_t row = 0; row < prompts.size(); ++row) {
         // The stand-in's recipe, by its definition.

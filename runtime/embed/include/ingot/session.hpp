@@ -2,7 +2,7 @@
 //
 // Shape letters: B batch, T new tokens, V vocabulary, H hidden size. All arrays are row-major.
 // Every function throws ingot::Error with one sentence. One session is for one thread at a time;
-// several sessions may run in several threads.
+// several sessions may run in several threads, and those of one `fork` share their weights.
 #pragma once
 
 #include <cstdint>
@@ -82,6 +82,10 @@ class INGOT_API Session {
 
     const Manifest &manifest() const;
 
+    // Another session over the same weights, with no state and as if just opened. It may be used in
+    // another thread, and made while this one is used.
+    Session fork() const;
+
     // Forgets all state and makes room for `batch` sequences of `capacity` tokens, padding included.
     void reset(std::int64_t batch, std::int64_t capacity);
 
@@ -106,6 +110,7 @@ class INGOT_API Session {
 
   private:
     struct Impl;
+    explicit Session(std::unique_ptr<Impl> impl);
     std::unique_ptr<Impl> impl_;
 };
 
