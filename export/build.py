@@ -246,13 +246,31 @@ def _manifest(
             "sha256": checkpoint.digest(),
         },
         generation=_generation(checkpoint, config),
-        graph={"opset": OPSET, "nodes": sum(operators.values()), "operators": dict(operators)},
+        graph={
+            "opset": OPSET,
+            "nodes": sum(operators.values()),
+            "operators": dict(operators),
+            "unread_bytes": _unread_bytes(graph),
+        },
         parameters=total,
         active_parameters=active,
         weight_bytes=parameter_bytes(model),
         tools=_tool_versions(),
         labels=_labels(checkpoint, request.task, config),
     )
+
+
+def _unread_bytes(graph: ir.Graph) -> int:
+    """Bytes of the tables that are only looked up in, less the one row that a token reads."""
+    result = 0
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        uses = value.uses()
+        looked_up = all(node.op_type == "Gather" and index == 0 for node, index in uses)
+        if tensor is not None and uses and looked_up and len(tensor.shape) == 2:
+            rows = tensor.shape.numpy()[0]
+            result += tensor.nbytes // rows * (rows - 1)
+    return result
 
 
 def _tensor_info(value: ir.Value) -> TensorInfo:

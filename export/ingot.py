@@ -116,7 +116,8 @@ class Manifest:
             for a state of fixed size.
         labels: names of a classifier's classes.
         engine: of a TensorRT target; None where it holds the graph alone.
-        graph: opset, node count and operator counts.
+        graph: opset, node count, operator counts, and the bytes of embedding tables that a token
+            leaves unread.
         parameters: in all; ``active_parameters`` are those one token uses.
         tools: package versions the ingot was made with.
         files: every other file of the folder.

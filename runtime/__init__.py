@@ -1,1 +1,23 @@
-"""Running an ingot: sessions, generation, serving. Nothing here imports PyTorch."""
+"""Running an ingot: sessions, generation, serving. Nothing here imports PyTorch.
+
+``runtime.load(folder)`` opens a session, and ``runtime.generate.generate(session, prompts)`` yields
+its tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.session import load
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    # At its first use, since a session needs numpy and `--help` does not.
+    if name != "load":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from runtime.session import load
+
+    return load

@@ -229,7 +229,8 @@ def bench_command(
         sys.exit(2)
     Console().print(table)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    click.echo(f"peak memory of the process: {peak * (1 if sys.platform == 'darwin' else 1024):,}")
+    peak *= 1 if sys.platform == "darwin" else 1024
+    click.echo(f"peak memory of the process: {peak / 1e6:,.0f} MB")
 
 
 @click.group()

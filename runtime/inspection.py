@@ -62,7 +62,8 @@ class Inspection:
         parameters: in all.
         active_parameters: that one token uses.
         weight_bytes: of all parameters.
-        active_bytes: of those one token uses, on the average width of a parameter.
+        active_bytes: of those one token reads, on the average width of a parameter: of an
+            embedding table that is used for nothing else it reads one row.
         state_bytes_per_token: that each token of a sequence adds.
         state_bytes_per_sequence: of fixed size.
         shared_buffers: whether past and present are one buffer of a fixed capacity.
@@ -129,7 +130,7 @@ def inspect(folder: Path) -> Inspection:
         parameters=manifest.parameters,
         active_parameters=manifest.active_parameters,
         weight_bytes=manifest.weight_bytes,
-        active_bytes=round(manifest.active_parameters * width),
+        active_bytes=round(manifest.active_parameters * width) - manifest.graph["unread_bytes"],
         state_bytes_per_token=sum(_bytes(s) for s in manifest.states if s.axis is not None),
         state_bytes_per_sequence=sum(_bytes(s) for s in manifest.states if s.axis is None),
         shared_buffers=any(state.shared for state in manifest.states),
@@ -204,7 +205,9 @@ def _show(found: Inspection) -> None:
     for each in found.weights:
         weights.add_row(each.name, str(each.count), each.dtype, f"{each.bytes:,}")
     console.print(weights)
-    files = Table("file", "bytes", "SHA-256", title="files", title_justify="left")
+    files = Table("file", "bytes", title="files", title_justify="left")
+    # In lines of 32 where the terminal is narrow, rather than cut off.
+    files.add_column("SHA-256", overflow="fold", min_width=32)
     for name, info in found.files.items():
         files.add_row(name, f"{info['bytes']:,}", info["sha256"])
     console.print(files)
@@ -219,7 +222,8 @@ def _rows(found: Inspection) -> Iterable[tuple[str, str]]:
     yield "parameters", f"{found.parameters:,}, {found.weight_bytes:,} bytes"
     yield "active per token", f"{found.active_parameters:,} ({share:.0%})"
     total = sum(found.operators.values())
-    counted = ", ".join(f"{count} {name}" for name, count in found.operators.items())
+    most_first = sorted(found.operators.items(), key=lambda item: (-item[1], item[0]))
+    counted = ", ".join(f"{count} {name}" for name, count in most_first)
     yield "operators", f"{total}: {counted}"
     for name, how in found.lowered.items():
         yield name, how

@@ -196,7 +196,10 @@ def test_accepts_an_allowed_import(module: str, source: str) -> None:
     assert offences(module, source) == []
 
 
-@pytest.mark.parametrize("module", sorted(m for m in SOURCES if m.endswith("__init__")))
+# `runtime` also names what a program begins with, `runtime.load`.
+@pytest.mark.parametrize(
+    "module", sorted(m for m in SOURCES if m.endswith("__init__") and m != "runtime.__init__")
+)
 def test_keeps_package_files_to_a_docstring(module: str) -> None:
     body = ast.parse(SOURCES[module].read_text(encoding="utf-8")).body
     assert len(body) == 1

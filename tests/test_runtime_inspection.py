@@ -21,12 +21,24 @@ def test_counts_what_one_token_touches(tiny_ort: Path) -> None:
     # Of 8 experts 2 are touched: [8, 2 * 32, 64] and [8, 64, 32] in two layers.
     experts = 2 * (8 * 64 * 64 + 8 * 64 * 32)
     assert found.active_parameters == found.parameters - experts * 6 // 8
-    assert found.active_bytes == 4 * found.active_parameters
+    # Of the table of 512 embeddings one row of 64 is read, and the whole output projection.
+    assert found.active_bytes == 4 * (found.active_parameters - 511 * 64)
     assert found.decode_bytes(100) == found.active_bytes + 100 * found.state_bytes_per_token
     assert found.lowered == {
         "GroupQueryAttention": "ONNX Runtime's kernel, for Attention and its caches",
         "MoE": "ONNX Runtime's kernel, for MoeDispatch",
     }
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_table_that_is_also_the_output_projection_is_read_whole(
+    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot, tied: bool
+) -> None:
+    config = make_checkpoint("granite", tie_word_embeddings=tied)
+    found = inspect(make_ingot(config, "ort"))
+    table = {each.name: each.bytes for each in found.weights}["model.embed_tokens.weight"]
+    row = table // 512
+    assert found.active_bytes == found.weight_bytes - (0 if tied else table - row)
 
 
 def test_weighs_every_tensor_once(tiny_onnx: Path) -> None:

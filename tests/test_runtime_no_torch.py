@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -28,10 +29,10 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 """
 GENERATE = """
+import runtime
 from runtime.generate import generate
-from runtime.session import load
 
-session = load(sys.argv[2])
+session = runtime.load(sys.argv[2])
 print(json.dumps(list(generate(session, json.loads(sys.argv[3]), max_new_tokens=8))))
 """
 COMMAND = """
@@ -52,6 +53,13 @@ def _without(code: str, *arguments: str) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    (loaded,) = _without("import runtime\nassert 'runtime.session' not in sys.modules")
+    assert "runtime" in json.loads(loaded) and "numpy" not in json.loads(loaded)
+    with pytest.raises(AttributeError, match="'runtime' has no attribute 'lode'"):
+        getattr(importlib.import_module("runtime"), "lode")
 
 
 @pytest.mark.parametrize("blocked", BLOCKED)
