@@ -40,7 +40,19 @@ class Sampling:
 
 
 def choose(logits: Floats, sampling: Sampling, random: np.random.Generator) -> Ids:
-    """The next token of every row, ``logits [B, V]`` -> ``[B]``."""
+    """The next token of every row, ``logits [B, V]`` -> ``[B]``.
+
+    Raises:
+        SessionError: logits that are NaN or infinite; a token taken from them would look like an
+            answer. A token may be ruled out by -infinity.
+    """
+    highest = logits.max(axis=-1)
+    if not np.isfinite(highest).all():
+        found = highest[~np.isfinite(highest)][0]
+        raise SessionError(
+            f"the logits hold {found}; this model's numbers overflow: export it in a wider "
+            "precision."
+        )
     if sampling.temperature == 0.0:
         result: Ids = logits.argmax(axis=-1)
         return result

@@ -180,6 +180,18 @@ def test_takes_the_lower_id_of_two_equal_logits() -> None:
     assert choose(logits, Sampling(temperature=1.0, top_k=1), random).tolist() == [1]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_takes_no_token_from_broken_logits(bad: str, temperature: float) -> None:
+    random = np.random.default_rng(0)
+    logits = np.array([[1.0, 2.0, 3.0], [1.0, float(bad), 3.0]], dtype=np.float32)
+    with pytest.raises(SessionError, match=rf"the logits hold {bad}.*wider precision"):
+        choose(logits, Sampling(temperature), random)
+    # Ruled out is not broken.
+    logits[1, 1] = -np.inf
+    assert choose(logits, Sampling(), random).tolist() == [2, 2]
+
+
 def test_draws_large_logits_without_overflow() -> None:
     drawn = _draws([10_000.0, 10_000.0, -10_000.0], Sampling(temperature=1.0), 1000)
     assert set(drawn) == {0, 1} and 400 < drawn[0] < 600
