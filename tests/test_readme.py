@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from clone import ROOT, make_clone, run
 
 from graphs.family import FAMILIES
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tracked files and this environment, so that nothing is installed again."""
-    folder = tmp_path_factory.mktemp("clone")
-    names = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-    for name in names:
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
-    environment = folder / ".venv"
-    environment.mkdir()
-    for entry in Path(sys.prefix).iterdir():
-        (environment / entry.name).symlink_to(entry)
-    # Newer than the copied pyproject.toml, so that make has nothing to install.
-    (environment / ".installed").unlink(missing_ok=True)
-    (environment / ".installed").touch()
-    return folder
-
-
-def run(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    # The copy's own packages, not those of the editable install.
-    variables = {**os.environ, "PYTHONPATH": str(cwd), "COLUMNS": "100"}
-    return subprocess.run(
-        ["bash", "-c", command], cwd=cwd, env=variables, capture_output=True, text=True
-    )
+    return make_clone(tmp_path_factory.mktemp("clone"))
 
 
 def test_the_two_commands(clone: Path) -> None:
