@@ -13,6 +13,7 @@ from runtime.session import Ids, Session, SessionError
 
 # Calls before the measured ones: the first allocates, and a second one settles.
 WARM_UP = 2
+LENGTHS = (16, 128, 1024)
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,15 @@ class Speed:
     length: int
     tokens_per_second: float
     spread: float
+
+
+def usual_lengths(session: Session, repetitions: int) -> tuple[int, ...]:
+    """``LENGTHS``, cut to what the model's context leaves beside the measured steps."""
+    context = session.manifest.generation.get("context_length")
+    if context is None:
+        return LENGTHS
+    most = context - WARM_UP - repetitions
+    return tuple(sorted({min(length, most) for length in LENGTHS})) if most > 0 else LENGTHS
 
 
 def bench(
@@ -56,7 +66,7 @@ def bench(
             if most is not None and total > most:
                 raise SessionError(
                     f"{length} tokens and {WARM_UP + repetitions} steps exceed this model's "
-                    f"context of {most}; give a smaller --length."
+                    f"context of {most}; give a smaller --length or --repetitions."
                 )
             random = np.random.default_rng(0)
             ids = random.integers(0, manifest.vocab_size, (batch, total), dtype=np.int64)

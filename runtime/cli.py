@@ -34,11 +34,11 @@ def _ids(text: str) -> list[int]:
         ) from error
 
 
-def _given(prompt: tuple[str, ...], prompt_ids: tuple[str, ...]) -> list[list[int]]:
-    """The prompts given as ids; none where they are text."""
-    if bool(prompt) == bool(prompt_ids):
-        raise IngotError("give either --prompt or --prompt-ids.")
-    return [_ids(text) for text in prompt_ids]
+def _one_of(**given: tuple[str, ...]) -> None:
+    """Refuse a command line without a prompt, or with prompts of several kinds."""
+    if sum(map(bool, given.values())) != 1:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise IngotError(f"give one of {names}; it may be repeated, for a batch.")
 
 
 def _load(folder: Path, threads: int, *, verify: bool, allow_failed: bool) -> Session:
@@ -96,11 +96,10 @@ def generate_command(
 
     try:
         sampling = Sampling(temperature, top_k, top_p, seed)
-        if chat and (prompt or prompt_ids):
-            raise IngotError("--chat stands alone; give it without --prompt and --prompt-ids.")
-        prompts = [] if chat else _given(prompt, prompt_ids)
+        _one_of(prompt=prompt, prompt_ids=prompt_ids, chat=chat)
+        prompts = [_ids(text) for text in prompt_ids]
         session = _load(ingot, threads, verify=not no_verify, allow_failed=allow_failed)
-        tokenizer = load_tokenizer(ingot) if prompt or chat else None
+        tokenizer = None if prompt_ids else load_tokenizer(ingot)
         if tokenizer is not None:
             # A template writes the special tokens itself.
             texts = [chat_text(ingot, [{"role": "user", "content": said}]) for said in chat]
@@ -173,7 +172,8 @@ def classify_command(
     from runtime.classify import classify, probabilities
 
     try:
-        prompts = _given(prompt, prompt_ids)
+        _one_of(prompt=prompt, prompt_ids=prompt_ids)
+        prompts = [_ids(text) for text in prompt_ids]
         session = _load(ingot, threads, verify=not no_verify, allow_failed=allow_failed)
         if prompt:
             tokenizer = load_tokenizer(ingot)
@@ -194,7 +194,7 @@ def classify_command(
 @click.argument("ingot", type=click.Path(path_type=Path))
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Default 1, 4.")
 @click.option(
-    "--length", "lengths", multiple=True, type=click.IntRange(1), help="Default 16, 128, 256."
+    "--length", "lengths", multiple=True, type=click.IntRange(1), help="Default 16, 128, 1024."
 )
 @click.option("--repetitions", default=20, show_default=True, type=click.IntRange(1))
 @click.option("--threads", default=0, show_default=True, help="0 lets the runtime choose.")
@@ -206,9 +206,9 @@ def bench_command(
     from rich.progress import Progress
     from rich.table import Table
 
-    from runtime.bench import bench
+    from runtime.bench import bench, usual_lengths
 
-    batches, lengths = batches or (1, 4), lengths or (16, 128, 256)
+    batches = batches or (1, 4)
     table = Table(
         *("phase", "batch", "length", "tokens/s", "spread"),
         title=f"{ingot}, median of {repetitions}",
@@ -217,6 +217,7 @@ def bench_command(
     console = Console(stderr=True)
     try:
         session = _load(ingot, threads, verify=True, allow_failed=False)
+        lengths = lengths or usual_lengths(session, repetitions)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("measuring", total=2 * len(batches) * len(lengths))
             for row in bench(

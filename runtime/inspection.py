@@ -51,6 +51,29 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class States:
+    """States of one kind, one of each layer that has them.
+
+    Attributes:
+        kind: ``key``, ``value``, ``conv`` or ``ssm``.
+        count: of states.
+        dtype: numpy's name of it.
+        shape: of one, with names where the size is not fixed.
+        bytes: of all, for one sequence; of a cache, for one token of it.
+        grows: whether each token adds so many bytes.
+        shared: whether past and present are one buffer of a fixed capacity.
+    """
+
+    kind: str
+    count: int
+    dtype: str
+    shape: tuple[int | str, ...]
+    bytes: int
+    grows: bool
+    shared: bool
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What is shown.
 
@@ -69,6 +92,7 @@ class Inspection:
         shared_buffers: whether past and present are one buffer of a fixed capacity.
         context_length: longest sequence; None where the state has a fixed size.
         weights: by name, with their precision.
+        states: by kind, with theirs.
         profiles: of an engine, by name: input -> least, usual and largest shape.
         engine: builder and version.
         files: name -> bytes and SHA-256.
@@ -92,6 +116,7 @@ class Inspection:
     shared_buffers: bool
     context_length: int | None
     weights: tuple[Weights, ...]
+    states: tuple[States, ...]
     profiles: dict[str, dict[str, Any]]
     engine: str | None
     files: dict[str, dict[str, Any]]
@@ -100,6 +125,10 @@ class Inspection:
         """Bytes that one token of one sequence reads and writes at least, after so many tokens."""
         past = self.state_bytes_per_token * length
         return self.active_bytes + past + 2 * self.state_bytes_per_sequence
+
+    def sequence_bytes(self, length: int) -> int:
+        """Bytes of the states of one sequence of so many tokens."""
+        return self.state_bytes_per_token * length + self.state_bytes_per_sequence
 
 
 def inspect(folder: Path) -> Inspection:
@@ -136,10 +165,21 @@ def inspect(folder: Path) -> Inspection:
         shared_buffers=any(state.shared for state in manifest.states),
         context_length=manifest.generation["context_length"],
         weights=_weights(folder / WEIGHTS),
+        states=tuple(_by_kind(manifest.states)),
         profiles={p.name: p.shapes for p in engine.profiles} if engine is not None else {},
         engine=f"{engine.builder} {engine.version}" if engine is not None else None,
         files={name: asdict(info) for name, info in manifest.files.items()},
     )
+
+
+def _by_kind(states: Iterable[StateInfo]) -> Iterable[States]:
+    groups: dict[tuple[Any, ...], list[StateInfo]] = {}
+    for state in states:
+        key = state.kind, state.dtype, state.input_shape, state.axis is not None, state.shared
+        groups.setdefault(key, []).append(state)
+    for (kind, dtype, shape, grows, shared), alike in groups.items():
+        total = sum(map(_bytes, alike))
+        yield States(kind, len(alike), dtype, shape, total, grows, shared)
 
 
 def _bytes(state: StateInfo) -> int:
@@ -194,7 +234,8 @@ def _show(found: Inspection) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    # Shapes and paths may hold brackets, which are no markup.
+    console = Console(markup=False)
     table = Table(title=found.path, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -205,6 +246,13 @@ def _show(found: Inspection) -> None:
     for each in found.weights:
         weights.add_row(each.name, str(each.count), each.dtype, f"{each.bytes:,}")
     console.print(weights)
+    states = Table("kind", "count", "dtype", "shape", "bytes", title="states", title_justify="left")
+    for state in found.states:
+        size = f"{state.bytes:,} a {'token' if state.grows else 'sequence'}"
+        shape = ", ".join(map(str, state.shape))
+        states.add_row(state.kind, str(state.count), state.dtype, f"[{shape}]", size)
+    if found.states:
+        console.print(states)
     files = Table("file", "bytes", title="files", title_justify="left")
     # In lines of 32 where the terminal is narrow, rather than cut off.
     files.add_column("SHA-256", overflow="fold", min_width=32)
@@ -227,16 +275,18 @@ def _rows(found: Inspection) -> Iterable[tuple[str, str]]:
     yield "operators", f"{total}: {counted}"
     for name, how in found.lowered.items():
         yield name, how
+    most = found.context_length
     if found.state_bytes_per_token:
+        whole = f"; {found.sequence_bytes(most):,} a sequence of {most:,} tokens" if most else ""
         shared = ", in buffers that past and present share" * found.shared_buffers
-        yield "cache", f"{found.state_bytes_per_token:,} bytes a token and sequence{shared}"
+        yield "cache", f"{found.state_bytes_per_token:,} bytes a token and sequence{whole}{shared}"
     if found.state_bytes_per_sequence:
         yield "state", f"{found.state_bytes_per_sequence:,} bytes a sequence, of fixed size"
-    for length in (1, 1024):
+    for length in (1, min(1024, most or 1024)):
         read = f"{found.decode_bytes(length):,} bytes: weights touched, and state"
         yield f"decode after {length}", read
-    if found.context_length is not None:
-        yield "context", f"{found.context_length:,} tokens"
+    if most is not None:
+        yield "context", f"{most:,} tokens"
     if found.engine is not None:
         yield "engine", found.engine
     for name, shapes in found.profiles.items():

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from export.ingot import Manifest
-from runtime.bench import WARM_UP, Speed, bench
+from runtime.bench import LENGTHS, WARM_UP, Speed, bench, usual_lengths
 from runtime.cli import bench_command
 from runtime.session import Floats, Ids, SessionError
 
@@ -69,6 +69,18 @@ def test_refuses_more_than_the_context(tiny_ort: Path, monkeypatch: pytest.Monke
     session = Clocked(Manifest.read(tiny_ort), monkeypatch)
     with pytest.raises(SessionError, match="exceed this model's context of 512"):
         list(bench(session, (1,), (500,), 20))
+
+
+def test_measures_by_default_what_the_context_takes(
+    tiny_ort: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Clocked(Manifest.read(tiny_ort), monkeypatch)
+    assert usual_lengths(session, 20) == (16, 128, 512 - WARM_UP - 20)
+    assert usual_lengths(session, 400) == (16, 110)
+    assert len(list(bench(session, (1,), usual_lengths(session, 400), 400))) == 4
+    # A state of fixed size has no longest context.
+    session.manifest.generation["context_length"] = None
+    assert usual_lengths(session, 20) == LENGTHS
 
 
 def test_prints_a_table(tiny_ort: Path) -> None:

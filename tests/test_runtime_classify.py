@@ -98,7 +98,7 @@ def test_refuses_an_ingot_of_another_task(tiny_ort: Path) -> None:
 
 def test_answers_a_mistake_with_one_line(ingot: Path) -> None:
     for arguments, named in (
-        ([], "--prompt or --prompt-ids"),
+        ([], "one of --prompt, --prompt-ids"),
         (["--prompt-ids", "1,512"], "token id 512"),
         (["--prompt", "text"], "tokenizer.json"),
         (["--prompt-ids", ",".join(["1"] * 513)], "context of 512"),

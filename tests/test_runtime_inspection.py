@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 from conftest import MakeCheckpoint, MakeIngot
 
 from export.ingot import WEIGHTS, Manifest
-from runtime.inspection import inspect, inspect_command
+from runtime.inspection import States, inspect, inspect_command
 
 
 def test_counts_what_one_token_touches(tiny_ort: Path) -> None:
@@ -24,6 +25,13 @@ def test_counts_what_one_token_touches(tiny_ort: Path) -> None:
     # Of the table of 512 embeddings one row of 64 is read, and the whole output projection.
     assert found.active_bytes == 4 * (found.active_parameters - 511 * 64)
     assert found.decode_bytes(100) == found.active_bytes + 100 * found.state_bytes_per_token
+    assert found.sequence_bytes(100) == 100 * found.state_bytes_per_token
+    # The caches by kind: half of the bytes each, [B, 2, P, 16] of both layers.
+    half = found.state_bytes_per_token // 2
+    shape = ("batch", 2, "past_sequence", 16)
+    assert found.states == tuple(
+        States(kind, 2, "float32", shape, half, True, True) for kind in ("key", "value")
+    )
     assert found.lowered == {
         "GroupQueryAttention": "ONNX Runtime's kernel, for Attention and its caches",
         "MoE": "ONNX Runtime's kernel, for MoeDispatch",
@@ -66,6 +74,12 @@ def test_knows_a_state_of_fixed_size_and_half_precision(
             elements *= int(size)
         expected += elements
     assert found.state_bytes_per_sequence == expected > 0
+    # The convolution's state is in the graph's precision, the scan's always in float32.
+    assert {state.kind: state.dtype for state in found.states} == {
+        "conv": "float16",
+        "ssm": "float32",
+    }
+    assert sum(state.bytes for state in found.states) == found.sequence_bytes(9) == expected
     # Written and read.
     assert found.decode_bytes(7) == found.active_bytes + 2 * expected
     # A_log, D and dt_bias stay in float32.
@@ -78,6 +92,11 @@ def test_shows_and_prints_json(tiny_ort: Path) -> None:
     assert shown.exit_code == 0
     for text in ("olmoe, generate, float32, for ort", "model.norm.weight", "model.onnx", "MoE"):
         assert text in shown.output
+    # Never a length that the model does not take.
+    assert "decode after 512" in shown.output and "1024" not in shown.output
+    words = " ".join(re.sub(r"[^\w,.;]", " ", shown.output).split())
+    assert "[batch, 2, past_sequence, 16]" in shown.output
+    assert "262,144 a sequence of 512 tokens" in words
     printed = CliRunner().invoke(inspect_command, [str(tiny_ort), "--json"])
     data = json.loads(printed.output)
     assert data["files"] == {
