@@ -83,7 +83,7 @@ cpp-test: cpp cpp-ingots
 		-DINGOT_TEST_INGOTS=$(CURDIR)/build/cpp-ingots
 	cmake --build build/cpp-sanitize --parallel 2
 	ctest --test-dir build/cpp-sanitize --output-on-failure
-	INGOT_CPP=$(CURDIR)/build/cpp $(BIN)/python -m pytest -m cpp -n 0 tests/test_runtime_embed.py
+	INGOT_CPP=$(CURDIR)/build/cpp $(BIN)/python -m pytest -m cpp -n 0
 
 cpp-valgrind: cpp cpp-ingots
 	runtime/embed/fetch_headers.sh .tools/cpp valgrind

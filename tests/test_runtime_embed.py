@@ -178,6 +178,13 @@ def test_the_c_example_generates_the_same(tiny_ort: Path) -> None:
     assert [int(word) for word in done.stdout.split()] == expected[:16]
 
 
+def test_the_c_example_refuses_what_is_no_id(tiny_ort: Path) -> None:
+    command = [str(BUILD / "ingot_generate_c"), str(tiny_ort), "17", "3x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: '3x' is no token id; give whole numbers.\n"
+
+
 def test_an_installed_library_is_found_by_cmake(tiny_ort: Path, tmp_path: Path) -> None:
     def cmake(*arguments: object) -> None:
         command = ["cmake", *map(str, arguments)]

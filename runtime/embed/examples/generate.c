@@ -19,7 +19,15 @@ int main(int count, char **words) {
     const int64_t length = count - 2;
     int64_t *prompt = malloc((size_t)length * sizeof *prompt);
     if (prompt == NULL) return 1;
-    for (int64_t n = 0; n < length; ++n) prompt[n] = strtoll(words[n + 2], NULL, 10);
+    for (int64_t n = 0; n < length; ++n) {
+        char *end = NULL;
+        prompt[n] = strtoll(words[n + 2], &end, 10);
+        if (end == words[n + 2] || *end != '\0') {
+            fprintf(stderr, "error: '%s' is no token id; give whole numbers.\n", words[n + 2]);
+            free(prompt);
+            return 2;
+        }
+    }
 
     ingot_session *session = NULL;
     ingot_session_status status = ingot_session_open(words[1], NULL, &session);
