@@ -115,6 +115,7 @@ class OrtSession:
         return self._run(input_ids, attention_mask)
 
     def _run(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        self._tokens.lost = True
         feeds = self._tokens.append(input_ids, attention_mask)
         self.fed = {name: array for name, array in feeds.items() if name in self._inputs}
         binding = self._session.io_binding()
@@ -137,6 +138,7 @@ class OrtSession:
             if not state.shared:
                 self._state[state.input] = results[state.output]
         self.tapped = {name: results[name].numpy() for name in self._taps}
+        self._tokens.lost = False
         output: Floats = results[main].numpy().astype(np.float32, copy=False)
         return output
 

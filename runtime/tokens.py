@@ -29,6 +29,8 @@ class TokenInputs:
         batch: B, rows of every call.
         capacity: most tokens of a sequence, padding included.
         mask: ``[B, P]``, the attention mask of the tokens seen.
+        lost: set by the session while the graph runs. A run that failed, or was interrupted, leaves
+            states of which some have the new tokens and some have not.
     """
 
     def __init__(self, vocab_size: int, states: Sequence[State]) -> None:
@@ -42,6 +44,7 @@ class TokenInputs:
         self.batch = batch
         self.capacity = capacity
         self.mask: Ids = np.zeros((batch, 0), dtype=np.int64)
+        self.lost = False
 
     @property
     def seen(self) -> int:
@@ -63,8 +66,11 @@ class TokenInputs:
         """Refuse tokens that the graph would misread.
 
         Raises:
-            SessionError: dtype, shape, batch, capacity or an id outside the vocabulary.
+            SessionError: dtype, shape, batch, capacity or an id outside the vocabulary, or a state
+                that was lost.
         """
+        if self.lost:
+            raise SessionError("the last call failed and the state is lost; call reset first.")
         for name, array in (("input_ids", input_ids), ("attention_mask", attention_mask)):
             if array.dtype != np.int64 or array.ndim != 2:
                 raise SessionError(

@@ -232,6 +232,7 @@ class TrtSession:
         """See ``Session.step``."""
         self._tokens.check(input_ids, attention_mask)
         seen = self._tokens.seen
+        self._tokens.lost = True
         feeds = self._tokens.append(input_ids, attention_mask)
         self.fed = {name: array for name, array in feeds.items() if name in self._inputs}
         batch, tokens = input_ids.shape
@@ -251,7 +252,9 @@ class TrtSession:
         context.set_tensor_address(main.name, address)
         self._run(context, tokens)
         self._turn = 1 - self._turn
-        return self._download(main.dtype, shape, address)
+        output = self._download(main.dtype, shape, address)
+        self._tokens.lost = False
+        return output
 
     def _turns(self) -> tuple[int, int]:
         return self._turn, 1 - self._turn

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 import pytest
 
 from export.ingot import Manifest
@@ -155,6 +156,26 @@ def test_refuses_more_than_its_capacity_and_works_on(session: Session) -> None:
     _assert_same((both, session.state()), expected, mask)
     with pytest.raises(SessionError, match="10 tokens do not fit"):
         session.step(ids[:, :1], mask[:, :1])
+
+
+def test_takes_no_call_after_one_that_broke_off_until_it_is_reset(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, mask = _tokens(2)
+    expected = _feed(session, ids, mask, [5])
+    session.reset(2, TOKENS)
+    session.step(ids[:, :5], mask[:, :5])
+    with monkeypatch.context() as patch:
+
+        def break_off(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            session.step(ids[:, 5:], mask[:, 5:])
+    with pytest.raises(SessionError, match="the state is lost; call reset first"):
+        session.step(ids[:, 5:], mask[:, 5:])
+    _assert_same(_feed(session, ids, mask, [5]), expected, mask)
 
 
 def test_refuses_every_call_before_there_is_room(tiny_ort: Path) -> None:
