@@ -88,6 +88,6 @@ def test_prints_a_table(tiny_ort: Path) -> None:
     result = CliRunner().invoke(bench_command, arguments)
     assert result.exit_code == 0, result.output
     assert "prefill" in result.output and "decode" in result.output
-    assert re.search(r"peak memory of the process: \d+ MB", result.output)
+    assert re.search(r"peak memory of the process: [\d,]+ MB", result.output)
     missing = CliRunner().invoke(bench_command, ["nowhere"])
     assert missing.exit_code == 2 and "is not an ingot" in missing.output
