@@ -9,6 +9,7 @@ no Ingot, and a repository keeps working when the Ingot that wrote it is updated
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 import click
 
-from export.ingot import MANIFEST, EngineInfo, Manifest, StateInfo, sha256, staged
+from export.ingot import MANIFEST, SIZES, EngineInfo, Manifest, StateInfo, sha256, staged
 from plugins.errors import IngotError
 
 SCHEMA_VERSION = 1
@@ -174,9 +175,10 @@ def _filled(manifest: Manifest, settings: Settings) -> Settings:
         most = manifest.engine.profiles[0].shapes["input_ids"][2]
         limits.append(most[1])
         max_batch = min(max_batch, most[0])
-    elif any(state.shared for state in manifest.states):
-        # ONNX Runtime's GroupQueryAttention refuses several rows of several tokens after a past,
-        # and a batch needs sequences of one length anyway.
+    if any(state.axis is not None for state in manifest.states):
+        # ONNX Runtime's GroupQueryAttention refuses several rows of several tokens after a past.
+        # Where caches grow, Triton takes their length from the batch's first and does not compare:
+        # see the config.
         max_batch = 1
     capacity = settings.capacity or min(limits)
     # A state of fixed size has no longest context.
@@ -367,10 +369,39 @@ def context(plan: Plan, manifest: Manifest) -> dict[str, Any]:
         "profiles": [profile.name for profile in engine.profiles] if engine else [],
         "plugins": PLUGINS if engine and PLUGINS in engine.libraries else "",
         "onnxruntime": manifest.tools.get("onnxruntime", ""),
-        "weight_gib": max(1, round(manifest.weight_bytes / 2**30)),
-        # A name of Kubernetes has no underscore and no capital.
-        "host": settings.name.lower().replace("_", "-").rstrip("-"),
+        "memory": memory_gib(plan, manifest),
+        "host": _host(settings.name),
     }
+
+
+def _host(name: str) -> str:
+    """A name for Kubernetes: no underscore, no capital, and no digit at a Service's beginning."""
+    host = name.lower().replace("_", "-").rstrip("-")
+    return f"model-{host}" if host[0].isdigit() else host
+
+
+def memory_gib(plan: Plan, manifest: Manifest) -> tuple[int, int]:
+    """What the pod asks for of the host's memory, and what it is limited to, in whole GiB."""
+    settings = plan.settings
+    sequences = settings.streams * plan.generate
+    sequences += max(settings.max_batch, settings.streams) * plan.graph
+
+    def most(shape: tuple[int | str, ...], dtype: str) -> int:
+        """Bytes of a tensor of all sequences: of its symbols, one is the batch, another tokens."""
+        room = settings.capacity if sum(isinstance(size, str) for size in shape) > 1 else 1
+        sizes = [size for size in shape if isinstance(size, int)]
+        return sequences * room * math.prod(sizes) * SIZES[dtype]
+
+    # The server's own, and CUDA's contexts in its processes.
+    asked = 2**29 if manifest.engine is None else 2**31
+    asked += manifest.weight_bytes * len(plan.models)
+    if manifest.engine is None:
+        asked += sum(most(state.input_shape, state.dtype) for state in manifest.states)
+    # Prompts as long as the capacity have logits of all tokens. As much again for what the graph
+    # computes on the way to them, or for the message that Triton copies them into.
+    answers = [each for each in manifest.outputs if each.name == manifest.main_output]
+    limit = asked + 2 * sum(most(each.shape, each.dtype) for each in answers) + 2**30
+    return math.ceil(asked / 2**30), math.ceil(limit / 2**30)
 
 
 def _dims(shape: tuple[int | str, ...], variable: int) -> str:
@@ -387,7 +418,7 @@ def _state(state: StateInfo, capacity: int) -> dict[str, Any]:
         "type": TYPES[state.dtype],
         "dims": _dims(state.input_shape, capacity if state.shared else -1),
         "initial": _dims(state.input_shape, first),
-        # The kernel appends in place; another graph reads the old state while it writes the new.
+        # Where the shape stays; Triton would not take on another's.
         "same_buffer": state.shared,
     }
 

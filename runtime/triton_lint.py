@@ -254,10 +254,10 @@ def _engine(folder: Path, config: Any, manifest: Manifest) -> Iterator[str]:
     for state in manifest.states:
         if state.input not in given:
             yield f"{state.input}, a state of the ingot, is not among the states."
-    if grows(manifest) == "shared" and config.max_batch_size > 1:
+    if grows(manifest) in ("shared", "appended") and config.max_batch_size > 1:
         yield (
-            f"max_batch_size is {config.max_batch_size}; ONNX Runtime's GroupQueryAttention takes "
-            "several rows of several tokens after a past only one by one."
+            f"max_batch_size is {config.max_batch_size}; Triton does not compare the lengths of a "
+            "batch's caches, so it must be 1."
         )
     if config.backend != "tensorrt":
         return

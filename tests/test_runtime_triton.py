@@ -204,8 +204,8 @@ def test_describes_an_engine_with_its_profiles(tiny_onnx: Path, tmp_path: Path) 
     config = _parsed(tmp_path / "r" / "m" / "config.pbtxt")
     assert (config.backend, config.platform) == ("tensorrt", "tensorrt_plan")
     assert config.default_model_filename == ENGINE
-    # The engine's limits, not the options'.
-    assert config.max_batch_size == 4
+    # A batch of caches that grow would be misread; the capacity is the engine's.
+    assert config.max_batch_size == 1
     settings = _parsed(tmp_path / "r" / "m_generate" / "config.pbtxt").parameters
     assert settings["capacity"].string_value == "256"
     (group,) = config.instance_group
@@ -216,6 +216,20 @@ def test_describes_an_engine_with_its_profiles(tiny_onnx: Path, tmp_path: Path) 
     assert not state.use_same_buffer_for_input_output and not state.use_growable_memory
     assert lint(tmp_path / "r") == []
     assert "TensorRT 10.13.3, the version that built" in (tmp_path / "r" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_batches_states_of_fixed_size(
+    ingots: Callable[..., Path], tmp_path: Path, engine: bool
+) -> None:
+    ingot = ingots("mamba2", "onnx")
+    if engine:
+        ingot = _with_engine(ingot, tmp_path / "ingot")
+    write_repository(ingot, tmp_path / "r", Settings(name="m", max_batch=8))
+    # The engine's limit, not the option's.
+    assert _parsed(tmp_path / "r" / "m" / "config.pbtxt").max_batch_size == (4 if engine else 8)
+    assert lint(tmp_path / "r") == []
+    assert "takes those of its batch with it" in (tmp_path / "r" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -528,7 +542,7 @@ EDITS = {
     ),
     "output dims": ("m", "dims: [ -1, 512 ]", "dims: [ -1, 513 ]", "output logits has dims"),
     "no batch": ("m", "max_batch_size: 1", "max_batch_size: 0", "max_batch_size is 0"),
-    "batch of caches": ("m", "max_batch_size: 1", "max_batch_size: 4", "GroupQueryAttention"),
+    "batch of caches": ("m", "max_batch_size: 1", "max_batch_size: 4", "lengths of a batch's"),
     "warm-up": (
         *("m", "instance_group", 'model_warmup [ { name: "x" batch_size: 1 } ]\ninstance_group'),
         "model_warmup and state exclude each other",
@@ -600,13 +614,14 @@ def test_finds_an_engine_or_a_plugin_that_changed(tiny_onnx: Path, tmp_path: Pat
     write_repository(other, tmp_path / "s", Settings(name="m"))
     assert lint(tmp_path / "s") == [f"m/config.pbtxt: {ENGINE} was built from another {GRAPH}."]
     _edit(tmp_path / "s", "m/config.pbtxt", 'profile: [ "0", "1" ]', 'profile: [ "0", "2" ]')
-    _edit(tmp_path / "s", "m/config.pbtxt", "max_batch_size: 4", "max_batch_size: 5")
+    _edit(tmp_path / "s", "m/config.pbtxt", "max_batch_size: 1", "max_batch_size: 5")
     assert any("has no profile 2" in p for p in lint(tmp_path / "s"))
     assert any("the engine was built for 4" in p for p in lint(tmp_path / "s"))
 
 
 def test_finds_a_growing_cache_in_one_buffer(tiny_onnx: Path, tmp_path: Path) -> None:
     write_repository(tiny_onnx, tmp_path / "r", Settings(name="m"))
+    assert _parsed(tmp_path / "r" / "m" / "config.pbtxt").max_batch_size == 1
     state = "dims: [ 2, -1, 16 ]"
     _edit(
         *(tmp_path / "r", "m/config.pbtxt", state),

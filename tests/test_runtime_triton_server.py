@@ -448,7 +448,9 @@ def test_has_its_states_made_by_tritons_core(
         for tensor in client.get_model_config("m").config.input:
             inputs.append(grpc.InferInput(tensor.name, [1, 2], "INT64"))
             inputs[-1].set_data_from_numpy(np.ones((1, 2), dtype=np.int64))
-        found = client.infer("m", inputs, sequence_id=7, sequence_start=True).as_numpy("logits")
+        # Ended, since an open sequence would keep the server from ending for a minute.
+        flags = {"sequence_start": True, "sequence_end": True}
+        found = client.infer("m", inputs, sequence_id=7, **flags).as_numpy("logits")
         client.close()
     assert found[0, 0, : len(shape)].tolist() == shape
     assert found[0, 0, 8] == 0.0

@@ -4,6 +4,9 @@
 has the Python backend only, no ONNX Runtime or TensorRT. It is not installed: its dependencies are
 not ours. The backend's interpreter is isolated, but it takes the packages of the environment whose
 ``python3`` is first on ``PATH``; so it gets one of its own, with the numpy 1 of its stub.
+
+ONNX Runtime's backend is taken from the folder that ``INGOT_TRITON_BACKENDS`` names, where
+``onnxruntime/libtriton_onnxruntime.so`` lies beside the ONNX Runtime it was linked with.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -32,6 +36,8 @@ READY = TOOLS / "ready"
 SERVER = TOOLS / "wheel" / "pytriton" / "tritonserver"
 BACKENDS = TOOLS / "backends"
 PYTHON = TOOLS / "python"
+LIBRARIES = TOOLS / "wheel" / "nvidia_pytriton.libs"
+MORE_BACKENDS = "INGOT_TRITON_BACKENDS"
 LOOPBACK = "127.0.0.1"
 
 
@@ -45,6 +51,16 @@ def missing() -> str | None:
     if READY.is_file() and READY.read_text() == version():
         return None
     return "no server in .tools/triton: `make triton-test` fetches it"
+
+
+def backend_missing() -> str | None:
+    """Why no graph can be served here, or None."""
+    if absent := missing():
+        return absent
+    folder = os.environ.get(MORE_BACKENDS)
+    if folder and (Path(folder) / "onnxruntime" / "libtriton_onnxruntime.so").is_file():
+        return None
+    return f"{MORE_BACKENDS} names no folder with onnxruntime/libtriton_onnxruntime.so"
 
 
 def prepare() -> None:
@@ -136,6 +152,20 @@ def _free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
+def _backends() -> Iterator[Path]:
+    """A folder with every backend there is, since the server looks in one only."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "python").symlink_to(BACKENDS / "python")
+        if backend_missing() is None:
+            more = Path(os.environ[MORE_BACKENDS]).resolve() / "onnxruntime"
+            (Path(folder) / "onnxruntime").symlink_to(more)
+            # A backend in C++ asks for it by this name, which the wheel changed.
+            (library,) = LIBRARIES.glob("libtritonserver-*.so")
+            (Path(folder) / "libtritonserver.so").symlink_to(library)
+        yield Path(folder)
+
+
+@contextlib.contextmanager
 def boot(repository: Path, models: str, log: Path) -> Iterator[Server]:
     """A server over a repository, by the repository's own launch script.
 
@@ -144,43 +174,45 @@ def boot(repository: Path, models: str, log: Path) -> Iterator[Server]:
         models: to load, by name.
         log: is written to.
     """
-    libraries = [TOOLS / "wheel" / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR")]
     environment = {
         **os.environ,
-        "LD_LIBRARY_PATH": ":".join(map(str, libraries)),
         "PATH": f"{PYTHON / 'bin'}:{os.environ['PATH']}",
         "TRITONSERVER": str(SERVER / "bin" / "tritonserver"),
         "MODELS": models,
+        "ORT_DISABLE_TELEMETRY": "1",
     }
     # What pytest was given is not the server's.
     for name in ("PYTHONPATH", "VIRTUAL_ENV"):
         environment.pop(name, None)
     http, grpc, metrics = _free_ports(3)
-    options = [f"--backend-directory={BACKENDS}"]
-    for name, port in (("http", http), ("grpc", grpc), ("metrics", metrics)):
-        options += [f"--{name}-address={LOOPBACK}", f"--{name}-port={port}"]
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [repository / "launch.sh", *options],
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    server = Server(process, http, grpc, metrics, log)
-    try:
-        until = time.monotonic() + 120
-        while not server.ready():
-            if process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"the server did not come up:\n{log.read_text()[-4000:]}")
-            time.sleep(0.2)
-        yield server
-    finally:
-        process.send_signal(signal.SIGTERM)
+    with _backends() as backends:
+        libraries = [backends, LIBRARIES, sysconfig.get_config_var("LIBDIR")]
+        environment["LD_LIBRARY_PATH"] = ":".join(map(str, libraries))
+        options = [f"--backend-directory={backends}"]
+        for name, port in (("http", http), ("grpc", grpc), ("metrics", metrics)):
+            options += [f"--{name}-address={LOOPBACK}", f"--{name}-port={port}"]
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [repository / "launch.sh", *options],
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        server = Server(process, http, grpc, metrics, log)
         try:
-            process.wait(90)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            until = time.monotonic() + 120
+            while not server.ready():
+                if process.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(f"the server did not come up:\n{log.read_text()[-4000:]}")
+                time.sleep(0.2)
+            yield server
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(90)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 if __name__ == "__main__":
