@@ -395,12 +395,15 @@ def memory_gib(plan: Plan, manifest: Manifest) -> tuple[int, int]:
     # The server's own, and CUDA's contexts in its processes.
     asked = 2**29 if manifest.engine is None else 2**31
     asked += manifest.weight_bytes * len(plan.models)
-    if manifest.engine is None:
-        asked += sum(most(state.input_shape, state.dtype) for state in manifest.states)
-    # Prompts as long as the capacity have logits of all tokens. As much again for what the graph
-    # computes on the way to them, or for the message that Triton copies them into.
+    on_host = manifest.states if manifest.engine is None else ()
+    states = sum(most(state.input_shape, state.dtype) for state in on_host)
     answers = [each for each in manifest.outputs if each.name == manifest.main_output]
-    limit = asked + 2 * sum(most(each.shape, each.dtype) for each in answers) + 2**30
+    logits = sum(most(each.shape, each.dtype) for each in answers)
+    asked += states
+    # A step may have the states before it and behind it. Prompts as long as the capacity have the
+    # logits of all their tokens, and as much again for what the graph computes on the way to them,
+    # or for the message that Triton copies them into. 1 GiB is /dev/shm.
+    limit = asked + states + 2 * logits + 2**30
     return math.ceil(asked / 2**30), math.ceil(limit / 2**30)
 
 

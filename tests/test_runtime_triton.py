@@ -47,6 +47,8 @@ from runtime.triton import (
     ROOT,
     Settings,
     TritonError,
+    make_plan,
+    memory_gib,
     write_repository,
 )
 from runtime.triton_lint import lint
@@ -413,14 +415,21 @@ def test_launches_the_server_with_an_engines_plugins(
     assert given == [f"--backend-config=tensorrt,{wanted}"]
 
 
-@pytest.mark.parametrize("name", ["m", "My_Model-1"])
+def _objects(repository: Path) -> dict[str, Any]:
+    """What the manifest for Kubernetes holds, by kind."""
+    documents = yaml.safe_load_all((repository / "kubernetes.yaml").read_text())
+    return {document["kind"]: document for document in documents}
+
+
+@pytest.mark.parametrize("name", ["m", "My_Model-1", "7B_Model", f"1{'x' * 38}_"])
 def test_writes_a_manifest_for_kubernetes(tiny_ort: Path, tmp_path: Path, name: str) -> None:
     write_repository(tiny_ort, tmp_path / "r", Settings(name=name))
-    documents = list(yaml.safe_load_all((tmp_path / "r" / "kubernetes.yaml").read_text()))
-    found = {document["kind"]: document for document in documents}
+    found = _objects(tmp_path / "r")
     assert set(found) == {"Deployment", "Service", "HorizontalPodAutoscaler", "ConfigMap"}
-    for document in documents:
-        assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", document["metadata"]["name"])
+    for document in found.values():
+        # A Service's name is the strictest: it begins with a letter.
+        host = document["metadata"]["name"]
+        assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", host) and len(host) <= 63
     pod = found["Deployment"]["spec"]["template"]
     (container,) = pod["spec"]["containers"]
     assert container["readinessProbe"]["httpGet"]["path"] == "/v2/health/ready"
@@ -430,12 +439,133 @@ def test_writes_a_manifest_for_kubernetes(tiny_ort: Path, tmp_path: Path, name: 
     assert found["Service"]["spec"]["selector"] == labels
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
+    named = {port["targetPort"] for port in found["Service"]["spec"]["ports"]}
+    probes = [container[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness")]
+    assert named | {probe["httpGet"]["port"] for probe in probes} == set(ports)
     scaler = found["HorizontalPodAutoscaler"]["spec"]
     assert scaler["scaleTargetRef"]["name"] == found["Deployment"]["metadata"]["name"]
     metric = scaler["metrics"][0]["pods"]["metric"]["name"]
     (rule,) = yaml.safe_load(found["ConfigMap"]["data"]["config.yaml"])["rules"]
     assert rule["name"]["as"] == metric
-    assert "nv_inference_queue_duration_us" in rule["metricsQuery"]
+    # Both are counters of Triton's own.
+    for counter in ("nv_inference_queue_duration_us", "nv_inference_request_success"):
+        assert f"sum(rate({counter}{{<<.LabelMatchers>>}}[3m]))" in rule["metricsQuery"]
+    # Queue time does not fall with the number of pods as a load does: without a policy, a short
+    # queue would make as many as there may be.
+    assert scaler["behavior"]["scaleUp"]["policies"] == [
+        {"type": "Pods", "value": 1, "periodSeconds": 60}
+    ]
+
+
+def test_asks_for_no_privileges(repository: Path) -> None:
+    pod = _objects(repository)["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    # What the Pod Security Standard "restricted" demands.
+    assert pod["securityContext"] == {
+        "runAsNonRoot": True,
+        "runAsUser": 1000,
+        "runAsGroup": 1000,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert {"hostNetwork", "hostPID", "hostIPC"}.isdisjoint(pod)
+    assert not any("hostPath" in volume for volume in pod["volumes"])
+    assert pod["automountServiceAccountToken"] is False
+
+
+def test_runs_the_image_of_its_dockerfile(repository: Path) -> None:
+    lines = (repository / "Dockerfile").read_text().splitlines()
+    pod = _objects(repository)["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    user = "{runAsUser}:{runAsGroup}".format_map(pod["securityContext"])
+    assert f"COPY --chown={user} . /models" in lines
+    assert lines[-2:] == [f"USER {user}", f"CMD {json.dumps(container['args'])}"]
+    # What pip installs is for all users of the image.
+    assert any(line.startswith("RUN PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip") for line in lines)
+    built = re.search(r"docker build -t (\S+) ", lines[0])
+    assert built and container["image"] == f"{built[1]}:latest"
+    # Of an image "latest" that only the node has, Always would find none.
+    assert container["imagePullPolicy"] == "IfNotPresent"
+
+
+def test_gives_running_streams_the_time_to_end(repository: Path, tmp_path: Path) -> None:
+    pod = _objects(repository)["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    pause, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert pause == "sleep"
+    options = dict(
+        option.removeprefix("--").split("=", 1)
+        for option in _launched(repository, tmp_path)
+        if "=" in option
+    )
+    ends = int(seconds) + int(options["exit-timeout-secs"])
+    # Triton unloads its models after that, and logs.
+    assert ends + 15 <= pod["terminationGracePeriodSeconds"]
+    # More is for args; of an option that is there twice, Triton takes the last.
+    longer = _launched(repository, tmp_path, "--exit-timeout-secs=600")
+    assert longer[-1] == "--exit-timeout-secs=600"
+
+
+def _memory(repository: Path) -> tuple[int, int]:
+    """What the manifest asks for and is limited to, in GiB."""
+    pod = _objects(repository)["Deployment"]["spec"]["template"]["spec"]
+    resources = pod["containers"][0]["resources"]
+    asked, limit = (
+        int(re.fullmatch(r"(\d+)Gi", resources[kind]["memory"])[1])  # type: ignore[index]
+        for kind in ("requests", "limits")
+    )
+    return asked, limit
+
+
+def _as_small(manifest: Manifest) -> Manifest:
+    """With the weights, states and logits of OLMoE's preset ``small``."""
+    state = next(state for state in manifest.states if state.kind == "key")
+    (logits,) = (each for each in manifest.outputs if each.name == manifest.main_output)
+    return replace(
+        manifest,
+        weight_bytes=1_046_000_000,
+        states=(replace(state, input_shape=("batch", 8, "past_sequence", 64)),) * 16,
+        outputs=(replace(logits, shape=("batch", "sequence", 50304)),),
+        generation={**manifest.generation, "context_length": 4096},
+    )
+
+
+def test_asks_for_the_memory_that_was_measured(tiny_ort: Path) -> None:
+    manifest = _as_small(Manifest.read(tiny_ort))
+
+    def memory(manifest: Manifest = manifest, **settings: Any) -> tuple[int, int]:
+        return memory_gib(make_plan(tiny_ort, manifest, Settings(**settings)), manifest)
+
+    asked, limit = memory()
+    # Triton 2.51 with both models holds 0.7 GiB when it is ready, 1.6 with its file cache, and 12.3
+    # after four streams and four sequences of 4000 tokens.
+    assert asked == 4 and 12.3 < limit <= 18
+    # A stream has a cache of 128 MiB and 0.77 GiB of logits.
+    assert memory(streams=8) == (5, 33)
+    assert memory(capacity=512) == (3, 6)
+    # One model only: one copy of the weights.
+    heavy = replace(manifest, weight_bytes=10 * 2**30)
+    assert memory(heavy)[0] == 22
+    assert memory(replace(heavy, task="features"))[0] == 11
+
+
+def test_asks_for_the_hosts_memory_where_an_engine_has_its_own(
+    ingots: Callable[..., Path], tiny_onnx: Path, tmp_path: Path
+) -> None:
+    asked: dict[str, tuple[int, int]] = {}
+    for name, ingot in {
+        "mamba2": ingots("mamba2", "ort"),
+        "olmoe": tiny_onnx,
+        "engine": _with_engine(tiny_onnx, tmp_path / "ingot"),
+    }.items():
+        write_repository(ingot, tmp_path / name, Settings(name="m"))
+        asked[name] = _memory(tmp_path / name)
+    assert asked == {"mamba2": (1, 2), "olmoe": (1, 2), "engine": (3, 4)}
+    limits = _objects(tmp_path / "engine")["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert limits[0]["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
 @pytest.mark.parametrize(
