@@ -142,6 +142,7 @@ def inspect(folder: Path) -> Inspection:
     plugins = engine.plugins if engine is not None else {}
     operators: dict[str, int] = manifest.graph["operators"]
     width = manifest.weight_bytes / manifest.parameters
+    states = tuple(_by_kind(manifest.states))
     return Inspection(
         path=str(folder),
         model_type=manifest.model_type,
@@ -160,12 +161,12 @@ def inspect(folder: Path) -> Inspection:
         active_parameters=manifest.active_parameters,
         weight_bytes=manifest.weight_bytes,
         active_bytes=round(manifest.active_parameters * width) - manifest.graph["unread_bytes"],
-        state_bytes_per_token=sum(_bytes(s) for s in manifest.states if s.axis is not None),
-        state_bytes_per_sequence=sum(_bytes(s) for s in manifest.states if s.axis is None),
-        shared_buffers=any(state.shared for state in manifest.states),
+        state_bytes_per_token=sum(each.bytes for each in states if each.grows),
+        state_bytes_per_sequence=sum(each.bytes for each in states if not each.grows),
+        shared_buffers=any(each.shared for each in states),
         context_length=manifest.generation["context_length"],
         weights=_weights(folder / WEIGHTS),
-        states=tuple(_by_kind(manifest.states)),
+        states=states,
         profiles={p.name: p.shapes for p in engine.profiles} if engine is not None else {},
         engine=f"{engine.builder} {engine.version}" if engine is not None else None,
         files={name: asdict(info) for name, info in manifest.files.items()},

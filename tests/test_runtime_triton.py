@@ -513,11 +513,13 @@ def _memory(repository: Path) -> tuple[int, int]:
     """What the manifest asks for and is limited to, in GiB."""
     pod = _objects(repository)["Deployment"]["spec"]["template"]["spec"]
     resources = pod["containers"][0]["resources"]
-    asked, limit = (
-        int(re.fullmatch(r"(\d+)Gi", resources[kind]["memory"])[1])  # type: ignore[index]
-        for kind in ("requests", "limits")
-    )
-    return asked, limit
+
+    def gib(kind: str) -> int:
+        found = re.fullmatch(r"(\d+)Gi", resources[kind]["memory"])
+        assert found is not None
+        return int(found[1])
+
+    return gib("requests"), gib("limits")
 
 
 def _as_small(manifest: Manifest) -> Manifest:
