@@ -193,15 +193,25 @@ class RotaryEmbedding(nn.Module):
         self.parameters_ = parameters
         # A plain attribute: it is a constant of the graph, not a weight of the checkpoint.
         self.inverse, self.attention_factor = parameters.frequencies()
+        self._copies: dict[torch.device, torch.Tensor] = {}
 
     def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``position_ids [B, T]`` int64 -> cos, sin ``[B, T, 1, D]`` float32."""
-        inverse = self.inverse
         if self.parameters_.rope_type == "dynamic":
             inverse = self._dynamic(position_ids)
+        else:
+            inverse = self._inverse_on(position_ids.device)
         angle = position_ids[:, :, None, None].to(torch.float32) * inverse
         angle = torch.cat((angle, angle), dim=-1)
         return angle.cos() * self.attention_factor, angle.sin() * self.attention_factor
+
+    def _inverse_on(self, device: torch.device) -> torch.Tensor:
+        # Kept for each device: a CUDA graph that is being captured cannot copy from the host.
+        if device == self.inverse.device:
+            return self.inverse
+        if device not in self._copies:
+            self._copies[device] = self.inverse.to(device)
+        return self._copies[device]
 
     def _dynamic(self, position_ids: torch.Tensor) -> torch.Tensor:
         p = self.parameters_
@@ -209,8 +219,8 @@ class RotaryEmbedding(nn.Module):
         length = (position_ids.max() + 1).clamp(min=p.max_position_embeddings).to(torch.float32)
         growth = factor * length / p.max_position_embeddings - (factor - 1)
         base = p.rope_theta * growth ** (p.dim / (p.dim - 2))
-        exponent = torch.arange(0, p.dim, 2, dtype=torch.float32) / p.dim
-        return 1.0 / (base**exponent)
+        steps = torch.arange(0, p.dim, 2, dtype=torch.float32, device=position_ids.device)
+        return 1.0 / (base ** (steps / p.dim))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
