@@ -41,11 +41,18 @@ def random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """One float32 weight, the same for the same name, shape and seed wherever it is made."""
     # torch keeps the low 32 bits of a seed alone; a CRC that starts from ours fits in them.
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
-    normal = torch.randn(shape, generator=generator)
+    return scaled_weight(name, shape, generator)
+
+
+def scaled_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """One float32 weight on the generator's device, at the scale that its name tells."""
+    device = generator.device
+    normal = torch.randn(shape, generator=generator, device=device)
     if "norm" in name or name.endswith(".D"):
         return 1.0 + 0.1 * normal
     if name.endswith((".A_log", ".dt_bias")):
-        return _recurrence_weight(name, torch.rand(shape, generator=generator))
+        uniform = torch.rand(shape, generator=generator, device=device)
+        return _recurrence_weight(name, uniform)
     if name.endswith("bias"):
         return 0.1 * normal
     if "embed" in name:

@@ -1,0 +1,261 @@
+"""``python3 benchmarks/gpu.py``: everything a GPU is to prove and to measure, in one command.
+
+Needs PyTorch with CUDA and this folder with ``plugins/lib``; neither a virtual environment, nor the
+network, nor TensorRT. Phases run in order of what matters most, each in a process of its own with a
+deadline, and ``results.json`` is written after each. The exit status is 0 where nothing failed.
+
+    python3 benchmarks/gpu.py --out RESULTS                # everything, at most six minutes
+    python3 benchmarks/gpu.py --only models,timings        # some phases
+    python3 benchmarks/gpu.py --failed RESULTS             # again what failed or was not reached
+    python3 benchmarks/gpu.py --rehearse                   # every phase, tiny, without a GPU
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import click  # noqa: E402
+
+from benchmarks.on_gpu import (  # noqa: E402
+    ceilings,
+    correctness,
+    load,
+    models,
+    rehearsal,
+    sanitizer,
+    timings,
+    tuning,
+)
+from benchmarks.on_gpu.bench import Bench  # noqa: E402
+from benchmarks.on_gpu.devices import Card, Host  # noqa: E402
+from benchmarks.on_gpu.runner import (  # noqa: E402
+    CUT,
+    FAILED,
+    OK,
+    REFUSED,
+    Found,
+    Outcome,
+    Phase,
+    run_phase,
+)
+from benchmarks.on_gpu.table import closing  # noqa: E402
+from plugins.library import PATH, Library  # noqa: E402
+
+# In order of what matters most. What a phase leaves of its time goes to those behind it.
+PHASES = (
+    Phase("load", 25, load.items, proves=True),
+    Phase("ceilings", 10, ceilings.items),
+    Phase("small", 40, correctness.small, proves=True),
+    Phase("large", 70, correctness.large, proves=True),
+    Phase("models", 75, models.items, proves=True),
+    Phase("timings", 60, timings.items),
+    Phase("sanitizer", 45, sanitizer.items),
+    Phase("tuning", 35, tuning.items),
+)
+# What every other phase needs; these always run.
+FIRST = ("load", "ceilings")
+RESULTS = "results.json"
+
+
+class Run:
+    """One run: what was asked for, and what was found so far.
+
+    Args:
+        bench: what phases are given.
+        out: folder of the results.
+        wanted: phases to run, in order -> names of the items, or None for all.
+        budget: seconds.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        out: Path,
+        wanted: dict[str, Collection[str] | None],
+        budget: float,
+    ) -> None:
+        self.bench, self.out, self.wanted, self.budget = bench, out, wanted, budget
+        self.outcomes: dict[str, Outcome] = {}
+        self.began = time.monotonic()
+
+    def go(self) -> None:
+        """Run the phases that are wanted, writing the results after each."""
+        phases = [phase for phase in PHASES if phase.name in self.wanted]
+        for at, phase in enumerate(phases):
+            # So much is kept for those behind it.
+            later = sum(each.seconds for each in phases[at + 1 :])
+            deadline = self.began + max(self.budget - later, 0.0)
+            deadline = max(
+                deadline, min(time.monotonic() + phase.seconds, self.began + self.budget)
+            )
+            if time.monotonic() >= deadline:
+                break
+            print(f"== {phase.name}", flush=True)
+            only = self.wanted[phase.name]
+            self.outcomes[phase.name] = run_phase(phase, self.bench, deadline, self._tell, only)
+            self.write()
+            if phase.name == "load" and self.outcomes["load"].status != OK:
+                break
+
+    def _tell(self, name: str, found: Found) -> None:
+        sign = {OK: "ok", FAILED: "FAIL", REFUSED: "refused", CUT: "CUT"}[found["status"]]
+        print(f"{sign:8}{found['text']}", flush=True)
+
+    @property
+    def missing(self) -> list[str]:
+        """Phases that were wanted and not entered."""
+        return [name for name in self.wanted if name not in self.outcomes]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed and no proof is incomplete; of a rehearsal, nothing at all."""
+        proofs = {phase.name for phase in PHASES if phase.proves or self.bench.rehearsal}
+        if proofs & set(self.missing):
+            return False
+        for name, outcome in self.outcomes.items():
+            if outcome.status == FAILED or (outcome.status == CUT and name in proofs):
+                return False
+            entered = any(found["status"] == OK for found in outcome.items.values())
+            if self.bench.rehearsal and not entered:
+                return False
+        return True
+
+    def write(self) -> None:
+        """``results.json``, whole or not at all."""
+        results = {
+            "passed": self.passed,
+            "rehearsal": self.bench.rehearsal,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "machine": self.bench.found.get("machine", {}),
+            "missing": self.missing,
+            "phases": {name: asdict(outcome) for name, outcome in self.outcomes.items()},
+        }
+        partial = self.out / f"{RESULTS}.partial"
+        partial.write_text(json.dumps(results, indent=1, default=str) + "\n")
+        partial.replace(self.out / RESULTS)
+
+    def close(self) -> None:
+        """Write what there is and print the table."""
+        self.write()
+        print(flush=True)
+        print(closing(self.outcomes, self.missing, time.monotonic() - self.began), flush=True)
+
+
+def failed_before(results: Path) -> dict[str, Collection[str] | None]:
+    """Phases of an earlier run that failed or were not reached, with the items to run again."""
+    path = results / RESULTS if results.is_dir() else results
+    try:
+        earlier: dict[str, Any] = json.loads(path.read_text())
+        phases = earlier["phases"]
+    except (OSError, ValueError, KeyError) as error:
+        raise click.ClickException(f"{path} is not a run's {RESULTS}: {error}") from error
+    wanted: dict[str, Collection[str] | None] = {}
+    for phase in PHASES:
+        outcome = phases.get(phase.name)
+        if outcome is None or outcome["status"] == CUT:
+            # Its items are known only when it runs.
+            wanted[phase.name] = None
+        elif outcome["status"] == FAILED:
+            items = outcome["items"].items()
+            names = [name for name, found in items if found["status"] in (FAILED, CUT)]
+            wanted[phase.name] = names or None
+    return wanted
+
+
+@contextmanager
+def surroundings(rehearse: str | None, out: Path) -> Iterator[Bench]:
+    """What phases are given: the card, or a rehearsal's stand-ins in a folder of their own."""
+    if rehearse is None:
+
+        def open_library(path: Path | None) -> Library:
+            return Library(path or PATH)
+
+        yield Bench(Card(), False, True, open_library, out)
+        return
+    with tempfile.TemporaryDirectory(prefix="ingot-rehearsal-") as name:
+        folder = Path(name)
+        how = rehearsal.prepare(folder, rehearse)
+        print(f"rehearsal with the {how}", flush=True)
+        library = rehearsal.reopen(folder)
+        found = {"rehearsal": name, "sanitizer": str(folder / rehearsal.TOOL)}
+        yield Bench(Host(), True, how == "interpreter", lambda _: library, out, found)
+
+
+def _phase_names(_context: Any, _option: Any, value: str | None) -> list[str] | None:
+    if value is None:
+        return None
+    known = [phase.name for phase in PHASES]
+    asked = [name.strip() for name in value.split(",")]
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise click.BadParameter(f"no phase {', '.join(unknown)}; there are {', '.join(known)}.")
+    return asked
+
+
+@click.command(help=__doc__.split("\n\n", 1)[1].replace("    python3", "\b\n    python3", 1))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of results.json and logs.")
+@click.option("--only", callback=_phase_names, metavar="PHASE,...", help="Run these phases alone.")
+@click.option("--failed", type=click.Path(path_type=Path, exists=True), metavar="RESULTS")
+@click.option("--budget", type=float, default=360.0, show_default=True, help="Seconds in all.")
+@click.option("--rehearse", is_flag=True, help="Tiny sizes on the CPU; fails if a phase is missed.")
+@click.option(
+    "--kernels",
+    type=click.Choice(["auto", "interpreter", "recorder"]),
+    default="auto",
+    show_default=True,
+    help="What computes a rehearsal's kernels.",
+)
+def main(
+    out: Path | None,
+    only: list[str] | None,
+    failed: Path | None,
+    budget: float,
+    rehearse: bool,
+    kernels: str,
+) -> None:
+    wanted: dict[str, Collection[str] | None] = {phase.name: None for phase in PHASES}
+    if failed is not None:
+        wanted = failed_before(failed)
+        if not wanted:
+            print("nothing failed and nothing is missing there")
+            return
+    if only is not None:
+        wanted = {name: wanted.get(name) for name in wanted if name in only}
+    wanted = {**dict.fromkeys(FIRST), **wanted}
+    out = out or ROOT / "build" / "on_gpu" / ("rehearsal" if rehearse else "results")
+    out.mkdir(parents=True, exist_ok=True)
+    with surroundings(kernels if rehearse else None, out) as bench:
+        run = Run(bench, out, wanted, budget)
+        # A run that is stopped from outside says what it has, and leaves no process behind.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop)
+        try:
+            run.go()
+        except KeyboardInterrupt:
+            print("stopped from outside", flush=True)
+        finally:
+            run.close()
+        passed = run.passed
+    sys.stdout.flush()
+    os._exit(0 if passed else 1)
+
+
+def _stop(_number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Time of every kernel at released shapes in bfloat16, beside what PyTorch offers.
+
+Calls are captured into one CUDA graph that goes through several sets of weights, so that none is
+found in the second-level cache and no time of the host is in it. A peer that waits for the host is
+timed as it is called. Shares are of the ceilings that the same run measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.on_gpu import peers, shapes
+from benchmarks.on_gpu.bench import Bench
+from benchmarks.on_gpu.devices import Seconds
+from benchmarks.on_gpu.runner import Found, Item, Refused
+from plugins import cuda
+from plugins.check import Inputs, mamba2_scan_inputs
+from plugins.library import Library
+from plugins.mamba2_scan import mamba2_scan
+
+BF16 = torch.bfloat16
+# So many sets of weights or states; one alone may be smaller than the second-level cache.
+SETS = 3
+# The eager recurrence launches a dozen kernels a token.
+MOST_EAGER_TOKENS = 512
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One call and its peers.
+
+    Attributes:
+        kernel: one call for each set of weights; None where a peer is timed alone.
+        bytes_moved: least that a call must read and write.
+        operations: of its products.
+        peers: by name, likewise.
+        waiting: names of the peers that wait for the host, which a graph cannot hold.
+    """
+
+    kernel: list[Call]
+    bytes_moved: float
+    operations: float
+    peers: dict[str, list[Call]] = field(default_factory=dict)
+    waiting: tuple[str, ...] = ()
+
+
+def items(bench: Bench) -> Iterator[Item]:
+    """Each operator over its tokens, decode first."""
+    library = bench.library()
+    preset = bench.pick("full", "tiny")
+    plan = (*_moe(bench, preset), *_states(bench, preset))
+    for name, make in plan:
+        yield Item(name, partial(measure, bench, name, partial(make, bench, library)))
+    for batch, tokens, past in bench.pick(
+        ((1, 1, 4096), (16, 1, 4096), (1, 4096, 0)), ((1, 4, 0),)
+    ):
+        name = f"OLMoE attention (PyTorch) B {batch} T {tokens} S {past + tokens}"
+        make_attention = partial(attention, bench, batch, tokens, past)
+        yield Item(name, partial(measure, bench, name, make_attention))
+
+
+Named = tuple[str, Callable[[Bench, Library], Timed]]
+
+
+def _moe(bench: Bench, preset: str) -> Iterator[Named]:
+    of_olmoe = bench.pick((1, 4, 16, 64, 256, 1024, 4096, 8192), (1, 6))
+    of_jetmoe = bench.pick((1, 16, 1024, 4096), (6,))
+    for shape, counts in zip(shapes.moe(preset), (of_olmoe, of_jetmoe), strict=True):
+        for tokens in counts:
+            yield f"{shape.model} MoeDispatch N {tokens}", partial(moe, shape=shape, tokens=tokens)
+    for linear_shape in shapes.linear(preset):
+        way = "out of" if linear_shape.per_choice else "into"
+        for tokens in bench.pick((1, 16, 4096), (6,)):
+            made = partial(linear, shape=linear_shape, tokens=tokens)
+            yield f"{linear_shape.model} MoeLinear {way} attention N {tokens}", made
+
+
+def _states(bench: Bench, preset: str) -> Iterator[Named]:
+    calls = (
+        ((1, 1), (16, 1), (1, 512), (1, 2048), (1, 8192)),
+        ((1, 1), (1, 8192)),
+    )
+    for shape, real in zip(shapes.scans(preset), calls, strict=True):
+        for batch, tokens in bench.pick(real, ((1, 1), (1, 20))):
+            sizes = f"B {batch} T {tokens}"
+            made = partial(scan, shape=shape, batch=batch, tokens=tokens)
+            yield f"{shape.model} Mamba2Scan {sizes}", made
+            made = partial(conv, shape=shape, batch=batch, tokens=tokens)
+            yield f"{shape.model} CausalConv {sizes}", made
+
+
+def measure(bench: Bench, name: str, make: Callable[[], Timed]) -> Found:
+    """Times of one call and of its peers; the kernel's first and last, so that a drift shows."""
+    timed = make()
+    device = bench.device
+
+    def time(calls: list[Call]) -> Seconds:
+        return device.time(device.capture(lambda: [call() for call in calls]), len(calls))
+
+    first = time(timed.kernel)
+    found: Found = {"peers": {}, "refused_peers": {}}
+    for peer, calls in timed.peers.items():
+        try:
+            alone = peer in timed.waiting
+            took = device.time(calls[0], 1) if alone else time(calls)
+            found["peers"][peer] = took.median
+        except Refused as refusal:
+            found["refused_peers"][peer] = str(refusal)
+    last = time(timed.kernel)
+    seconds = min(first.median, last.median)
+    bytes_rate, rate = timed.bytes_moved / seconds, timed.operations / seconds
+    found |= {
+        "seconds": seconds,
+        "spread": max(first.spread, last.spread, abs(first.median - last.median) / seconds),
+        "bytes_per_second": bytes_rate,
+        "operations_per_second": rate,
+    }
+    del timed
+    device.free()
+    beside = "".join(f", {peer} {s / seconds:.2f}x" for peer, s in found["peers"].items())
+    found["text"] = (
+        f"{name}: {1e6 * seconds:.1f} us, {bytes_rate / 1e9:.0f} GB/s "
+        f"({bench.share(bytes_rate, 1.0, 'bandwidth')}), {rate / 1e12:.1f} TFLOP/s "
+        f"({bench.share(rate, 1.0, 'rate')}){beside}"
+    )
+    return found
+
+
+def moe(bench: Bench, library: Library, shape: shapes.Moe, tokens: int) -> Timed:
+    """A layer's experts."""
+    make = Inputs(bench.device.name, tokens)
+    x = make.normal(tokens, shape.hidden, dtype=BF16)
+    logits = make.router_logits(tokens, shape.experts, shape.top_k, skewed=False)
+    up = (shape.experts, 2 * shape.intermediate, shape.hidden)
+    down = (shape.experts, shape.hidden, shape.intermediate)
+    weights = [
+        (
+            make.normal(*up, dtype=BF16, gain=shape.hidden**-0.5),
+            make.normal(*down, dtype=BF16, gain=shape.intermediate**-0.5),
+        )
+        for _ in range(SETS)
+    ]
+    loop = peers.CublasLoop(logits, shape.top_k)
+    options = (shape.top_k, shape.normalize, "silu")
+    of_expert = 3 * shape.hidden * shape.intermediate
+    chosen = len(torch.unique(logits.topk(shape.top_k).indices))
+    return Timed(
+        [partial(cuda.moe_dispatch, library, x, logits, *each, *options) for each in weights],
+        2.0 * (chosen * of_expert + 2 * tokens * shape.hidden),
+        2.0 * of_expert * tokens * shape.top_k,
+        {
+            "grouped_mm": [
+                partial(peers.grouped_mm, x, logits, *each, shape.top_k) for each in weights
+            ],
+            "cublas_loop": [partial(loop, x, *each) for each in weights],
+            "eager": [partial(peers.eager_moe, x, logits, *weights[0], shape.top_k)],
+        },
+        waiting=("eager",),
+    )
+
+
+def linear(bench: Bench, library: Library, shape: shapes.Linear, tokens: int) -> Timed:
+    """One of the two mixtures of an attention layer."""
+    make = Inputs(bench.device.name, tokens)
+    rows = (tokens, shape.top_k) if shape.per_choice else (tokens,)
+    x = make.normal(*rows, shape.in_features, dtype=BF16)
+    logits = make.router_logits(tokens, shape.experts, shape.top_k, skewed=False)
+    ids = logits.topk(shape.top_k).indices
+    sizes = (shape.experts, shape.out_features, shape.in_features)
+    weights = [make.normal(*sizes, dtype=BF16, gain=sizes[2] ** -0.5) for _ in range(SETS)]
+    of_expert = shape.in_features * shape.out_features
+    choices = tokens * shape.top_k
+    of_tokens = x.numel() + choices * shape.out_features
+    return Timed(
+        [partial(cuda.moe_linear, library, x, ids, weight) for weight in weights],
+        2.0 * (len(torch.unique(ids)) * of_expert + of_tokens),
+        2.0 * of_expert * choices,
+        {"grouped_mm": [partial(peers.grouped_linear, x, ids, each) for each in weights]},
+    )
+
+
+def scan(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens: int) -> Timed:
+    """A layer's scan."""
+    sizes = (batch, tokens, shape.heads, shape.head_size, shape.groups, shape.states)
+    sets = [mamba2_scan_inputs(bench.device.name, BF16, *sizes) for _ in range(SETS)]
+    limits = (0.0, math.inf)
+    inner = shape.heads * shape.head_size
+    state = batch * inner * shape.states
+    of_tokens = batch * tokens * (2 * inner + 2 * shape.groups * shape.states)
+    beside = {}
+    if tokens <= MOST_EAGER_TOKENS:
+        beside["eager"] = [partial(mamba2_scan, *inputs, 1, *limits) for inputs in sets[:1]]
+    return Timed(
+        [partial(cuda.mamba2_scan, library, *inputs, *limits) for inputs in sets],
+        8.0 * state + 2.0 * of_tokens,
+        4.0 * tokens * state,
+        beside,
+    )
+
+
+def conv(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens: int) -> Timed:
+    """The convolution before the scan."""
+    make = Inputs(bench.device.name, tokens)
+    channels, past = shape.channels, shape.width - 1
+    x = [make.normal(batch, tokens, channels, dtype=BF16) for _ in range(SETS)]
+    state = make.normal(batch, channels, past, dtype=BF16)
+    weight = make.normal(channels, 1, shape.width, dtype=BF16)
+    bias = make.normal(channels, dtype=BF16)
+
+    def conv1d(each: torch.Tensor) -> torch.Tensor:
+        window = torch.cat((state, each.transpose(1, 2)), dim=2)
+        return F.silu(F.conv1d(window, weight, bias, groups=channels)).transpose(1, 2)
+
+    return Timed(
+        [partial(cuda.causal_conv, library, each, state, weight, bias, "silu") for each in x],
+        4.0 * batch * channels * (tokens + past) + 2.0 * channels * (shape.width + 1),
+        2.0 * batch * tokens * channels * shape.width,
+        {"conv1d": [partial(conv1d, each) for each in x]},
+    )
+
+
+def attention(bench: Bench, batch: int, tokens: int, past: int) -> Timed:
+    """PyTorch's own attention at OLMoE's heads, for comparison with the experts' time."""
+    make = Inputs(bench.device.name, tokens)
+    heads, size = bench.pick((16, 128), (2, 16))
+    seen = past + tokens
+    sets = [
+        tuple(make.normal(batch, heads, n, size, dtype=BF16) for n in (tokens, seen, seen))
+        for _ in range(SETS)
+    ]
+    # Half of the products of a prefill are above the diagonal.
+    share = 0.5 if past == 0 else 1.0
+    return Timed(
+        [partial(peers.causal_attention, *each) for each in sets],
+        4.0 * batch * heads * size * (tokens + seen),
+        4.0 * batch * heads * size * tokens * seen * share,
+    )

@@ -1,0 +1,172 @@
+"""Candidate tiles and chunk lengths against the built-in ones, and the best ones to commit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from benchmarks.on_gpu import shapes
+from benchmarks.on_gpu.bench import Bench
+from benchmarks.on_gpu.runner import Found, Item, Refused
+from plugins import cuda
+from plugins.check import Inputs, mamba2_scan_inputs
+from plugins.library import PATH, Library, LibraryError
+
+BF16 = torch.bfloat16
+TUNE = PATH.parent / "tune" / PATH.name
+# Of the built-in result: candidates add up in another order.
+SAME = 1e-2
+# A difference below it is noise.
+NEAR = 1.03
+BUILT_IN = "built-in"
+
+
+def items(bench: Bench) -> Iterator[Item]:
+    """Tiles for each number of tokens, then chunk lengths and variants of the scan."""
+    library = _library(bench)
+    tokens = bench.pick((32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), (20,))
+    for count in tokens:
+        yield Item(f"MoeDispatch N {count}", partial(tiles, bench, library, count))
+    for count in bench.pick((128, 256, 512, 1024, 2048, 4096, 8192), (70,)):
+        yield Item(f"Mamba2Scan T {count}", partial(chunks, bench, library, count))
+    yield Item("tables", partial(tables, bench))
+
+
+def _library(bench: Bench) -> Library:
+    if bench.rehearsal or not TUNE.is_file():
+        return bench.library()
+    library = bench.open_library(TUNE)
+    bench.device.start()
+    library.prepare()
+    return library
+
+
+def _candidates(
+    bench: Bench,
+    library: Library,
+    choices: dict[str, Callable[[], None]],
+    calls: list[Callable[[], tuple[torch.Tensor, ...]]],
+) -> dict[str, float]:
+    """Seconds of a call by every candidate that computes what the built-in choice does.
+
+    Raises:
+        Refused: the library has none of them.
+    """
+    library.tune()
+    want = calls[0]()[0]
+    times: dict[str, float] = {}
+    for name, choose in {BUILT_IN: library.tune, **choices}.items():
+        try:
+            choose()
+            got = calls[0]()[0]
+            difference = (got.float() - want.float()).norm() / want.float().norm()
+            if bench.computes and not float(difference) < SAME:
+                continue
+            replay = bench.device.capture(lambda: [call() for call in calls])
+            times[name] = bench.device.time(replay, len(calls), least=0.05).median
+        except LibraryError:
+            # Not in this library: what does not compile for a card is left out of it.
+            continue
+        finally:
+            library.tune()
+    if len(times) < 2:
+        raise Refused("this library has no candidates")
+    return times
+
+
+def _found(name: str, times: dict[str, float], kept: str, bench: Bench, at: int) -> Found:
+    best = min(times, key=times.__getitem__)
+    text = f"{name}: {best} {1e6 * times[best]:.1f} us, built-in {1e6 * times[BUILT_IN]:.1f} us"
+    together = {**bench.found.get(kept, {}), at: times}
+    return {"text": text, "seconds_of": times, "best": best, "keep": {kept: together}}
+
+
+def tiles(bench: Bench, library: Library, tokens: int) -> Found:
+    """Tiles of OLMoE's grouped products for so many tokens."""
+    from plugins.kernels.moe import tuning_tiles
+
+    shape = shapes.moe(bench.pick("full", "tiny"))[0]
+    make = Inputs(bench.device.name, tokens)
+    x = make.normal(tokens, shape.hidden, dtype=BF16)
+    logits = make.router_logits(tokens, shape.experts, shape.top_k, skewed=False)
+    up = (shape.experts, 2 * shape.intermediate, shape.hidden)
+    down = (shape.experts, shape.hidden, shape.intermediate)
+    sets = [
+        (
+            make.normal(*up, dtype=BF16, gain=shape.hidden**-0.5),
+            make.normal(*down, dtype=BF16, gain=shape.intermediate**-0.5),
+        )
+        for _ in range(bench.pick(2, 1))
+    ]
+    options = (shape.top_k, shape.normalize, "silu")
+
+    def call(weights: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return (cuda.moe_dispatch(library, x, logits, *weights, *options),)
+
+    choices = {
+        f"{rows}x{columns} {variant}".strip(): partial(
+            library.tune, tile=(rows, columns), tile_variant=variant
+        )
+        for rows, columns, variant in tuning_tiles()[: bench.pick(None, 2)]
+    }
+    times = _candidates(bench, library, choices, [partial(call, each) for each in sets])
+    mean_rows = tokens * shape.top_k // shape.experts
+    return _found(f"MoeDispatch N {tokens}", times, "tiles", bench, mean_rows)
+
+
+def chunks(bench: Bench, library: Library, tokens: int) -> Found:
+    """Chunk lengths and variants of Mamba2-2.7B's scan for so many tokens."""
+    from plugins.kernels.mamba2 import tuning_variants
+
+    shape = shapes.scans(bench.pick("full", "tiny"))[0]
+    sizes = (1, tokens, shape.heads, shape.head_size, shape.groups, shape.states)
+    inputs = mamba2_scan_inputs(bench.device.name, BF16, *sizes)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        return cuda.mamba2_scan(library, *inputs, 0.0, math.inf)
+
+    choices = {
+        f"{chunk} {variant}".strip(): partial(library.tune, chunk=chunk, scan_variant=variant)
+        for chunk in bench.pick((64, 128, 256), (64,))
+        for variant in tuning_variants()[: bench.pick(None, 2)]
+    }
+    times = _candidates(bench, library, choices, [call])
+    return _found(f"Mamba2Scan T {tokens}", times, "chunks", bench, tokens)
+
+
+def tables(bench: Bench) -> Found:
+    """Lines for kTilings (plugins/csrc/moe.cpp) and kChunkLengths (plugins/csrc/mamba2.cpp)."""
+    capability = bench.found.get("machine", {}).get("capability", 90)
+    lines = ["// kTilings; a variant needs its form in plugins/kernels/moe.py as well."]
+    for from_rows, name in steps(bench.found.get("tiles", {})):
+        size, _, variant = name.partition(" ")
+        rows, columns = size.split("x")
+        note = f"  // {variant}" if variant else ""
+        lines.append(f"{{{capability}, {from_rows}, {{{rows}, {columns}}}}},{note}")
+    of_tokens = bench.found.get("chunks", {})
+    if of_tokens:
+        longest = _without_built_in(of_tokens[max(of_tokens)])
+        best = min(longest, key=longest.__getitem__)
+        chunk, _, variant = best.partition(" ")
+        lines.append("// kChunkLengths, by the longest prompt.")
+        lines.append(f"{{{capability}, {chunk}}}," + (f"  // {variant}" if variant else ""))
+    return {"text": "tables to commit: " + " ".join(lines[1:]), "lines": lines}
+
+
+def steps(times: dict[int, dict[str, float]]) -> list[tuple[int, str]]:
+    """From which mean number of rows on which tile is best; a tile stays while it is near it."""
+    result: list[tuple[int, str]] = []
+    for mean_rows, every in sorted(times.items()):
+        candidates = _without_built_in(every)
+        best = min(candidates, key=candidates.__getitem__)
+        stays = result and candidates.get(result[-1][1], math.inf) <= NEAR * candidates[best]
+        if not stays:
+            result.append((mean_rows if result else 0, best))
+    return result
+
+
+def _without_built_in(times: dict[str, float]) -> dict[str, float]:
+    return {name: seconds for name, seconds in times.items() if name != BUILT_IN}
