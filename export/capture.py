@@ -30,7 +30,7 @@ from export.passes.scales import FoldScales, NoteFactors
 from export.passes.weights import FoldWeightTransposes, WeightsToInitializers
 from export.request import EXTRA_OUTPUTS
 from graphs.state import BATCH, PAST, SEQUENCE, TOTAL, Dimension, StateSpec
-from plugins import mamba2_scan, moe_dispatch, moe_linear
+from plugins import causal_conv, mamba2_scan, moe_dispatch, moe_linear
 
 OPSET = 23
 WEIGHT_PREFIX = "weight."
@@ -38,8 +38,9 @@ POSITIONS = "position_ids"
 # input_ids, attention_mask and position_ids come before the states.
 TOKEN_INPUTS = 3
 
-# FX overload of each custom op -> the function that emits its node.
+# FX overload of each custom op -> the function that emits its node, or its standard operators.
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.ingot.causal_conv.default: causal_conv.translate,
     torch.ops.ingot.moe_dispatch.default: moe_dispatch.translate,
     torch.ops.ingot.mamba2_scan.default: mamba2_scan.translate,
     torch.ops.ingot.moe_linear.default: moe_linear.translate,

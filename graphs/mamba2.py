@@ -21,8 +21,8 @@ from graphs.config import ConfigError, ConfigReader
 from graphs.family import Family
 from graphs.layers import HIDDEN_ACT, CausalLM, ModelOutput, RMSNorm
 from graphs.state import StateSpec, recurrent_states
+from plugins.causal_conv import causal_conv
 from plugins.mamba2_scan import mamba2_scan
-from plugins.moe_dispatch import ACTIVATIONS
 
 # Fields that only steer how new weights are drawn.
 INITIALISATION = (
@@ -158,10 +158,10 @@ class Mamba2Mixer(nn.Module):
         self.config = c = config
         width = c.intermediate_size + c.conv_dim + c.num_heads
         self.in_proj = nn.Linear(c.hidden_size, width, bias=c.use_bias)
+        # Holds the checkpoint's tensors; the operator takes them from here.
         self.conv1d = nn.Conv1d(
             c.conv_dim, c.conv_dim, c.conv_kernel, groups=c.conv_dim, bias=c.use_conv_bias
         )
-        self.act = ACTIVATIONS[c.hidden_act]
         self.A_log = nn.Parameter(torch.empty(c.num_heads))
         self.D = nn.Parameter(torch.empty(c.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(c.num_heads))
@@ -189,8 +189,8 @@ class Mamba2Mixer(nn.Module):
         )
         # Padding enters the convolution as nothing at all, as what lies before a sequence does.
         # (Masking the projection's input would let its bias through.)
-        window = torch.cat((conv, (xbc * mask[..., None]).transpose(1, 2)), dim=-1)
-        xbc = self.act(self.conv1d(window)).transpose(1, 2)
+        taps, bias = self.conv1d.weight, self.conv1d.bias
+        xbc, new_conv = causal_conv(xbc * mask[..., None], conv, taps, bias, c.hidden_act)
         channels = [c.intermediate_size, c.n_groups * c.state_size, c.n_groups * c.state_size]
         x_heads, b_groups, c_groups = torch.split(xbc, channels, dim=-1)
         tokens, group = x.shape[:2], (c.n_groups, c.state_size)
@@ -210,7 +210,7 @@ class Mamba2Mixer(nn.Module):
         )
         y = y.flatten(-2)
         y = self.norm(y, gate) if c.rms_norm else y * F.silu(gate)
-        return self.out_proj(y), window[..., 1 - c.conv_kernel :], new_ssm
+        return self.out_proj(y), new_conv, new_ssm
 
 
 class Mamba2Block(nn.Module):

@@ -5,8 +5,9 @@ With ``window = state ++ x`` along the tokens, for every channel c::
     y[t, c] = act(bias[c] + sum_w weight[c, 0, w] * window[t + w, c])
     new_state = the last W-1 tokens of window
 
-The canonical graph has it in standard operators; this operator exists for targets that fuse them.
-So there is no eager form of it here beside the function body, and ``graphs/mamba2.py`` defines it.
+The eager graph calls the operator. The canonical graph has it in the standard operators that
+``translate`` makes of the call, for runtimes have a Conv of their own, and the ONNX operator stands
+where a target has a kernel that fuses them.
 
 Source: the short convolution of Mamba (Gu and Dao 2023, arXiv:2312.00752, section 3.4).
 
@@ -15,8 +16,12 @@ Shape letters: B batch, T tokens, C channels, W width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx
 import onnx.parser
+import torch
+import torch.nn.functional as F
 from onnx.defs import OpSchema
 
 from plugins.moe_dispatch import ACTIVATIONS, activation_body
@@ -25,6 +30,53 @@ DOMAIN = "ingot"
 NAME = "CausalConv"
 VERSION = 1
 BODY_OPSET = 23
+INT64_MAX = 2**63 - 1
+
+
+@torch.library.custom_op("ingot::causal_conv", mutates_args=())
+def causal_conv(
+    x: torch.Tensor,
+    state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eager reference of the operator; the module docstring has the formula.
+
+    Args:
+        x: ``[B, T, C]``, float32, float16, bfloat16 or float64. Padding is zeros, as what lies
+            before a sequence is.
+        state: the W-1 columns before the first token, ``[B, C, W-1]`` of x's dtype.
+        weight: ``[C, 1, W]`` of x's dtype; W is at least 2.
+        bias: ``[C]`` of x's dtype, or None.
+        activation: a key of ``plugins.moe_dispatch.ACTIVATIONS``, or ``identity``.
+
+    Returns:
+        ``y [B, T, C]`` and the last W-1 columns, ``[B, C, W-1]``, both of x's dtype and contiguous,
+        as the kernel writes them.
+    """
+    tokens, channels = x.shape[1:]
+    window = torch.cat((state, x.transpose(1, 2)), dim=-1)
+    new_state = window[..., tokens:].contiguous()
+    # PyTorch refuses a window shorter than the kernel, whose result has no column.
+    if tokens == 0:
+        return torch.empty_like(x), new_state
+    y = F.conv1d(window, weight, bias, groups=channels)
+    if activation != "identity":
+        y = ACTIVATIONS[activation](y)
+    return y.transpose(1, 2).contiguous(), new_state
+
+
+@causal_conv.register_fake
+def _(
+    x: torch.Tensor,
+    state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), state.new_empty(state.shape)
+
 
 SCHEMA = OpSchema(
     NAME,
@@ -50,6 +102,37 @@ SCHEMA = OpSchema(
 )
 
 
+def translate(x: Any, state: Any, weight: Any, bias: Any, activation: str) -> Any:
+    """Entry of the torch exporter's translation table: one FX call becomes standard operators.
+
+    They stand as ``export.passes.convolution.match_causal_conv`` knows them. Every size comes from
+    the weight, so B and T stay symbolic.
+    """
+    from onnxscript import opset23 as op
+
+    channels, _, width = weight.shape
+    columns = op.Transpose(x, perm=[0, 2, 1])
+    window = op.Concat(state, columns, axis=-1)
+    convolved = op.Conv(window, weight, bias, group=channels)
+    y = op.Transpose(_activated(convolved, activation), perm=[0, 2, 1])
+    # starts, ends, axes
+    last = [op.Constant(value_ints=[number]) for number in (1 - width, INT64_MAX, 2)]
+    return y, op.Slice(window, *last)
+
+
+def _activated(value: Any, activation: str) -> Any:
+    """The activation in the exporter's operators."""
+    from onnxscript import opset23 as op
+
+    if activation == "silu":
+        return op.Mul(value, op.Sigmoid(value))
+    if activation == "gelu":
+        return op.Gelu(value)
+    if activation == "gelu_tanh":
+        return op.Gelu(value, approximate="tanh")
+    return op.Relu(value) if activation == "relu" else value
+
+
 def function_body(activation: str, channels: int, width: int) -> onnx.FunctionProto:
     """The operator in standard ONNX operators, for runtimes without a kernel of its own.
 
@@ -71,7 +154,7 @@ def function_body(activation: str, channels: int, width: int) -> onnx.FunctionPr
         {activation_body(activation, "convolved")}
         y = Transpose <perm = [0, 2, 1]> (activated)
         start = Constant <value_ints: ints = [{1 - width}]> ()
-        end = Constant <value_ints: ints = [{2**63 - 1}]> ()
+        end = Constant <value_ints: ints = [{INT64_MAX}]> ()
         axis = Constant <value_ints: ints = [2]> ()
         new_state = Slice (window, start, end, axis)
     }}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from plugins import library as c
+from plugins.causal_conv import causal_conv as causal_conv_op
 from plugins.library import Library
 from plugins.mamba2_scan import mamba2_scan as mamba2_scan_op
 from plugins.moe_dispatch import moe_dispatch as moe_dispatch_op
@@ -36,6 +37,7 @@ def register(library: Library, device_type: str = "cuda") -> None:
     def scan(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return mamba2_scan(library, *arguments[:9], *arguments[10:])
 
+    causal_conv_op.register_kernel(device_type)(partial(causal_conv, library))
     moe_dispatch_op.register_kernel(device_type)(partial(moe_dispatch, library))
     moe_linear_op.register_kernel(device_type)(partial(moe_linear, library))
     mamba2_scan_op.register_kernel(device_type)(scan)
@@ -171,20 +173,10 @@ def causal_conv(
     activation: str,
     new_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A causal depthwise convolution with state.
-
-    Args:
-        x: ``[B, T, C]``.
-        state: the W-1 columns before it, ``[B, C, W-1]``.
-        weight: ``[C, 1, W]``.
-        bias: ``[C]``.
-        activation: applied to the result.
-        new_state: where to write it; may be ``state`` when T is 1.
-
-    Returns:
-        ``y [B, T, C]`` and the new state.
-    """
+    """``ingot::CausalConv``; see ``plugins.causal_conv``. ``new_state`` may be ``state`` if T is 1."""
     x, state, weight = x.contiguous(), state.contiguous(), weight.contiguous()
+    # A copy has to live until the launch.
+    bias = None if bias is None else bias.contiguous()
     batch, tokens, channels = x.shape
     y = torch.empty_like(x)
     new_state = torch.empty_like(state) if new_state is None else new_state
@@ -198,7 +190,7 @@ def causal_conv(
         x=x.data_ptr(),
         state=state.data_ptr(),
         weight=weight.data_ptr(),
-        bias=None if bias is None else bias.contiguous().data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
         y=y.data_ptr(),
         new_state=new_state.data_ptr(),
     )

@@ -15,6 +15,7 @@ from graphs.checkpoint import Checkpoint, load_parameters
 from graphs.family import family_of
 from graphs.state import BATCH
 from plugins import cuda
+from plugins.causal_conv import causal_conv
 from plugins.library import Library
 from plugins.mamba2_scan import mamba2_scan
 from plugins.moe_dispatch import moe_dispatch
@@ -24,7 +25,7 @@ from validate.eager import EagerSession
 if TYPE_CHECKING:
     from plugins.kernels.interpret import InterpretedLibrary
 
-OPERATORS = (moe_dispatch, moe_linear, mamba2_scan)
+OPERATORS = (causal_conv, moe_dispatch, moe_linear, mamba2_scan)
 
 
 @pytest.fixture(scope="module")
