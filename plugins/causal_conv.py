@@ -60,7 +60,7 @@ def causal_conv(
     new_state = window[..., tokens:].contiguous()
     # PyTorch refuses a window shorter than the kernel, whose result has no column.
     if tokens == 0:
-        return torch.empty_like(x), new_state
+        return x.new_empty(x.shape), new_state
     y = F.conv1d(window, weight, bias, groups=channels)
     if activation != "identity":
         y = ACTIVATIONS[activation](y)
@@ -116,7 +116,7 @@ def translate(x: Any, state: Any, weight: Any, bias: Any, activation: str) -> An
     convolved = op.Conv(window, weight, bias, group=channels)
     y = op.Transpose(_activated(convolved, activation), perm=[0, 2, 1])
     # starts, ends, axes
-    last = [op.Constant(value_ints=[number]) for number in (1 - width, INT64_MAX, 2)]
+    last: list[Any] = [op.Constant(value_ints=[number]) for number in (1 - width, INT64_MAX, 2)]
     return y, op.Slice(window, *last)
 
 

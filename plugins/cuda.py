@@ -173,7 +173,10 @@ def causal_conv(
     activation: str,
     new_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``ingot::CausalConv``; see ``plugins.causal_conv``. ``new_state`` may be ``state`` if T is 1."""
+    """``ingot::CausalConv``; see ``plugins.causal_conv``.
+
+    ``new_state`` may be ``state`` where T is 1.
+    """
     x, state, weight = x.contiguous(), state.contiguous(), weight.contiguous()
     # A copy has to live until the launch.
     bias = None if bias is None else bias.contiguous()

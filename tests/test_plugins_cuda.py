@@ -18,7 +18,7 @@ from plugins import cuda
 from plugins.causal_conv import causal_conv
 from plugins.library import Library
 from plugins.mamba2_scan import mamba2_scan
-from plugins.moe_dispatch import moe_dispatch
+from plugins.moe_dispatch import ACTIVATIONS, moe_dispatch
 from plugins.moe_linear import moe_linear
 from validate.eager import EagerSession
 
@@ -28,12 +28,17 @@ if TYPE_CHECKING:
 OPERATORS = (causal_conv, moe_dispatch, moe_linear, mamba2_scan)
 
 
+# Never closed: PyTorch has no way to take a kernel back, and leaving the context would turn those
+# of the CPU on for every test that follows in this process.
+OFF = contextlib.ExitStack()
+
+
 @pytest.fixture(scope="module")
-def registered(device: InterpretedLibrary) -> Iterator[InterpretedLibrary]:
+def registered(device: InterpretedLibrary) -> InterpretedLibrary:
     cuda.register(device, "cpu")
     # Off, outside the tests that turn them on.
-    with switched(on=False):
-        yield device
+    OFF.enter_context(switched(on=False))
+    return device
 
 
 @contextlib.contextmanager
@@ -65,8 +70,37 @@ def test_an_eager_graph_on_the_kernels_computes_the_same(
     with switched(on=True):
         actual = run()
     assert len(registered.launches) > 10
+    forms = [launch.form for launch in registered.launches]
+    convolutions = [form for form in forms if form.startswith("mamba2_conv_")]
+    # Two layers, in a prefill and two steps.
+    of_prefill, of_steps = ["mamba2_conv_fp32_many_w4"] * 2, ["mamba2_conv_fp32_one_w4"] * 4
+    assert convolutions == (of_prefill + of_steps if family == "mamba2" else [])
     for want, got in zip(expected, actual, strict=True):
         assert 0 < relative_rms(want, got) < 1e-5
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "identity"])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 0), (0, 3), (2, 1), (1, 2), (2, 5)])
+def test_a_convolution_on_its_kernel_is_the_reference(
+    registered: InterpretedLibrary, batch: int, tokens: int, biased: bool, activation: str
+) -> None:
+    """Without tokens the state is passed on, and without rows there is nothing to compute."""
+    random = torch.Generator().manual_seed(tokens)
+    shapes = ((batch, 7, tokens), (batch, 7, 3), (7, 1, 4), (7, 2))
+    x, state, weight, biases = (torch.randn(shape, generator=random) for shape in shapes)
+    # Neither x nor the bias lies in memory as the kernel reads it.
+    bias = biases[:, 0] if biased else None
+    arguments = (x.transpose(1, 2), state, weight, bias, activation)
+    expected = causal_conv(*arguments)
+    registered.launches.clear()
+    with switched(on=True):
+        found = causal_conv(*arguments)
+    assert len(registered.launches) == (batch > 0)
+    for want, got in zip(expected, found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert got.is_contiguous() and want.is_contiguous()
+    assert torch.equal(found[1], expected[1])
 
 
 @pytest.mark.gpu
