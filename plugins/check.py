@@ -3,8 +3,8 @@
 Each operator at odd and even sizes and in each dtype, against its eager reference in float64. The
 outputs and the workspace begin as NaN, and a call that is repeated must give the same bits.
 
-The cases run on any library, so tests run them over Triton's interpreter; ``benchmarks/gpu.py`` runs
-them at the sizes of released models, and times the kernels.
+The cases run on any library, so tests run them over Triton's interpreter; ``benchmarks/gpu.py``
+runs them at the sizes of released models, and times the kernels.
 """
 
 # A, B, C, D: the letters of the state-space papers.
@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -258,14 +259,15 @@ def mamba2_scan_case(
         of_heads = (x[row][:, :, head], dt[row][:, :, head], A[head])
         of_groups = (B[row][:, :, group], C[row][:, :, group])
         rest = (D[head], dt_bias[head], state[row][:, head], mask[row])
-        result: Tensors = mamba2_scan(*wide(*of_heads, *of_groups, *rest), 1, *limits)
+        arguments: list[Any] = [*wide(*of_heads, *of_groups, *rest), 1, *limits]
+        result: Tensors = mamba2_scan(*arguments)
         return result
 
     sizes = f"B {batch} T {tokens} Hm {heads} Pm {head_size} G {groups} Ns {states}"
     return Case(
         f"Mamba2Scan {sizes}{' padded' if padding else ''}",
         dtype,
-        lambda: cuda.mamba2_scan(library, *inputs, *limits),
+        lambda: cuda.mamba2_scan(library, x, dt, A, B, C, D, dt_bias, state, mask, *limits),
         lambda outputs: (outputs[0][row][:, :, head], outputs[1][row][:, head]),
         reference,
     )
@@ -293,7 +295,8 @@ def causal_conv_case(
 
     def reference() -> Tensors:
         of_channels = (x[:, :, kept], state[:, kept], weight[kept], bias[kept])
-        result: Tensors = causal_conv(*wide(*of_channels), activation)
+        arguments: list[Any] = [*wide(*of_channels), activation]
+        result: Tensors = causal_conv(*arguments)
         return result
 
     return Case(
@@ -341,7 +344,7 @@ def main() -> int:
         return 2
     try:
         library = Library()
-        torch.cuda.init()
+        torch.zeros(1, device="cuda")
         library.prepare()
     except LibraryError as error:
         print(f"error: {error}")

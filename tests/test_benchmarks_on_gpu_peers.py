@@ -51,4 +51,4 @@ def test_a_grouped_linear_layer_is_the_operator(per_choice: bool) -> None:
 
 def test_skewed_logits_send_every_token_to_the_same_experts() -> None:
     logits = Inputs("cpu", 3).router_logits(50, 8, 3, skewed=True)
-    assert logits.topk(3).indices.unique().tolist() == [5, 6, 7]
+    assert set(logits.topk(3).indices.flatten().tolist()) == {5, 6, 7}
