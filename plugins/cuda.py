@@ -2,6 +2,10 @@
 
 ``register`` makes them the CUDA implementation of the ``ingot`` operators. Shapes and meanings are
 those of each operator's file.
+
+A call runs on its tensors' device and on that device's current stream, and returns at once. What it
+made for itself, copies and workspace, is freed before the kernels have run: the caching allocator
+gives that memory out again on the same stream alone, behind them.
 """
 
 # A, B, C, D: the letters of the state-space papers.
@@ -9,6 +13,7 @@ those of each operator's file.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from ctypes import Structure
 from functools import partial
 from typing import Any
@@ -17,7 +22,7 @@ import torch
 
 from plugins import library as c
 from plugins.causal_conv import causal_conv as causal_conv_op
-from plugins.library import Library
+from plugins.library import Library, LibraryError
 from plugins.mamba2_scan import mamba2_scan as mamba2_scan_op
 from plugins.moe_dispatch import moe_dispatch as moe_dispatch_op
 from plugins.moe_linear import moe_linear as moe_linear_op
@@ -29,10 +34,17 @@ def register(library: Library, device_type: str = "cuda") -> None:
     The eager graph then uses them. ``op.set_kernel_enabled(device_type, False)`` goes back to the
     reference for a while.
 
+    The current device is prepared, so that even a first call may be captured into a CUDA graph; for
+    another device call ``prepare``.
+
     Args:
         library: of the kernels.
         device_type: of the tensors.
+
+    Raises:
+        LibraryError: no driver, or a device that nothing was compiled for.
     """
+    prepare(library, torch.device(device_type))
 
     def scan(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return mamba2_scan(library, *arguments[:9], *arguments[10:])
@@ -41,6 +53,56 @@ def register(library: Library, device_type: str = "cuda") -> None:
     moe_dispatch_op.register_kernel(device_type)(partial(moe_dispatch, library))
     moe_linear_op.register_kernel(device_type)(partial(moe_linear, library))
     mamba2_scan_op.register_kernel(device_type)(scan)
+
+
+def prepare(library: Library, device: torch.device) -> None:
+    """Load the kernels for a device; again costs nothing.
+
+    Calls do it at need, but cannot while a stream is being captured into a CUDA graph.
+
+    Args:
+        library: of the kernels.
+        device: without an index, the current one of its type.
+
+    Raises:
+        LibraryError: no driver, or a device that nothing was compiled for.
+    """
+    if device.type == "cuda":
+        torch.cuda.init()
+    with _on(device):
+        library.prepare()
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes the device's context the current one, into which the library launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether it is as the kernels read it: row-major, from a multiple of 16 bytes."""
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+
+
+def _check_device(*tensors: torch.Tensor) -> None:
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if len(devices) > 1:
+        raise LibraryError(
+            f"a call of a kernel got tensors on {' and '.join(devices)}; move all to one device."
+        )
+
+
+def _dense(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors, or dense copies of them.
+
+    Raises:
+        LibraryError: they are on several devices.
+    """
+    _check_device(*tensors)
+    # A view may begin between two multiples of 16 bytes; fresh memory does not.
+    return [
+        tensor if _is_dense(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+        for tensor in tensors
+    ]
 
 
 def _dtype(x: torch.Tensor) -> int:
@@ -52,10 +114,25 @@ def _stream(x: torch.Tensor) -> int | None:
 
 
 def _run(library: Library, parameters: Structure, x: torch.Tensor) -> None:
-    # The caching allocator aligns to 512 bytes, and keeps the memory until the stream is past it.
-    size = library.workspace_bytes(parameters)
-    workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=x.device)
-    library.run(parameters, workspace.data_ptr(), _stream(x))
+    with _on(x.device):
+        # The caching allocator aligns to 512 bytes.
+        size = library.workspace_bytes(parameters)
+        workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=x.device)
+        library.run(parameters, workspace.data_ptr(), size, _stream(x))
+
+
+def _output(wanted: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
+    """Where the kernels write the new state: to the tensor that is wanted, if it is dense."""
+    if wanted is None:
+        return torch.empty_like(state)
+    _check_device(state, wanted)
+    return wanted if _is_dense(wanted) else torch.empty_like(state)
+
+
+def _returned(wanted: torch.Tensor | None, written: torch.Tensor) -> torch.Tensor:
+    if wanted is None or wanted is written:
+        return written
+    return wanted.copy_(written)
 
 
 def moe_dispatch(
@@ -69,8 +146,7 @@ def moe_dispatch(
     activation: str,
 ) -> torch.Tensor:
     """``ingot::MoeDispatch``; see ``plugins.moe_dispatch``."""
-    x, router_logits = x.contiguous(), router_logits.float().contiguous()
-    gate_up, down = gate_up.contiguous(), down.contiguous()
+    x, router_logits, gate_up, down = _dense(x, router_logits.float(), gate_up, down)
     y = torch.empty_like(x)
     experts, hidden, intermediate = down.shape
     parameters = c.MoeDispatch(
@@ -96,7 +172,7 @@ def moe_linear(
     library: Library, x: torch.Tensor, expert_ids: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     """``ingot::MoeLinear``; see ``plugins.moe_linear``."""
-    x, expert_ids, weight = x.contiguous(), expert_ids.contiguous(), weight.contiguous()
+    x, expert_ids, weight = _dense(x, expert_ids, weight)
     experts, out_features, in_features = weight.shape
     tokens, top_k = expert_ids.shape
     y = x.new_empty(tokens, top_k, out_features)
@@ -133,11 +209,11 @@ def mamba2_scan(
     new_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``ingot::Mamba2Scan``; see ``plugins.mamba2_scan``. ``new_state`` may be ``state``."""
-    x, dt, B, C, mask = (each.contiguous() for each in (x, dt, B, C, mask))
-    A, D, dt_bias, state = (each.contiguous() for each in (A, D, dt_bias, state))
+    wanted = new_state
+    x, dt, A, B, C, D, dt_bias, state, mask = _dense(x, dt, A, B, C, D, dt_bias, state, mask)
     batch, tokens, heads, head_size = x.shape
     y = torch.empty_like(x)
-    new_state = torch.empty_like(state) if new_state is None else new_state
+    new_state = _output(wanted, state)
     parameters = c.Mamba2Scan(
         dtype=_dtype(x),
         batch=batch,
@@ -161,7 +237,7 @@ def mamba2_scan(
         new_state=new_state.data_ptr(),
     )
     _run(library, parameters, x)
-    return y, new_state
+    return y, _returned(wanted, new_state)
 
 
 def causal_conv(
@@ -177,12 +253,11 @@ def causal_conv(
 
     ``new_state`` may be ``state`` where T is 1.
     """
-    x, state, weight = x.contiguous(), state.contiguous(), weight.contiguous()
-    # A copy has to live until the launch.
-    bias = None if bias is None else bias.contiguous()
+    wanted = new_state
+    x, state, weight, *biases = _dense(x, state, weight, *([] if bias is None else [bias]))
     batch, tokens, channels = x.shape
     y = torch.empty_like(x)
-    new_state = torch.empty_like(state) if new_state is None else new_state
+    new_state = _output(wanted, state)
     parameters = c.CausalConv(
         dtype=_dtype(x),
         activation=c.ACTIVATIONS[activation],
@@ -193,9 +268,9 @@ def causal_conv(
         x=x.data_ptr(),
         state=state.data_ptr(),
         weight=weight.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
+        bias=biases[0].data_ptr() if biases else None,
         y=y.data_ptr(),
         new_state=new_state.data_ptr(),
     )
     _run(library, parameters, x)
-    return y, new_state
+    return y, _returned(wanted, new_state)

@@ -6,12 +6,23 @@ Each structure mirrors one of ``plugins/csrc/ingot_kernels.h``, which says what 
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_size_t, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_void_p,
+)
 from pathlib import Path
 
 from plugins.errors import IngotError
 
-VERSION = 1
+VERSION = 2
 PATH = Path(__file__).resolve().parent / "lib" / "libingot_kernels.so"
 
 # ONNX's and PyTorch's name of an element type -> the interface's number.
@@ -99,6 +110,18 @@ class CausalConv(Structure):
     )
 
 
+class Tuning(Structure):
+    _fields_ = (
+        ("tile_rows", c_int32),
+        ("tile_columns", c_int32),
+        ("tile_variant", c_char_p),
+        ("chunk", c_int32),
+        ("scan_variant", c_char_p),
+        ("slice_tokens", c_int32),
+        ("scan_bytes", c_int64),
+    )
+
+
 # Structure -> its call in the library, and whether that call takes a workspace.
 CALLS: dict[type[Structure], tuple[str, bool]] = {
     MoeDispatch: ("ingot_moe_dispatch", True),
@@ -134,12 +157,13 @@ class Library:
             )
         self._library.ingot_last_error.restype = c_char_p
         self._library.ingot_use_driver.argtypes = [c_char_p]
+        self._library.ingot_tune.argtypes = [POINTER(Tuning)]
         for structure, (call, workspace) in CALLS.items():
-            between = [c_void_p] if workspace else []
+            between = [c_void_p, c_size_t] if workspace else []
             getattr(self._library, call).argtypes = [POINTER(structure), *between, c_void_p]
             if workspace:
                 size = getattr(self._library, f"{call}_workspace")
-                size.argtypes, size.restype = [POINTER(structure)], c_size_t
+                size.argtypes = [POINTER(structure), POINTER(c_size_t)]
 
     def _check(self, status: int) -> None:
         if status:
@@ -150,31 +174,86 @@ class Library:
         self._check(self._library.ingot_use_driver(str(path).encode()))
 
     def prepare(self) -> None:
-        """Load the kernels into the current CUDA context.
+        """Load the kernels into the current CUDA context; again costs nothing.
+
+        A thread without a context gets the primary one of device 0.
 
         Raises:
-            LibraryError: no driver, no context, or a device that nothing was compiled for.
+            LibraryError: no driver, or a device that nothing was compiled for.
         """
         self._check(self._library.ingot_prepare())
 
-    def workspace_bytes(self, parameters: Structure) -> int:
-        """Bytes of workspace that ``run`` needs for these sizes; pointers may be null."""
-        call, workspace = CALLS[type(parameters)]
-        if not workspace:
-            return 0
-        return int(getattr(self._library, f"{call}_workspace")(byref(parameters)))
+    def tune(
+        self,
+        *,
+        tile: tuple[int, int] | None = None,
+        tile_variant: str = "",
+        chunk: int = 0,
+        scan_variant: str = "",
+        slice_tokens: int = 0,
+        scan_bytes: int = 0,
+    ) -> None:
+        """Take candidates in place of the built-in choices, for benchmarks and tests.
 
-    def run(self, parameters: Structure, workspace: int | None, stream: int | None) -> None:
+        They count for ``workspace_bytes`` too. Not while calls are made. A tile or a variant that
+        has no form is refused by the call that needs it.
+
+        Args:
+            tile: rows and columns of the grouped products in 16 bits; None is the table's.
+            tile_variant: ``_`` and this end the names of their forms.
+            chunk: tokens of a scan's chunk in 16 bits, a multiple of 64; 0 is the table's.
+            scan_variant: the same as ``tile_variant`` for the forms of states and outputs.
+            slice_tokens: the most that MoeDispatch takes at once, a multiple of 16; 0 is 8192.
+            scan_bytes: workspace from which a scan is cut, a multiple of 256; 0 is 512 MiB.
+
+        Raises:
+            LibraryError: a number that no kernel takes; the choices are as they were.
+        """
+        rows, columns = tile or (0, 0)
+        tuning = Tuning(
+            rows,
+            columns,
+            tile_variant.encode(),
+            chunk,
+            scan_variant.encode(),
+            slice_tokens,
+            scan_bytes,
+        )
+        self._check(self._library.ingot_tune(byref(tuning)))
+
+    def workspace_bytes(self, parameters: Structure) -> int:
+        """Bytes that are enough for ``run`` with these sizes, or with fewer tokens or rows.
+
+        They are so on any device. Pointers may be null.
+
+        Raises:
+            LibraryError: what the library refuses about the sizes.
+        """
+        call, workspace = CALLS[type(parameters)]
+        size = c_size_t()
+        if workspace:
+            status = getattr(self._library, f"{call}_workspace")(byref(parameters), byref(size))
+            self._check(status)
+        return size.value
+
+    def run(
+        self,
+        parameters: Structure,
+        workspace: int | None,
+        workspace_bytes: int,
+        stream: int | None,
+    ) -> None:
         """Enqueue an operator; returns at once.
 
         Args:
             parameters: sizes and device addresses.
-            workspace: address of ``workspace_bytes(parameters)`` bytes, aligned to 256.
+            workspace: address of the workspace, aligned to 256 bytes; None where it has none.
+            workspace_bytes: its size.
             stream: a ``CUstream``; None is the default stream.
 
         Raises:
             LibraryError: what the library refused, in a sentence.
         """
         call, takes_workspace = CALLS[type(parameters)]
-        between = [workspace] if takes_workspace else []
+        between = [workspace, workspace_bytes] if takes_workspace else []
         self._check(getattr(self._library, call)(byref(parameters), *between, stream))

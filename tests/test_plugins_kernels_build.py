@@ -72,7 +72,7 @@ def test_says_in_one_sentence_that_there_is_no_driver(built: Path) -> None:
     )
     tokens.weight = tokens.y = 16
     with pytest.raises(LibraryError, match="CUDA driver"):
-        library.run(tokens, None, None)
+        library.run(tokens, None, 0, None)
 
 
 def test_a_second_build_compiles_nothing(built: Path) -> None:

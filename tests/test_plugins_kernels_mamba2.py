@@ -48,7 +48,7 @@ def _guarded_workspace() -> Iterator[None]:
     def run(library: Library, parameters: Structure, x: torch.Tensor) -> None:
         size = library.workspace_bytes(parameters)
         workspace = torch.full((size + 4096,), 255, dtype=torch.uint8)
-        library.run(parameters, workspace.data_ptr(), None)
+        library.run(parameters, workspace.data_ptr(), size, None)
         assert bool((workspace[size:] == 255).all()), "written behind the workspace"
 
     with pytest.MonkeyPatch.context() as patch:
@@ -424,7 +424,7 @@ def test_refusals(device: InterpretedLibrary, change: dict[str, Any], message: s
     sizes = {"batch": 2, "tokens": 3, "heads": 4, "head_size": 8, "groups": 2, "states": 16}
     parameters = Mamba2Scan(**{**pointers, **sizes, "dt_min": 0.0, "dt_max": 1.0, **change})
     with pytest.raises(LibraryError) as caught:
-        device.run(parameters, None, None)
+        device.run(parameters, None, 0, None)
     assert message in str(caught.value)
 
 
@@ -569,7 +569,7 @@ def test_conv_refusals(device: InterpretedLibrary, change: dict[str, Any], messa
     pointers = {"x": 16, "state": 16, "weight": 16, "bias": None, "y": 16, "new_state": 32}
     sizes = {"batch": 2, "tokens": 3, "channels": 16, "width": 4}
     with pytest.raises(LibraryError) as caught:
-        device.run(CausalConv(**{**pointers, **sizes, **change}), None, None)
+        device.run(CausalConv(**{**pointers, **sizes, **change}), None, 0, None)
     assert message in str(caught.value)
 
 

@@ -423,7 +423,7 @@ def linear_parameters(**changes: int | None) -> MoeLinear:
         ),
         (dispatch_parameters(tokens=-1), "tokens is -1; it must be between 0 and 2147483647."),
         (
-            dispatch_parameters(tokens=2**30),
+            linear_parameters(tokens=2**30),
             "tokens * top_k is 2147483648; it must be between 0 and 1073741824: split the call "
             "into smaller ones.",
         ),
@@ -449,7 +449,7 @@ def test_refusals(
     workspace = 4096 if isinstance(parameters, MoeDispatch) else None
     device.launches.clear()
     with pytest.raises(LibraryError) as caught:
-        device.run(parameters, workspace, None)
+        device.run(parameters, workspace, 1 << 40, None)
     assert str(caught.value) == message
     assert device.launches == []
 
@@ -477,7 +477,7 @@ def test_kernels_stay_in_the_workspace(device: InterpretedLibrary, tokens: int) 
     size = device.workspace_bytes(parameters)
     memory = torch.full((size + 8192,), 0x5A, dtype=torch.uint8)
     begin = -memory.data_ptr() % 256 + 1024
-    device.run(parameters, memory.data_ptr() + begin, None)
+    device.run(parameters, memory.data_ptr() + begin, size, None)
     assert_close(y, dispatch_loop(x, logits, gate_up, down, 2, False, "silu"))
     assert (memory[:begin] == 0x5A).all()
     assert (memory[begin + size :] == 0x5A).all()

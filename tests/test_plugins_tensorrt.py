@@ -155,35 +155,37 @@ STUB = r"""
 extern "C" {
 unsigned char seen[256];
 void *seen_workspace, *seen_stream;
+size_t seen_bytes;
 int prepared;
 }
 #pragma GCC visibility pop
-template <typename P> ingot_status keep(const P *p, void *workspace, void *stream) {
+template <typename P> ingot_status keep(const P *p, void *workspace, size_t bytes, void *stream) {
     static_assert(sizeof(P) <= sizeof seen);
     std::memcpy(seen, p, sizeof *p);
     seen_workspace = workspace;
+    seen_bytes = bytes;
     seen_stream = stream;
     return INGOT_OK;
 }
-template <typename P> size_t size(const P *p) { return 1000 + p->tokens; }
+template <typename P> ingot_status size(const P *p, size_t *bytes) {
+    *bytes = 1000 + p->tokens;
+    return p->tokens > 2000 ? INGOT_BAD_ARGUMENT : INGOT_OK;
+}
 int ingot_kernels_version(void) { return INGOT_KERNELS_VERSION; }
-const char *ingot_last_error(void) { return ""; }
+const char *ingot_last_error(void) { return "too many tokens: split them."; }
 ingot_status ingot_prepare(void) { return ++prepared, INGOT_OK; }
 ingot_status ingot_use_driver(const char *) { return INGOT_OK; }
-size_t ingot_moe_dispatch_workspace(const ingot_moe_dispatch_params *p) { return size(p); }
-size_t ingot_moe_linear_workspace(const ingot_moe_linear_params *p) { return size(p); }
-size_t ingot_mamba2_scan_workspace(const ingot_mamba2_scan_params *p) { return size(p); }
-ingot_status ingot_moe_dispatch(const ingot_moe_dispatch_params *p, void *w, void *s) {
-    return keep(p, w, s);
-}
-ingot_status ingot_moe_linear(const ingot_moe_linear_params *p, void *w, void *s) {
-    return keep(p, w, s);
-}
-ingot_status ingot_mamba2_scan(const ingot_mamba2_scan_params *p, void *w, void *s) {
-    return keep(p, w, s);
-}
+ingot_status ingot_tune(const ingot_tuning *) { return INGOT_OK; }
+#define CALL(name)                                                                              \
+    ingot_status name##_workspace(const name##_params *p, size_t *b) { return size(p, b); }     \
+    ingot_status name(const name##_params *p, void *w, size_t b, void *s) {                     \
+        return keep(p, w, b, s);                                                                \
+    }
+CALL(ingot_moe_dispatch)
+CALL(ingot_moe_linear)
+CALL(ingot_mamba2_scan)
 ingot_status ingot_causal_conv(const ingot_causal_conv_params *p, void *s) {
-    return keep(p, nullptr, s);
+    return keep(p, nullptr, 0, s);
 }
 """
 
@@ -205,6 +207,11 @@ def seen(stub: Path, plugin: Plugin, *, forget: bool = False) -> dict[str, Any]:
     if forget:
         ctypes.memset(memory, 0, 256)
     return {member: getattr(structure, member) for member, *_ in structure._fields_}
+
+
+def seen_bytes(stub: Path) -> int:
+    """Of the workspace of the last call."""
+    return ctypes.c_size_t.in_dll(ctypes.CDLL(str(stub)), "seen_bytes").value
 
 
 def repeated(plugin: Plugin, form: int) -> Iterator[tuple[list[list[int]], list[int]]]:
@@ -253,6 +260,7 @@ def test_python_calls_the_kernels_as_torch_does(
     workspace = ctypes.c_void_p.in_dll(handle, "seen_workspace").value
     assert workspace == (4096 if takes_workspace else None)
     expected = 1000 + (SIZES[name].get("N") or SIZES[name]["T"]) if takes_workspace else 0
+    assert seen_bytes(stub) == expected
     assert node.workspace_bytes(stub, dtype, shapes) == expected
 
 

@@ -4,6 +4,7 @@
 
 #include <map>
 #include <mutex>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 
@@ -29,6 +30,9 @@ constexpr size_t kMaxArguments = 48;
 struct Driver {
     CUresult (*init)(unsigned) = nullptr;
     CUresult (*context)(CUcontext *) = nullptr;
+    CUresult (*retain)(CUcontext *, CUdevice) = nullptr;
+    CUresult (*set_context)(CUcontext) = nullptr;
+    CUresult (*context_id)(CUcontext, unsigned long long *) = nullptr;  // null before CUDA 12.0
     CUresult (*device)(CUdevice *) = nullptr;
     CUresult (*attribute)(int *, int, CUdevice) = nullptr;
     CUresult (*load)(CUmodule *, const void *) = nullptr;
@@ -60,6 +64,10 @@ Driver open_driver() {
     };
     find(result.init, "cuInit");
     find(result.context, "cuCtxGetCurrent");
+    find(result.retain, "cuDevicePrimaryCtxRetain");
+    find(result.set_context, "cuCtxSetCurrent");
+    result.context_id =
+        reinterpret_cast<decltype(result.context_id)>(dlsym(library, "cuCtxGetId"));
     find(result.device, "cuCtxGetDevice");
     find(result.attribute, "cuDeviceGetAttribute");
     find(result.load, "cuModuleLoadData");
@@ -94,13 +102,19 @@ struct Loaded {
 
 using Forms = std::unordered_map<std::string, Loaded>;
 
-// The device of the current context; -1 and an error recorded where there is none.
-ingot_status current(CUcontext *context, int *capability) {
+// The current context of this thread. CUDA's runtime, and so PyTorch, binds one at its first call in
+// a thread, which may still lie ahead; like the runtime, this binds the primary context of device 0.
+// It is never released: whoever made it first may have left it to the process.
+ingot_status current_context(CUcontext *context) {
     if (!driver().missing.empty()) return fail(INGOT_NO_DRIVER, driver().missing + ".");
     if (ingot_status s = check(driver().context(context), "cuCtxGetCurrent")) return s;
-    if (*context == nullptr) {
-        return fail(INGOT_DRIVER_ERROR, "no CUDA context is current on this thread.");
-    }
+    if (*context != nullptr) return INGOT_OK;
+    if (ingot_status s = check(driver().retain(context, 0), "cuDevicePrimaryCtxRetain")) return s;
+    return check(driver().set_context(*context), "cuCtxSetCurrent");
+}
+
+// The compute capability of the current context's device.
+ingot_status current_capability(int *capability) {
     CUdevice device = 0;
     int major = 0, minor = 0;
     if (ingot_status s = check(driver().device(&device), "cuCtxGetDevice")) return s;
@@ -149,20 +163,27 @@ ingot_status load(int capability, Forms *forms) {
 
 // The forms of the current context, loaded at the first call in it.
 ingot_status prepared(const Forms **forms) {
-    static std::map<CUcontext, std::pair<int, Forms>> contexts;
+    // A context may be destroyed and another made at its address, on this device or on another; only
+    // the id says so, where the driver has ids. What was loaded into contexts past stays in the map.
+    using Key = std::tuple<CUcontext, unsigned long long, int>;
+    static std::map<Key, Forms> contexts;
     CUcontext context = nullptr;
+    unsigned long long id = 0;
     int capability = 0;
-    if (ingot_status s = current(&context, &capability)) return s;
+    if (ingot_status s = current_context(&context)) return s;
+    if (driver().context_id != nullptr) {
+        if (ingot_status s = check(driver().context_id(context, &id), "cuCtxGetId")) return s;
+    }
+    if (ingot_status s = current_capability(&capability)) return s;
     std::lock_guard<std::mutex> lock(mutex);
-    auto found = contexts.find(context);
-    // A context may be destroyed and another made at the same address, on another device.
-    if (found == contexts.end() || found->second.first != capability) {
+    const Key key{context, id, capability};
+    auto found = contexts.find(key);
+    if (found == contexts.end()) {
         Forms loaded;
         if (ingot_status s = load(capability, &loaded)) return s;
-        contexts[context] = {capability, std::move(loaded)};
-        found = contexts.find(context);
+        found = contexts.emplace(key, std::move(loaded)).first;
     }
-    *forms = &found->second.second;
+    *forms = &found->second;
     return INGOT_OK;
 }
 
@@ -184,10 +205,18 @@ const char *dtype_name(ingot_dtype dtype) {
 
 size_t dtype_size(ingot_dtype dtype) { return dtype == INGOT_FLOAT32 ? 4 : 2; }
 
-int compute_capability() {
+ingot_status compute_capability(int *capability) {
     CUcontext context = nullptr;
-    int capability = 0;
-    return current(&context, &capability) == INGOT_OK ? capability : 0;
+    if (ingot_status s = current_context(&context)) return s;
+    return current_capability(capability);
+}
+
+ingot_status check_workspace(const std::string &op, size_t needed, size_t given) {
+    if (given >= needed) return INGOT_OK;
+    return fail(INGOT_BAD_ARGUMENT, op + " needs " + std::to_string(needed) +
+                                        " bytes of workspace for this call and was given " +
+                                        std::to_string(given) + "; pass as many as ingot_" + op +
+                                        "_workspace says.");
 }
 
 ingot_status launch(const std::string &form, Grid grid, std::initializer_list<Argument> arguments,

@@ -35,11 +35,14 @@ struct Grid {
 ingot_status launch(const std::string &form, Grid grid, std::initializer_list<Argument> arguments,
                     void *stream);
 
-// Major times ten plus minor of the current device, such as 90; 0 and an error recorded on failure.
-int compute_capability();
+// Major times ten plus minor of the current device, such as 90.
+ingot_status compute_capability(int *capability);
 
 // Records what ingot_last_error() answers and returns the status.
 ingot_status fail(ingot_status status, const std::string &message);
+
+// Refuses a workspace of fewer bytes than a call needs; `op` is its name without "ingot_".
+ingot_status check_workspace(const std::string &op, size_t needed, size_t given);
 
 // Name of a dtype in form names: fp32, fp16, bf16.
 const char *dtype_name(ingot_dtype dtype);

@@ -2,7 +2,7 @@
  *
  * Every call enqueues its kernels on a stream and returns: it neither allocates, nor waits, nor reads
  * a value from the device. It may be captured into a CUDA graph once ingot_prepare() has run in the
- * CUDA context. Pointers are device pointers, aligned to 16 bytes; tensors are dense and row-major.
+ * CUDA context. A thread without a current context gets the primary one of device 0. Pointers are device pointers, aligned to 16 bytes; tensors are dense and row-major.
  * Letters and meanings are those of docs/design.md.
  */
 #ifndef INGOT_KERNELS_H
@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define INGOT_KERNELS_VERSION 1
+#define INGOT_KERNELS_VERSION 2
 
 typedef enum ingot_status {
     INGOT_OK = 0,
@@ -45,8 +45,8 @@ int ingot_kernels_version(void);
 /* What the last failed call of this thread met, one sentence; never NULL. */
 const char *ingot_last_error(void);
 
-/* Load every kernel for the current CUDA context's device; later calls do nothing. Called by the
- * operators themselves at need, but not possible while a stream is being captured. */
+/* Load every kernel into the current CUDA context; later calls do nothing. Called by the operators
+ * themselves at need, but not possible while a stream is being captured. */
 ingot_status ingot_prepare(void);
 
 /* Use another driver library than libcuda.so.1; before any other call. For tests. */
@@ -67,10 +67,13 @@ typedef struct ingot_moe_dispatch_params {
     void *y;
 } ingot_moe_dispatch_params;
 
-/* Bytes of workspace for a call with these sizes; the pointers are not read. */
-size_t ingot_moe_dispatch_workspace(const ingot_moe_dispatch_params *params);
+/* Bytes of workspace for a call of these sizes or of fewer tokens (or rows), on any device; refused
+ * like the call itself. Pointers are not read. */
+ingot_status ingot_moe_dispatch_workspace(const ingot_moe_dispatch_params *params, size_t *bytes);
+
+/* Refuses a workspace smaller than this call needs, as do the calls below. */
 ingot_status ingot_moe_dispatch(const ingot_moe_dispatch_params *params, void *workspace,
-                                void *stream);
+                                size_t workspace_bytes, void *stream);
 
 /* ingot::MoeLinear. x [N,Kin], or [N,K,Kin] with per_choice; expert_ids [N,K] int64; weight
  * [E,O,Kin]; y [N,K,O]. An id outside [0, E) gives a row of zeros. */
@@ -85,8 +88,9 @@ typedef struct ingot_moe_linear_params {
     void *y;
 } ingot_moe_linear_params;
 
-size_t ingot_moe_linear_workspace(const ingot_moe_linear_params *params);
-ingot_status ingot_moe_linear(const ingot_moe_linear_params *params, void *workspace, void *stream);
+ingot_status ingot_moe_linear_workspace(const ingot_moe_linear_params *params, size_t *bytes);
+ingot_status ingot_moe_linear(const ingot_moe_linear_params *params, void *workspace,
+                              size_t workspace_bytes, void *stream);
 
 /* ingot::Mamba2Scan. x [B,T,Hm,Pm], dt [B,T,Hm], b and c [B,T,G,Ns], mask [B,T] and y [B,T,Hm,Pm] in
  * dtype; a, d, dt_bias [Hm] and state, new_state [B,Hm,Pm,Ns] float32. new_state may be state. */
@@ -104,9 +108,9 @@ typedef struct ingot_mamba2_scan_params {
     float *new_state;
 } ingot_mamba2_scan_params;
 
-size_t ingot_mamba2_scan_workspace(const ingot_mamba2_scan_params *params);
+ingot_status ingot_mamba2_scan_workspace(const ingot_mamba2_scan_params *params, size_t *bytes);
 ingot_status ingot_mamba2_scan(const ingot_mamba2_scan_params *params, void *workspace,
-                               void *stream);
+                               size_t workspace_bytes, void *stream);
 
 /* ingot::CausalConv. x [B,T,C] and y [B,T,C], state and new_state [B,C,W-1], weight [C,1,W], bias [C]
  * or NULL, all in dtype. y = activation(conv(state ++ x) + bias); new_state is the last W-1 columns
@@ -120,6 +124,20 @@ typedef struct ingot_causal_conv_params {
 } ingot_causal_conv_params;
 
 ingot_status ingot_causal_conv(const ingot_causal_conv_params *params, void *stream);
+
+typedef struct ingot_tuning {
+    int32_t tile_rows, tile_columns;  /* of the grouped products in 16 bits; 0: the table's */
+    const char *tile_variant;         /* "_" and this end the names of their forms (gate_up, down,
+                                         linear); NULL or "": nothing does */
+    int32_t chunk;                    /* tokens of a scan's chunk in 16 bits; 0: the table's */
+    const char *scan_variant;         /* the same for the 16-bit forms mamba2_states_*, _outputs_* */
+    int32_t slice_tokens;             /* most tokens MoeDispatch takes at once; 0: 8192 */
+    int64_t scan_bytes;               /* workspace from which a scan is cut; 0: 512 MiB */
+} ingot_tuning;
+
+/* Candidates in place of the built-in choices, for benchmarks and tests; NULL goes back. They count
+ * for the workspace too. Not while calls are made. */
+ingot_status ingot_tune(const ingot_tuning *tuning);
 
 #if defined(__GNUC__)
 #pragma GCC visibility pop

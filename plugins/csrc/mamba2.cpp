@@ -1,9 +1,10 @@
-// ingot::Mamba2Scan and the causal convolution: what a call launches, on which grids, from which
+// ingot::Mamba2Scan and the causal convolution: what a call launches, on which grids, in which
 // workspace. The kernels are those of plugins/kernels/mamba2.py.
-#include <cmath>
+#include <algorithm>
 #include <string>
 
 #include "driver.h"
+#include "tuning.h"
 
 namespace ingot {
 namespace {
@@ -40,6 +41,10 @@ constexpr ChunkLength kChunkLengths[] = {
     {89, 256},  // L40S and L4: 420
     {90, 128},  // H200: 206; B200: 281; RTX PRO 6000 Blackwell: 280
 };
+
+// A call that would need more workspace is done in parts. A part of this size, thousands of tokens of
+// a large model, still has thousands of blocks in every launch: more at once would not be faster.
+constexpr int64_t kScanBytes = int64_t{512} << 20;
 
 int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
@@ -105,59 +110,111 @@ ingot_status check_sizes(const ingot_mamba2_scan_params &p) {
     return INGOT_OK;
 }
 
-// How several tokens are cut into chunks; all zero for one token, which needs no workspace.
-struct Plan {
-    int32_t chunk;
-    int64_t chunks;
-    int64_t padded;  // tokens in whole chunks
-    // Float32 in the workspace; the kernels' comments have the shapes.
-    float *steps, *sums_high, *sums_low, *carried, *products;
-    size_t workspace;
+// Rows of the batch and tokens of them that are scanned together; the tokens begin a chunk.
+struct Part {
+    int64_t first_row, rows;
+    int64_t first_token, tokens;
 };
 
-int32_t chunk_length(const ingot_mamba2_scan_params &p, int capability) {
-    // A float32 product is three passes at half the rate: shorter chunks have fewer of them.
-    if (p.dtype == INGOT_FLOAT32) return kTile;
-    int32_t tokens = kTile;
-    for (const ChunkLength &length : kChunkLengths) {
-        if (length.capability <= capability) tokens = length.tokens;
+// A part in the workspace, float32; the kernels' comments have the shapes.
+struct Memory {
+    int64_t chunks;
+    int64_t padded;  // tokens in whole chunks
+    float *steps, *sums_high, *sums_low, *carried, *products;
+    int64_t bytes;
+
+    Memory(const ingot_mamba2_scan_params &p, int64_t rows, int64_t tokens, int32_t chunk,
+           void *workspace) {
+        chunks = tiles(tokens, chunk);
+        padded = chunks * chunk;
+        Workspace pieces(workspace);
+        auto take = [&](int64_t count) {
+            return static_cast<float *>(pieces.take(static_cast<size_t>(count) * sizeof(float)));
+        };
+        steps = take(rows * padded * p.heads);
+        sums_high = take(rows * padded * p.heads);
+        sums_low = take(rows * padded * p.heads);
+        carried = take(rows * chunks * p.heads * p.head_size * p.states);
+        products = take(rows * padded * p.groups * chunk);
+        bytes = static_cast<int64_t>(pieces.used());
     }
-#ifdef INGOT_FORCED_CHUNK
-    // For benchmarks/tune_kernels.py, which times one length after the other.
-    tokens = INGOT_FORCED_CHUNK;
-#endif
-    // A short prompt is one chunk, no longer than needed.
-    int64_t needed = tiles(p.tokens > 0 ? p.tokens : 1, kTile) * kTile;
-    return static_cast<int32_t>(needed < tokens ? needed : tokens);
+};
+
+int64_t bytes_of(const ingot_mamba2_scan_params &p, int64_t rows, int64_t tokens, int32_t chunk) {
+    return Memory(p, rows, tokens, chunk, nullptr).bytes;
 }
 
-Plan plan(const ingot_mamba2_scan_params &p, int32_t chunk, void *workspace) {
-    Plan result{};
-    if (p.tokens == 1) return result;
-    result.chunk = chunk;
-    result.chunks = tiles(p.tokens, result.chunk);
-    result.padded = result.chunks * result.chunk;
-    Workspace pieces(workspace);
-    auto take = [&](int64_t count) {
-        return static_cast<float *>(pieces.take(static_cast<size_t>(count) * sizeof(float)));
-    };
-    int64_t of_tokens = p.batch * result.padded;
-    result.steps = take(of_tokens * p.heads);
-    result.sums_high = take(of_tokens * p.heads);
-    result.sums_low = take(of_tokens * p.heads);
-    result.carried = take(p.batch * result.chunks * p.heads * p.head_size * p.states);
-    result.products = take(of_tokens * p.groups * result.chunk);
-    result.workspace = pieces.used();
-    return result;
+int64_t most_bytes() { return tuning().scan_bytes != 0 ? tuning().scan_bytes : kScanBytes; }
+
+// A short prompt is one chunk, no longer than needed.
+int32_t shortened(int32_t chunk, int32_t tokens) {
+    return static_cast<int32_t>(std::min<int64_t>(chunk, tiles(tokens, kTile) * kTile));
+}
+
+ingot_status chunk_length(const ingot_mamba2_scan_params &p, int32_t *chunk) {
+    // A float32 product is three passes at half the rate: shorter chunks have fewer of them.
+    *chunk = kTile;
+    if (p.dtype != INGOT_FLOAT32 && tuning().chunk != 0) {
+        *chunk = tuning().chunk;
+    } else if (p.dtype != INGOT_FLOAT32) {
+        int capability = 0;
+        if (ingot_status s = compute_capability(&capability)) return s;
+        for (const ChunkLength &length : kChunkLengths) {
+            if (length.capability <= capability) *chunk = length.tokens;
+        }
+    }
+    *chunk = shortened(*chunk, p.tokens);
+    return INGOT_OK;
+}
+
+// The most of 1 to `total` whose bytes are within the limit, evened out over the parts; at least 1.
+template <typename Bytes>
+int64_t part_of(int64_t total, Bytes &&bytes) {
+    int64_t fits = 1, beyond = total + 1;
+    while (beyond - fits > 1) {
+        const int64_t middle = fits + (beyond - fits) / 2;
+        (bytes(middle) <= most_bytes() ? fits : beyond) = middle;
+    }
+    return tiles(total, tiles(total, fits));
+}
+
+// Parts of a call as large as the limit has room for, all of the size of this first one but the last
+// of the rows and of the tokens: several whole rows, or, where one alone is too much, whole chunks of
+// one row.
+Part first_part(const ingot_mamba2_scan_params &p, int32_t chunk) {
+    if (bytes_of(p, 1, p.tokens, chunk) <= most_bytes()) {
+        // What fits is small enough for 64 bits; all rows together may not be.
+        const int64_t rows = part_of(
+            p.batch, [&](int64_t count) { return bytes_of(p, count, p.tokens, chunk); });
+        return {0, rows, 0, p.tokens};
+    }
+    const int64_t chunks = part_of(tiles(p.tokens, chunk), [&](int64_t count) {
+        return bytes_of(p, 1, count * chunk, chunk);
+    });
+    return {0, 1, 0, std::min<int64_t>(p.tokens, chunks * chunk)};
+}
+
+// The most that a call of these sizes or of smaller ones needs, with chunks of up to this length.
+// The bytes of a call in one part grow with its rows and tokens, and a part is within the limit unless
+// it is a single chunk of a single row; so the smaller of both bounds holds for every smaller call.
+int64_t workspace_bound(const ingot_mamba2_scan_params &p, int32_t most_of_chunk) {
+    const int32_t chunk = shortened(most_of_chunk, p.tokens);
+    if (bytes_of(p, 1, p.tokens, chunk) > most_bytes()) {
+        return std::max(most_bytes(), bytes_of(p, 1, chunk, chunk));
+    }
+    return std::min(most_bytes(), bytes_of(p, p.batch, p.tokens, chunk));
 }
 
 // Enough for every device: an engine reserves its workspace where it is built, and may run on a
 // card whose chunks are of another length.
-size_t most_workspace(const ingot_mamba2_scan_params &p) {
-    size_t most = plan(p, chunk_length(p, 0), nullptr).workspace;
+int64_t most_workspace(const ingot_mamba2_scan_params &p) {
+    // One token needs none, and without rows nothing runs.
+    if (p.tokens <= 1 || p.batch == 0) return 0;
+    if (p.dtype == INGOT_FLOAT32) return workspace_bound(p, kTile);
+    if (tuning().chunk != 0) return workspace_bound(p, tuning().chunk);
+    int64_t most = 0;
     for (const ChunkLength &length : kChunkLengths) {
-        size_t size = plan(p, chunk_length(p, length.capability), nullptr).workspace;
-        if (size > most) most = size;
+        most = std::max(most, workspace_bound(p, length.tokens));
     }
     return most;
 }
@@ -173,44 +230,79 @@ ingot_status step(const ingot_mamba2_scan_params &p, bool aligned, void *stream)
                   stream);
 }
 
-ingot_status chunks(const ingot_mamba2_scan_params &p, const Plan &plan, bool aligned,
-                    void *stream) {
+ingot_status scan_part(const ingot_mamba2_scan_params &p, const Part &part, int32_t chunk,
+                       bool aligned, void *workspace, void *stream) {
+    const Memory memory(p, part.rows, part.tokens, chunk, workspace);
     const std::string dtype = dtype_name(p.dtype);
     const std::string suffix = aligned ? "_aligned" : "_any";
-    const int64_t rows = int64_t{p.batch} * p.heads;
-    const int32_t padded = static_cast<int32_t>(plan.padded);
+    const std::string tuned = suffix + (p.dtype == INGOT_FLOAT32 ? "" : tuning().scan_ending);
+    const int64_t rows = part.rows * p.heads;
+    const int32_t padded = static_cast<int32_t>(memory.padded);
     const int32_t size = p.head_size * p.states;
+    const int32_t first_row = static_cast<int32_t>(part.first_row);
+    const int32_t first_token = static_cast<int32_t>(part.first_token);
+    // Later tokens of a row start from the state that those before left.
+    const float *state = part.first_token == 0 ? p.state : p.new_state;
 
     if (ingot_status s = launch(
-            "mamba2_times_" + dtype, {tiles(p.heads, kTimesHeads), plan.chunks, p.batch},
-            {p.dt, p.a, p.dt_bias, p.mask, plan.steps, plan.sums_high, plan.sums_low, p.tokens,
-             p.heads, plan.chunk, p.dt_min, p.dt_max},
+            "mamba2_times_" + dtype, {tiles(p.heads, kTimesHeads), memory.chunks, part.rows},
+            {p.dt, p.a, p.dt_bias, p.mask, memory.steps, memory.sums_high, memory.sums_low,
+             p.tokens, p.heads, chunk, p.dt_min, p.dt_max, first_row, first_token},
             stream))
         return s;
     if (ingot_status s = launch(
-            "mamba2_states_" + dtype + suffix,
-            {rows, tiles(p.head_size, kTile) * tiles(p.states, kTile), plan.chunks},
-            {p.x, p.b, plan.steps, plan.sums_high, plan.sums_low, plan.carried, p.tokens, p.heads,
-             p.head_size, p.groups, p.states, plan.chunk},
+            "mamba2_states_" + dtype + tuned,
+            {rows, tiles(p.head_size, kTile) * tiles(p.states, kTile), memory.chunks},
+            {p.x, p.b, memory.steps, memory.sums_high, memory.sums_low, memory.carried, p.tokens,
+             p.heads, p.head_size, p.groups, p.states, chunk, first_row, first_token},
             stream))
         return s;
     if (ingot_status s = launch("mamba2_carry" + suffix, {rows, tiles(size, kCarryBlock)},
-                                {p.state, plan.sums_high, plan.sums_low, plan.carried, p.new_state,
-                                 p.heads, size, static_cast<int32_t>(plan.chunks), plan.chunk},
+                                {state, memory.sums_high, memory.sums_low, memory.carried,
+                                 p.new_state, p.heads, size, static_cast<int32_t>(memory.chunks),
+                                 chunk, first_row},
                                 stream))
         return s;
-    const int64_t token_tiles = tiles(p.tokens, kTile);
+    const int64_t token_tiles = tiles(part.tokens, kTile);
     if (ingot_status s = launch(
             "mamba2_products_" + dtype + suffix,
-            {int64_t{p.batch} * p.groups, token_tiles, token_tiles == 0 ? 0 : plan.chunk / kTile},
-            {p.b, p.c, plan.products, p.tokens, p.groups, p.states, plan.chunk, padded}, stream))
+            {part.rows * p.groups, token_tiles, chunk / kTile},
+            {p.b, p.c, memory.products, p.tokens, p.groups, p.states, chunk, padded, first_row,
+             first_token},
+            stream))
         return s;
-    return launch("mamba2_outputs_" + dtype + suffix,
+    return launch("mamba2_outputs_" + dtype + tuned,
                   {rows, tiles(p.head_size, kTile), token_tiles},
-                  {p.x, p.c, p.d, plan.steps, plan.sums_high, plan.sums_low, plan.carried,
-                   plan.products, p.y, p.tokens, p.heads, p.head_size, p.groups, p.states,
-                   plan.chunk, padded},
+                  {p.x, p.c, p.d, memory.steps, memory.sums_high, memory.sums_low, memory.carried,
+                   memory.products, p.y, p.tokens, p.heads, p.head_size, p.groups, p.states, chunk,
+                   padded, first_row, first_token},
                   stream);
+}
+
+// Several tokens, or none: the state is passed on.
+ingot_status scan(const ingot_mamba2_scan_params &p, bool aligned, void *workspace, size_t bytes,
+                  void *stream) {
+    int32_t chunk = kTile;
+    Part part{0, p.batch, 0, 0};
+    if (p.tokens > 0) {
+        if (ingot_status s = chunk_length(p, &chunk)) return s;
+        part = first_part(p, chunk);
+        const int64_t needed = bytes_of(p, part.rows, part.tokens, chunk);
+        if (ingot_status s = check_pointers("Mamba2Scan", {{"workspace", workspace}})) return s;
+        if (ingot_status s = check_workspace("mamba2_scan", static_cast<size_t>(needed), bytes))
+            return s;
+    }
+    const int64_t rows = part.rows, tokens = part.tokens;
+    for (; part.first_row < p.batch; part.first_row += rows) {
+        part.rows = std::min(rows, p.batch - part.first_row);
+        part.first_token = 0;
+        do {
+            part.tokens = std::min(tokens, p.tokens - part.first_token);
+            if (ingot_status s = scan_part(p, part, chunk, aligned, workspace, stream)) return s;
+            part.first_token += tokens;
+        } while (part.first_token < p.tokens);
+    }
+    return INGOT_OK;
 }
 
 ingot_status check(const ingot_causal_conv_params &p) {
@@ -252,14 +344,14 @@ ingot_status check(const ingot_causal_conv_params &p) {
 }  // namespace
 }  // namespace ingot
 
-size_t ingot_mamba2_scan_workspace(const ingot_mamba2_scan_params *params) {
-    // What is refused here is refused again, and reported, by the call itself.
-    if (ingot::check_sizes(*params) != INGOT_OK) return 0;
-    return ingot::most_workspace(*params);
+ingot_status ingot_mamba2_scan_workspace(const ingot_mamba2_scan_params *params, size_t *bytes) {
+    if (ingot_status s = ingot::check_sizes(*params)) return s;
+    *bytes = static_cast<size_t>(ingot::most_workspace(*params));
+    return INGOT_OK;
 }
 
 ingot_status ingot_mamba2_scan(const ingot_mamba2_scan_params *params, void *workspace,
-                               void *stream) {
+                               size_t workspace_bytes, void *stream) {
     using namespace ingot;
     const ingot_mamba2_scan_params &p = *params;
     if (ingot_status s = check_sizes(p)) return s;
@@ -276,12 +368,7 @@ ingot_status ingot_mamba2_scan(const ingot_mamba2_scan_params *params, void *wor
     }
     const bool aligned = p.head_size % 16 == 0 && p.states % 16 == 0;
     if (p.tokens == 1) return step(p, aligned, stream);
-    // Without a device the plan is any plan, and the first launch reports what is missing.
-    const Plan planned = plan(p, chunk_length(p, compute_capability()), workspace);
-    if (planned.workspace > 0) {
-        if (ingot_status s = check_pointers(kOp, {{"workspace", workspace}})) return s;
-    }
-    return chunks(p, planned, aligned, stream);
+    return scan(p, aligned, workspace, workspace_bytes, stream);
 }
 
 ingot_status ingot_causal_conv(const ingot_causal_conv_params *params, void *stream) {

@@ -58,14 +58,13 @@ def argument_letters(types: Iterable[str]) -> str:
     return "".join("p" if t.startswith("*") else letters[t] for t in types)
 
 
-def link(compiled: Sequence[Compiled], out: Path, folder: Path, *flags: str) -> None:
+def link(compiled: Sequence[Compiled], out: Path, folder: Path) -> None:
     """Write the shared library ``out``.
 
     Args:
         compiled: the kernels it is to hold.
         out: its path.
         folder: takes what is made on the way.
-        flags: of the compiler, beside the usual ones.
 
     Raises:
         IngotError: no C++ compiler, or it refuses the host layer.
@@ -100,7 +99,6 @@ def link(compiled: Sequence[Compiled], out: Path, folder: Path, *flags: str) -> 
         folder / "forms.cpp",
         folder / "images.S",
         f"-I{SOURCES}",
-        *flags,
         "-ldl",
         out=out,
     )

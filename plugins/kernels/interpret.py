@@ -10,7 +10,7 @@ cannot show is speed, and what only happens when blocks run at the same time.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,14 @@ class InterpretedLibrary(Library):
         launches: those of all calls since it was last cleared.
     """
 
-    def __init__(self, forms: Mapping[str, Form], folder: Path, *flags: str) -> None:
-        super().__init__(_host_library(forms, folder, flags))
+    def __init__(self, forms: Mapping[str, Form], folder: Path) -> None:
+        super().__init__(_host_library(forms, folder))
         self.forms = forms
         self.launches: list[Launched] = []
         self._error: BaseException | None = None
         driver = folder / "libfake_driver.so"
-        self._driver = ctypes.CDLL(str(driver))
+        # The fake driver, whose further functions say what it can be made to do.
+        self.driver = ctypes.CDLL(str(driver))
         # Kept: C holds no reference to it.
         self._callback = _CALLBACK(self._launched)
         self.set_capability(90)
@@ -63,12 +64,18 @@ class InterpretedLibrary(Library):
 
     def set_capability(self, capability: int) -> None:
         """Act as a device of this compute capability from now on."""
-        self._driver.fake_driver_set(self._callback, capability)
+        self.driver.fake_driver_set(self._callback, capability)
 
-    def run(self, parameters: ctypes.Structure, workspace: int | None, stream: int | None) -> None:
+    def run(
+        self,
+        parameters: ctypes.Structure,
+        workspace: int | None,
+        workspace_bytes: int,
+        stream: int | None,
+    ) -> None:
         self._error = None
         try:
-            super().run(parameters, workspace, stream)
+            super().run(parameters, workspace, workspace_bytes, stream)
         except IngotError:
             if self._error is not None:
                 raise self._error from None
@@ -122,7 +129,7 @@ def _tensor_at(pointer: int, kind: str) -> torch.Tensor:
     return torch.frombuffer(bytes_there, dtype=dtypes[kind])
 
 
-def _host_library(forms: Mapping[str, Form], folder: Path, flags: Sequence[str]) -> Path:
+def _host_library(forms: Mapping[str, Form], folder: Path) -> Path:
     """The host layer with the names of the forms in place of their cubins."""
     folder.mkdir(parents=True, exist_ok=True)
     compiled = []
@@ -135,5 +142,5 @@ def _host_library(forms: Mapping[str, Form], folder: Path, flags: Sequence[str])
             for capability in form.capabilities
         ]
     run_compiler(FAKE_DRIVER, out=folder / "libfake_driver.so")
-    link(compiled, folder / "libingot_kernels.so", folder, *flags)
+    link(compiled, folder / "libingot_kernels.so", folder)
     return folder / "libingot_kernels.so"

@@ -9,11 +9,13 @@ Q tokens and five kernels follow one another::
     _scan_products  C B^T within each chunk, once for all heads of a group
     _scan_outputs   y
 
-The host layer (``plugins/csrc/mamba2.cpp``) picks Q, a multiple of 64, and all grids.
+The host layer (``plugins/csrc/mamba2.cpp``) picks Q, a multiple of 64, and all grids. It may do a
+call in parts, several rows or a stretch of one row's tokens: ``first_row`` and ``first_token``, the
+begin of a chunk, say where a part lies in the operator's tensors. Workspace holds one part alone.
 
 Source: Mamba-2 (Dao and Gu 2024, arXiv:2405.21060), section 6 and listing 1. Letters are those of
-docs/design.md; ``padded`` is T rounded up to whole chunks. Sums are float32, but for
-those of dt' A.
+docs/design.md; in shapes of the workspace, B and T are those of the part, and ``padded`` is T
+rounded up to whole chunks. Sums are float32, but for those of dt' A.
 """
 
 # Compile-time constants are in capitals, and the paper's state keeps its name.
@@ -166,6 +168,8 @@ def _scan_times(
     chunk,
     dt_min,
     dt_max,
+    first_row,
+    first_token,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -180,18 +184,19 @@ def _scan_times(
     in_h = h < heads
     batch = tl.program_id(2).to(tl.int64)
     padded = tl.num_programs(1) * chunk
+    token = (first_row + batch) * tokens + first_token
     a_row = tl.load(a + h, mask=in_h, other=0.0)
     bias_row = tl.load(dt_bias + h, mask=in_h, other=0.0)
     carried = tl.zeros([BLOCK_H], tl.float64)
     for first in range(0, chunk, BLOCK_T):
         t = tl.program_id(1) * chunk + first + tl.arange(0, BLOCK_T)
-        in_t = t < tokens
+        in_t = t < tokens - first_token
         inside = in_t[:, None] & in_h[None, :]
-        at = (batch * tokens + t)[:, None] * heads + h[None, :]
+        at = (token + t)[:, None] * heads + h[None, :]
         step = _time_step(
             tl.load(dt + at, mask=inside, other=0.0).to(tl.float32),
             bias_row[None, :],
-            tl.load(mask + batch * tokens + t, mask=in_t, other=0.0).to(tl.float32)[:, None],
+            tl.load(mask + token + t, mask=in_t, other=0.0).to(tl.float32)[:, None],
             dt_min,
             dt_max,
         )
@@ -221,6 +226,8 @@ def _scan_states(
     groups,
     states,
     chunk,
+    first_row,
+    first_token,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -238,16 +245,18 @@ def _scan_states(
     in_p = p < head_size
     in_n = n < states
     begin = tl.program_id(2) * chunk
-    x += ((batch * tokens + begin) * heads + head) * head_size
-    b += ((batch * tokens + begin) * groups + head // (heads // groups)) * states
+    left = tokens - first_token - begin
+    token = (first_row + batch) * tokens + first_token + begin
+    x += (token * heads + head) * head_size
+    b += (token * groups + head // (heads // groups)) * states
     times = row.to(tl.int64) * (tl.num_programs(2) * chunk) + begin
     last_high = tl.load(sums_high + times + chunk - 1)
     last_low = tl.load(sums_low + times + chunk - 1)
 
     total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-    for first in range(0, min(chunk, tokens - begin), BLOCK_K):
+    for first in range(0, min(chunk, left), BLOCK_K):
         t = first + tl.arange(0, BLOCK_K)
-        in_t = begin + t < tokens
+        in_t = t < left
         to_end = (last_high - tl.load(sums_high + times + t)) + (
             last_low - tl.load(sums_low + times + t)
         )
@@ -284,6 +293,7 @@ def _scan_carry(
     size,
     chunks,
     chunk,
+    first_row,
     BLOCK: tl.constexpr,
 ):
     """Turn each chunk's part into the state before that chunk, in place, and find the last state.
@@ -296,7 +306,8 @@ def _scan_carry(
     # The sums of a chunk's last token.
     last = row * chunks * chunk + chunk - 1
     place = carried + (row // heads * chunks * heads + row % heads) * size + i
-    S = tl.load(state + row * size + i, mask=inside, other=0.0)
+    of_state = (first_row.to(tl.int64) * heads + row) * size + i
+    S = tl.load(state + of_state, mask=inside, other=0.0)
     # A tile, since the interpreter cannot broadcast a comparison of two scalars.
     count = tl.full([BLOCK], chunks, tl.int32)
     own = tl.load(place, mask=inside & (count > 0), other=0.0)
@@ -309,7 +320,7 @@ def _scan_carry(
         own = following
         place += heads * size
         last += chunk
-    tl.store(new_state + row * size + i, S, mask=inside)
+    tl.store(new_state + of_state, S, mask=inside)
 
 
 @triton.jit
@@ -322,6 +333,8 @@ def _scan_products(
     states,
     chunk,
     padded,
+    first_row,
+    first_token,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -336,15 +349,17 @@ def _scan_products(
     column_begin = begin + tl.program_id(2) * BLOCK_T
     if column_begin <= row_begin:
         rows = tl.arange(0, BLOCK_T)
-        c += ((batch * tokens + row_begin) * groups + group) * states
-        b += ((batch * tokens + column_begin) * groups + group) * states
+        left = tokens - first_token
+        token = (first_row + batch) * tokens + first_token
+        c += ((token + row_begin) * groups + group) * states
+        b += ((token + column_begin) * groups + group) * states
         total = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
         for first in range(0, states, BLOCK_K):
             n = first + tl.arange(0, BLOCK_K)
             at = rows[:, None] * (groups * states) + n[None, :]
             in_n = (n < states)[None, :]
-            c_tile = tl.load(c + at, mask=(row_begin + rows < tokens)[:, None] & in_n, other=0.0)
-            b_tile = tl.load(b + at, mask=(column_begin + rows < tokens)[:, None] & in_n, other=0.0)
+            c_tile = tl.load(c + at, mask=(row_begin + rows < left)[:, None] & in_n, other=0.0)
+            b_tile = tl.load(b + at, mask=(column_begin + rows < left)[:, None] & in_n, other=0.0)
             total = _product(c_tile, tl.trans(b_tile), total)
         products += (tl.program_id(0).to(tl.int64) * padded + row_begin) * chunk
         columns = column_begin - begin + rows
@@ -369,6 +384,8 @@ def _scan_outputs(
     states,
     chunk,
     padded,
+    first_row,
+    first_token,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -386,14 +403,16 @@ def _scan_outputs(
     row_begin = tl.program_id(2) * BLOCK_T
     begin = row_begin // chunk * chunk
     rows = tl.arange(0, BLOCK_T)
-    in_rows = row_begin + rows < tokens
+    left = tokens - first_token
+    in_rows = row_begin + rows < left
     times = row.to(tl.int64) * padded
     high = tl.load(sums_high + times + row_begin + rows)
     low = tl.load(sums_low + times + row_begin + rows)
 
     chunk_index = batch * (padded // chunk) + begin // chunk
     carried += (chunk_index * heads + head) * (head_size * states)
-    c += ((batch * tokens + row_begin) * groups + group) * states
+    token = (first_row + batch) * tokens + first_token
+    c += ((token + row_begin) * groups + group) * states
     total = tl.zeros([BLOCK_T, BLOCK_P], tl.float32)
     for first in range(0, states, BLOCK_K):
         n = first + tl.arange(0, BLOCK_K)
@@ -411,7 +430,7 @@ def _scan_outputs(
         total = _mixed_product(c_tile, tl.trans(S), total)
     total *= tl.exp2(high + low)[:, None]
 
-    x += (batch * tokens * heads + head) * head_size
+    x += (token * heads + head) * head_size
     products += ((batch * groups + group) * padded + row_begin) * chunk
     for column_begin in range(begin, row_begin + BLOCK_T, BLOCK_K):
         t = column_begin + tl.arange(0, BLOCK_K)
@@ -426,7 +445,7 @@ def _scan_outputs(
         weight *= step[None, :]
         x_tile = tl.load(
             x + (t.to(tl.int64)[:, None] * (heads * head_size) + p[None, :]),
-            mask=(t < tokens)[:, None] & in_p[None, :],
+            mask=(t < left)[:, None] & in_p[None, :],
             other=0.0,
         )
         total = _mixed_product(weight, x_tile, total)
@@ -434,7 +453,7 @@ def _scan_outputs(
     at = (row_begin + rows).to(tl.int64)[:, None] * (heads * head_size) + p[None, :]
     inside = in_rows[:, None] & in_p[None, :]
     total += tl.load(d + head) * tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    y += (batch * tokens * heads + head) * head_size
+    y += (token * heads + head) * head_size
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
 
@@ -570,6 +589,7 @@ def _step_forms(dtype: str) -> list[Form]:
 def _chunk_forms(dtype: str) -> list[Form]:
     sums = {"steps": "*fp32", "sums_high": "*fp32", "sums_low": "*fp32"}
     sizes = {"heads": "i32", "head_size": "i32", "groups": "i32", "states": "i32", "chunk": "i32"}
+    part = {"first_row": "i32", "first_token": "i32"}
     times = Form(
         f"mamba2_times_{dtype}",
         _scan_times,
@@ -585,9 +605,10 @@ def _chunk_forms(dtype: str) -> list[Form]:
             chunk="i32",
             dt_min="fp32",
             dt_max="fp32",
+            **part,
         ),
         {"BLOCK_T": 64, "BLOCK_H": 16},
-        frozenset({"chunk"}),
+        frozenset({"chunk", "first_token"}),
     )
     # Eight warps and a depth of 32 keep float32, whose products are three, within the registers.
     forms = [times]
@@ -596,9 +617,11 @@ def _chunk_forms(dtype: str) -> list[Form]:
             Form(
                 f"mamba2_states_{dtype}_{name}",
                 _scan_states,
-                _signature(dtype, x="*T", b="*T", **sums, carried="*fp32", tokens="i32", **sizes),
+                _signature(
+                    dtype, x="*T", b="*T", **sums, carried="*fp32", tokens="i32", **sizes, **part
+                ),
                 {"BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_K": 32},
-                frozenset({"chunk", *aligned}),
+                frozenset({"chunk", "first_token", *aligned}),
                 num_warps=8,
             ),
             Form(
@@ -614,9 +637,10 @@ def _chunk_forms(dtype: str) -> list[Form]:
                     states="i32",
                     chunk="i32",
                     padded="i32",
+                    **part,
                 ),
                 {"BLOCK_T": 64, "BLOCK_K": 32},
-                frozenset({"chunk", "padded", *aligned & {"states"}}),
+                frozenset({"chunk", "padded", "first_token", *aligned & {"states"}}),
                 num_warps=8,
             ),
             Form(
@@ -634,9 +658,10 @@ def _chunk_forms(dtype: str) -> list[Form]:
                     tokens="i32",
                     **sizes,
                     padded="i32",
+                    **part,
                 ),
                 {"BLOCK_T": 64, "BLOCK_P": 64, "BLOCK_K": 32},
-                frozenset({"chunk", "padded", *aligned}),
+                frozenset({"chunk", "padded", "first_token", *aligned}),
                 num_warps=8,
             ),
         ]
@@ -654,6 +679,7 @@ def _carry_forms() -> list[Form]:
         "size": "i32",
         "chunks": "i32",
         "chunk": "i32",
+        "first_row": "i32",
     }
     return [
         Form(f"mamba2_carry_{name}", _scan_carry, signature, {"BLOCK": 512}, multiples)

@@ -333,19 +333,19 @@ class Plugin final : public nvinfer1::IPluginV3,
         return false;
     }
 
-    int32_t configurePlugin(const DynamicPluginTensorDesc *, int32_t,
+    // A profile with sizes that the kernels refuse ends the build here; TensorRT would take the 0 of
+    // getWorkspaceSize for no need.
+    int32_t configurePlugin(const DynamicPluginTensorDesc *inputs, int32_t count,
                             const DynamicPluginTensorDesc *, int32_t) noexcept override {
-        return 0;
+        return guarded(-1, [&] {
+            most_workspace(inputs, count);
+            return 0;
+        });
     }
 
     size_t getWorkspaceSize(const DynamicPluginTensorDesc *inputs, int32_t count,
                             const DynamicPluginTensorDesc *, int32_t) const noexcept override {
-        return guarded(size_t{0}, [&] {
-            check_count(count);
-            Sizes most(Op::kName);
-            for (int32_t i = 0; i < count; ++i) most.add(Op::kInputs[i], inputs[i].max);
-            return Op::workspace(parameters(most, inputs[0].desc.type, inputs[0].max.nbDims));
-        });
+        return guarded(size_t{0}, [&] { return most_workspace(inputs, count); });
     }
 
     nvinfer1::IPluginV3 *attachToContext(nvinfer1::IPluginResourceContext *) noexcept override {
@@ -375,10 +375,14 @@ class Plugin final : public nvinfer1::IPluginV3,
                 for (size_t i = 0; i < kInputCount; ++i) sizes.add(Op::kInputs[i], inputs[i].dims);
                 sizes.check_equal();
                 call_ = parameters(sizes, inputs[0].type, inputs[0].dims.nbDims);
+                // TensorRT does not say how much it reserved. It serialises a plugin for one profile
+                // before it asks what the next needs, so the engine cannot say either. But it asked for
+                // the profile's largest sizes, whose bytes are no fewer than those of any in it.
+                check(Op::workspace(call_, &workspace_bytes_));
                 last_.assign(inputs, inputs + kInputCount);
             }
             Op::point(call_, input_data, output_data);
-            check(Op::run(call_, workspace, stream));
+            check(Op::run(call_, workspace, workspace_bytes_, stream));
             return 0;
         });
     }
@@ -402,6 +406,16 @@ class Plugin final : public nvinfer1::IPluginV3,
             refuse(std::string(Op::kName) + " got " + std::to_string(count) + " inputs; it takes " +
                    std::to_string(kInputCount) + ".");
         }
+    }
+
+    // Of the largest sizes of a profile.
+    size_t most_workspace(const DynamicPluginTensorDesc *inputs, int32_t count) const {
+        check_count(count);
+        Sizes most(Op::kName);
+        for (int32_t i = 0; i < count; ++i) most.add(Op::kInputs[i], inputs[i].max);
+        size_t bytes = 0;
+        check(Op::workspace(parameters(most, inputs[0].desc.type, inputs[0].max.nbDims), &bytes));
+        return bytes;
     }
 
     // Whether the inputs have the types and shapes of the last call, as in a generation.
@@ -444,6 +458,7 @@ class Plugin final : public nvinfer1::IPluginV3,
     int32_t kernels_ = INGOT_KERNELS_VERSION;
     std::vector<PluginTensorDesc> last_;
     typename Op::Parameters call_{};
+    size_t workspace_bytes_ = 0;  // of the last call
     std::vector<PluginField> serialized_;
     PluginFieldCollection serialized_collection_{};
 };

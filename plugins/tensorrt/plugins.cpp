@@ -42,10 +42,12 @@ struct MoeDispatch {
         store(outputs, p.y);
     }
 
-    static size_t workspace(const Parameters &p) { return ingot_moe_dispatch_workspace(&p); }
+    static ingot_status workspace(const Parameters &p, size_t *bytes) {
+        return ingot_moe_dispatch_workspace(&p, bytes);
+    }
 
-    static ingot_status run(const Parameters &p, void *workspace, void *stream) {
-        return ingot_moe_dispatch(&p, workspace, stream);
+    static ingot_status run(const Parameters &p, void *workspace, size_t bytes, void *stream) {
+        return ingot_moe_dispatch(&p, workspace, bytes, stream);
     }
 };
 
@@ -76,10 +78,12 @@ struct MoeLinear {
         store(outputs, p.y);
     }
 
-    static size_t workspace(const Parameters &p) { return ingot_moe_linear_workspace(&p); }
+    static ingot_status workspace(const Parameters &p, size_t *bytes) {
+        return ingot_moe_linear_workspace(&p, bytes);
+    }
 
-    static ingot_status run(const Parameters &p, void *workspace, void *stream) {
-        return ingot_moe_linear(&p, workspace, stream);
+    static ingot_status run(const Parameters &p, void *workspace, size_t bytes, void *stream) {
+        return ingot_moe_linear(&p, workspace, bytes, stream);
     }
 };
 
@@ -126,10 +130,12 @@ struct Mamba2Scan {
         store(outputs, p.y, p.new_state);
     }
 
-    static size_t workspace(const Parameters &p) { return ingot_mamba2_scan_workspace(&p); }
+    static ingot_status workspace(const Parameters &p, size_t *bytes) {
+        return ingot_mamba2_scan_workspace(&p, bytes);
+    }
 
-    static ingot_status run(const Parameters &p, void *workspace, void *stream) {
-        return ingot_mamba2_scan(&p, workspace, stream);
+    static ingot_status run(const Parameters &p, void *workspace, size_t bytes, void *stream) {
+        return ingot_mamba2_scan(&p, workspace, bytes, stream);
     }
 };
 
@@ -165,9 +171,12 @@ struct CausalConv {
         store(outputs, p.y, p.new_state);
     }
 
-    static size_t workspace(const Parameters &) { return 0; }
+    static ingot_status workspace(const Parameters &, size_t *bytes) {
+        *bytes = 0;
+        return INGOT_OK;
+    }
 
-    static ingot_status run(const Parameters &p, void *, void *stream) {
+    static ingot_status run(const Parameters &p, void *, size_t, void *stream) {
         return ingot_causal_conv(&p, stream);
     }
 };

@@ -83,7 +83,7 @@ class Node:
         }
         self._pointers = [tensor.name.lower() for tensor in plugin.tensors]
         # The shapes of the last call and what they became: a generation repeats them.
-        self._last: tuple[object, ctypes.Structure] | None = None
+        self._last: tuple[object, ctypes.Structure, int] | None = None
 
     def parameters(self, dtype: str, sizes: Mapping[str, int], first_rank: int) -> ctypes.Structure:
         """What the kernel library is called with, but for the addresses.
@@ -112,7 +112,12 @@ class Node:
         return plugin.structure(**values)
 
     def workspace_bytes(self, path: Path, dtype: str, most: Sequence[Sequence[int]]) -> int:
-        """Bytes for inputs of up to these shapes; 0 without kernels."""
+        """Bytes for inputs of up to these shapes; 0 without kernels.
+
+        Raises:
+            PluginError: a size past int32.
+            LibraryError: one that the kernels refuse.
+        """
         kernels = _library(path)
         if kernels is None:
             return 0
@@ -153,11 +158,15 @@ class Node:
         last, key = self._last, (dtype, *map(tuple, shapes))
         if last is None or last[0] != key:
             sizes = self.plugin.bind(shapes)
-            last = self._last = key, self.parameters(dtype, sizes, len(shapes[0]))
+            parameters = self.parameters(dtype, sizes, len(shapes[0]))
+            # TensorRT does not say how much it reserved. It serialises a plugin for one profile before
+            # it asks what the next needs, so the engine cannot say either. But it asked for the
+            # profile's largest sizes, whose bytes are no fewer than those of any in it.
+            last = self._last = key, parameters, kernels.workspace_bytes(parameters)
         call = self.plugin.structure.from_buffer_copy(last[1])
         for pointer, address in zip(self._pointers, addresses, strict=True):
             setattr(call, pointer, address)
-        kernels.run(call, workspace, stream)
+        kernels.run(call, workspace, last[2], stream)
 
 
 def _array(field: Field, value: FieldValue) -> np.ndarray:
@@ -239,7 +248,9 @@ def creator(trt: Any, plugin: Plugin, path: Path = library.PATH) -> Any:
             return names.get(found.type) in T and found.type == tensors[0].desc.type
 
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            pass
+            # A profile with sizes that the kernels refuse ends the build here; TensorRT would take
+            # the exception of get_workspace_size for no need.
+            self.get_workspace_size(inputs, outputs)
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
             dtype = names[inputs[0].desc.type]
