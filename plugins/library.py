@@ -183,6 +183,13 @@ class Library:
         """
         self._check(self._library.ingot_prepare())
 
+    @property
+    def build_line(self) -> str:
+        """What compiled the kernels, and the first driver that loads them; needs no driver."""
+        call = self._library.ingot_kernels_build
+        call.restype = c_char_p
+        return str(call().decode())
+
     def tune(
         self,
         *,

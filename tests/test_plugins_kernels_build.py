@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from plugins.device import has_gpu
+from plugins.kernels import build
 from plugins.kernels.build import Resources, all_forms, report
 from plugins.kernels.host import Compiled, argument_letters
+from plugins.kernels.table import Form
 from plugins.library import Library, LibraryError, MoeLinear
+
+if TYPE_CHECKING:
+    from plugins.kernels.interpret import InterpretedLibrary
 
 # Compiles one form for two devices, and links them; Triton's interpreter is not for here.
 BUILD = """
@@ -56,7 +63,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_library_has_the_cubins_of_each_device(built: Path) -> None:
     for capability in (80, 90):
-        cubin = (built / "kernels" / f"mamba2_step_bf16_n128.sm_{capability}.cubin").read_bytes()
+        (image,) = (built / "kernels").glob(f"mamba2_step_bf16_n128.sm_{capability}.*.cubin")
+        cubin = image.read_bytes()
         assert cubin[:4] == b"\x7fELF"
         assert cubin in (built / "libingot_kernels.so").read_bytes()
 
@@ -97,7 +105,7 @@ from pathlib import Path
 from plugins.kernels import build
 out = Path(sys.argv[1])
 form = next(iter(build.all_forms().values()))
-compiled = build.Compiled(form.name, "k", 90, 128, 0, "p", out)
+compiled = build.Compiled(form.name, "k", 90, 128, 0, "p", out, "12.9.86")
 build.compile_all = lambda *_: iter([(compiled, build.Resources(255, 8, 0))])
 build.build(out / "x.so", (90,), out)
 """
@@ -106,8 +114,107 @@ build.build(out / "x.so", (90,), out)
     assert not (tmp_path / "x.so").exists()
 
 
+def test_a_candidate_that_cannot_be_used_whole_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    refuses, spills = "moe_down_m64n64_bf16_b64w4s4", "mamba2_outputs_bf16_aligned_b64w8s2"
+
+    def compile_all(
+        forms: Iterable[Form], *_: object
+    ) -> Iterator[tuple[Compiled, build.Resources]]:
+        refused = _[-1]
+        for form in forms:
+            if form.name == refuses:
+                assert isinstance(refused, dict)
+                refused[form.name] = "Triton cannot compile it"
+                continue
+            compiled = Compiled(form.name, "k", 90, 128, 0, "p", tmp_path, "12.9.86")
+            yield compiled, Resources(64, 8 * (form.name == spills), 0)
+
+    linked: list[str] = []
+    monkeypatch.setattr(build, "compile_all", compile_all)
+    monkeypatch.setattr(build, "link", lambda made, *_: linked.extend(each.name for each in made))
+    done, left_out = build.build_to_tune(tmp_path / "x.so", (90,), tmp_path)
+    assert left_out == {
+        "tile 64x64 b64w4s4": "Triton cannot compile it",
+        "scan b64w8s2": f"{spills} spills 8 bytes",
+    }
+    assert linked == [compiled.name for compiled, _ in done]
+    whole = {*all_forms(), *build.tuning_forms()}
+    gone = {name for name in whole if name.endswith(("m64n64_bf16_b64w4s4", "aligned_b64w8s2"))}
+    assert len(gone) == 3 + 2 and set(linked) == whole - gone
+
+
+def test_candidates_have_the_names_that_the_host_layer_looks_up() -> None:
+    from plugins.kernels import mamba2, moe
+
+    shipped = all_forms()
+    names = []
+    for rows, columns, variant in moe.tuning_tiles():
+        for use in ("gate_up", "down", "linear"):
+            name = f"moe_{use}_m{rows}n{columns}_bf16"
+            if variant:
+                names.append(f"{name}_{variant}")
+            else:
+                assert 90 in shipped[name].capabilities
+    first, *others = mamba2.tuning_variants()
+    assert first == ""
+    for use in ("states", "outputs"):
+        names += [f"mamba2_{use}_bf16_aligned_{variant}" for variant in others]
+    assert set(names) == build.tuning_forms().keys() and not set(names) & shipped.keys()
+
+
+def test_a_candidate_differs_from_what_is_shipped_as_its_name_says() -> None:
+    shipped = all_forms()
+    for name, form in build.tuning_forms().items():
+        base, variant = name.rsplit("_", 1)
+        sizes = dict(re.findall(r"([a-z])(\d+)", variant))
+        like = shipped[re.sub(r"m\d+n\d+", "m64n64", base)]
+        constants = dict(like.constants)
+        if tile := re.search(r"_m(\d+)n(\d+)_", name):
+            constants |= {"ROWS": int(tile[1]), "COLUMNS": int(tile[2]), "BLOCK": int(sizes["b"])}
+        else:
+            constants["BLOCK_K"] = int(sizes["b"])
+        assert form.constants == constants, name
+        assert (form.num_warps, form.num_stages) == (int(sizes["w"]), int(sizes["s"]))
+        assert (form.function, form.signature) == (like.function, like.signature)
+        assert form.multiples_of_16 == like.multiples_of_16
+        assert form.capabilities == (90,) and form.hot
+
+
+@pytest.mark.parametrize(
+    ("variant", "stands_in_for"),
+    [
+        ("b64w8s2", {"mamba2_states_bf16_aligned", "mamba2_outputs_bf16_aligned"}),
+        ("b128w4s3", {"moe_gate_up_m64n64_bf16", "moe_down_m64n64_bf16"}),
+    ],
+)
+def test_a_candidate_computes_what_the_shipped_form_does(
+    device: InterpretedLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    variant: str,
+    stands_in_for: set[str],
+) -> None:
+    import torch
+
+    from plugins import check
+
+    candidates = build.tuning_forms()
+    forms = {name: candidates[f"{name}_{variant}"] for name in stands_in_for}
+    monkeypatch.setattr(device, "forms", all_forms() | forms)
+    device.launches.clear()
+    bf16 = torch.bfloat16
+    case = (
+        check.moe_dispatch_case(device, "cpu", bf16, 40, 16, 16, 3, 2)
+        if "moe_down_m64n64_bf16" in stands_in_for
+        else check.mamba2_scan_case(device, "cpu", bf16, 1, 70, 1, 16, 1, 16)
+    )
+    assert max(case.errors()) < check.LIMITS[bf16]
+    assert {form.name for form in forms.values()} <= {each.form for each in device.launches}
+
+
 def test_every_form_is_declared_soundly() -> None:
-    forms = all_forms()
+    forms = all_forms() | build.tuning_forms()
     assert len(forms) > 50
     for form in forms.values():
         names = list(form.signature)
@@ -118,7 +225,7 @@ def test_every_form_is_declared_soundly() -> None:
 
 def test_reports_the_most_over_the_devices() -> None:
     def of(capability: int) -> Compiled:
-        return Compiled("a_kernel", "k", capability, 128, 0, "p", Path())
+        return Compiled("a_kernel", "k", capability, 128, 0, "p", Path(), "12.9.86")
 
     text = report([(of(80), Resources(40, 0, 512)), (of(90), Resources(64, 8, 256))])
     header, line = text.splitlines()

@@ -21,6 +21,9 @@ using CUmodule = void *;
 using CUfunction = void *;
 using CUstream = void *;
 constexpr CUresult kSuccess = 0;
+constexpr CUresult kInvalidImage = 200;
+constexpr CUresult kNoBinaryForGpu = 209;
+constexpr CUresult kUnsupportedPtxVersion = 222;
 constexpr int kAttributeMajor = 75;
 constexpr int kAttributeMinor = 76;
 constexpr int kMaxDynamicShared = 8;
@@ -29,6 +32,7 @@ constexpr size_t kMaxArguments = 48;
 
 struct Driver {
     CUresult (*init)(unsigned) = nullptr;
+    CUresult (*version)(int *) = nullptr;
     CUresult (*context)(CUcontext *) = nullptr;
     CUresult (*retain)(CUcontext *, CUdevice) = nullptr;
     CUresult (*set_context)(CUcontext) = nullptr;
@@ -63,6 +67,7 @@ Driver open_driver() {
         if (target == nullptr) result.missing = driver_path + " has no " + name;
     };
     find(result.init, "cuInit");
+    find(result.version, "cuDriverGetVersion");
     find(result.context, "cuCtxGetCurrent");
     find(result.retain, "cuDevicePrimaryCtxRetain");
     find(result.set_context, "cuCtxSetCurrent");
@@ -126,8 +131,44 @@ ingot_status current_capability(int *capability) {
     return INGOT_OK;
 }
 
-// A cubin runs on its own major version, from its own minor version on.
-bool runs_on(int compiled, int device) { return compiled / 10 == device / 10 && compiled <= device; }
+std::string dotted(int capability) {
+    return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+}
+
+const CompiledFor &compiled_for(int capability) {
+    size_t i = 0;
+    while (i + 1 < kCompiledForCount && kCompiledFor[i].capability != capability) ++i;
+    return kCompiledFor[i];
+}
+
+// Why the driver did not load a cubin: it is older than what the cubin needs, if it can be that.
+ingot_status not_loaded(CUresult result, const char *call, int capability) {
+    const CompiledFor &made = compiled_for(capability);
+    int cuda = 0;
+    if (ingot_status s = check(driver().version(&cuda), "cuDriverGetVersion")) return s;
+    const bool too_old = cuda < made.minimum_cuda;
+    const bool of_the_image =
+        result == kInvalidImage || result == kNoBinaryForGpu || result == kUnsupportedPtxVersion;
+    if (!too_old && !of_the_image) return check(result, call);
+    const std::string kernels = "the kernels for compute capability " + dotted(capability);
+    const std::string version =
+        "CUDA " + std::to_string(cuda / 1000) + "." + std::to_string(cuda % 1000 / 10);
+    // Only a ptxas of CUDA 13 needs a newer driver than the card itself.
+    const bool older_helps = std::string(made.ptxas).compare(0, 2, "13") == 0;
+    const char *rebuild = "rebuild them with: python -m plugins.kernels.build";
+    if (too_old) {
+        return fail(INGOT_DRIVER_ERROR,
+                    kernels + " need NVIDIA's driver R" + std::to_string(made.minimum_driver) +
+                        " or later and this one supports " + version + "; update the driver" +
+                        (older_helps ? std::string(", or ") + rebuild + " --ptxas older" : "."));
+    }
+    const char *text = nullptr;
+    driver().error_string(result, &text);
+    return fail(INGOT_DRIVER_ERROR, "NVIDIA's driver, which supports " + version + ", refuses " +
+                                        kernels + ", which ptxas " + made.ptxas + " made (" +
+                                        (text != nullptr ? text : "unknown error") + "); " +
+                                        rebuild + (older_helps ? " --ptxas older" : ""));
+}
 
 ingot_status load(int capability, Forms *forms) {
     int best = 0;
@@ -137,19 +178,19 @@ ingot_status load(int capability, Forms *forms) {
     }
     if (best == 0) {
         return fail(INGOT_NO_KERNEL, "no kernel is compiled for compute capability " +
-                                         std::to_string(capability / 10) + "." +
-                                         std::to_string(capability % 10) +
-                                         "; this library has " + kCapabilities + ".");
+                                         dotted(capability) + "; this library has " +
+                                         kCapabilities + ".");
     }
     for (size_t i = 0; i < kFormCount; ++i) {
         const CompiledForm &form = kForms[i];
         if (form.capability != best) continue;
         CUmodule module = nullptr;
         CUfunction function = nullptr;
-        if (ingot_status s = check(driver().load(&module, form.cubin), "cuModuleLoadData")) return s;
-        if (ingot_status s = check(driver().function(&function, module, form.symbol),
-                                   "cuModuleGetFunction"))
-            return s;
+        if (CUresult r = driver().load(&module, form.cubin))
+            return not_loaded(r, "cuModuleLoadData", best);
+        // Where the driver loads lazily, this is what loads.
+        if (CUresult r = driver().function(&function, module, form.symbol))
+            return not_loaded(r, "cuModuleGetFunction", best);
         if (form.shared_bytes > kDefaultShared) {
             if (ingot_status s = check(driver().set_attribute(function, kMaxDynamicShared,
                                                               static_cast<int>(form.shared_bytes)),
@@ -262,6 +303,8 @@ ingot_status launch(const std::string &form, Grid grid, std::initializer_list<Ar
 }  // namespace ingot
 
 int ingot_kernels_version(void) { return INGOT_KERNELS_VERSION; }
+
+const char *ingot_kernels_build(void) { return ingot::kBuildLine; }
 
 const char *ingot_last_error(void) { return ingot::last_error.c_str(); }
 

@@ -42,6 +42,11 @@ typedef enum ingot_activation {
 /* Version of this interface that the library was built with. */
 int ingot_kernels_version(void);
 
+/* What the kernels were compiled by, and the first driver that loads them: one line, such as
+ * "triton 3.9.0; 8.0 ptxas 12.9.86 driver R525; 12.0 ptxas 13.4.59 driver R580". Never NULL; needs no
+ * driver. */
+const char *ingot_kernels_build(void);
+
 /* What the last failed call of this thread met, one sentence; never NULL. */
 const char *ingot_last_error(void);
 

@@ -1,11 +1,13 @@
 """``python -m plugins.kernels.build``: every kernel compiled for every GPU, into one library.
 
-Needs Triton and g++, neither a GPU nor a CUDA toolkit. What was compiled before is taken from a
-cache by content, so a second build takes seconds.
+Needs Triton and g++, neither a GPU nor a CUDA toolkit; and nothing else, so that a machine with
+PyTorch alone can build. What was compiled before is taken from a cache by content, so a second build
+takes seconds.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -17,14 +19,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import click
-
 from plugins.errors import IngotError
+from plugins.kernels import ptxas
 from plugins.kernels.host import Compiled, argument_letters, link
 from plugins.kernels.table import COMPUTE_CAPABILITIES, Form
-from plugins.library import PATH
+from plugins.library import PATH, Library
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "kernels"
+TUNE_PATH = PATH.parent / "tune" / PATH.name
 
 
 class BuildError(IngotError):
@@ -47,11 +49,26 @@ class Resources:
 
 
 def all_forms() -> dict[str, Form]:
-    """Every form by name.
+    """Every shipped form by name.
 
     Raises:
         BuildError: Triton is not installed.
     """
+    moe, mamba2 = _kernel_files()
+    return _by_name([*moe.forms(), *mamba2.forms()])
+
+
+def tuning_forms() -> dict[str, Form]:
+    """Every form by name that is compared with the shipped ones on a card, and not shipped.
+
+    Raises:
+        BuildError: Triton is not installed.
+    """
+    moe, mamba2 = _kernel_files()
+    return _by_name([*moe.tuning_forms(), *mamba2.tuning_forms()])
+
+
+def _kernel_files() -> tuple[Any, Any]:
     try:
         from plugins.kernels import mamba2, moe
     except ImportError as error:
@@ -59,17 +76,29 @@ def all_forms() -> dict[str, Form]:
             f"{error.name} is missing; install the extra that builds the GPU kernels with: "
             "pip install 'ingot[kernels]'"
         ) from error
-    forms = [*moe.forms(), *mamba2.forms()]
+    return moe, mamba2
+
+
+def _by_name(forms: list[Form]) -> dict[str, Form]:
     result = {form.name: form for form in forms}
     assert len(result) == len(forms), "two forms have one name"
     return result
 
 
-def compile_form(form: Form, capability: int, folder: Path) -> tuple[Compiled, Resources]:
+def compile_form(
+    form: Form, capability: int, folder: Path, ptxas_choice: str = "default"
+) -> tuple[Compiled, Resources]:
     """Compile one form for one compute capability, to a cubin in ``folder``.
+
+    Args:
+        form: the form.
+        capability: major times ten plus minor.
+        folder: takes the cubin.
+        ptxas_choice: one of ``ptxas.CHOICES``.
 
     Raises:
         BuildError: Triton refuses it.
+        IngotError: there is no ptxas.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -94,15 +123,18 @@ def compile_form(form: Form, capability: int, folder: Path) -> tuple[Compiled, R
         # Its default changes between versions of Triton.
         "enable_fp_fusion": True,
     }
+    tool = ptxas.choose(ptxas_choice, capability)
     try:
-        made: Any = triton.compile(source, GPUTarget("cuda", capability, 32), options)
+        with ptxas.used(tool):
+            made: Any = triton.compile(source, GPUTarget("cuda", capability, 32), options)
     except Exception as error:
         raise BuildError(
             f"Triton cannot compile {form.name} for sm_{capability}: {error}"
         ) from error
     metadata = made.metadata
     assert not metadata.global_scratch_size and not metadata.profile_scratch_size, form.name
-    image = folder / f"{form.name}.sm_{capability}.cubin"
+    # Named by its ptxas too, lest a library that is linked again find one of another inside.
+    image = folder / f"{form.name}.sm_{capability}.{tool.version}.cubin"
     image.write_bytes(made.asm["cubin"])
     letters = argument_letters(form.signature.values())
     compiled = Compiled(
@@ -113,6 +145,7 @@ def compile_form(form: Form, capability: int, folder: Path) -> tuple[Compiled, R
         metadata.shared,
         letters,
         image,
+        tool.version,
     )
     return compiled, _resources(image, metadata.shared)
 
@@ -132,12 +165,25 @@ def _resources(image: Path, shared_bytes: int) -> Resources:
 
 
 def compile_all(
-    forms: Iterable[Form], capabilities: Iterable[int], folder: Path
+    forms: Iterable[Form],
+    capabilities: Iterable[int],
+    folder: Path,
+    ptxas_choice: str = "default",
+    refused: dict[str, str] | None = None,
 ) -> Iterator[tuple[Compiled, Resources]]:
     """Compile on all processors, yielding each kernel as it is done.
 
+    Args:
+        forms: what to compile.
+        capabilities: for which of the forms' own.
+        folder: takes the cubins.
+        ptxas_choice: one of ``ptxas.CHOICES``.
+        refused: takes the name of each form that Triton refuses, and why. Without it, that is an
+            error.
+
     Raises:
         BuildError: Triton refuses one, or runs as an interpreter.
+        IngotError: there is no ptxas.
     """
     # Triton's own cache, by content of the source, its constants, options and version.
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "cache"))
@@ -146,49 +192,95 @@ def compile_all(
     folder.mkdir(parents=True, exist_ok=True)
     wanted = set(capabilities)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-        jobs = [
-            pool.submit(_compile_named, form.name, capability, folder)
+        jobs = {
+            pool.submit(_compile_named, form.name, capability, folder, ptxas_choice): form.name
             for form in forms
             for capability in form.capabilities
             if capability in wanted
-        ]
+        }
         try:
             for job in as_completed(jobs):
-                yield job.result()
+                try:
+                    yield job.result()
+                except BuildError as error:
+                    if refused is None:
+                        raise
+                    refused[jobs[job]] = str(error)
         finally:
             for job in jobs:
                 job.cancel()
 
 
-def _compile_named(name: str, capability: int, folder: Path) -> tuple[Compiled, Resources]:
+def _compile_named(
+    name: str, capability: int, folder: Path, ptxas_choice: str
+) -> tuple[Compiled, Resources]:
     # A function of Triton cannot be sent to another process; its name can.
-    return compile_form(all_forms()[name], capability, folder)
+    form = all_forms().get(name) or tuning_forms()[name]
+    return compile_form(form, capability, folder, ptxas_choice)
 
 
 def build(
     out: Path = PATH,
     capabilities: Iterable[int] = COMPUTE_CAPABILITIES,
     folder: Path = FOLDER,
+    ptxas_choice: str = "default",
 ) -> list[tuple[Compiled, Resources]]:
-    """Compile every form and link the library.
+    """Compile every shipped form and link the library.
 
     Returns:
         What was linked, in the order of the forms.
 
     Raises:
-        BuildError: a missing tool, a refused kernel, or a hot kernel that spills registers.
+        BuildError: a refused kernel, or a hot kernel that spills registers.
+        IngotError: a missing tool.
     """
-    from rich.progress import Progress
+    done = _compile_shipped(tuple(capabilities), folder, ptxas_choice)
+    _link(done, out, folder)
+    return done
 
-    forms = all_forms()
+
+def build_to_tune(
+    out: Path = TUNE_PATH,
+    capabilities: Iterable[int] = COMPUTE_CAPABILITIES,
+    folder: Path = FOLDER,
+    ptxas_choice: str = "default",
+) -> tuple[list[tuple[Compiled, Resources]], dict[str, str]]:
+    """Compile the shipped forms and the candidates of the tuning, and link a library of both.
+
+    Returns:
+        What was linked, in the order of the forms; and each candidate that was left out, with the
+        reason: one of its forms does not compile, or spills registers.
+
+    Raises:
+        BuildError: a refused kernel, or a hot kernel that spills registers, of the shipped ones.
+        IngotError: a missing tool.
+    """
     wanted = tuple(capabilities)
-    done: list[tuple[Compiled, Resources]] = []
-    with Progress(transient=True) as progress:
-        total = sum(len(set(form.capabilities) & set(wanted)) for form in forms.values())
-        bar = progress.add_task("compile kernels", total=total)
-        for each in compile_all(forms.values(), wanted, folder):
-            done.append(each)
-            progress.advance(bar)
+    done = _compile_shipped(wanted, folder, ptxas_choice)
+    forms = tuning_forms()
+    refused: dict[str, str] = {}
+    candidates = _compile_shown(forms, wanted, folder, ptxas_choice, refused)
+    for compiled, resources in candidates:
+        if resources.spills:
+            refused[compiled.name] = f"{compiled.name} spills {resources.spills} bytes"
+    left_out = {forms[name].candidate: reason for name, reason in refused.items()}
+    done += [each for each in candidates if forms[each[0].name].candidate not in left_out]
+    _link(done, out, folder)
+    return done, left_out
+
+
+def _link(done: list[tuple[Compiled, Resources]], out: Path, folder: Path) -> None:
+    # plugins/tensorrt/build.py links what was made for PATH once more: no other library may put
+    # itself in its place.
+    made_in = folder if out.absolute() == PATH else folder / "aside"
+    link([compiled for compiled, _ in done], out, made_in)
+
+
+def _compile_shipped(
+    capabilities: tuple[int, ...], folder: Path, ptxas_choice: str
+) -> list[tuple[Compiled, Resources]]:
+    forms = all_forms()
+    done = _compile_shown(forms, capabilities, folder, ptxas_choice)
     spilled = [
         f"{compiled.name} for sm_{compiled.capability} ({resources.spills} bytes)"
         for compiled, resources in done
@@ -196,10 +288,28 @@ def build(
     ]
     if spilled:
         raise BuildError(f"registers are spilled in {', '.join(spilled)}; make the tiles smaller.")
-    order = list(forms)
-    done.sort(key=lambda each: (order.index(each[0].name), each[0].capability))
-    link([compiled for compiled, _ in done], out, folder)
     return done
+
+
+def _compile_shown(
+    forms: dict[str, Form],
+    capabilities: tuple[int, ...],
+    folder: Path,
+    ptxas_choice: str,
+    refused: dict[str, str] | None = None,
+) -> list[tuple[Compiled, Resources]]:
+    """``compile_all`` in the order of the forms, with a bar where there is what draws one."""
+    done = compile_all(forms.values(), capabilities, folder, ptxas_choice, refused)
+    total = sum(len(set(form.capabilities) & set(capabilities)) for form in forms.values())
+    try:
+        from rich.progress import track
+    except ImportError:
+        print(f"compile {total} kernels", flush=True)
+        result = list(done)
+    else:
+        result = list(track(done, "compile kernels", total, transient=True))
+    order = list(forms)
+    return sorted(result, key=lambda each: (order.index(each[0].name), each[0].capability))
 
 
 def report(done: list[tuple[Compiled, Resources]]) -> str:
@@ -217,31 +327,51 @@ def report(done: list[tuple[Compiled, Resources]]) -> str:
     return "\n".join(lines)
 
 
-@click.command()
-@click.option(
-    "--sm",
-    "capabilities",
-    type=click.Choice([str(c) for c in COMPUTE_CAPABILITIES]),
-    multiple=True,
-    help="Compute capability to compile for, such as 90; may be repeated. Default: all.",
-)
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=PATH,
-    show_default=True,
-    help="The library to write.",
-)
-def main(capabilities: tuple[str, ...], out: Path) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Compile the GPU kernels and link them into one library."""
+    parser = argparse.ArgumentParser("python -m plugins.kernels.build", description=main.__doc__)
+    parser.add_argument(
+        "--sm",
+        action="append",
+        type=int,
+        choices=COMPUTE_CAPABILITIES,
+        help="compute capability to compile for, such as 90; may be repeated (default: all)",
+    )
+    parser.add_argument(
+        "--ptxas",
+        choices=ptxas.CHOICES,
+        default="default",
+        help="which of Triton's two ptxas assembles: older makes what drivers from R525 (R570 for "
+        "10.0 and 12.0) load, newer what needs R580; default is older up to 9.0, newer above",
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="compile also the candidates that benchmarks/gpu.py compares with what is shipped",
+    )
+    parser.add_argument(
+        "--out", type=Path, help=f"the library to write (default: {PATH}; with --tune {TUNE_PATH})"
+    )
+    options = parser.parse_args(arguments)
+    capabilities = options.sm or COMPUTE_CAPABILITIES
+    out = options.out or (TUNE_PATH if options.tune else PATH)
+    left_out: dict[str, str] = {}
     try:
-        done = build(out, [int(c) for c in capabilities] or COMPUTE_CAPABILITIES)
+        if options.tune:
+            done, left_out = build_to_tune(out, capabilities, ptxas_choice=options.ptxas)
+        else:
+            done = build(out, capabilities, ptxas_choice=options.ptxas)
+        line = Library(out.absolute()).build_line
     except IngotError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    click.echo(report(done))
-    click.echo(f"{out}: {len(done)} kernels, {out.stat().st_size / 1e6:.1f} MB")
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(report(done))
+    for candidate, reason in left_out.items():
+        print(f"left out {candidate}: {reason}")
+    print(f"{out}: {len(done)} kernels, {out.stat().st_size / 1e6:.1f} MB")
+    print(line)
+    return 0
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m plugins.kernels.build")
+    sys.exit(main())

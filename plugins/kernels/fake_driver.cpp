@@ -29,6 +29,8 @@ static Launched launched = nullptr;
 static Context contexts[kDevices] = {{0, 90, 1}, {1, 90, 2}};
 static unsigned long long last_id = kDevices;
 static bool capturing = false;
+static int load_result = 0;
+static int cuda_version = 13000;
 static thread_local Context *current = nullptr;
 
 // What was done since fake_driver_set: modules loaded, and per device contexts retained and set.
@@ -54,7 +56,18 @@ void fake_driver_remake(int device) { contexts[device].id = ++last_id; }
 // Acts as while a stream is captured into a graph: nothing can be loaded.
 void fake_driver_capture(int on) { capturing = on != 0; }
 
+// From now on a load answers this, and the driver supports this version of CUDA (12040 is 12.4).
+void fake_driver_set_load(int result, int version) {
+    load_result = result;
+    cuda_version = version;
+}
+
 int cuInit(unsigned) { return 0; }
+
+int cuDriverGetVersion(int *version) {
+    *version = cuda_version;
+    return 0;
+}
 
 int cuCtxGetCurrent(void **context) {
     *context = current;
@@ -97,6 +110,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 // here: no test loads many.
 int cuModuleLoadData(void **module, const void *image) {
     if (current == nullptr) return kInvalidContext;
+    if (load_result != 0) return load_result;
     if (capturing) return kCaptureUnsupported;
     ++fake_driver_loads;
     *module = new Kernel{static_cast<const char *>(image), current->id};

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plugins.errors import IngotError
+from plugins.kernels.ptxas import minimum_driver
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 
@@ -24,7 +25,12 @@ const CompiledForm kForms[] = {{
 {rows}
 }};
 const size_t kFormCount = sizeof(kForms) / sizeof(kForms[0]);
+const CompiledFor kCompiledFor[] = {{
+{made}
+}};
+const size_t kCompiledForCount = sizeof(kCompiledFor) / sizeof(kCompiledFor[0]);
 const char *const kCapabilities = "{capabilities}";
+const char *const kBuildLine = "{line}";
 }}  // namespace ingot
 """
 
@@ -41,6 +47,7 @@ class Compiled:
         shared_bytes: dynamic shared memory of a block.
         arguments: one letter each, ``p`` pointer, ``i`` int32, ``f`` float32.
         image: the file of the cubin.
+        ptxas: version of the ptxas that made it.
     """
 
     name: str
@@ -50,6 +57,12 @@ class Compiled:
     shared_bytes: int
     arguments: str
     image: Path
+    ptxas: str
+
+
+def dotted(capability: int) -> str:
+    """A compute capability as NVIDIA writes it: 90 -> ``9.0``."""
+    return f"{capability // 10}.{capability % 10}"
 
 
 def argument_letters(types: Iterable[str]) -> str:
@@ -69,6 +82,8 @@ def link(compiled: Sequence[Compiled], out: Path, folder: Path) -> None:
     Raises:
         IngotError: no C++ compiler, or it refuses the host layer.
     """
+    import triton
+
     if shutil.which("g++") is None:
         raise IngotError("g++ is missing; install it (Debian: apt-get install g++).")
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,11 +100,23 @@ def link(compiled: Sequence[Compiled], out: Path, folder: Path) -> None:
             f".balign 64\n.globl {symbol}\n.hidden {symbol}\n{symbol}:\n"
             f'.incbin "{form.image.resolve()}"\n.byte 0\n'
         )
-    capabilities = sorted({form.capability for form in compiled})
+    made = sorted({(form.capability, form.ptxas) for form in compiled})
+    drivers = {pair: minimum_driver(*pair) for pair in made}
     table = TABLE.format(
         externs="\n".join(externs),
         rows="\n".join(rows),
-        capabilities=", ".join(f"{c // 10}.{c % 10}" for c in capabilities),
+        made="\n".join(
+            f'    {{{capability}, "{ptxas}", {driver.release}, {driver.cuda}}},'
+            for (capability, ptxas), driver in drivers.items()
+        ),
+        capabilities=", ".join(dotted(capability) for capability, _ in made),
+        line="; ".join(
+            [f"triton {triton.__version__}"]
+            + [
+                f"{dotted(capability)} ptxas {ptxas} driver R{driver.release}"
+                for (capability, ptxas), driver in drivers.items()
+            ]
+        ),
     )
     (folder / "forms.cpp").write_text(table)
     stack = '.section .note.GNU-stack,"",@progbits\n'

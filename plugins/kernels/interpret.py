@@ -23,6 +23,7 @@ from plugins.kernels.table import Form
 from plugins.library import Library
 
 FAKE_DRIVER = Path(__file__).with_name("fake_driver.cpp")
+HOST = "libingot_kernels.so"
 
 _CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -45,12 +46,21 @@ class Launched:
 class InterpretedLibrary(Library):
     """The kernel library of this source tree, run by the interpreter.
 
+    Args:
+        forms: that it has.
+        folder: where it is built, or was before.
+        ptxas: the version that it records as what made it.
+
     Attributes:
         launches: those of all calls since it was last cleared.
     """
 
-    def __init__(self, forms: Mapping[str, Form], folder: Path) -> None:
-        super().__init__(_host_library(forms, folder))
+    def __init__(
+        self, forms: Mapping[str, Form], folder: Path, *, ptxas: str = "12.9.86"
+    ) -> None:
+        if not (folder / HOST).is_file():
+            _build_host(forms, folder, ptxas)
+        super().__init__(folder / HOST)
         self.forms = forms
         self.launches: list[Launched] = []
         self._error: BaseException | None = None
@@ -65,6 +75,15 @@ class InterpretedLibrary(Library):
     def set_capability(self, capability: int) -> None:
         """Act as a device of this compute capability from now on."""
         self.driver.fake_driver_set(self._callback, capability)
+
+    def fail_loads(self, result: int, cuda: int) -> None:
+        """Answer each load of a kernel with this ``CUresult``, as a driver for this CUDA version.
+
+        Args:
+            result: 0 loads again.
+            cuda: as ``cuDriverGetVersion`` has it, such as 12040 for 12.4.
+        """
+        self.driver.fake_driver_set_load(result, cuda)
 
     def run(
         self,
@@ -88,12 +107,22 @@ class InterpretedLibrary(Library):
         try:
             form = self.forms[name.decode()]
             self.launches.append(Launched(form.name, (x, y, z)))
-            values = _values(form, arguments)
-            form.function[(x, y, z)](*values, **form.constants)
+            self.launch(form, (x, y, z), arguments)
         except BaseException as error:
             self._error = error
             return 1
         return 0
+
+
+    def launch(self, form: Form, grid: tuple[int, int, int], arguments: Any) -> None:
+        """What a launch does.
+
+        Args:
+            form: of the kernel.
+            grid: blocks along each side.
+            arguments: addresses of its arguments, in the order of the signature.
+        """
+        form.function[grid](*_values(form, arguments), **form.constants)
 
 
 def _values(form: Form, arguments: Any) -> list[Any]:
@@ -129,7 +158,7 @@ def _tensor_at(pointer: int, kind: str) -> torch.Tensor:
     return torch.frombuffer(bytes_there, dtype=dtypes[kind])
 
 
-def _host_library(forms: Mapping[str, Form], folder: Path) -> Path:
+def _build_host(forms: Mapping[str, Form], folder: Path, ptxas: str) -> None:
     """The host layer with the names of the forms in place of their cubins."""
     folder.mkdir(parents=True, exist_ok=True)
     compiled = []
@@ -138,9 +167,10 @@ def _host_library(forms: Mapping[str, Form], folder: Path) -> Path:
         image.write_bytes(form.name.encode() + b"\0")
         letters = argument_letters(form.signature.values())
         compiled += [
-            Compiled(form.name, form.name, capability, 32 * form.num_warps, 0, letters, image)
+            Compiled(
+                form.name, form.name, capability, 32 * form.num_warps, 0, letters, image, ptxas
+            )
             for capability in form.capabilities
         ]
     run_compiler(FAKE_DRIVER, out=folder / "libfake_driver.so")
-    link(compiled, folder / "libingot_kernels.so", folder)
-    return folder / "libingot_kernels.so"
+    link(compiled, folder / HOST, folder)

@@ -24,10 +24,13 @@ rounded up to whole chunks. Sums are float32, but for those of dt' A.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from plugins.kernels.table import DTYPES, Form
+from plugins.kernels.table import DTYPES, TUNED, Form
 
 # Triton's interpreter multiplies the bit patterns of bfloat16; there each operand is widened first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -586,86 +589,154 @@ def _step_forms(dtype: str) -> list[Form]:
     ]
 
 
+class Pipeline(NamedTuple):
+    """How a product of the chunked form runs through its depth; its tile of 64 by 64 stays."""
+
+    block: int
+    warps: int
+    stages: int
+
+    @property
+    def variant(self) -> str:
+        """What tells a candidate's forms from the shipped ones, in their names."""
+        return f"b{self.block}w{self.warps}s{self.stages}"
+
+
+# Eight warps and a depth of 32 keep float32, whose products are three, within the registers.
+_SHIPPED = Pipeline(32, 8, 2)
+
+# What benchmarks/gpu.py compares on a Hopper card with the shipped one.
+_CANDIDATES = (
+    Pipeline(32, 4, 3),
+    Pipeline(32, 8, 3),
+    Pipeline(64, 4, 2),
+    Pipeline(64, 8, 2),
+    Pipeline(64, 8, 3),
+)
+
+_SUMS = {"steps": "*fp32", "sums_high": "*fp32", "sums_low": "*fp32"}
+_SIZES = {"heads": "i32", "head_size": "i32", "groups": "i32", "states": "i32", "chunk": "i32"}
+# Where a slice of a call begins.
+_PART = {"first_row": "i32", "first_token": "i32"}
+
+
 def _chunk_forms(dtype: str) -> list[Form]:
-    sums = {"steps": "*fp32", "sums_high": "*fp32", "sums_low": "*fp32"}
-    sizes = {"heads": "i32", "head_size": "i32", "groups": "i32", "states": "i32", "chunk": "i32"}
-    part = {"first_row": "i32", "first_token": "i32"}
-    times = Form(
-        f"mamba2_times_{dtype}",
-        _scan_times,
-        _signature(
-            dtype,
-            dt="*T",
-            a="*fp32",
-            dt_bias="*fp32",
-            mask="*T",
-            **sums,
-            tokens="i32",
-            heads="i32",
-            chunk="i32",
-            dt_min="fp32",
-            dt_max="fp32",
-            **part,
-        ),
-        {"BLOCK_T": 64, "BLOCK_H": 16},
-        frozenset({"chunk", "first_token"}),
-    )
-    # Eight warps and a depth of 32 keep float32, whose products are three, within the registers.
-    forms = [times]
-    for name, aligned in (("aligned", {"head_size", "states"}), ("any", set[str]())):
+    forms = [
+        Form(
+            f"mamba2_times_{dtype}",
+            _scan_times,
+            _signature(
+                dtype,
+                dt="*T",
+                a="*fp32",
+                dt_bias="*fp32",
+                mask="*T",
+                **_SUMS,
+                tokens="i32",
+                heads="i32",
+                chunk="i32",
+                dt_min="fp32",
+                dt_max="fp32",
+                **_PART,
+            ),
+            {"BLOCK_T": 64, "BLOCK_H": 16},
+            frozenset({"chunk", "first_token"}),
+        )
+    ]
+    for name, aligned in (
+        ("aligned", frozenset({"head_size", "states"})),
+        ("any", frozenset[str]()),
+    ):
         forms += [
-            Form(
-                f"mamba2_states_{dtype}_{name}",
-                _scan_states,
-                _signature(
-                    dtype, x="*T", b="*T", **sums, carried="*fp32", tokens="i32", **sizes, **part
-                ),
-                {"BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_K": 32},
-                frozenset({"chunk", "first_token", *aligned}),
-                num_warps=8,
-            ),
-            Form(
-                f"mamba2_products_{dtype}_{name}",
-                _scan_products,
-                _signature(
-                    dtype,
-                    b="*T",
-                    c="*T",
-                    products="*fp32",
-                    tokens="i32",
-                    groups="i32",
-                    states="i32",
-                    chunk="i32",
-                    padded="i32",
-                    **part,
-                ),
-                {"BLOCK_T": 64, "BLOCK_K": 32},
-                frozenset({"chunk", "padded", "first_token", *aligned & {"states"}}),
-                num_warps=8,
-            ),
-            Form(
-                f"mamba2_outputs_{dtype}_{name}",
-                _scan_outputs,
-                _signature(
-                    dtype,
-                    x="*T",
-                    c="*T",
-                    d="*fp32",
-                    **sums,
-                    carried="*fp32",
-                    products="*fp32",
-                    y="*T",
-                    tokens="i32",
-                    **sizes,
-                    padded="i32",
-                    **part,
-                ),
-                {"BLOCK_T": 64, "BLOCK_P": 64, "BLOCK_K": 32},
-                frozenset({"chunk", "padded", "first_token", *aligned}),
-                num_warps=8,
-            ),
+            _states_form(dtype, name, aligned),
+            _products_form(dtype, name, aligned),
+            _outputs_form(dtype, name, aligned),
         ]
     return forms
+
+
+def _states_form(
+    dtype: str, name: str, aligned: frozenset[str], pipeline: Pipeline = _SHIPPED
+) -> Form:
+    return Form(
+        f"mamba2_states_{dtype}_{name}",
+        _scan_states,
+        _signature(
+            dtype, x="*T", b="*T", **_SUMS, carried="*fp32", tokens="i32", **_SIZES, **_PART
+        ),
+        {"BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_K": pipeline.block},
+        frozenset({"chunk", "first_token", *aligned}),
+        num_warps=pipeline.warps,
+        num_stages=pipeline.stages,
+    )
+
+
+def _products_form(dtype: str, name: str, aligned: frozenset[str]) -> Form:
+    return Form(
+        f"mamba2_products_{dtype}_{name}",
+        _scan_products,
+        _signature(
+            dtype,
+            b="*T",
+            c="*T",
+            products="*fp32",
+            tokens="i32",
+            groups="i32",
+            states="i32",
+            chunk="i32",
+            padded="i32",
+            **_PART,
+        ),
+        {"BLOCK_T": 64, "BLOCK_K": _SHIPPED.block},
+        frozenset({"chunk", "padded", "first_token", *aligned & {"states"}}),
+        num_warps=_SHIPPED.warps,
+        num_stages=_SHIPPED.stages,
+    )
+
+
+def _outputs_form(
+    dtype: str, name: str, aligned: frozenset[str], pipeline: Pipeline = _SHIPPED
+) -> Form:
+    return Form(
+        f"mamba2_outputs_{dtype}_{name}",
+        _scan_outputs,
+        _signature(
+            dtype,
+            x="*T",
+            c="*T",
+            d="*fp32",
+            **_SUMS,
+            carried="*fp32",
+            products="*fp32",
+            y="*T",
+            tokens="i32",
+            **_SIZES,
+            padded="i32",
+            **_PART,
+        ),
+        {"BLOCK_T": 64, "BLOCK_P": 64, "BLOCK_K": pipeline.block},
+        frozenset({"chunk", "padded", "first_token", *aligned}),
+        num_warps=pipeline.warps,
+        num_stages=pipeline.stages,
+    )
+
+
+def tuning_forms() -> list[Form]:
+    """Forms in bfloat16 with other pipelines than the shipped one, to be compared with it."""
+    aligned = frozenset({"head_size", "states"})
+    return [
+        replace(form, capabilities=TUNED, candidate=f"scan {pipeline.variant}")
+        for pipeline in _CANDIDATES
+        for form in (
+            _states_form("bf16", f"aligned_{pipeline.variant}", aligned, pipeline),
+            _outputs_form("bf16", f"aligned_{pipeline.variant}", aligned, pipeline),
+        )
+    ]
+
+
+def tuning_variants() -> list[str]:
+    """The variants of the scan to compare, by which its candidates' names end; ``""`` is shipped."""
+    return ["", *(pipeline.variant for pipeline in _CANDIDATES)]
 
 
 def _carry_forms() -> list[Form]:

@@ -23,11 +23,12 @@ The formulas and their sources are in ``plugins/moe_dispatch.py`` and ``plugins/
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from plugins.kernels.table import COMPUTE_CAPABILITIES, Form
+from plugins.kernels.table import COMPUTE_CAPABILITIES, TUNED, Form
 
 # The most choices that the programs of a grouped product search by themselves.
 SCAN_CHOICES = 256
@@ -554,83 +555,152 @@ def _one_token(name: str, dtype: str, grain: int) -> Iterator[Form]:
 
 
 def _grouped(name: str, dtype: str, grain: int) -> Iterator[Form]:
-    pointer = f"*{dtype}"
-    everywhere = COMPUTE_CAPABILITIES
-    # Rows, columns, block, warps, stages, capabilities; plugins/csrc/moe.cpp knows the first two.
-    tiles: list[tuple[int, int, int, int, int, tuple[int, ...]]]
-    if dtype == "fp32":
-        # Wider tiles, or deeper ones without wide loads, spill registers on Ampere and Ada.
-        tiles = [
-            (16, 32, 32, 4, 4, everywhere),
-            (64, 32, 32 if grain == 4 else 16, 4, 3, everywhere),
-        ]
-    else:
-        tiles = [
-            (16, 32, 128, 4, 4, everywhere),
-            (64, 64, 64, 4, 3, everywhere),
-            (128, 64, 64, 8, 3, (80, 86, 89, 120)),
-            (128, 128, 64, 8, 3, (90, 100)),
-        ]
-    for rows, columns, block, warps, stages, capabilities in tiles:
-        scanned = rows == 16
-        constants = {
-            "GRAIN": grain,
-            "ROWS": rows,
-            "COLUMNS": columns,
-            "BLOCK": block,
-            "SCANNED": SCAN_CHOICES if scanned else 0,
-        }
-        yield Form(
-            name=f"moe_gate_up_m{rows}n{columns}_{name}",
-            function=gate_up,
-            signature={
-                "x": pointer,
-                "ids": "*i32",
-                "tiles": "*i32",
-                "weight": pointer,
-                "inner": pointer,
-                "choices": "i32",
-                "top_k": "i32",
-                "experts": "i32",
-                "hidden_grains": "i32",
-                "intermediate_grains": "i32",
-                "activation": "i32",
-            },
-            constants=constants,
-            num_warps=warps,
-            num_stages=stages,
-            capabilities=capabilities,
-        )
-        for use, ids, out in (("down", "i32", "fp32"), ("linear", "i64", dtype)):
-            yield Form(
-                name=f"moe_{use}_m{rows}n{columns}_{name}",
-                function=linear,
-                signature={
-                    "x": pointer,
-                    "ids": f"*{ids}" if scanned else "*i32",
-                    "tiles": "*i32",
-                    "weight": pointer,
-                    "y": f"*{out}",
-                    "choices": "i32",
-                    "choices_per_row": "i32",
-                    "experts": "i32",
-                    "in_grains": "i32",
-                    "out_grains": "i32",
-                },
-                constants=constants,
-                num_warps=warps,
-                num_stages=stages,
-                capabilities=capabilities,
-            )
+    for tile in _tiles(dtype, grain):
+        yield from _tile_forms(name, dtype, grain, tile)
     yield Form(
         name=f"moe_combine_{name}",
         function=combine,
         signature={
             "rows": "*fp32",
             "weights": "*fp32",
-            "y": pointer,
+            "y": f"*{dtype}",
             "top_k": "i32",
             "hidden_grains": "i32",
         },
         constants={"GRAIN": grain, "BLOCK": 512},
     )
+
+
+class Tile(NamedTuple):
+    """What a program of a grouped product takes; plugins/csrc/moe.cpp knows rows and columns."""
+
+    rows: int
+    columns: int
+    block: int
+    warps: int
+    stages: int
+    capabilities: tuple[int, ...] = COMPUTE_CAPABILITIES
+
+    @property
+    def variant(self) -> str:
+        """What tells apart tiles of equal rows and columns, in names of forms."""
+        return f"b{self.block}w{self.warps}s{self.stages}"
+
+
+def _tiles(dtype: str, grain: int) -> list[Tile]:
+    """The shipped tiles."""
+    if dtype == "fp32":
+        # Wider tiles, or deeper ones without wide loads, spill registers on Ampere and Ada.
+        return [Tile(16, 32, 32, 4, 4), Tile(64, 32, 32 if grain == 4 else 16, 4, 3)]
+    return [
+        Tile(16, 32, 128, 4, 4),
+        Tile(64, 64, 64, 4, 3),
+        Tile(128, 64, 64, 8, 3, (80, 86, 89, 120)),
+        Tile(128, 128, 64, 8, 3, (90, 100)),
+    ]
+
+
+def _tile_forms(
+    name: str, dtype: str, grain: int, tile: Tile, candidate: str = ""
+) -> Iterator[Form]:
+    """The forms of one tile; with ``candidate`` they are named by the tile's variant, too."""
+    pointer = f"*{dtype}"
+    ending = f"m{tile.rows}n{tile.columns}_{name}" + (f"_{tile.variant}" if candidate else "")
+    scanned = tile.rows == 16
+    constants = {
+        "GRAIN": grain,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "BLOCK": tile.block,
+        "SCANNED": SCAN_CHOICES if scanned else 0,
+    }
+    yield Form(
+        name=f"moe_gate_up_{ending}",
+        function=gate_up,
+        signature={
+            "x": pointer,
+            "ids": "*i32",
+            "tiles": "*i32",
+            "weight": pointer,
+            "inner": pointer,
+            "choices": "i32",
+            "top_k": "i32",
+            "experts": "i32",
+            "hidden_grains": "i32",
+            "intermediate_grains": "i32",
+            "activation": "i32",
+        },
+        constants=constants,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        capabilities=tile.capabilities,
+        candidate=candidate,
+    )
+    for use, ids, out in (("down", "i32", "fp32"), ("linear", "i64", dtype)):
+        yield Form(
+            name=f"moe_{use}_{ending}",
+            function=linear,
+            signature={
+                "x": pointer,
+                "ids": f"*{ids}" if scanned else "*i32",
+                "tiles": "*i32",
+                "weight": pointer,
+                "y": f"*{out}",
+                "choices": "i32",
+                "choices_per_row": "i32",
+                "experts": "i32",
+                "in_grains": "i32",
+                "out_grains": "i32",
+            },
+            constants=constants,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            capabilities=tile.capabilities,
+            candidate=candidate,
+        )
+
+
+# Rows, columns, block, warps and stages of the tiles that benchmarks/gpu.py compares on a Hopper
+# card with the shipped ones. A gate_up of 128 x 256 would need more registers than an SM has.
+_CANDIDATES = (
+    (64, 64, 64, 4, 4),
+    (64, 64, 64, 8, 3),
+    (64, 64, 128, 4, 3),
+    (64, 128, 64, 4, 3),
+    (64, 128, 64, 8, 3),
+    (64, 128, 64, 8, 4),
+    (128, 64, 64, 4, 3),
+    (128, 64, 64, 8, 3),
+    (128, 64, 64, 8, 4),
+    (128, 128, 32, 8, 4),
+    (128, 128, 64, 8, 4),
+    (128, 128, 64, 16, 3),
+)
+
+
+def _candidates() -> Iterator[Tile]:
+    return (Tile(*sizes, capabilities=TUNED) for sizes in _CANDIDATES)
+
+
+def tuning_forms() -> list[Form]:
+    """Forms in bfloat16 of other tiles than the shipped ones, to be compared with those."""
+    return [
+        form
+        for tile in _candidates()
+        for form in _tile_forms(
+            "bf16", "bf16", 8, tile, f"tile {tile.rows}x{tile.columns} {tile.variant}"
+        )
+    ]
+
+
+def tuning_tiles() -> list[tuple[int, int, str]]:
+    """Rows, columns and variant of every tile to compare; the shipped ones have variant ``""``.
+
+    The names of a candidate's forms end with its variant: ``moe_down_m64n128_bf16_b64w8s4``.
+    """
+    shipped = [
+        (tile.rows, tile.columns, "")
+        for tile in _tiles("bf16", 8)
+        if tile.rows > 16 and set(TUNED) <= set(tile.capabilities)
+    ]
+    return shipped + [(tile.rows, tile.columns, tile.variant) for tile in _candidates()]

@@ -16,12 +16,19 @@ from typing import Any
 # Ampere, Ada, Hopper, Blackwell.
 COMPUTE_CAPABILITIES = (80, 86, 89, 90, 100, 120)
 
+# What the tuning candidates are compiled for: they were chosen for Hopper.
+TUNED = (90,)
+
 
 def runs_on(compiled: int, device: int) -> bool:
     """Whether a kernel compiled for one compute capability runs on a device of another.
 
-    It does within one major version, from its own minor version on (CUDA's binary compatibility).
+    Below 9.0 it does within one major version, from its own minor version on (CUDA's binary
+    compatibility). From 9.0 on Triton compiles for architecture-specific targets, such as sm_90a
+    and sm_120a, which fit one capability and no other. ``plugins/csrc/forms.h`` has the same rule.
     """
+    if compiled >= 90:
+        return compiled == device
     return compiled // 10 == device // 10 and compiled <= device
 
 
@@ -44,6 +51,8 @@ class Form:
         num_stages: depth of the software pipeline.
         hot: whether its time matters; a hot form must not spill registers.
         capabilities: those it is compiled for.
+        candidate: of a form that is not shipped but compared with the shipped ones, what it is a
+            part of; the forms of one candidate are of use together only.
     """
 
     name: str
@@ -55,3 +64,4 @@ class Form:
     num_stages: int = 2
     hot: bool = True
     capabilities: tuple[int, ...] = COMPUTE_CAPABILITIES
+    candidate: str = ""
