@@ -151,7 +151,9 @@ class Run:
         """Write what there is and print the table."""
         self.write()
         print(flush=True)
-        print(closing(self.outcomes, self.missing, time.monotonic() - self.began), flush=True)
+        seconds = time.monotonic() - self.began
+        measured = not self.bench.rehearsal
+        print(closing(self.outcomes, self.missing, seconds, figures=measured), flush=True)
 
 
 def failed_before(results: Path) -> dict[str, Collection[str] | None]:

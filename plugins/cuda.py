@@ -27,6 +27,9 @@ from plugins.mamba2_scan import mamba2_scan as mamba2_scan_op
 from plugins.moe_dispatch import moe_dispatch as moe_dispatch_op
 from plugins.moe_linear import moe_linear as moe_linear_op
 
+# What ``register`` gives kernels to.
+OPERATORS = (causal_conv_op, moe_dispatch_op, moe_linear_op, mamba2_scan_op)
+
 
 def register(library: Library, device_type: str = "cuda") -> None:
     """Make the kernels what the operators run on tensors of a device.

@@ -66,9 +66,7 @@ def test_a_newer_minor_version_takes_the_best_before_it(older: InterpretedLibrar
 @pytest.mark.parametrize(
     "result", [INVALID_IMAGE, NO_BINARY_FOR_GPU, UNSUPPORTED_PTX_VERSION, OUT_OF_MEMORY]
 )
-def test_an_old_driver_is_named_whatever_it_answers(
-    newer: InterpretedLibrary, result: int
-) -> None:
+def test_an_old_driver_is_named_whatever_it_answers(newer: InterpretedLibrary, result: int) -> None:
     newer.set_capability(90)
     newer.fail_loads(result, CUDA_12_4)
     with pytest.raises(LibraryError) as caught:

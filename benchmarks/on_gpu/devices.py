@@ -115,7 +115,7 @@ class Host:
         return True
 
     def capture(self, run: Call) -> Call:
-        run()
+        # The interpreter is slow: nothing is run twice where nothing has to warm up.
         return run
 
     def time(self, replay: Call, calls: int, least: float = 0.1) -> Seconds:

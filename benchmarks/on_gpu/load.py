@@ -80,7 +80,8 @@ def kernels(bench: Bench) -> Found:
             refusals.append(f"{path and path.relative_to(ROOT)}: {error}")
             continue
         return {
-            "text": f"kernels from {path and path.relative_to(ROOT)}: {library.build_line}",
+            "text": f"kernels from {path.relative_to(ROOT) if path else 'the rehearsal'}",
+            "lines": library.build_line.split("; "),
             "refused": refusals,
             "keep": {"library": path and str(path)},
         }

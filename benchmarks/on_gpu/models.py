@@ -28,12 +28,12 @@ from benchmarks.on_gpu.runner import Found, Item, Wrong
 from graphs.family import Family, find_family
 from graphs.preset import preset_config
 from plugins import cuda
-from plugins.library import Library
 
 BF16 = torch.bfloat16
 FAMILIES = ("olmoe", "mamba2")
-# Kernels may be off by so much more than the eager graph is in its own precision.
-LIMIT = 2.0
+# Kernels may be off by so much more than the eager graph is in its own precision. A rehearsal's
+# interpreter cuts bfloat16 off where a card rounds it.
+LIMIT, REHEARSED_LIMIT = 2.0, 4.0
 
 
 def items(bench: Bench) -> Iterator[Item]:
@@ -43,15 +43,15 @@ def items(bench: Bench) -> Iterator[Item]:
     for name in FAMILIES:
         yield Item(f"{name} two layers", partial(two_layers, bench, name))
     for name in FAMILIES:
-        yield Item(f"{name} whole", partial(whole, bench, library, name))
+        yield Item(f"{name} whole", partial(whole, bench, name))
 
 
 @contextlib.contextmanager
 def kernels(bench: Bench, *, on: bool) -> Iterator[None]:
     """The eager graph's operators by the kernels, or by their references."""
     with contextlib.ExitStack() as stack:
-        for operator in cuda.OPERATORS:
-            stack.enter_context(operator.set_kernel_enabled(bench.device.name, on))
+        for operator in () if on else cuda.OPERATORS:
+            stack.enter_context(operator.set_kernel_enabled(bench.device.name, False))
         yield
 
 
@@ -67,12 +67,12 @@ def _prompt(bench: Bench, config: dict[str, Any], tokens: int) -> torch.Tensor:
 
 
 def two_layers(bench: Bench, name: str) -> Found:
-    """A prefill and four decode steps, in float64, in bfloat16, and on the kernels."""
+    """A prefill and some decode steps, in float64, in bfloat16, and on the kernels."""
     family, config = _config(bench, name, num_hidden_layers=2)
     device = bench.device.name
     model = drawn(family, config, BF16, device)
-    prompt = _prompt(bench, config, bench.pick(512, 9))
-    following = _prompt(bench, config, 4)
+    prompt = _prompt(bench, config, bench.pick(512, 5))
+    following = _prompt(bench, config, bench.pick(4, 1))
 
     def run(of: Any, dtype: torch.dtype, *, on: bool) -> torch.Tensor:
         decoder = Decoder(of, dtype, device)
@@ -90,16 +90,21 @@ def two_layers(bench: Bench, name: str) -> Found:
     del model, wide, truth, fast
     bench.device.free()
     figures = f"error {of_kernels:.2e}, eager's own {own:.2e}"
-    # NaN is no pass.
-    if not of_kernels <= LIMIT * own:
-        raise Wrong(f"{figures}; at most {LIMIT} times that is right")
+    _require(bench, of_kernels, own, figures)
     return {"text": f"{name} two layers: {figures}", "error": of_kernels, "eager_error": own}
 
 
-def whole(bench: Bench, library: Library, name: str) -> Found:
+def _require(bench: Bench, of_kernels: float, own: float, figures: str) -> None:
+    limit = bench.pick(LIMIT, REHEARSED_LIMIT)
+    # NaN is no pass.
+    if not of_kernels <= limit * own:
+        raise Wrong(f"{figures}; at most {limit} times that is right")
+
+
+def whole(bench: Bench, name: str) -> Found:
     """Prefill and greedy tokens of the whole model, and their times."""
     family, config = _config(bench, name)
-    prompt_tokens, count = bench.pick((512, 64), (9, 4))
+    prompt_tokens, count = bench.pick((512, 64), (5, 3))
     room = prompt_tokens + count
     device = bench.device.name
     model: Any = drawn(family, config, BF16, device)
@@ -110,9 +115,10 @@ def whole(bench: Bench, library: Library, name: str) -> Found:
         fast.step(prompt)
         captured = CapturedDecoder(fast, room, bench.device)
         found = _times(bench, model, prompt, captured, count)
+    found["text"] = f"{name} whole: {_speed(found)}"
     if bench.computes:
-        found |= _proof(bench, family, config, model, prompt, fast, captured, count)
-    found["text"] = f"{name} whole: {_figures(found)}"
+        found |= _proof(bench, family, config, model, prompt, captured, count)
+        found["lines"] = [_numbers(found)]
     return found
 
 
@@ -122,7 +128,6 @@ def _proof(
     config: dict[str, Any],
     model: Any,
     prompt: torch.Tensor,
-    fast: Decoder,
     captured: CapturedDecoder,
     count: int,
 ) -> Found:
@@ -143,8 +148,7 @@ def _proof(
     until, differs = agreement(tokens, eager_tokens, eager_logits, truth)
     bench.device.free()
     figures = f"error {of_kernels:.2e}, eager's own {own:.2e}"
-    if not of_kernels <= LIMIT * own:
-        raise Wrong(f"logits after eager's tokens: {figures}; at most {LIMIT} times that is right")
+    _require(bench, of_kernels, own, f"logits after eager's tokens: {figures}")
     if differs is not None and differs < until:
         raise Wrong(
             f"token {differs} is {tokens[differs]} and eager's is {eager_tokens[differs]}, before "
@@ -188,17 +192,18 @@ def _times(
     }
 
 
-def _figures(found: Found) -> str:
+def _speed(found: Found) -> str:
     step = found["step_seconds"]
-    text = (
-        f"{1 / step:.0f} tokens/s ({1e3 * step:.2f} ms, read floor is {found['of_read_floor']} of "
-        f"it), prefill of {found['prefill_tokens']} in {1e3 * found['prefill_seconds']:.0f} ms"
+    return (
+        f"{1 / step:.0f} tokens/s ({1e3 * step:.2f} ms, {found['of_read_floor']} of the read "
+        f"floor), prefill of {found['prefill_tokens']} in {1e3 * found['prefill_seconds']:.1f} ms"
     )
-    if "error" in found:
-        same = found["first_difference"]
-        text += (
-            f"; error {found['error']:.1e}, eager's own {found['eager_error']:.1e}, tokens equal "
-            f"{'to the end' if same is None else f'up to {same}'} (first near-tie "
-            f"{found['first_near_tie']})"
-        )
-    return text
+
+
+def _numbers(found: Found) -> str:
+    differs = found["first_difference"]
+    return (
+        f"error {found['error']:.1e}, eager's own {found['eager_error']:.1e}; tokens equal "
+        f"{'to the end' if differs is None else f'up to {differs}'}, first near-tie at "
+        f"{found['first_near_tie']}"
+    )

@@ -33,10 +33,10 @@ fi
 
 
 def prepare(folder: Path, how: str = "auto") -> str:
-    """Build the rehearsal's library; before Triton is imported.
+    """Say which library a rehearsal has, and put its tool there; before Triton is imported.
 
     Args:
-        folder: takes it.
+        folder: of the rehearsal; the library is built there when it is opened.
         how: ``interpreter``, ``recorder``, or ``auto`` for the first where it works.
 
     Returns:
@@ -48,25 +48,18 @@ def prepare(folder: Path, how: str = "auto") -> str:
     tool = folder / TOOL
     tool.write_text(STAND_IN)
     tool.chmod(0o755)
-    _open(folder, how, build=True)
     return how
 
 
 def reopen(folder: Path) -> Library:
-    """The library that ``prepare`` built, in another process."""
-    return _open(folder, (folder / HOW).read_text(), build=False)
-
-
-def _open(folder: Path, how: str, *, build: bool) -> Library:
+    """The library that ``prepare`` built, in this process or in another."""
+    how = (folder / HOW).read_text()
     os.environ[INTERPRET] = "1" if how == "interpreter" else "0"
+    from plugins.kernels.build import all_forms, tuning_forms
+    from plugins.kernels.interpret import InterpretedLibrary
     from plugins.kernels.record import RecordingLibrary
 
-    from plugins.kernels.build import all_forms
-    from plugins.kernels.interpret import InterpretedLibrary, build_host
-
-    forms = all_forms(tuning=True)
-    if build:
-        build_host(forms, folder)
+    forms = {**all_forms(), **tuning_forms()}
     return (InterpretedLibrary if how == "interpreter" else RecordingLibrary)(forms, folder)
 
 

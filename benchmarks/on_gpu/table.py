@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from benchmarks.on_gpu.runner import CUT, FAILED, OK, REFUSED, Outcome
+from benchmarks.on_gpu.runner import CUT, FAILED, OK, REFUSED, Found, Outcome
 
 # One screenful.
-LINES, WIDTH = 60, 150
+LINES, WIDTH = 60, 160
 
 
-def closing(outcomes: Mapping[str, Outcome], missing: list[str], seconds: float) -> str:
+def closing(
+    outcomes: Mapping[str, Outcome], missing: list[str], seconds: float, *, figures: bool
+) -> str:
     """The table of a run.
 
     Args:
         outcomes: by phase, in order.
         missing: phases that were not entered.
         seconds: that the run took.
+        figures: whether what was measured means anything.
     """
     lines = [*_failures(outcomes, missing), "", *_phases(outcomes), ""]
     room = LINES - len(lines)
-    figures = list(_figures(outcomes))
-    lines += figures[:room]
-    if len(figures) > room:
-        lines.append(f"... and {len(figures) - room} more in results.json")
+    measured = list(_figures(outcomes)) if figures else []
+    lines += measured[:room]
+    if len(measured) > room:
+        lines.append(f"... and {len(measured) - room} more in results.json")
     lines.append(f"{seconds:.0f} s in all")
     return "\n".join(line[:WIDTH] for line in lines)
 
@@ -64,16 +66,14 @@ def _count(outcome: Outcome, status: str) -> int:
 
 def _figures(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
     """Texts of what was measured; of the checks the count above says enough."""
-    for name in ("load", "ceilings", "models", "sanitizer", "timings", "tuning"):
-        outcome = outcomes.get(name)
-        for found in outcome.items.values() if outcome else ():
-            yield from _text(name, found)
+    for name in ("load", "ceilings", "models", "sanitizer", "timings"):
+        for found in outcomes[name].items.values() if name in outcomes else ():
+            yield from _text(found)
+    if "tuning" in outcomes:
+        yield from outcomes["tuning"].items.get("tables", {}).get("lines", ())
 
 
-def _text(phase: str, found: Mapping[str, Any]) -> Iterator[str]:
-    if found["status"] == OK:
-        yield found["text"]
-        if phase == "tuning":
-            yield from (f"    {line}" for line in found.get("lines", ()))
-    elif found["status"] == REFUSED:
-        yield f"refused: {found['text']}"
+def _text(found: Found) -> Iterator[str]:
+    if found["status"] in (OK, REFUSED):
+        yield found["text"] if found["status"] == OK else f"refused: {found['text']}"
+        yield from (f"    {line}" for line in found.get("lines", ()))

@@ -26,7 +26,7 @@ from plugins.mamba2_scan import mamba2_scan
 
 BF16 = torch.bfloat16
 # So many sets of weights or states; one alone may be smaller than the second-level cache.
-SETS = 3
+SETS, REHEARSED_SETS = 3, 1
 # The eager recurrence launches a dozen kernels a token.
 MOST_EAGER_TOKENS = 512
 
@@ -71,30 +71,29 @@ Named = tuple[str, Callable[[Bench, Library], Timed]]
 
 
 def _moe(bench: Bench, preset: str) -> Iterator[Named]:
-    of_olmoe = bench.pick((1, 4, 16, 64, 256, 1024, 4096, 8192), (1, 6))
-    of_jetmoe = bench.pick((1, 16, 1024, 4096), (6,))
+    of_olmoe = bench.pick((1, 4, 16, 64, 256, 1024, 4096, 8192), (1,))
+    of_jetmoe = bench.pick((1, 16, 4096), (3,))
     for shape, counts in zip(shapes.moe(preset), (of_olmoe, of_jetmoe), strict=True):
         for tokens in counts:
             yield f"{shape.model} MoeDispatch N {tokens}", partial(moe, shape=shape, tokens=tokens)
     for linear_shape in shapes.linear(preset):
         way = "out of" if linear_shape.per_choice else "into"
-        for tokens in bench.pick((1, 16, 4096), (6,)):
+        for tokens in bench.pick((1, 4096), (1,)):
             made = partial(linear, shape=linear_shape, tokens=tokens)
             yield f"{linear_shape.model} MoeLinear {way} attention N {tokens}", made
 
 
 def _states(bench: Bench, preset: str) -> Iterator[Named]:
-    calls = (
-        ((1, 1), (16, 1), (1, 512), (1, 2048), (1, 8192)),
-        ((1, 1), (1, 8192)),
-    )
-    for shape, real in zip(shapes.scans(preset), calls, strict=True):
-        for batch, tokens in bench.pick(real, ((1, 1), (1, 20))):
-            sizes = f"B {batch} T {tokens}"
+    mamba2, codestral = shapes.scans(preset)
+    of_mamba2 = bench.pick(((1, 1), (16, 1), (1, 512), (1, 2048), (1, 8192)), ((1, 1), (1, 9)))
+    of_codestral = bench.pick(((1, 1), (1, 8192)), ())
+    for shape, calls in ((mamba2, of_mamba2), (codestral, of_codestral)):
+        for batch, tokens in calls:
             made = partial(scan, shape=shape, batch=batch, tokens=tokens)
-            yield f"{shape.model} Mamba2Scan {sizes}", made
-            made = partial(conv, shape=shape, batch=batch, tokens=tokens)
-            yield f"{shape.model} CausalConv {sizes}", made
+            yield f"{shape.model} Mamba2Scan B {batch} T {tokens}", made
+    for batch, tokens in bench.pick(((1, 1), (16, 1), (1, 8192)), ((1, 9),)):
+        made = partial(conv, shape=mamba2, batch=batch, tokens=tokens)
+        yield f"{mamba2.model} CausalConv B {batch} T {tokens}", made
 
 
 def measure(bench: Bench, name: str, make: Callable[[], Timed]) -> Found:
@@ -134,6 +133,10 @@ def measure(bench: Bench, name: str, make: Callable[[], Timed]) -> Found:
     return found
 
 
+def _sets(bench: Bench) -> int:
+    return REHEARSED_SETS if bench.rehearsal else SETS
+
+
 def moe(bench: Bench, library: Library, shape: shapes.Moe, tokens: int) -> Timed:
     """A layer's experts."""
     make = Inputs(bench.device.name, tokens)
@@ -146,7 +149,7 @@ def moe(bench: Bench, library: Library, shape: shapes.Moe, tokens: int) -> Timed
             make.normal(*up, dtype=BF16, gain=shape.hidden**-0.5),
             make.normal(*down, dtype=BF16, gain=shape.intermediate**-0.5),
         )
-        for _ in range(SETS)
+        for _ in range(_sets(bench))
     ]
     loop = peers.CublasLoop(logits, shape.top_k)
     options = (shape.top_k, shape.normalize, "silu")
@@ -175,7 +178,7 @@ def linear(bench: Bench, library: Library, shape: shapes.Linear, tokens: int) ->
     logits = make.router_logits(tokens, shape.experts, shape.top_k, skewed=False)
     ids = logits.topk(shape.top_k).indices
     sizes = (shape.experts, shape.out_features, shape.in_features)
-    weights = [make.normal(*sizes, dtype=BF16, gain=sizes[2] ** -0.5) for _ in range(SETS)]
+    weights = [make.normal(*sizes, dtype=BF16, gain=sizes[2] ** -0.5) for _ in range(_sets(bench))]
     of_expert = shape.in_features * shape.out_features
     choices = tokens * shape.top_k
     of_tokens = x.numel() + choices * shape.out_features
@@ -190,7 +193,7 @@ def linear(bench: Bench, library: Library, shape: shapes.Linear, tokens: int) ->
 def scan(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens: int) -> Timed:
     """A layer's scan."""
     sizes = (batch, tokens, shape.heads, shape.head_size, shape.groups, shape.states)
-    sets = [mamba2_scan_inputs(bench.device.name, BF16, *sizes) for _ in range(SETS)]
+    sets = [mamba2_scan_inputs(bench.device.name, BF16, *sizes) for _ in range(_sets(bench))]
     limits = (0.0, math.inf)
     inner = shape.heads * shape.head_size
     state = batch * inner * shape.states
@@ -210,7 +213,7 @@ def conv(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens:
     """The convolution before the scan."""
     make = Inputs(bench.device.name, tokens)
     channels, past = shape.channels, shape.width - 1
-    x = [make.normal(batch, tokens, channels, dtype=BF16) for _ in range(SETS)]
+    x = [make.normal(batch, tokens, channels, dtype=BF16) for _ in range(_sets(bench))]
     state = make.normal(batch, channels, past, dtype=BF16)
     weight = make.normal(channels, 1, shape.width, dtype=BF16)
     bias = make.normal(channels, dtype=BF16)
@@ -234,7 +237,7 @@ def attention(bench: Bench, batch: int, tokens: int, past: int) -> Timed:
     seen = past + tokens
     sets = [
         tuple(make.normal(batch, heads, n, size, dtype=BF16) for n in (tokens, seen, seen))
-        for _ in range(SETS)
+        for _ in range(_sets(bench))
     ]
     # Half of the products of a prefill are above the diagonal.
     share = 0.5 if past == 0 else 1.0

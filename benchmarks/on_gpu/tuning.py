@@ -27,10 +27,10 @@ BUILT_IN = "built-in"
 def items(bench: Bench) -> Iterator[Item]:
     """Tiles for each number of tokens, then chunk lengths and variants of the scan."""
     library = _library(bench)
-    tokens = bench.pick((32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), (20,))
+    tokens = bench.pick((32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), (17,))
     for count in tokens:
         yield Item(f"MoeDispatch N {count}", partial(tiles, bench, library, count))
-    for count in bench.pick((128, 256, 512, 1024, 2048, 4096, 8192), (70,)):
+    for count in bench.pick((128, 256, 512, 1024, 2048, 4096, 8192), (9,)):
         yield Item(f"Mamba2Scan T {count}", partial(chunks, bench, library, count))
     yield Item("tables", partial(tables, bench))
 

@@ -55,9 +55,7 @@ class InterpretedLibrary(Library):
         launches: those of all calls since it was last cleared.
     """
 
-    def __init__(
-        self, forms: Mapping[str, Form], folder: Path, *, ptxas: str = "12.9.86"
-    ) -> None:
+    def __init__(self, forms: Mapping[str, Form], folder: Path, *, ptxas: str = "12.9.86") -> None:
         if not (folder / HOST).is_file():
             _build_host(forms, folder, ptxas)
         super().__init__(folder / HOST)
@@ -112,7 +110,6 @@ class InterpretedLibrary(Library):
             self._error = error
             return 1
         return 0
-
 
     def launch(self, form: Form, grid: tuple[int, int, int], arguments: Any) -> None:
         """What a launch does.
