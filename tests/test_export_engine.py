@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -11,10 +12,9 @@ from conftest import MakeCheckpoint, MakeIngot
 from export import engine
 from export.cli import export_command
 from export.eligibility import EligibilityError
-from export.engine import RTX, TENSORRT, EngineError, choose_builder, plan_engine
+from export.engine import RTX, TENSORRT, Builder, EngineError, choose_builder, plan_engine
 from export.ingot import Manifest
 from export.request import ExportRequest, Limits
-from plugins.kernels.table import runs_on
 
 
 def has(monkeypatch: pytest.MonkeyPatch, *, gpu: bool, installed: tuple[str, ...]) -> None:
@@ -141,9 +141,22 @@ def test_half_precision_is_for_tensorrt(tmp_path: Path, target: str) -> None:
     assert f"--precision bf16 goes with a TensorRT target; {target} ingots" in result.stderr
 
 
-def test_a_cubin_runs_within_its_major_version() -> None:
-    assert runs_on(80, 89) and runs_on(90, 90) and runs_on(120, 121)
-    assert not runs_on(86, 80) and not runs_on(80, 90) and not runs_on(90, 100)
+@pytest.mark.parametrize(
+    ("precision", "plugins", "devices"),
+    [
+        ("float32", False, (75, 80, 86, 89, 90, 100, 103, 120, 121)),
+        ("bfloat16", False, (80, 86, 89, 90, 100, 103, 120, 121)),
+        ("float32", True, (80, 86, 89, 90, 100, 120)),
+    ],
+)
+def test_an_engine_with_our_kernels_promises_no_device_that_they_do_not_run_on(
+    precision: str, plugins: bool, devices: tuple[int, ...]
+) -> None:
+    knows = (75, 80, 86, 89, 90, 100, 103, 120, 121)
+    builder = Builder.__new__(Builder)
+    builder.name = RTX
+    builder.trt = SimpleNamespace(ComputeCapability=SimpleNamespace(**{f"SM{c}": c for c in knows}))
+    assert builder.compute_capabilities(precision, plugins) == devices
 
 
 def test_an_engine_without_kernels_says_so(

@@ -37,6 +37,20 @@ link([compiled for compiled, _ in made], out / "libingot_kernels.so", out / "ker
 print(json.dumps({c.capability: [r.registers, r.spills, c.threads] for c, r in made}))
 """
 
+# What the command does with that form alone.
+COMMAND = """
+import sys
+from functools import partial
+from pathlib import Path
+from plugins.kernels import build
+
+out, name = Path(sys.argv[1]), sys.argv[2]
+form = build.all_forms()[name]
+build.all_forms = lambda: {name: form}
+build.build = partial(build.build, folder=out / "kernels")
+sys.exit(build.main(["--sm", "80", "--sm", "90", "--out", str(out / "libingot_kernels.so")]))
+"""
+
 
 def python(code: str, *arguments: str | Path, **environment: str) -> Any:
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -83,12 +97,16 @@ def test_says_in_one_sentence_that_there_is_no_driver(built: Path) -> None:
         library.run(tokens, None, 0, None)
 
 
-def test_a_second_build_compiles_nothing(built: Path) -> None:
+def test_a_second_build_compiles_nothing_and_says_what_made_the_first(built: Path) -> None:
     before = sorted((built / "cache").rglob("*.cubin"))
     assert len(before) == 2
     times = [path.stat().st_mtime_ns for path in before]
-    done = python(BUILD, built, "mamba2_step_bf16_n128", TRITON_CACHE_DIR=str(built / "cache"))
+    done = python(COMMAND, built, "mamba2_step_bf16_n128", TRITON_CACHE_DIR=str(built / "cache"))
     assert done.returncode == 0, done.stderr
+    *_, library, line = done.stdout.splitlines()
+    assert library.startswith(f"{built / 'libingot_kernels.so'}: 2 kernels, ")
+    card = r"ptxas 12\.9\.\d+ driver R525"
+    assert re.fullmatch(rf"triton \d+\.\d+\.\d+; 8\.0 {card}; 9\.0 {card}", line)
     after = sorted((built / "cache").rglob("*.cubin"))
     assert after == before and [path.stat().st_mtime_ns for path in after] == times
 
@@ -106,11 +124,11 @@ from plugins.kernels import build
 out = Path(sys.argv[1])
 form = next(iter(build.all_forms().values()))
 compiled = build.Compiled(form.name, "k", 90, 128, 0, "p", out, "12.9.86")
-build.compile_all = lambda *_: iter([(compiled, build.Resources(255, 8, 0))])
+build.compile_all = lambda *_: iter([(compiled, build.Resources(255, 16, 0))])
 build.build(out / "x.so", (90,), out)
 """
     done = python(code, tmp_path)
-    assert "registers are spilled in" in done.stderr and "(8 bytes)" in done.stderr
+    assert "registers are spilled in" in done.stderr and "(16 bytes)" in done.stderr
     assert not (tmp_path / "x.so").exists()
 
 
@@ -129,7 +147,7 @@ def test_a_candidate_that_cannot_be_used_whole_is_left_out_and_named(
                 refused[form.name] = "Triton cannot compile it"
                 continue
             compiled = Compiled(form.name, "k", 90, 128, 0, "p", tmp_path, "12.9.86")
-            yield compiled, Resources(64, 8 * (form.name == spills), 0)
+            yield compiled, Resources(64, 16 * (form.name == spills), 0)
 
     linked: list[str] = []
     monkeypatch.setattr(build, "compile_all", compile_all)
@@ -137,7 +155,7 @@ def test_a_candidate_that_cannot_be_used_whole_is_left_out_and_named(
     done, left_out = build.build_to_tune(tmp_path / "x.so", (90,), tmp_path)
     assert left_out == {
         "tile 64x64 b64w4s4": "Triton cannot compile it",
-        "scan b64w8s2": f"{spills} spills 8 bytes",
+        "scan b64w8s2": f"{spills} spills 16 bytes",
     }
     assert linked == [compiled.name for compiled, _ in done]
     whole = {*all_forms(), *build.tuning_forms()}

@@ -107,7 +107,7 @@ def test_a_driver_that_should_load_the_kernels_is_not_called_old(
 def test_other_failures_of_a_new_driver_keep_its_words(newer: InterpretedLibrary) -> None:
     newer.set_capability(90)
     newer.fail_loads(OUT_OF_MEMORY, CUDA_13_0)
-    with pytest.raises(LibraryError, match="^cuModuleLoadData: the interpreter met an error$"):
+    with pytest.raises(LibraryError, match=r"^cuModuleLoadData: the interpreter met an error$"):
         newer.prepare()
 
 

@@ -111,8 +111,13 @@ def test_refuses_to_guess_the_driver_of_a_future_toolkit() -> None:
 
 def test_a_compiled_kernel_of_one_is_never_taken_for_that_of_the_other(tmp_path: Path) -> None:
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", BUILD, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=clean,
+    )
     assert done.returncode == 0, done.stderr
     found, cached, names = json.loads(done.stdout.splitlines()[-1])
     older, newer = [[7, "12"]] * 2, [[8, "13"]] * 2

@@ -40,8 +40,9 @@ int main() {
 }
 """)
     program = tmp_path / "pairs"
-    command = ["g++", "-std=c++17", f"-I{SOURCES}", tmp_path / "pairs.cpp", "-o", program]
-    subprocess.run(command, check=True)
+    subprocess.run(
+        ["g++", "-std=c++17", f"-I{SOURCES}", tmp_path / "pairs.cpp", "-o", program], check=True
+    )
     done = subprocess.run([program], capture_output=True, text=True, check=True)
     found = {tuple(map(int, line.split())) for line in done.stdout.splitlines()}
     every = range(50, 140)

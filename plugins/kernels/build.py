@@ -1,8 +1,8 @@
 """``python -m plugins.kernels.build``: every kernel compiled for every GPU, into one library.
 
 Needs Triton and g++, neither a GPU nor a CUDA toolkit; and nothing else, so that a machine with
-PyTorch alone can build. What was compiled before is taken from a cache by content, so a second build
-takes seconds.
+PyTorch alone can build. What was compiled before is taken from a cache by content, so that a second
+build takes seconds.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from plugins.library import PATH, Library
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "kernels"
 TUNE_PATH = PATH.parent / "tune" / PATH.name
+
+# Bytes a thread that a kernel may spill and still be shipped. ptxas 12.8 and 12.9 put one register
+# on the stack once, outside the loop, in four forms that have registers left; that costs nothing.
+FREE_SPILLS = 8
 
 
 class BuildError(IngotError):
@@ -261,7 +265,7 @@ def build_to_tune(
     refused: dict[str, str] = {}
     candidates = _compile_shown(forms, wanted, folder, ptxas_choice, refused)
     for compiled, resources in candidates:
-        if resources.spills:
+        if resources.spills > FREE_SPILLS:
             refused[compiled.name] = f"{compiled.name} spills {resources.spills} bytes"
     left_out = {forms[name].candidate: reason for name, reason in refused.items()}
     done += [each for each in candidates if forms[each[0].name].candidate not in left_out]
@@ -284,7 +288,7 @@ def _compile_shipped(
     spilled = [
         f"{compiled.name} for sm_{compiled.capability} ({resources.spills} bytes)"
         for compiled, resources in done
-        if resources.spills and forms[compiled.name].hot
+        if resources.spills > FREE_SPILLS and forms[compiled.name].hot
     ]
     if spilled:
         raise BuildError(f"registers are spilled in {', '.join(spilled)}; make the tiles smaller.")

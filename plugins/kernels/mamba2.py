@@ -735,7 +735,7 @@ def tuning_forms() -> list[Form]:
 
 
 def tuning_variants() -> list[str]:
-    """The variants of the scan to compare, by which its candidates' names end; ``""`` is shipped."""
+    """The variants of the scan, by which its candidates' names end; ``""`` is the shipped one."""
     return ["", *(pipeline.variant for pipeline in _CANDIDATES)]
 
 

@@ -49,7 +49,7 @@ class Form:
         multiples_of_16: names of ``i32`` arguments the host passes only multiples of 16 in.
         num_warps: warps of a block.
         num_stages: depth of the software pipeline.
-        hot: whether its time matters; a hot form must not spill registers.
+        hot: whether its time matters; a hot form must not spill registers in its loop.
         capabilities: those it is compiled for.
         candidate: of a form that is not shipped but compared with the shipped ones, what it is a
             part of; the forms of one candidate are of use together only.
