@@ -8,43 +8,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from export.ingot import ENGINE, GRAPH, SIZES, EngineInfo, Manifest, StateInfo, sha256
 from plugins import device as gpu
 from plugins.library import PATH as KERNELS
-from runtime.cuda import Array, Device
+from runtime.cuda import Device
 from runtime.session import Floats, Ids, SessionError
 from runtime.tokens import TokenInputs
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 PLUGINS = "libingot_trt.so"
-
-
-class Memory(Protocol):
-    """What a session asks of ``runtime.cuda.Device``."""
-
-    stream: int
-
-    def allocate(self, size: int) -> int: ...
-
-    def free(self, address: int) -> None: ...
-
-    def zero(self, address: int, size: int) -> None: ...
-
-    def upload(self, address: int, array: Array) -> None: ...
-
-    def download(self, array: Array, address: int) -> None: ...
-
-    def capture(self, enqueue: Callable[[], None]) -> Any: ...
-
-    def launch(self, graph: Any) -> None: ...
+# The buffer that contexts compute in; no tensor has a space in its name.
+ACTIVATIONS = "context memory"
 
 
 def check_engine(
@@ -92,7 +73,48 @@ def check_engine(
     return engine
 
 
-def load_engine(folder: Path, manifest: Manifest, *, hashed: bool) -> Any:
+class Engine:
+    """A deserialised engine; a session and its forks share it.
+
+    Args:
+        trt: the Python module that deserialised it.
+        engine: the module's ``ICudaEngine``.
+    """
+
+    def __init__(self, trt: Any, engine: Any) -> None:
+        self._trt = trt
+        self._engine = engine
+
+    @property
+    def memory_size(self) -> int:
+        """Bytes that a context computes in: what the most demanding profile needs."""
+        return int(self._engine.device_memory_size_v2)
+
+    def context(self, profile: int, address: int, stream: int) -> Any:
+        """An execution context of one profile that has no memory of its own.
+
+        Args:
+            profile: index.
+            address: of ``memory_size`` bytes on the device. Contexts may share them where no two
+                run at the same time, since nothing is kept there from one run to the next.
+            stream: on which the context will run.
+
+        Raises:
+            SessionError: TensorRT refuses, mostly for lack of memory.
+        """
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(strategy)
+        if context is not None:
+            context.set_device_memory(address, self.memory_size)
+            if context.set_optimization_profile_async(profile, stream):
+                return context
+        raise SessionError(
+            "the engine could not make room to run; TensorRT's message is above, see nvidia-smi "
+            "for what else holds the GPU's memory."
+        )
+
+
+def load_engine(folder: Path, manifest: Manifest, *, hashed: bool) -> Engine:
     """The deserialised engine, with its plugins registered.
 
     Raises:
@@ -121,7 +143,7 @@ def load_engine(folder: Path, manifest: Manifest, *, hashed: bool) -> Any:
     found = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
     if found is None:
         raise SessionError(f"{info and info.builder} cannot read {folder / ENGINE}; see above.")
-    return found
+    return Engine(trt, found)
 
 
 @cache
@@ -148,15 +170,15 @@ class TrtSession:
     """Runs an ingot's engine; see ``runtime.session.Session``.
 
     States live on the device in two buffers each, read from one and written to the other in turn,
-    and both are allocated at ``reset``. Where every state has a fixed size, a decode step is a
+    and both are allocated at ``reset``. The contexts of its profiles run one after the other, so
+    they compute in one block of memory. Where every state has a fixed size, a decode step is a
     CUDA graph from its third call on, one for each turn.
 
     Args:
         folder: the ingot.
         manifest: of the ingot.
         hashed: whether the folder's files were found to be the manifest's just before.
-        engine: deserialised; by default the folder's, after its checks.
-        memory: of the device.
+        engine: by default the folder's, after its checks.
 
     Attributes:
         fed: the token inputs of the last call.
@@ -168,13 +190,12 @@ class TrtSession:
         manifest: Manifest,
         *,
         hashed: bool = False,
-        engine: Any = None,
-        memory: Memory | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.manifest = manifest
         self._folder = folder
         self._engine = engine or load_engine(folder, manifest, hashed=hashed)
-        self._memory: Memory = memory or Device()
+        self._memory = Device()
         assert manifest.engine is not None
         self._profiles = manifest.engine.profiles
         self._contexts: dict[int, Any] = {}
@@ -182,6 +203,7 @@ class TrtSession:
         self._outputs = {item.name: item for item in manifest.outputs}
         self._tokens = TokenInputs(manifest.vocab_size, manifest.states)
         self._buffers: dict[str, Buffer] = {}
+        self._graphs: dict[int, int] = {}
         self.fed: dict[str, Ids] = {}
         self._fixed = all(state.axis is None for state in manifest.states)
         self.reset(1, 0)
@@ -203,13 +225,17 @@ class TrtSession:
                 f"({most[0]} of {most[1]}); export with a larger --max-batch or --max-seq."
             )
         self._tokens.reset(batch, capacity)
+        self._tokens.lost = True
         self._turn = 0
         self._calls: dict[int, int] = {}
-        self._graphs: dict[int, Any] = {}
+        self._drop_graphs()
         for state in self.manifest.states:
             size = self._bytes(state.dtype, self._shape(state, capacity))
-            for turn in (0, 1):
-                self._memory.zero(self._room(f"{state.input}/{turn}", size), size)
+            before, _ = (self._room(f"{state.input}/{turn}", size) for turn in self._turns())
+            # A cache that grows holds nothing yet, and the other buffer is written first.
+            if state.axis is None:
+                self._memory.zero(before, size)
+        self._tokens.lost = False
 
     def _shape(self, state: StateInfo, length: int) -> tuple[int, ...]:
         named = {"batch": self._tokens.batch, "past_sequence": length}
@@ -223,10 +249,18 @@ class TrtSession:
         buffer = self._buffers.setdefault(name, Buffer())
         if buffer.address == 0 or buffer.size < size:
             if buffer.address:
+                # They hold the address.
+                self._drop_graphs()
                 self._memory.free(buffer.address)
-                self._graphs.clear()
+                # Should there be no memory for the new one, the old one is gone all the same.
+                buffer.address = 0
             buffer.address, buffer.size = self._memory.allocate(size), size
         return buffer.address
+
+    def _drop_graphs(self) -> None:
+        while self._graphs:
+            _, graph = self._graphs.popitem()
+            self._memory.destroy(graph)
 
     def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         """See ``Session.step``."""
@@ -269,9 +303,8 @@ class TrtSession:
         decode = len(self._profiles) > 1 and tokens == 1
         index = 1 if decode else 0
         if index not in self._contexts:
-            context = self._engine.create_execution_context()
-            context.set_optimization_profile_async(index, self._memory.stream)
-            self._contexts[index] = context
+            address = self._room(ACTIVATIONS, self._engine.memory_size)
+            self._contexts[index] = self._engine.context(index, address, self._memory.stream)
         return self._contexts[index]
 
     def _run(self, context: Any, tokens: int) -> None:

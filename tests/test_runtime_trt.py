@@ -7,9 +7,11 @@ tested is everything the session itself does: profiles, shapes, buffers, turns a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import gc
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
+from host_cuda import HostCuda
 from oracle import relative_rms, tokens
 
 from export.engine import profiles
@@ -24,74 +27,43 @@ from export.ingot import ENGINE, GRAPH, EngineInfo, FileInfo, Manifest, sha256
 from export.request import Limits
 from graphs.checkpoint import Checkpoint
 from runtime.session import SessionError, load
-from runtime.trt import TrtSession, check_engine
+from runtime.trt import Engine, TrtSession, check_engine
 from validate.eager import EagerSession
 
 LIMITS = Limits(max_batch=3, max_seq=40, opt_seq=16)
 
 
-class HostMemory:
-    """``runtime.trt.Memory`` on the host, where addresses are real and a graph is a call."""
+# Bytes of activations by profile, and the more of the two, which TensorRT says.
+ACTIVATIONS = {"prefill": 4100, "decode": 700}
 
-    stream = 77
-
-    def __init__(self) -> None:
-        self.held: dict[int, Any] = {}
-        self.captured = 0
-        self.launched = 0
-
-    def allocate(self, size: int) -> int:
-        block = (ctypes.c_char * max(size, 1))()
-        # What a new buffer holds must not matter.
-        ctypes.memset(block, 0x7F, max(size, 1))
-        address = ctypes.addressof(block)
-        self.held[address] = block
-        return address
-
-    def free(self, address: int) -> None:
-        del self.held[address]
-
-    def zero(self, address: int, size: int) -> None:
-        assert size <= len(self.held[address])
-        ctypes.memset(address, 0, size)
-
-    def upload(self, address: int, array: np.ndarray) -> None:
-        assert array.flags.c_contiguous and array.nbytes <= len(self.held[address])
-        ctypes.memmove(address, array.ctypes.data, array.nbytes)
-
-    def download(self, array: np.ndarray, address: int) -> None:
-        assert array.flags.c_contiguous and array.nbytes <= len(self.held[address])
-        ctypes.memmove(array.ctypes.data, address, array.nbytes)
-
-    def capture(self, enqueue: Callable[[], None]) -> Any:
-        self.captured += 1
-        recorded: list[Callable[[], None]] = []
-        StandIn.recording = recorded
-        enqueue()
-        StandIn.recording = None
-        assert len(recorded) == 1
-        return recorded[0]
-
-    def launch(self, graph: Any) -> None:
-        self.launched += 1
-        graph()
+TENSORRT = SimpleNamespace(
+    ExecutionContextAllocationStrategy=Enum("Strategy", ["STATIC", "USER_MANAGED"])
+)
+Strategy = TENSORRT.ExecutionContextAllocationStrategy
 
 
 class StandIn:
     """An engine, and its execution contexts, over ONNX Runtime."""
 
-    recording: list[Callable[[], None]] | None = None
+    device_memory_size_v2 = max(ACTIVATIONS.values())
 
-    def __init__(self, folder: Path, memory: HostMemory) -> None:
+    def __init__(self, folder: Path, cuda: HostCuda) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(folder / GRAPH, options)
-        self.memory = memory
+        self.cuda = cuda
         self.profiles = profiles_of(Manifest.read(folder))
+        self.contexts: list[Context] = []
         self.used: list[str] = []
+        self.fails = False
 
-    def create_execution_context(self) -> Context:
-        return Context(self)
+    def create_execution_context(self, strategy: Any = Strategy.STATIC) -> Context:
+        context = Context(self)
+        if strategy is Strategy.STATIC:
+            _, address = self.cuda.malloc(self.device_memory_size_v2)
+            context.set_device_memory(address or 0, self.device_memory_size_v2)
+        self.contexts.append(context)
+        return context
 
 
 class Context:
@@ -99,9 +71,14 @@ class Context:
         self.engine = engine
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.memory = (0, 0)
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self.engine.cuda.block_of(address, size)
+        self.memory = (address, size)
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-        assert stream == HostMemory.stream
+        assert stream in self.engine.cuda.streams
         self.profile = self.engine.profiles[index]
         return True
 
@@ -111,29 +88,41 @@ class Context:
         return all(a <= d <= b for a, d, b in zip(least, shape, most, strict=True))
 
     def set_tensor_address(self, name: str, address: int) -> bool:
-        assert address in self.engine.memory.held
+        assert address in self.engine.cuda.blocks
         self.addresses[name] = address
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
+        if self.engine.fails or self.memory[1] < ACTIVATIONS[self.profile.name]:
+            return False
         # A graph keeps the addresses and shapes of its capture.
-        shapes, addresses = dict(self.shapes), dict(self.addresses)
-        if StandIn.recording is not None:
-            StandIn.recording.append(lambda: self._run(shapes, addresses))
-        else:
-            self._run(shapes, addresses)
+        shapes, addresses, memory = dict(self.shapes), dict(self.addresses), self.memory
+        self.engine.cuda.enqueue(stream, lambda: self._run(shapes, addresses, memory))
         self.engine.used.append(self.profile.name)
         return True
 
-    def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+    def _run(
+        self,
+        shapes: dict[str, tuple[int, ...]],
+        addresses: dict[str, int],
+        memory: tuple[int, int],
+    ) -> None:
+        cuda = self.engine.cuda
+        cuda.block_of(*memory)
+        # Whatever else lies there is lost, before a run as after it.
+        ctypes.memset(memory[0], 0x7F, memory[1])
         feeds = {}
         for item in self.engine.session.get_inputs():
             dtype = {"tensor(int64)": np.int64, "tensor(float)": np.float32}[item.type]
-            feeds[item.name] = np.empty(shapes[item.name], dtype)
-            self.engine.memory.download(feeds[item.name], addresses[item.name])
+            array = feeds[item.name] = np.empty(shapes[item.name], dtype)
+            cuda.block_of(addresses[item.name], array.nbytes)
+            ctypes.memmove(array.ctypes.data, addresses[item.name], array.nbytes)
         names = [item.name for item in self.engine.session.get_outputs()]
         for name, array in zip(names, self.engine.session.run(names, feeds), strict=True):
-            self.engine.memory.upload(addresses[name], np.ascontiguousarray(array))
+            array = np.ascontiguousarray(array)
+            cuda.block_of(addresses[name], array.nbytes)
+            ctypes.memmove(addresses[name], array.ctypes.data, array.nbytes)
+        ctypes.memset(memory[0], 0x55, memory[1])
 
 
 def profiles_of(manifest: Manifest) -> Any:
@@ -156,10 +145,30 @@ def with_engine(folder: Path) -> Manifest:
     return replace(manifest, engine=info)
 
 
-def session_of(folder: Path) -> tuple[TrtSession, HostMemory, StandIn]:
-    memory = HostMemory()
-    engine = StandIn(folder, memory)
-    return TrtSession(folder, with_engine(folder), engine=engine, memory=memory), memory, engine
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
+    return HostCuda().install(monkeypatch)
+
+
+def session_of(folder: Path, cuda: HostCuda) -> tuple[TrtSession, StandIn]:
+    engine = StandIn(folder, cuda)
+    session = TrtSession(folder, with_engine(folder), engine=Engine(TENSORRT, engine))
+    return session, engine
+
+
+def grows(session: TrtSession) -> bool:
+    """Whether the session's states grow, so that no step can be a graph."""
+    return "past_states.0.ssm" not in {state.input for state in session.manifest.states}
+
+
+def feed(session: TrtSession, rows: int, *counts: int) -> list[np.ndarray]:
+    """What calls of so many tokens give, one after the other."""
+    ids, mask = tokens(512)
+    ends = np.cumsum(counts)
+    return [
+        session.step(ids[:rows, end - count : end], mask[:rows, end - count : end])
+        for end, count in zip(ends, counts, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module", params=["granite", "mamba2"])
@@ -169,10 +178,10 @@ def lowered(
     return make_ingot(make_checkpoint(request.param), "trt", builder="none", precision="fp32")
 
 
-def test_feeds_the_engine_what_the_graph_needs(lowered: Path) -> None:
+def test_feeds_the_engine_what_the_graph_needs(lowered: Path, cuda: HostCuda) -> None:
     """Twice, with another batch and length, so that nothing of the first is left."""
     expected = load(lowered)
-    actual, memory, engine = session_of(lowered)
+    actual, engine = session_of(lowered, cuda)
     ids, mask = tokens(512)
     for rows, prefill in ((3, 8), (2, 5)):
         for session in (expected, actual):
@@ -193,39 +202,165 @@ def test_feeds_the_engine_what_the_graph_needs(lowered: Path) -> None:
                 assert np.allclose(array, got_state[name], atol=1e-5)
             at += count
     assert {"prefill", "decode"} == set(engine.used)
-    recurrent = "past_states.0.ssm" in {state.input for state in actual.manifest.states}
-    assert (memory.launched > 4) == recurrent
-    assert memory.captured == (4 if recurrent else 0)
+    assert (cuda.launched > 4) == (not grows(actual))
+    assert cuda.captured == (0 if grows(actual) else 4)
 
 
-def test_allocates_once_for_a_capacity(lowered: Path) -> None:
-    session, memory, _ = session_of(lowered)
-    ids, mask = tokens(512)
+def test_allocates_once_for_a_capacity(lowered: Path, cuda: HostCuda) -> None:
+    session, _ = session_of(lowered, cuda)
     for _ in range(2):
         session.reset(3, 30)
-        session.step(ids[:, :9], mask[:, :9])
-        for column in range(9, 14):
-            session.step(ids[:, column : column + 1], mask[:, column : column + 1])
-        held = set(memory.held)
+        feed(session, 3, 9, *[1] * 5)
+        held = set(cuda.blocks)
     session.reset(3, 30)
-    session.step(ids[:, :9], mask[:, :9])
-    assert set(memory.held) == held
+    feed(session, 3, 9)
+    assert set(cuda.blocks) == held
+
+
+def test_both_profiles_compute_in_one_block(lowered: Path, cuda: HostCuda) -> None:
+    session, engine = session_of(lowered, cuda)
+    session.reset(3, 30)
+    before = set(cuda.blocks)
+    feed(session, 3, 9, *[1] * 5, 2)
+    assert set(engine.used) == {"prefill", "decode"}
+    assert len({context.memory for context in engine.contexts}) == 1
+    # Beside it come the three token inputs and the logits.
+    added = sorted(len(cuda.blocks[address]) for address in set(cuda.blocks) - before)
+    assert len(added) == 2 + len(session.fed) and added.count(max(ACTIVATIONS.values())) == 1
+
+
+def test_a_fork_computes_in_a_block_of_its_own(lowered: Path, cuda: HostCuda) -> None:
+    session, engine = session_of(lowered, cuda)
+    alone = StandIn(lowered, cuda)
+    expected = TrtSession(lowered, session.manifest, engine=Engine(TENSORRT, alone))
+    fork = session.fork()
+    for each in (session, fork, expected):
+        each.reset(2, 20)
+    ids, mask = tokens(512)
+    at = 0
+    for count in (5, 1, 1, 1, 1):
+        want, got, forked = (
+            each.step(ids[:2, at : at + count], mask[:2, at : at + count])
+            for each in (expected, session, fork)
+        )
+        assert np.array_equal(want, got, equal_nan=True)
+        assert np.array_equal(want, forked, equal_nan=True)
+        at += count
+    assert len(engine.contexts) == 4
+    assert len({context.memory for context in engine.contexts}) == 2
+    assert len(cuda.streams) == 3
+
+
+def test_an_engine_that_finds_no_room_says_so(
+    lowered: Path, cuda: HostCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, engine = session_of(lowered, cuda)
+    session.reset(1, 8)
+    monkeypatch.setattr(engine, "create_execution_context", lambda strategy: None)
+    with pytest.raises(SessionError, match="could not make room to run; TensorRT's message"):
+        feed(session, 1, 3)
+
+
+def test_a_reset_in_mid_sequence_begins_at_zero(lowered: Path, cuda: HostCuda) -> None:
+    """In either turn; and nothing is cleared that is written before it is read."""
+    session, _ = session_of(lowered, cuda)
+    for steps in (2, 3):
+        session.reset(2, 30)
+        feed(session, 2, 6, *[1] * steps)
+        assert any(array.any() for array in session.state().values())
+        cuda.zeroed.clear()
+        session.reset(2, 30)
+        state = session.state()
+        assert not any(array.any() for array in state.values())
+        assert sum(size for _, size in cuda.zeroed) == sum(a.nbytes for a in state.values())
+        assert bool(cuda.zeroed) == (not grows(session))
+
+
+def test_graphs_are_destroyed_when_nothing_can_launch_them(lowered: Path, cuda: HostCuda) -> None:
+    session, _ = session_of(lowered, cuda)
+    if grows(session):
+        pytest.skip("no step of a growing cache is a graph")
+    session.reset(2, 30)
+    feed(session, 2, 4, *[1] * 5)
+    assert len(cuda.executables) == 2
+    session.reset(2, 30)
+    assert cuda.executables == {}
+    feed(session, 2, 4, *[1] * 5)
+    before = set(cuda.executables)
+    assert len(before) == 2
+    # Its inputs do not fit the buffers that the graphs read.
+    feed(session, 2, 9)
+    assert cuda.executables == {}
+    feed(session, 2, *[1] * 4)
+    assert len(cuda.executables) == 2 and not before & set(cuda.executables)
+    assert cuda.graphs == {}
+
+
+def test_an_engine_that_fails_in_a_capture_leaves_the_session_of_use(
+    lowered: Path, cuda: HostCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, engine = session_of(lowered, cuda)
+    if grows(session):
+        pytest.skip("no step of a growing cache is a graph")
+    session.reset(2, 30)
+    want = feed(session, 2, 4, *[1] * 5)
+    session.reset(2, 30)
+    begin = cuda.stream_begin_capture
+
+    def and_fail(stream: int, mode: int) -> tuple[int]:
+        engine.fails = True
+        return begin(stream, mode)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cuda, "stream_begin_capture", and_fail)
+        with pytest.raises(SessionError, match="the engine could not run"):
+            feed(session, 2, 4, *[1] * 5)
+    engine.fails = False
+    assert cuda.graphs == cuda.executables == {}
+    session.reset(2, 30)
+    for expected, found in zip(want, feed(session, 2, 4, *[1] * 5), strict=True):
+        assert np.array_equal(expected, found, equal_nan=True)
+
+
+def test_gives_the_device_back_what_it_held(lowered: Path, cuda: HostCuda) -> None:
+    session, engine = session_of(lowered, cuda)
+    session.reset(2, 30)
+    feed(session, 2, 4, *[1] * 5)
+    assert len(cuda.blocks) > 4 and len(cuda.streams) == 1
+    del session
+    gc.collect()
+    assert engine.contexts and cuda.alive == 0
+
+
+def test_goes_on_smaller_where_there_was_no_memory(lowered: Path, cuda: HostCuda) -> None:
+    session, _ = session_of(lowered, cuda)
+    session.reset(1, 8)
+    want = feed(session, 1, 3, 1)
+    cuda.room = 1
+    with pytest.raises(SessionError, match="refused cudaMalloc: out of memory; give it less"):
+        session.reset(3, 40)
+    with pytest.raises(SessionError, match="state is lost; call reset first"):
+        feed(session, 3, 3)
+    cuda.room = 1 << 30
+    session.reset(1, 8)
+    for expected, found in zip(want, feed(session, 1, 3, 1), strict=True):
+        assert np.array_equal(expected, found, equal_nan=True)
 
 
 @pytest.mark.parametrize(("batch", "capacity"), [(4, 8), (1, 41)])
 def test_refuses_more_than_the_engine_was_built_for(
-    lowered: Path, batch: int, capacity: int
+    lowered: Path, cuda: HostCuda, batch: int, capacity: int
 ) -> None:
-    session, _, _ = session_of(lowered)
+    session, _ = session_of(lowered, cuda)
     with pytest.raises(SessionError, match=r"\(3 of 40\); export with a larger --max-batch"):
         session.reset(batch, capacity)
 
 
-def test_reads_bfloat16_as_float32(lowered: Path) -> None:
-    session, memory, _ = session_of(lowered)
+def test_reads_bfloat16_as_float32(lowered: Path, cuda: HostCuda) -> None:
+    session, _ = session_of(lowered, cuda)
     halves = np.array([0x3F80, 0xC020, 0x7F80, 0x0000], dtype=np.uint16)
-    address = memory.allocate(halves.nbytes)
-    memory.upload(address, halves)
+    address = session._memory.allocate(halves.nbytes)
+    session._memory.upload(address, halves)
     found = session._download("bfloat16", (4,), address)
     np.testing.assert_array_equal(found, np.array([1.0, -2.5, np.inf, 0.0], dtype=np.float32))
 
