@@ -2,7 +2,8 @@
 //
 // An engine is code for the GPU: it is read only where its hash is the manifest's, by the builder's own
 // version, on a device it was built for. States live on the device in two buffers each, read from one
-// and written to the other in turn; both are allocated at reset. Logits come back to the host.
+// and written to the other in turn; both are allocated at reset. The contexts of the profiles run one
+// after the other on one stream, so they compute in one block of memory. Logits come back to the host.
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
@@ -17,6 +18,9 @@ namespace ingot {
 namespace {
 
 namespace fs = std::filesystem;
+
+// The buffer that contexts compute in; no tensor has a space in its name.
+constexpr const char *kActivations = "context memory";
 
 // Keeps the last error for the message of the call that failed.
 class Logger final : public nvinfer1::ILogger {
@@ -117,7 +121,10 @@ class TrtBackend final : public Backend {
         for (const StateInfo &state : manifest_.states) {
             const std::size_t bytes =
                 elements(state_shape(state, batch, capacity)) * width_of(state.dtype);
-            for (const int turn : {0, 1}) cuda_.zero(cuda_.room(buffer(state, turn), bytes), bytes);
+            void *before = cuda_.room(buffer(state, turn_), bytes);
+            cuda_.room(buffer(state, 1 - turn_), bytes);
+            // A cache that grows holds nothing yet, and the other buffer is written first.
+            if (!state.axis) cuda_.zero(before, bytes);
         }
     }
 
@@ -177,16 +184,23 @@ class TrtBackend final : public Backend {
     // The execution context of the profile that fits so many new tokens: the second is for one.
     nvinfer1::IExecutionContext &context_for(std::int64_t tokens) {
         const std::size_t index = contexts_.size() > 1 && tokens == 1 ? 1 : 0;
-        if (!contexts_[index]) {
-            contexts_[index].reset(loaded_->engine->createExecutionContext());
-            if (!contexts_[index] ||
-                !contexts_[index]->setOptimizationProfileAsync(
-                    static_cast<std::int32_t>(index), static_cast<cudaStream_t>(cuda_.stream()))) {
-                contexts_[index].reset();
-                refuse("the engine could not make room to run");
-            }
-        }
+        if (!contexts_[index]) contexts_[index] = make_context(static_cast<std::int32_t>(index));
         return *contexts_[index];
+    }
+
+    // The largest profile's memory fits each of them, and none keeps anything there between two runs.
+    std::unique_ptr<nvinfer1::IExecutionContext> make_context(std::int32_t profile) {
+        nvinfer1::ICudaEngine &engine = *loaded_->engine;
+        const std::int64_t bytes = engine.getDeviceMemorySizeV2();
+        void *memory = cuda_.room(kActivations, static_cast<std::size_t>(bytes));
+        std::unique_ptr<nvinfer1::IExecutionContext> made(
+            engine.createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
+        if (made) made->setDeviceMemoryV2(memory, bytes);
+        if (!made || !made->setOptimizationProfileAsync(profile,
+                                                        static_cast<cudaStream_t>(cuda_.stream()))) {
+            refuse("the engine could not make room to run");
+        }
+        return made;
     }
 
     void feed(nvinfer1::IExecutionContext &context, const std::string &name, const std::int64_t *data,

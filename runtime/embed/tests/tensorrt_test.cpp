@@ -33,7 +33,33 @@ class WithEngine : public Copy {
         edit([&](json &raw) { raw["engine"][key] = value; });
         return refusal(path());
     }
+
+    // An engine that the stand-in reads, whose only states are those given.
+    void stand_in(const std::vector<json> &states) const {
+        put("model.engine", "a recipe");
+        edit([&](json &raw) {
+            raw["engine"]["embedded"] = false;
+            raw["engine"]["profiles"].push_back(raw["engine"]["profiles"][0]);
+            const json model = raw["states"][0];
+            raw["states"] = json::array();
+            for (const json &changes : states) {
+                raw["states"].push_back(model);
+                raw["states"].back().update(changes);
+            }
+        });
+    }
 };
+
+const json kPast = {{"input", "past"},
+                    {"output", "present"},
+                    {"shared", false},
+                    {"input_shape", {"batch", 1, "past_sequence", 1}}};
+const json kSum = {{"kind", "ssm"},
+                   {"input", "sum_before"},
+                   {"output", "sum_after"},
+                   {"shared", false},
+                   {"axis", nullptr},
+                   {"input_shape", {"batch", 1}}};
 
 }  // namespace
 
@@ -85,17 +111,7 @@ TEST_CASE("an engine that TensorRT cannot read, or that is left alone") {
 
 TEST_CASE("an engine is fed each call's shapes, and its states in turn") {
     const WithEngine ingot;
-    ingot.put("model.engine", "a recipe");
-    ingot.edit([](json &raw) {
-        raw["engine"]["embedded"] = false;
-        raw["engine"]["profiles"].push_back(raw["engine"]["profiles"][0]);
-        json state = raw["states"][0];
-        state["input"] = "past";
-        state["output"] = "present";
-        state["shared"] = false;
-        state["input_shape"] = {"batch", 1, "past_sequence", 1};
-        raw["states"] = {state};
-    });
+    ingot.stand_in({kPast});
     ingot::Session session(ingot.path());
     CHECK(contains(refusal([&] { session.reset(3, 1); }), "more than this engine was built for (2 of 16)"));
     CHECK(contains(refusal([&] { session.reset(1, 17); }), "export with a larger --max-batch or --max-seq"));
@@ -129,6 +145,19 @@ TEST_CASE("an engine is fed each call's shapes, and its states in turn") {
     REQUIRE(found.size() == 1);
     CHECK(found[0].shape == ingot::Ids{2, 1, 15, 1});
     CHECK(found[0].values == states);
+}
+
+TEST_CASE("a state of fixed size is zero after a reset, in either turn") {
+    const WithEngine ingot;
+    ingot.stand_in({kPast, kSum});
+    ingot::Session session(ingot.path());
+    for (const std::size_t calls : {1, 2, 3}) {
+        session.reset(2, 8);
+        CHECK(session.state()[1].values == std::vector<float>{0, 0});
+        for (std::size_t n = 0; n < calls; ++n) session.step(ingot::Ids{5, 400}, ingot::Ids{1, 1}, 2, 1);
+        const auto times = static_cast<float>(calls);
+        CHECK(session.state()[1].values == std::vector<float>{5 * times, 400 * times});
+    }
 }
 
 TEST_SUITE_END();

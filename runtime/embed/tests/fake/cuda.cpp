@@ -58,7 +58,10 @@ CUresult cuStreamDestroy(CUstream stream) {
 CUresult cuStreamSynchronize(CUstream) { return CUDA_SUCCESS; }
 
 CUresult cuMemAlloc(CUdeviceptr *made, std::size_t bytes) {
-    *made = reinterpret_cast<CUdeviceptr>(std::malloc(bytes));
+    void *memory = std::malloc(bytes);
+    // What new memory holds must not matter.
+    if (memory != nullptr) std::memset(memory, 0x7F, bytes);
+    *made = reinterpret_cast<CUdeviceptr>(memory);
     return CUDA_SUCCESS;
 }
 

@@ -4,6 +4,11 @@
 //   the state [B, 1, P, 1] gets each new token's id + 1000 * its position; the next token is
 //   (sum of the state over unmasked columns + 7 * column count) mod V.
 //
+// A second state, where there is one, has a fixed size and is the sum of a row's ids.
+//
+// A context runs in memory that the session gives it. Contexts of one stream, which never run at the
+// same time, must share theirs, and those of others must not; what lies there is lost at each run.
+//
 // TensorRT's classes call through a table of functions (apiv::V*); ours has only those a session may
 // use, so that any other call ends the test.
 #include <NvInferRuntime.h>
@@ -19,6 +24,7 @@
 namespace {
 
 constexpr std::int64_t kVocabulary = 512;
+constexpr std::int64_t kActivations = 5000;  // bytes
 
 // The tables of C++ objects as GCC and Clang lay them out.
 struct Table {
@@ -57,9 +63,14 @@ struct Bound {
 struct Context final : nvinfer1::IExecutionContext {
     Table table;
     std::int32_t profile = -1;
+    cudaStream_t stream = nullptr;
+    void *memory = nullptr;
+    std::int64_t bytes = 0;
     std::map<std::string, Bound> bound;
 
     Context();
+    ~Context() override;
+    bool in_its_place() const;
     bool run();
 };
 
@@ -75,9 +86,15 @@ bool set_address(void *self, const char *name, void *address) {
     return true;
 }
 
-bool set_profile(void *self, std::int32_t index, cudaStream_t) {
+bool set_profile(void *self, std::int32_t index, cudaStream_t stream) {
     contexts.at(self)->profile = index;
+    contexts.at(self)->stream = stream;
     return true;
+}
+
+void set_memory(void *self, void *memory, std::int64_t bytes) {
+    contexts.at(self)->memory = memory;
+    contexts.at(self)->bytes = bytes;
 }
 
 bool enqueue(void *self, cudaStream_t) { return contexts.at(self)->run(); }
@@ -87,9 +104,19 @@ Context::Context() {
     table.set(&VExecutionContext::setInputShape, set_shape)
         .set(&VExecutionContext::setTensorAddress, set_address)
         .set(&VExecutionContext::setOptimizationProfileAsync, set_profile)
+        .set(&VExecutionContext::setDeviceMemoryV2, set_memory)
         .set(&VExecutionContext::enqueueV3, enqueue);
     mImpl = table.object<VExecutionContext>();
     contexts[mImpl] = this;
+}
+
+Context::~Context() { contexts.erase(mImpl); }
+
+bool Context::in_its_place() const {
+    for (const auto &[name, other] : contexts) {
+        if (other->memory != nullptr && (other->memory == memory) != (other->stream == stream)) return false;
+    }
+    return memory != nullptr && bytes >= kActivations;
 }
 
 bool Context::run() {
@@ -100,6 +127,8 @@ bool Context::run() {
     if (past.shape.nbDims != 4 || mask.shape.d[1] != columns) return false;
     // The second profile is for one token.
     if (profile != (fresh == 1 ? 1 : 0)) return false;
+    if (!in_its_place()) return false;
+    std::memset(memory, 0x55, static_cast<std::size_t>(bytes));
     for (std::int64_t row = 0; row < batch; ++row) {
         float *state = present.floats() + row * columns;
         std::memcpy(state, past.floats() + row * before, static_cast<std::size_t>(before) * sizeof *state);
@@ -114,13 +143,23 @@ bool Context::run() {
             std::memset(out, 0, kVocabulary * sizeof *out);
             out[static_cast<std::int64_t>(std::fmod(sum, kVocabulary))] = 1.0F;
         }
+        if (bound.count("sum_before") == 0) continue;
+        float &sum_after = bound["sum_after"].floats()[row];
+        sum_after = bound["sum_before"].floats()[row];
+        for (std::int64_t t = 0; t < fresh; ++t) {
+            sum_after += static_cast<float>(ids.ids()[row * fresh + t]);
+        }
     }
+    std::memset(memory, 0x2A, static_cast<std::size_t>(bytes));
     return true;
 }
 
-nvinfer1::IExecutionContext *create_context(void *, nvinfer1::ExecutionContextAllocationStrategy) {
-    return new Context;
+// There is no room on the device for contexts that bring their own memory.
+nvinfer1::IExecutionContext *create_context(void *, nvinfer1::ExecutionContextAllocationStrategy how) {
+    return how == nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED ? new Context : nullptr;
 }
+
+std::int64_t memory_size(void *) { return kActivations; }
 
 struct Engine final : nvinfer1::ICudaEngine {
     Table table;
@@ -129,7 +168,8 @@ struct Engine final : nvinfer1::ICudaEngine {
         using Create = nvinfer1::IExecutionContext *(nvinfer1::apiv::VCudaEngine::*)(
             nvinfer1::ExecutionContextAllocationStrategy) noexcept;
         table.set(static_cast<Create>(&nvinfer1::apiv::VCudaEngine::createExecutionContext),
-                  create_context);
+                  create_context)
+            .set(&nvinfer1::apiv::VCudaEngine::getDeviceMemorySizeV2, memory_size);
         mImpl = table.object<nvinfer1::apiv::VCudaEngine>();
     }
 };
