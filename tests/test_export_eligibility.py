@@ -19,7 +19,7 @@ BF16, FP32 = 2, 0
 def accepts(device: InterpretedLibrary, parameters: Structure) -> bool:
     """Whether the host layer takes these sizes; a call without tokens launches nothing."""
     try:
-        device.run(parameters, None, None)
+        device.run(parameters, None, 0, None)
     except LibraryError:
         return False
     return True

@@ -23,7 +23,7 @@ def linked(folder: Path, ptxas: str) -> InterpretedLibrary:
     from plugins.kernels.interpret import InterpretedLibrary
 
     name = "mamba2_step_bf16_n128"
-    return InterpretedLibrary({name: all_forms()[name]}, folder, "-O0", ptxas=ptxas)
+    return InterpretedLibrary({name: all_forms()[name]}, folder, ptxas=ptxas)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,6 @@ def items(bench: Bench) -> Iterator[Item]:
 
 
 def machine(bench: Bench) -> Found:
-    bench.device.start()
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -40,6 +39,7 @@ def machine(bench: Bench) -> Found:
     if not bench.rehearsal:
         if not torch.cuda.is_available():
             raise Wrong("PyTorch finds no CUDA device; run nvidia-smi to see whether there is one")
+        bench.device.start()
         properties: Any = torch.cuda.get_device_properties(0)
         facts["card"] = properties.name
         facts["capability"] = 10 * properties.major + properties.minor

@@ -102,7 +102,8 @@ def check_grid(launch: Launch) -> None:
     expected += (1,) * (3 - len(expected))
     if launch.grid != expected:
         raise RecordError(
-            f"{launch.form.name} was launched on {launch.grid}; for {launch.sizes} it is {expected}."
+            f"{launch.form.name} was launched on {launch.grid}; for {launch.sizes} its grid is "
+            f"{expected}."
         )
 
 

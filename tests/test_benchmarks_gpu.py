@@ -1,0 +1,187 @@
+"""The command that proves and measures a GPU: its rehearsal, and what a run makes of its phases."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from benchmarks import gpu
+from benchmarks.on_gpu.bench import Bench
+from benchmarks.on_gpu.devices import Host
+from benchmarks.on_gpu.runner import CUT, OK, Found, Item, Phase, Wrong
+from plugins.device import has_gpu
+from plugins.library import Library
+
+SCRIPT = Path(gpu.__file__)
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    # Triton's interpreter is for the command to choose.
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**clean, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_the_rehearsal_enters_every_phase(tmp_path: Path) -> None:
+    """With kernels that compute: their numbers are right in each phase that looks at them."""
+    done = command("--rehearse", "--kernels", "interpreter", "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["passed"] and results["rehearsal"] and not results["missing"]
+    assert list(results["phases"]) == [phase.name for phase in gpu.PHASES]
+    for name, outcome in results["phases"].items():
+        assert outcome["status"] == OK, (name, outcome)
+        assert any(item["status"] == OK for item in outcome["items"].values())
+    assert "nothing failed" in done.stdout
+    models = results["phases"]["models"]["items"]
+    assert models["olmoe two layers"]["error"] > 0
+    assert len(models["mamba2 whole"]["tokens"]) == 3
+
+
+def test_the_rehearsal_records_where_nothing_computes(tmp_path: Path) -> None:
+    done = command(
+        "--rehearse", "--kernels", "recorder", "--only", "small,large", "--out", tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    phases = json.loads((tmp_path / "results.json").read_text())["phases"]
+    texts = [item["text"] for item in phases["small"]["items"].values()]
+    assert len(texts) == 20 and all("launches recorded" in text for text in texts)
+
+
+@pytest.mark.skipif(has_gpu(), reason="a GPU is here")
+def test_without_a_gpu_it_says_so_and_fails(tmp_path: Path) -> None:
+    done = command("--out", tmp_path)
+    assert done.returncode == 1
+    assert "PyTorch finds no CUDA device; run nvidia-smi" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert json.loads((tmp_path / "results.json").read_text())["passed"] is False
+
+
+def test_refuses_a_phase_that_is_none() -> None:
+    done = command("--only", "small,huge")
+    assert done.returncode == 2
+    assert "no phase huge; there are load, ceilings, small" in done.stderr
+
+
+def phase(name: str, *calls: Any, seconds: float = 5.0, proves: bool = False) -> Phase:
+    def items(_bench: Bench) -> Iterator[Item]:
+        return (Item(f"item {n}", call) for n, call in enumerate(calls))
+
+    return Phase(name, seconds, items, proves)
+
+
+def fine() -> Found:
+    return {"text": "fine"}
+
+
+def wrong() -> Found:
+    raise Wrong("2 of 1")
+
+
+def run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *phases: Phase,
+    budget: float = 30.0,
+    rehearsal: bool = False,
+) -> gpu.Run:
+    def no_library(_path: Path | None) -> Library:
+        raise AssertionError
+
+    monkeypatch.setattr(gpu, "PHASES", phases)
+    bench = Bench(Host(), rehearsal, True, no_library, tmp_path)
+    made = gpu.Run(bench, tmp_path, {each.name: None for each in phases}, budget)
+    made.go()
+    made.close()
+    return made
+
+
+def test_a_failure_is_told_first_and_run_again_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = run(
+        tmp_path,
+        monkeypatch,
+        phase("load", fine),
+        phase("small", fine, wrong),
+        phase("tuning", fine),
+    )
+    assert not made.passed
+    table = capsys.readouterr().out.split("\n\n")[1]
+    assert table.startswith("FAILED  small: item 1: 2 of 1")
+    assert gpu.failed_before(tmp_path) == {"small": ["item 1"]}
+
+
+def test_nothing_to_run_again_where_all_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path, monkeypatch, phase("load", fine)).passed
+    assert gpu.failed_before(tmp_path) == {}
+
+
+def test_a_run_cut_short_keeps_what_came_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    def hang() -> Found:
+        time.sleep(60)
+        return {}
+
+    made = run(
+        tmp_path,
+        monkeypatch,
+        phase("load", fine, proves=True),
+        phase("timings", hang, seconds=1.0),
+        phase("tuning", fine, seconds=1.0),
+        budget=4.0,
+    )
+    results = json.loads((tmp_path / "results.json").read_text())["phases"]
+    assert [results[name]["status"] for name in ("load", "timings", "tuning")] == [OK, CUT, OK]
+    # The proof is whole, so the run is right; what was cut is run again.
+    assert made.passed
+    assert gpu.failed_before(tmp_path) == {"timings": None}
+
+
+@pytest.mark.parametrize("rehearsal", [False, True])
+def test_a_phase_that_is_not_entered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rehearsal: bool
+) -> None:
+    """Fails a rehearsal always, and a run where the phase proves something."""
+    late = phase("timings", fine, seconds=0.0)
+    phases = (phase("load", fine), late)
+    made = run(tmp_path, monkeypatch, *phases, budget=0.0, rehearsal=rehearsal)
+    assert made.missing == ["load", "timings"]
+    assert made.passed != rehearsal
+    proof = phase("small", fine, proves=True)
+    assert not run(tmp_path, monkeypatch, proof, budget=0.0).passed
+
+
+def test_without_kernels_nothing_else_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = run(tmp_path, monkeypatch, phase("load", wrong), phase("small", fine))
+    assert made.missing == ["small"] and not made.passed
+
+
+def test_refuses_results_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(click.ClickException, match=r"is not a run's results.json"):
+        gpu.failed_before(tmp_path)
+
+
+def test_the_deadlines_fit_the_budget() -> None:
+    assert sum(each.seconds for each in gpu.PHASES) <= 360

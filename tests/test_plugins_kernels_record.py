@@ -1,0 +1,116 @@
+"""The recorder: right launches pass, and each kind of wrong one is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from plugins import check, cuda
+from plugins.kernels.build import all_forms
+
+if TYPE_CHECKING:
+    from plugins.kernels.record import Launch, RecordingLibrary
+
+
+@pytest.fixture(scope="module")
+def recorder(tmp_path_factory: pytest.TempPathFactory) -> RecordingLibrary:
+    from plugins.kernels.record import RecordingLibrary
+
+    return RecordingLibrary(all_forms(), tmp_path_factory.mktemp("recorder"))
+
+
+def test_every_small_case_launches_what_its_kernels_are_written_for(
+    recorder: RecordingLibrary,
+) -> None:
+    recorder.launches.clear()
+    for case in check.small_cases(recorder, "cpu"):
+        case.kernel()
+    for activation in ("silu", "relu"):
+        check.causal_conv_case(recorder, "cpu", torch.float16, 3, 9, 16, 8, activation).kernel()
+    # Every kernel but those for sizes that no small case has.
+    used = {launch.form for launch in recorder.launches}
+    functions = {form.function.__name__ for form in all_forms().values()}
+    assert {all_forms()[name].function.__name__ for name in used} == functions
+
+
+def test_an_empty_convolution_passes_its_state_on(recorder: RecordingLibrary) -> None:
+    x, state = torch.zeros(2, 0, 16), torch.zeros(2, 16, 3)
+    recorder.launches.clear()
+    cuda.causal_conv(recorder, x, state, torch.zeros(16, 1, 4), None, "silu")
+    assert len(recorder.launches) == 1
+
+
+def _one_launch(recorder: RecordingLibrary, monkeypatch: pytest.MonkeyPatch) -> Launch:
+    """A launch of MoeLinear over its call, as the checks are given it."""
+    from plugins.kernels import record
+
+    seen: list[Launch] = []
+    monkeypatch.setattr(record, "check_grid", seen.append)
+    check.moe_linear_case(recorder, "cpu", torch.bfloat16, 1, 16, 8, 3, 2, False).kernel()
+    monkeypatch.undo()
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda launch: replace(launch, grid=(3, 1, 1)), r"launched on \(3, 1, 1\)"),
+        (lambda launch: replace(launch, grid=(4, 2, 1)), r"launched on \(4, 2, 1\)"),
+    ],
+)
+def test_refuses_another_grid(
+    recorder: RecordingLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Launch], Launch],
+    message: str,
+) -> None:
+    from plugins.kernels.record import RecordError, check_grid
+
+    launch = _one_launch(recorder, monkeypatch)
+    # Two choices, and eight features in tiles of four.
+    assert launch.grid == (4, 1, 1)
+    check_grid(launch)
+    with pytest.raises(RecordError, match=message):
+        check_grid(change(launch))
+
+
+def test_refuses_a_pointer_outside_its_call(
+    recorder: RecordingLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plugins.kernels.record import RecordError, check_pointers
+
+    launch = _one_launch(recorder, monkeypatch)
+    regions = [(address, 16) for address in launch.pointers.values()]
+    check_pointers(launch, regions)
+    for name in launch.pointers:
+        moved = {**launch.pointers, name: launch.pointers[name] + (1 << 40)}
+        with pytest.raises(RecordError, match=f"for {name}, outside its call"):
+            check_pointers(replace(launch, pointers=moved), regions)
+        with pytest.raises(RecordError, match="outside its call"):
+            check_pointers(replace(launch, pointers={**launch.pointers, name: 0}), regions)
+
+
+def test_a_changed_plan_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host layer that makes one block too few, compiled from a changed copy of its source."""
+    from plugins.kernels import host
+    from plugins.kernels.record import RecordError, RecordingLibrary
+
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    for path in host.SOURCES.iterdir():
+        text = path.read_text()
+        if path.name == "mamba2.cpp":
+            changed = text.replace("tiles(p.head_size, rows)}", "tiles(p.head_size, rows) - 1}")
+            assert changed != text
+            text = changed
+        (sources / path.name).write_text(text)
+    monkeypatch.setattr(host, "SOURCES", sources)
+    wrong = RecordingLibrary(all_forms(), tmp_path / "built")
+    case = check.mamba2_scan_case(wrong, "cpu", torch.bfloat16, 1, 1, 4, 32, 2, 32)
+    with pytest.raises(RecordError, match=r"mamba2_step_bf16_n64 was launched on \(4, 1, 1\)"):
+        case.kernel()
