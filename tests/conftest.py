@@ -26,12 +26,19 @@ from export.progress import Stages
 from export.request import ExportRequest
 from graphs.family import find_family
 from graphs.preset import preset_config, write_checkpoint
+from plugins.device import has_gpu
 
 if TYPE_CHECKING:
     from plugins.kernels.interpret import InterpretedLibrary
 
 MakeCheckpoint = Callable[..., Path]
 MakeIngot = Callable[..., Path]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") is not None and not has_gpu():
+        pytest.skip("no NVIDIA GPU is here")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """``cuda.bindings.runtime`` over the host's memory: addresses are real, a graph is a list of calls.
 
-It knows what lives, so that a test can see what is given back; and a capture that is not ended keeps
-the stream from all other work, as CUDA's does.
+It knows what lives, so that a test can see what is given back; and a capture that is not ended
+keeps the stream from all other work, as CUDA's does.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class HostCuda:
     @property
     def alive(self) -> int:
         """Blocks, streams and graphs of either kind that were not given back."""
-        return sum(map(len, (self.blocks, self.streams, self.graphs, self.executables)))
+        graphs = len(self.graphs) + len(self.executables)
+        return len(self.blocks) + len(self.streams) + graphs
 
     def block_of(self, address: int, size: int) -> None:
         """Assert that so many bytes lie in one live block."""

@@ -28,7 +28,6 @@ from google.protobuf import text_format
 from test_imports import OURS, imported
 from test_packaging import wheel  # noqa: F401
 from test_runtime_classify import checkpoint as classifier
-from tritonclient.grpc import model_config_pb2
 
 import runtime.triton
 from export.cli import main as ingot_command
@@ -52,6 +51,9 @@ from runtime.triton import (
     write_repository,
 )
 from runtime.triton_lint import lint
+
+# On a machine that only runs the tests of GPUs it may be missing.
+model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
 # Minutes of exports; `make test-slow` runs them, and so does CI.
 pytestmark = pytest.mark.slow

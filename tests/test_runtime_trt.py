@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
+import importlib.util
+import sys
 from dataclasses import replace
 from enum import Enum
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +26,12 @@ from conftest import MakeCheckpoint, MakeIngot
 from host_cuda import HostCuda
 from oracle import relative_rms, tokens
 
-from export.engine import profiles
+from export.engine import PLUGIN_LIBRARY, profiles
 from export.ingot import ENGINE, GRAPH, EngineInfo, FileInfo, Manifest, sha256
 from export.request import Limits
 from graphs.checkpoint import Checkpoint
+from plugins.device import compute_capability
+from plugins.library import PATH as KERNEL_LIBRARY
 from runtime.session import SessionError, load
 from runtime.trt import Engine, TrtSession, check_engine
 from validate.eager import EagerSession
@@ -421,6 +427,71 @@ def test_an_engine_without_a_gpu_is_refused_in_one_sentence(
         TrtSession(lowered, with_engine(lowered))
 
 
+def _absent(module: str) -> bool:
+    # Python asks a module's package first, and that may be missing too.
+    names = module.split(".")
+    parents = [".".join(names[:count]) for count in range(1, len(names) + 1)]
+    return any(importlib.util.find_spec(name) is None for name in parents)
+
+
+def why_no_engine(card: int) -> str | None:
+    """Why no engine can be built and run on a card of this compute capability, or None."""
+    if _absent("tensorrt") and _absent("tensorrt_rtx"):
+        return "neither tensorrt nor tensorrt_rtx is installed"
+    for module in ("polygraphy", "cuda.bindings"):
+        if _absent(module):
+            return f"{module} is not installed"
+    if not KERNEL_LIBRARY.is_file() and not PLUGIN_LIBRARY.is_file():
+        return f"{KERNEL_LIBRARY} is not built; run make plugins"
+    # An export takes TensorRT where both are.
+    if _absent("tensorrt"):
+        supported = vars(importlib.import_module("tensorrt_rtx").ComputeCapability)
+        if f"SM{card}" not in supported:
+            return f"tensorrt_rtx does not support compute capability {card // 10}.{card % 10}"
+    return None
+
+
+@pytest.mark.parametrize(
+    ("missing", "card", "reason"),
+    [
+        (["tensorrt", "tensorrt_rtx"], 120, "neither tensorrt nor tensorrt_rtx is installed"),
+        (["polygraphy"], 120, "polygraphy is not installed"),
+        (["cuda"], 120, "cuda.bindings is not installed"),
+        (["libraries"], 120, "is not built; run make plugins"),
+        (["tensorrt"], 90, "tensorrt_rtx does not support compute capability 9.0"),
+        (["tensorrt"], 100, "tensorrt_rtx does not support compute capability 10.0"),
+        (["tensorrt"], 120, None),
+        ([], 90, None),
+    ],
+)
+def test_an_engine_is_not_run_where_something_is_missing(
+    missing: list[str],
+    card: int,
+    reason: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("tensorrt", "tensorrt_rtx", "polygraphy", "cuda", "cuda.bindings"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        here = name not in missing
+        monkeypatch.setitem(sys.modules, name, module if here else None)
+        # NVIDIA's list of what TensorRT-RTX 1.7 runs on.
+        vars(module)["ComputeCapability"] = Enum("C", ["SM80", "SM86", "SM89", "SM120"])
+    library = tmp_path / "library.so"
+    if "libraries" not in missing:
+        library.touch()
+    for name in ("KERNEL_LIBRARY", "PLUGIN_LIBRARY"):
+        monkeypatch.setattr(sys.modules[__name__], name, library)
+    found = why_no_engine(card)
+    assert found == reason or (reason is not None and reason in str(found))
+
+
+def test_knows_the_cards_of_the_tensorrt_rtx_that_is_installed() -> None:
+    capabilities = vars(pytest.importorskip("tensorrt_rtx").ComputeCapability)
+    assert "SM120" in capabilities and not {"SM90", "SM100"} & capabilities.keys()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["olmoe", "jetmoe", "granite", "mamba2"])
@@ -428,6 +499,9 @@ def test_an_engine_on_the_gpu_computes_what_eager_does(
     make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot, family: str, precision: str
 ) -> None:
     """Needs ``make plugins`` before, and TensorRT, or TensorRT-RTX on a card it supports."""
+    reason = why_no_engine(compute_capability())
+    if reason is not None:
+        pytest.skip(reason)
     folder = make_checkpoint(family)
     ingot = make_ingot(folder, "trt", precision=precision, limits=LIMITS)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
