@@ -8,7 +8,8 @@ TARGET ?= ort
 PRESET ?= tiny
 OUT ?= out/$(notdir $(MODEL))-$(TARGET)
 
-.PHONY: setup export plugins test test-slow test-gpu triton-test lint format clean
+.PHONY: setup export plugins test test-slow gpu gpu-rehearse gpu-kernels gpu-bundle test-gpu triton-test lint format
+.PHONY: clean
 
 setup: $(VENV)/.installed
 
@@ -33,7 +34,36 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# On a machine with an NVIDIA GPU, after `make plugins`.
+# Everything a GPU is to prove and measure. On the GPU machine itself, with its own python3 and PyTorch:
+# no .venv, no network; `make gpu-bundle` elsewhere makes what to bring. GPU_ARGS="--only models" and such.
+GPU_PYTHON ?= python3
+GPU_OUT ?= build/on_gpu/results
+
+gpu:
+	PYTHONUNBUFFERED=1 $(GPU_PYTHON) benchmarks/gpu.py --out $(GPU_OUT) $(GPU_ARGS)
+
+# The same at tiny sizes without a GPU: every phase is entered, over Triton's interpreter.
+gpu-rehearse: setup
+	$(BIN)/python benchmarks/gpu.py --rehearse
+
+# The kernels for one card, those that tuning compares with them, and for cards whose default ptxas is
+# the newer one the same by the older.
+SM ?= 90
+BUILD_KERNELS = $(BIN)/python -m plugins.kernels.build --sm $(SM)
+
+gpu-kernels: setup
+	$(BUILD_KERNELS)
+	$(BUILD_KERNELS) --tune --out plugins/lib/tune/libingot_kernels.so
+	$(if $(filter 100 120,$(SM)),$(BUILD_KERNELS) --ptxas older --out plugins/lib/older/libingot_kernels.so)
+
+# What `make gpu` needs, in one file to unpack on the GPU machine.
+gpu-bundle: gpu-kernels
+	git ls-files Makefile benchmarks export graphs plugins runtime validate > build/gpu-bundle.txt
+	find plugins/lib -name libingot_kernels.so >> build/gpu-bundle.txt
+	tar -czf build/gpu-bundle.tar.gz -T build/gpu-bundle.txt
+	@ls -l build/gpu-bundle.tar.gz | awk '{ printf "%s: %.1f MB\n", $$9, $$5 / 1e6; exit $$5 > 60 * 1048576 }'
+
+# The tests that need a GPU, in the project's environment, after `make plugins`.
 test-gpu: setup
 	$(BIN)/python -m plugins.check
 	$(BIN)/python -m pytest -m gpu -n 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,6 +106,21 @@ def test_kills_what_passes_the_deadline(tmp_path: Path) -> None:
     assert time.monotonic() - began < 15
     assert outcome.status == CUT and told == ["a", "b"]
     assert outcome.items["b"]["status"] == CUT
+
+
+def test_ends_what_a_killed_phase_had_started(tmp_path: Path) -> None:
+    started = tmp_path / "pid"
+
+    def start() -> Found:
+        process = subprocess.Popen(["sleep", "60"])
+        started.write_text(str(process.pid))
+        process.wait()
+        return {}
+
+    run(tmp_path, ("a", start), seconds=1.5)
+    status = Path(f"/proc/{started.read_text()}/stat")
+    # Ended, or a zombie that nobody has waited for.
+    assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
 def test_tells_wrong_from_refused(tmp_path: Path) -> None:

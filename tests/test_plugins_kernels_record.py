@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from ctypes import Structure, c_void_p
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from benchmarks.on_gpu import shapes
 from plugins import check, cuda
 from plugins.kernels.build import all_forms
+from plugins.library import CausalConv, Mamba2Scan, MoeDispatch, MoeLinear
 
 if TYPE_CHECKING:
     from plugins.kernels.record import Launch, RecordingLibrary
@@ -114,3 +117,69 @@ def test_a_changed_plan_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     case = check.mamba2_scan_case(wrong, "cpu", torch.bfloat16, 1, 1, 4, 32, 2, 32)
     with pytest.raises(RecordError, match=r"mamba2_step_bf16_n64 was launched on \(4, 1, 1\)"):
         case.kernel()
+
+
+def _addresses(parameters: Structure) -> Structure:
+    """Made-up device addresses, far enough apart for every tensor of the call."""
+    pointers = [name for name, kind, *_ in parameters._fields_ if kind is c_void_p]
+    for at, name in enumerate(pointers, start=1):
+        setattr(parameters, name, at << 44)
+    return parameters
+
+
+def _released(dtype: int) -> Iterator[Structure]:
+    """Calls at the sizes of released models, up to 16 rows of 8192 tokens."""
+    for tokens in (1, 2, 16, 17, 300, 4096, 8192, 16 * 8192):
+        for moe in shapes.moe("full"):
+            yield MoeDispatch(
+                dtype=dtype,
+                top_k=moe.top_k,
+                experts=moe.experts,
+                tokens=tokens,
+                hidden=moe.hidden,
+                intermediate=moe.intermediate,
+            )
+        for linear in shapes.linear("full"):
+            yield MoeLinear(
+                dtype=dtype,
+                per_choice=int(linear.per_choice),
+                top_k=linear.top_k,
+                experts=linear.experts,
+                tokens=tokens,
+                in_features=linear.in_features,
+                out_features=linear.out_features,
+            )
+    for batch, tokens in ((1, 1), (16, 1), (1, 129), (1, 8192), (16, 8192), (1, 1 << 20)):
+        for scan in shapes.scans("full"):
+            yield Mamba2Scan(
+                dtype=dtype,
+                batch=batch,
+                tokens=tokens,
+                heads=scan.heads,
+                head_size=scan.head_size,
+                groups=scan.groups,
+                states=scan.states,
+                dt_max=1.0,
+            )
+            yield CausalConv(
+                dtype=dtype, batch=batch, tokens=tokens, channels=scan.channels, width=scan.width
+            )
+
+
+@pytest.mark.parametrize("dtype", [0, 2], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+def test_every_released_size_is_taken_and_stays_in_its_tensors(
+    recorder: RecordingLibrary, monkeypatch: pytest.MonkeyPatch, capability: int, dtype: int
+) -> None:
+    """Also where a call is cut into slices, whose grids are not those of the whole call."""
+    from plugins.kernels import record
+
+    monkeypatch.setattr(record, "check_grid", lambda _launch: None)
+    recorder.set_capability(capability)
+    for parameters in _released(dtype):
+        size = recorder.workspace_bytes(parameters)
+        assert size < 1 << 30, parameters
+        recorder.launches.clear()
+        recorder.run(_addresses(parameters), 1 << 56, size, None)
+        assert recorder.launches
+    recorder.set_capability(90)

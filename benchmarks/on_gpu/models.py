@@ -188,15 +188,15 @@ def _times(
         "step_seconds": took.median,
         "step_spread": took.spread,
         "bytes_read": least,
-        "of_read_floor": bench.share(least, took.median, "bandwidth"),
+        "read_floor": bench.share(least, took.median, "bandwidth"),
     }
 
 
 def _speed(found: Found) -> str:
     step = found["step_seconds"]
     return (
-        f"{1 / step:.0f} tokens/s ({1e3 * step:.2f} ms, {found['of_read_floor']} of the read "
-        f"floor), prefill of {found['prefill_tokens']} in {1e3 * found['prefill_seconds']:.1f} ms"
+        f"{1 / step:.0f} tokens/s ({1e3 * step:.2f} ms, its read floor is {found['read_floor']} of "
+        f"that), prefill of {found['prefill_tokens']} in {1e3 * found['prefill_seconds']:.1f} ms"
     )
 
 

@@ -9,6 +9,7 @@ The process is forked, so that PyTorch is imported once; nothing here may theref
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from benchmarks.on_gpu.bench import Bench
@@ -119,7 +121,7 @@ def run_phase(
             at, ended = _follow(ours, deadline, end_item, outcome)
         finally:
             if not ended:
-                child.kill()
+                _kill(child)
             child.join()
         if ended:
             break
@@ -143,6 +145,15 @@ def run_phase(
 
 # Exit status of a process that asks for another one to go on.
 AGAIN = 75
+
+
+def _kill(child: BaseProcess) -> None:
+    """End a phase's process and all that it started, such as a compiler or a sanitizer."""
+    if child.pid is not None:
+        # Its group is there from its first line on; before that it has started nothing.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    child.kill()
 
 
 def _follow(
@@ -184,7 +195,8 @@ def _work(
     only: Collection[str] | None,
     theirs: Connection,
 ) -> None:
-    """A phase's process."""
+    """A phase's process, the first of a group of its own."""
+    os.setsid()
     # The parent's handlers write its results.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)

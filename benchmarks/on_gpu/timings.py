@@ -25,8 +25,9 @@ from plugins.library import Library
 from plugins.mamba2_scan import mamba2_scan
 
 BF16 = torch.bfloat16
-# So many sets of weights or states; one alone may be smaller than the second-level cache.
-SETS, REHEARSED_SETS = 3, 1
+# Sets of weights or states, enough to be several times the second-level cache together.
+LEAST_BYTES = 256 << 20
+LEAST_SETS, MOST_SETS = 3, 64
 # The eager recurrence launches a dozen kernels a token.
 MOST_EAGER_TOKENS = 512
 
@@ -133,8 +134,10 @@ def measure(bench: Bench, name: str, make: Callable[[], Timed]) -> Found:
     return found
 
 
-def _sets(bench: Bench) -> int:
-    return REHEARSED_SETS if bench.rehearsal else SETS
+def _sets(bench: Bench, size: float) -> range:
+    """Numbers of the sets, each of which a call reads ``size`` bytes of."""
+    enough = math.ceil(LEAST_BYTES / max(size, 1.0))
+    return range(bench.pick(min(max(enough, LEAST_SETS), MOST_SETS), 1))
 
 
 def moe(bench: Bench, library: Library, shape: shapes.Moe, tokens: int) -> Timed:
@@ -144,20 +147,21 @@ def moe(bench: Bench, library: Library, shape: shapes.Moe, tokens: int) -> Timed
     logits = make.router_logits(tokens, shape.experts, shape.top_k, skewed=False)
     up = (shape.experts, 2 * shape.intermediate, shape.hidden)
     down = (shape.experts, shape.hidden, shape.intermediate)
+    of_expert = 3 * shape.hidden * shape.intermediate
+    chosen = len(torch.unique(logits.topk(shape.top_k).indices))
+    moved = 2.0 * (chosen * of_expert + 2 * tokens * shape.hidden)
     weights = [
         (
             make.normal(*up, dtype=BF16, gain=shape.hidden**-0.5),
             make.normal(*down, dtype=BF16, gain=shape.intermediate**-0.5),
         )
-        for _ in range(_sets(bench))
+        for _ in _sets(bench, moved)
     ]
     loop = peers.CublasLoop(logits, shape.top_k)
     options = (shape.top_k, shape.normalize, "silu")
-    of_expert = 3 * shape.hidden * shape.intermediate
-    chosen = len(torch.unique(logits.topk(shape.top_k).indices))
     return Timed(
         [partial(cuda.moe_dispatch, library, x, logits, *each, *options) for each in weights],
-        2.0 * (chosen * of_expert + 2 * tokens * shape.hidden),
+        moved,
         2.0 * of_expert * tokens * shape.top_k,
         {
             "grouped_mm": [
@@ -178,13 +182,14 @@ def linear(bench: Bench, library: Library, shape: shapes.Linear, tokens: int) ->
     logits = make.router_logits(tokens, shape.experts, shape.top_k, skewed=False)
     ids = logits.topk(shape.top_k).indices
     sizes = (shape.experts, shape.out_features, shape.in_features)
-    weights = [make.normal(*sizes, dtype=BF16, gain=sizes[2] ** -0.5) for _ in range(_sets(bench))]
     of_expert = shape.in_features * shape.out_features
     choices = tokens * shape.top_k
     of_tokens = x.numel() + choices * shape.out_features
+    moved = 2.0 * (len(torch.unique(ids)) * of_expert + of_tokens)
+    weights = [make.normal(*sizes, dtype=BF16, gain=sizes[2] ** -0.5) for _ in _sets(bench, moved)]
     return Timed(
         [partial(cuda.moe_linear, library, x, ids, weight) for weight in weights],
-        2.0 * (len(torch.unique(ids)) * of_expert + of_tokens),
+        moved,
         2.0 * of_expert * choices,
         {"grouped_mm": [partial(peers.grouped_linear, x, ids, each) for each in weights]},
     )
@@ -193,17 +198,18 @@ def linear(bench: Bench, library: Library, shape: shapes.Linear, tokens: int) ->
 def scan(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens: int) -> Timed:
     """A layer's scan."""
     sizes = (batch, tokens, shape.heads, shape.head_size, shape.groups, shape.states)
-    sets = [mamba2_scan_inputs(bench.device.name, BF16, *sizes) for _ in range(_sets(bench))]
     limits = (0.0, math.inf)
     inner = shape.heads * shape.head_size
     state = batch * inner * shape.states
     of_tokens = batch * tokens * (2 * inner + 2 * shape.groups * shape.states)
+    moved = 8.0 * state + 2.0 * of_tokens
+    sets = [mamba2_scan_inputs(bench.device.name, BF16, *sizes) for _ in _sets(bench, moved)]
     beside = {}
     if tokens <= MOST_EAGER_TOKENS:
         beside["eager"] = [partial(mamba2_scan, *inputs, 1, *limits) for inputs in sets[:1]]
     return Timed(
         [partial(cuda.mamba2_scan, library, *inputs, *limits) for inputs in sets],
-        8.0 * state + 2.0 * of_tokens,
+        moved,
         4.0 * tokens * state,
         beside,
     )
@@ -213,7 +219,8 @@ def conv(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens:
     """The convolution before the scan."""
     make = Inputs(bench.device.name, tokens)
     channels, past = shape.channels, shape.width - 1
-    x = [make.normal(batch, tokens, channels, dtype=BF16) for _ in range(_sets(bench))]
+    moved = 4.0 * batch * channels * (tokens + past) + 2.0 * channels * (shape.width + 1)
+    x = [make.normal(batch, tokens, channels, dtype=BF16) for _ in _sets(bench, moved)]
     state = make.normal(batch, channels, past, dtype=BF16)
     weight = make.normal(channels, 1, shape.width, dtype=BF16)
     bias = make.normal(channels, dtype=BF16)
@@ -224,7 +231,7 @@ def conv(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens:
 
     return Timed(
         [partial(cuda.causal_conv, library, each, state, weight, bias, "silu") for each in x],
-        4.0 * batch * channels * (tokens + past) + 2.0 * channels * (shape.width + 1),
+        moved,
         2.0 * batch * tokens * channels * shape.width,
         {"conv1d": [partial(conv1d, each) for each in x]},
     )
@@ -235,14 +242,15 @@ def attention(bench: Bench, batch: int, tokens: int, past: int) -> Timed:
     make = Inputs(bench.device.name, tokens)
     heads, size = bench.pick((16, 128), (2, 16))
     seen = past + tokens
+    moved = 4.0 * batch * heads * size * (tokens + seen)
     sets = [
         tuple(make.normal(batch, heads, n, size, dtype=BF16) for n in (tokens, seen, seen))
-        for _ in range(_sets(bench))
+        for _ in _sets(bench, moved)
     ]
     # Half of the products of a prefill are above the diagonal.
     share = 0.5 if past == 0 else 1.0
     return Timed(
         [partial(peers.causal_attention, *each) for each in sets],
-        4.0 * batch * heads * size * (tokens + seen),
+        moved,
         4.0 * batch * heads * size * tokens * seen * share,
     )
