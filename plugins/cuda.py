@@ -71,7 +71,7 @@ def prepare(library: Library, device: torch.device) -> None:
         LibraryError: no driver, or a device that nothing was compiled for.
     """
     if device.type == "cuda":
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     with _on(device):
         library.prepare()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from ctypes import Structure
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +18,7 @@ from graphs.family import family_of
 from graphs.state import BATCH
 from plugins import cuda
 from plugins.causal_conv import causal_conv
-from plugins.library import Library
+from plugins.library import Library, LibraryError
 from plugins.mamba2_scan import mamba2_scan
 from plugins.moe_dispatch import ACTIVATIONS, moe_dispatch
 from plugins.moe_linear import moe_linear
@@ -24,9 +26,6 @@ from validate.eager import EagerSession
 
 if TYPE_CHECKING:
     from plugins.kernels.interpret import InterpretedLibrary
-
-OPERATORS = (causal_conv, moe_dispatch, moe_linear, mamba2_scan)
-
 
 # Never closed: PyTorch has no way to take a kernel back, and leaving the context would turn those
 # of the CPU on for every test that follows in this process.
@@ -44,7 +43,7 @@ def registered(device: InterpretedLibrary) -> InterpretedLibrary:
 @contextlib.contextmanager
 def switched(*, on: bool, device_type: str = "cpu") -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for operator in OPERATORS:
+        for operator in cuda.OPERATORS:
             stack.enter_context(operator.set_kernel_enabled(device_type, on))
         yield
 
@@ -101,6 +100,182 @@ def test_a_convolution_on_its_kernel_is_the_reference(
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         assert got.is_contiguous() and want.is_contiguous()
     assert torch.equal(found[1], expected[1])
+
+
+def test_registering_prepares_the_current_device(registered: InterpretedLibrary) -> None:
+    # A context into which nothing is loaded.
+    registered.set_capability(90)
+    cuda.register(registered, "cpu")
+    try:
+        # A first call while a graph is captured; nothing can be loaded then.
+        registered.driver.fake_driver_capture(1)
+        ids = torch.zeros(1, 1, dtype=torch.int64)
+        with switched(on=True):
+            assert moe_linear(torch.ones(1, 4), ids, torch.ones(1, 4, 4)).eq(4).all()
+    finally:
+        registered.set_capability(90)
+
+
+def test_prepares_a_device_in_its_own_context(
+    device: InterpretedLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    @contextlib.contextmanager
+    def entered(where: torch.device) -> Iterator[None]:
+        done.append(f"enter {where}")
+        yield
+        done.append("leave")
+
+    monkeypatch.setattr(torch.cuda, "init", lambda: done.append("init"))
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(device, "prepare", lambda: done.append("prepare"))
+    cuda.prepare(device, torch.device("cuda", 1))
+    assert done == ["init", "enter cuda:1", "prepare", "leave"]
+    cuda.prepare(device, torch.device("cpu"))
+    assert done[4:] == ["prepare"]
+
+
+Call = Callable[..., object]
+
+
+def calls(library: Library) -> dict[str, tuple[Call, list[torch.Tensor]]]:
+    """Each operator's call on several tokens, and its tensors."""
+    random = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random)
+
+    ids = torch.tensor([[0, 1], [1, 0], [1, 1]])
+    a, d, dt_bias = -torch.rand(2, generator=random), normal(2), normal(2)
+    scanned = [normal(1, 3, 2, 5), normal(1, 3, 2), a, normal(1, 3, 1, 6), normal(1, 3, 1, 6)]
+    scanned += [d, dt_bias, normal(1, 2, 5, 6), torch.ones(1, 3)]
+    return {
+        "moe_dispatch": (
+            partial(cuda.moe_dispatch, library, top_k=2, normalize=True, activation="silu"),
+            [normal(3, 5), normal(3, 4), normal(4, 14, 5), normal(4, 5, 7)],
+        ),
+        "moe_linear": (
+            partial(cuda.moe_linear, library),
+            [normal(3, 5), ids, normal(2, 7, 5)],
+        ),
+        "mamba2_scan": (partial(cuda.mamba2_scan, library, dt_min=0.0, dt_max=9.0), scanned),
+        "causal_conv": (
+            partial(cuda.causal_conv, library, activation="silu"),
+            [normal(1, 3, 5), normal(1, 5, 3), normal(5, 1, 4), normal(5)],
+        ),
+    }
+
+
+OPERATIONS = ("moe_dispatch", "moe_linear", "mamba2_scan", "causal_conv")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_call_runs_in_the_context_of_its_tensors(
+    device: InterpretedLibrary, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[torch.device] = []
+    during: list[list[torch.device]] = []
+    run = device.run
+
+    @contextlib.contextmanager
+    def on(where: torch.device) -> Iterator[None]:
+        inside.append(where)
+        yield
+        inside.pop()
+
+    def noted(*arguments: Any) -> None:
+        during.append(list(inside))
+        run(*arguments)
+
+    monkeypatch.setattr(cuda, "_on", on)
+    monkeypatch.setattr(device, "run", noted)
+    call, tensors = calls(device)[operation]
+    call(*tensors)
+    assert during == [[torch.device("cpu")]] and inside == []
+
+
+def test_the_context_of_a_cuda_device_is_made_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    def entering(device: torch.device) -> contextlib.nullcontext[None]:
+        entered.append(device)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", entering)
+    with cuda._on(torch.device("cuda", 1)), cuda._on(torch.device("cpu")):
+        assert entered == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_refuses_tensors_of_several_devices(device: InterpretedLibrary, operation: str) -> None:
+    call, tensors = calls(device)[operation]
+    for number in range(len(tensors)):
+        mixed = [t.to("meta") if i == number else t for i, t in enumerate(tensors)]
+        with pytest.raises(LibraryError) as caught:
+            call(*mixed)
+        message = "a call of a kernel got tensors on cpu and meta; move all to one device."
+        assert str(caught.value) == message
+
+
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, one element behind a multiple of 16 bytes; dense all the same."""
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    view = memory[1:].view(tensor.shape)
+    assert view.is_contiguous() and view.data_ptr() % 16
+    return view.copy_(tensor)
+
+
+def spread(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, not dense."""
+    return tensor.repeat_interleave(2, -1)[..., ::2]
+
+
+def outputs(result: Any) -> list[torch.Tensor]:
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("moved", [shifted, spread])
+def test_takes_tensors_wherever_they_begin(
+    device: InterpretedLibrary, operation: str, moved: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    call, tensors = calls(device)[operation]
+    expected = outputs(call(*tensors))
+    found = outputs(call(*map(moved, tensors)))
+    for want, got in zip(expected, found, strict=True):
+        assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("operation", ["mamba2_scan", "causal_conv"])
+@pytest.mark.parametrize("moved", [shifted, spread])
+def test_writes_the_new_state_wherever_it_is(
+    device: InterpretedLibrary, operation: str, moved: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    call, tensors = calls(device)[operation]
+    y, state = outputs(call(*tensors))
+    wanted = moved(torch.zeros_like(state))
+    found = outputs(call(*tensors, new_state=wanted))
+    assert torch.equal(found[0], y)
+    assert found[1] is wanted and torch.equal(wanted, state)
+
+
+def test_copies_outlive_the_call_that_reads_them(
+    device: InterpretedLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that is freed early is overwritten by the next one, which here is the workspace."""
+    call, tensors = calls(device)["causal_conv"]
+    expected, _ = outputs(call(*tensors))
+    run = cuda._run
+
+    def after_others(library: Library, parameters: Structure, x: torch.Tensor) -> None:
+        taken = [torch.full((5,), torch.nan) for _ in range(100)]
+        run(library, parameters, x)
+        del taken
+
+    monkeypatch.setattr(cuda, "_run", after_others)
+    found, _ = outputs(call(*map(spread, tensors)))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.gpu

@@ -261,21 +261,3 @@ def test_refuses_what_is_no_library(tmp_path: Path, content: bytes | None, messa
         path.write_bytes(content)
     with pytest.raises(LibraryError, match=message):
         Library(path)
-
-
-def test_the_host_layer_takes_the_choices_that_tuning_forces(tmp_path: Path) -> None:
-    """What benchmarks/tune_kernels.py does on a GPU, as far as it goes without one."""
-    import torch
-
-    from plugins import check
-    from plugins.kernels.interpret import InterpretedLibrary
-
-    bf16 = torch.bfloat16
-    flags = ["-DINGOT_FORCED_TILE=128,128", "-DINGOT_FORCED_CHUNK=256"]
-    device = InterpretedLibrary(all_forms(), tmp_path, *flags)
-    moe = check.moe_dispatch_case(device, "cpu", bf16, 40, 16, 16, 3, 2)
-    scan = check.mamba2_scan_case(device, "cpu", bf16, 1, 260, 2, 8, 1, 8)
-    assert max(moe.errors() + scan.errors()) < check.LIMITS[bf16]
-    launched = {launch.form: launch.grid for launch in device.launches}
-    assert "moe_gate_up_m128n128_bf16" in launched
-    assert launched["mamba2_times_bf16"] == (1, 2, 1)

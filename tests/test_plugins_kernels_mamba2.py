@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from ctypes import Structure
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from activations import ACTIVATIONS
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from plugins import cuda
@@ -294,6 +295,68 @@ def test_the_state_carries_a_sequence_on(
     y_begin, end["state"] = scan(device, begin)
     y_end, state = scan(device, end)
     assert_scan(torch.cat([y_begin, y_end], 1), state, a)
+
+
+@pytest.fixture
+def tunable(device: InterpretedLibrary) -> Iterator[InterpretedLibrary]:
+    yield device
+    device.tune()
+
+
+def parts(device: InterpretedLibrary) -> list[tuple[int, int]]:
+    """Chunks and rows of each part of the last call."""
+    grids = [each.grid for each in device.launches if each.form.startswith("mamba2_times_")]
+    return [(chunks, rows) for _, chunks, rows in grids]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+def test_parts_of_a_call_are_the_whole_to_the_bit(
+    tunable: InterpretedLibrary, dtype: torch.dtype
+) -> None:
+    a = arguments(
+        131, batch=3, heads=1, groups=1, head_size=16, padding="left", dtype=dtype, seed=4
+    )
+    # Rows begin between two multiples of 16 bytes.
+    assert a["mask"][1:].data_ptr() % 16
+    tunable.tune(chunk=64)
+    y, state = scan(tunable, a)
+    assert parts(tunable) == [(3, 3)]
+    # Of a row in a chunk: three times its steps, the state, the products.
+    one = 3 * 64 * 4 + 16 * 16 * 4 + 64 * 64 * 4
+    for room, expected in (
+        (9 * one, [(3, 3)]),
+        (9 * one - 256, [(3, 2), (3, 1)]),
+        (5 * one, [(3, 1)] * 3),
+        (2 * one, [(2, 1), (1, 1)] * 3),
+        # A single chunk is the least, whatever it takes.
+        (256, [(1, 1)] * 9),
+    ):
+        tunable.tune(chunk=64, scan_bytes=room)
+        # In place for every other one.
+        in_place = a["state"].clone() if len(expected) % 2 == 0 else None
+        source = a if in_place is None else {**a, "state": in_place}
+        found, new_state = scan(tunable, source, new_state=in_place)
+        assert parts(tunable) == expected
+        assert torch.equal(found, y) and torch.equal(new_state, state)
+
+
+def test_parts_are_nearly_equal(tunable: InterpretedLibrary) -> None:
+    a = arguments(2, batch=5, heads=1, groups=1, head_size=1, states=1)
+    # Four rows' steps and products; the states of all are within one piece.
+    tunable.tune(scan_bytes=4 * (3 * 64 * 4 + 64 * 64 * 4) + 256)
+    assert_scan(*scan(tunable, a), a)
+    assert parts(tunable) == [(1, 3), (1, 2)]
+
+
+def test_parts_of_odd_sizes_are_the_whole_to_the_bit(tunable: InterpretedLibrary) -> None:
+    a = arguments(67, heads=2, head_size=5, groups=2, states=7, dtype=torch.float16)
+    tunable.tune(chunk=64)
+    y, state = scan(tunable, a)
+    assert_scan(y, state, a)
+    tunable.tune(chunk=64, scan_bytes=256)
+    found, new_state = scan(tunable, a)
+    assert parts(tunable) == [(1, 1)] * 4
+    assert torch.equal(found, y) and torch.equal(new_state, state)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 70])
@@ -590,6 +653,103 @@ def test_every_form_is_reached(device: InterpretedLibrary) -> None:
     from plugins.kernels import mamba2
 
     assert reached == {form.name for form in mamba2.forms()}
+
+
+def scan_parameters(**sizes: Any) -> Mamba2Scan:
+    """A call with addresses that are read by no kernel."""
+    names = ("x", "dt", "a", "b", "c", "d", "dt_bias", "state", "mask", "y", "new_state")
+    return Mamba2Scan(**{"dtype": 2, "dt_max": 1.0, **dict.fromkeys(names, 4096), **sizes})
+
+
+def needed(device: InterpretedLibrary, parameters: Mamba2Scan) -> int:
+    """What the refusal of an empty workspace says that a call needs."""
+    with pytest.raises(LibraryError) as caught:
+        device.run(parameters, 4096, 0, None)
+    found = re.fullmatch(
+        r"mamba2_scan needs (\d+) bytes of workspace for this call and was given 0; "
+        r"pass as many as ingot_mamba2_scan_workspace says\.",
+        str(caught.value),
+    )
+    assert found is not None, caught.value
+    return int(found[1])
+
+
+def test_a_refused_size_is_no_workspace_of_0(device: InterpretedLibrary) -> None:
+    with pytest.raises(LibraryError, match="it takes 1 to 256 of each"):
+        device.workspace_bytes(
+            scan_parameters(batch=1, tokens=4, heads=1, head_size=1, groups=1, states=257)
+        )
+
+
+MAMBA2 = {"heads": 80, "head_size": 64, "groups": 1, "states": 128}
+CODESTRAL = {"heads": 128, "head_size": 64, "groups": 8, "states": 128}
+
+
+@pytest.mark.parametrize("model", [MAMBA2, CODESTRAL], ids=["mamba2-2.7b", "codestral"])
+@pytest.mark.parametrize(("batch", "tokens"), [(4, 4096), (16, 8192), (1, 1 << 20)])
+def test_the_workspace_of_real_models_is_bounded(
+    device: InterpretedLibrary, model: dict[str, int], batch: int, tokens: int
+) -> None:
+    call = scan_parameters(batch=batch, tokens=tokens, **model)
+    assert device.workspace_bytes(call) <= 512 * 2**20
+    # What one row of chunks of 128 tokens takes, in float32.
+    heads, groups = model["heads"], model["groups"]
+    row = tokens * (3 * heads + heads * 64 + groups * 128) * 4
+    if row <= 512 * 2**20:
+        assert needed(device, call) % row == 0
+
+
+@given(
+    batch=st.integers(1, 70),
+    rows_less=st.one_of(st.integers(0, 3), st.integers(0, 70)),
+    tokens=st.one_of(st.integers(2, 600), st.integers(2, 2**21)),
+    tokens_less=st.one_of(st.integers(0, 300), st.integers(0, 2**21)),
+    heads_of_group=st.integers(1, 40),
+    groups=st.integers(1, 8),
+    head_size=st.integers(1, 128),
+    states=st.integers(1, 256),
+    dtype=st.sampled_from([0, 1, 2]),
+    capability=st.sampled_from([80, 86, 89, 90, 100, 120]),
+    chunk=st.sampled_from([0, 64, 192, 512]),
+    scan_bytes=st.sampled_from([0, 256, 2**20, 2**26]),
+)
+@settings(max_examples=300, deadline=None)
+# Long chunks, which only this device has, take more where heads are few and groups many.
+@example(2, 0, 256, 0, 1, 8, 1, 1, 2, 89, 0, 0)
+def test_a_workspace_is_enough_for_smaller_calls_on_another_device(
+    device: InterpretedLibrary,
+    batch: int,
+    rows_less: int,
+    tokens: int,
+    tokens_less: int,
+    heads_of_group: int,
+    groups: int,
+    head_size: int,
+    states: int,
+    dtype: int,
+    capability: int,
+    chunk: int,
+    scan_bytes: int,
+) -> None:
+    same = {
+        "heads": heads_of_group * groups,
+        "head_size": head_size,
+        "groups": groups,
+        "states": states,
+        "dtype": dtype,
+    }
+    rows, length = max(1, batch - rows_less), max(2, tokens - tokens_less)
+    smaller = scan_parameters(batch=rows, tokens=length, **same)
+    try:
+        device.tune(chunk=chunk, scan_bytes=scan_bytes)
+        device.set_capability(90)
+        bound = device.workspace_bytes(scan_parameters(batch=batch, tokens=tokens, **same))
+        assert bound >= device.workspace_bytes(smaller)
+        device.set_capability(capability)
+        assert bound >= needed(device, smaller)
+    finally:
+        device.tune()
+        device.set_capability(90)
 
 
 @pytest.mark.parametrize("sizes", [(24, 64, 1, 128), (4, 64, 4, 16), (8, 16, 2, 256)])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -481,6 +483,138 @@ def test_kernels_stay_in_the_workspace(device: InterpretedLibrary, tokens: int) 
     assert_close(y, dispatch_loop(x, logits, gate_up, down, 2, False, "silu"))
     assert (memory[:begin] == 0x5A).all()
     assert (memory[begin + size :] == 0x5A).all()
+
+
+@pytest.fixture
+def sliced(device: InterpretedLibrary) -> Iterator[InterpretedLibrary]:
+    device.tune(slice_tokens=32)
+    yield device
+    device.tune()
+
+
+def poisoned(
+    device: InterpretedLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """MoeDispatch in a workspace that begins as NaN and is no larger than the call needs."""
+
+    def run(library: InterpretedLibrary, parameters: MoeDispatch, x: torch.Tensor) -> None:
+        size = needed(library, parameters)
+        assert size <= library.workspace_bytes(parameters)
+        workspace = torch.full((size + 4096,), 255, dtype=torch.uint8)
+        library.run(parameters, workspace.data_ptr(), size, None)
+        assert bool((workspace[size:] == 255).all()), "written behind the workspace"
+
+    monkeypatch.setattr(cuda, "_run", run)
+    return cuda.moe_dispatch(device, *arguments, 2, True, "silu")
+
+
+def needed(device: InterpretedLibrary, parameters: MoeDispatch | MoeLinear) -> int:
+    """What the refusal of an empty workspace says that a call needs."""
+    with pytest.raises(LibraryError) as caught:
+        device.run(parameters, 4096, 0, None)
+    found = re.fullmatch(
+        r"moe_(dispatch|linear) needs (\d+) bytes of workspace for this call and was given 0; "
+        r"pass as many as ingot_moe_\1_workspace says\.",
+        str(caught.value),
+    )
+    assert found is not None, caught.value
+    return int(found[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "slices"), [(32, [32]), (33, [32, 1]), (70, [32, 32, 6])])
+def test_many_tokens_are_dispatched_in_slices(
+    sliced: InterpretedLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    slices: list[int],
+    dtype: torch.dtype,
+) -> None:
+    # Sides that leave no row aligned in float32.
+    side = 13 if dtype == torch.float32 else 24
+    arguments = dispatch_arguments(tokens, 5, side, side, dtype)
+    sliced.launches.clear()
+    found = poisoned(sliced, monkeypatch, arguments)
+    assert_close(found, dispatch_loop(*arguments, 2, True, "silu"))
+    grids = [each.grid for each in sliced.launches if each.form == "moe_route_e64"]
+    assert grids == [(count, 1, 1) for count in slices]
+
+
+def test_slices_are_nearly_equal(sliced: InterpretedLibrary) -> None:
+    sliced.tune(slice_tokens=64)
+    sliced.launches.clear()
+    cuda.moe_dispatch(sliced, *dispatch_arguments(130, 3, 8, 8), 1, False, "silu")
+    grids = [each.grid[0] for each in sliced.launches if each.form == "moe_route_e64"]
+    assert grids == [48, 48, 34]
+
+
+def test_a_call_is_not_refused_for_its_length(device: InterpretedLibrary) -> None:
+    largest = dispatch_parameters(tokens=2**31 - 1, top_k=4)
+    assert device.workspace_bytes(largest) == device.workspace_bytes(
+        dispatch_parameters(tokens=8192, top_k=4)
+    )
+
+
+@pytest.mark.parametrize("tokens", [4 * 4096, 16 * 8192])
+def test_the_workspace_of_olmoe_is_that_of_a_slice(device: InterpretedLibrary, tokens: int) -> None:
+    sizes = {"experts": 64, "top_k": 8, "hidden": 2048, "intermediate": 1024}
+    # Ids, weights, places and the rows of both products, of each choice; then the table of tiles.
+    of_choice = 4 + 4 + 4 + 2 * 1024 + 4 * 2048
+    found = device.workspace_bytes(dispatch_parameters(dtype=2, tokens=tokens, **sizes))
+    assert 0 < found - 8192 * 8 * of_choice < 20_000
+
+
+@pytest.mark.parametrize("name", ["dispatch", "linear"])
+def test_a_refused_size_is_no_workspace_of_0(device: InterpretedLibrary, name: str) -> None:
+    call: MoeDispatch | MoeLinear = dispatch_parameters(hidden=100)
+    message = "hidden is 100; the kernels need a multiple of 8"
+    if name == "linear":
+        call, message = linear_parameters(tokens=2**30), "split the call into smaller ones"
+    with pytest.raises(LibraryError, match=message):
+        device.workspace_bytes(call)
+
+
+@given(
+    tokens=st.integers(17, 100_000),
+    less=st.one_of(st.integers(0, 40), st.integers(0, 100_000)),
+    top_k=st.integers(1, 64),
+    more_experts=st.integers(0, 900),
+    side=st.integers(1, 300),
+    dtype=st.sampled_from([0, 1, 2]),
+    capability=st.sampled_from([80, 86, 89, 90, 100, 120]),
+    slice_tokens=st.sampled_from([0, 16, 48, 4096]),
+    tile=st.sampled_from([None, (32, 64), (256, 64)]),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_workspace_is_enough_for_fewer_tokens_on_another_device(
+    device: InterpretedLibrary,
+    tokens: int,
+    less: int,
+    top_k: int,
+    more_experts: int,
+    side: int,
+    dtype: int,
+    capability: int,
+    slice_tokens: int,
+    tile: tuple[int, int] | None,
+) -> None:
+    fewer = max(17, tokens - less)
+    same: dict[str, int] = {"top_k": top_k, "experts": top_k + more_experts, "dtype": dtype}
+    dispatch = {**same, "hidden": 8 * side, "intermediate": 8 * (301 - side)}
+    linear = {**same, "in_features": 8 * side, "out_features": 8}
+    try:
+        device.tune(slice_tokens=slice_tokens, tile=tile)
+        for make, sizes in ((dispatch_parameters, dispatch), (linear_parameters, linear)):
+            device.set_capability(90)
+            bound = device.workspace_bytes(make(tokens=tokens, **sizes))
+            assert bound >= device.workspace_bytes(make(tokens=fewer, **sizes))
+            device.set_capability(capability)
+            assert bound >= needed(device, make(tokens=fewer, **sizes))
+    finally:
+        device.tune()
+        device.set_capability(90)
 
 
 def test_structures_are_as_wide_as_in_c() -> None:

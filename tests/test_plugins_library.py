@@ -10,20 +10,23 @@ import pytest
 
 from plugins import library
 from plugins.kernels.host import SOURCES
-from plugins.library import ACTIVATIONS, CALLS, DTYPES
+from plugins.library import ACTIVATIONS, CALLS, DTYPES, Tuning
 
 HEADER = SOURCES / "ingot_kernels.h"
 
 
+STRUCTURES: tuple[type[Structure], ...] = (*CALLS, Tuning)
+
+
 def c_name(structure: type[Structure]) -> str:
-    return CALLS[structure][0] + "_params"
+    return "ingot_tuning" if structure is Tuning else CALLS[structure][0] + "_params"
 
 
 @pytest.fixture(scope="module")
 def laid_out(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """What a C program says of sizes, offsets and constants; C, so that the header is plain C."""
-    wanted = [f"sizeof({c_name(s)})" for s in CALLS]
-    wanted += [f"offsetof({c_name(s)}, {name})" for s in CALLS for name, *_ in s._fields_]
+    wanted = [f"sizeof({c_name(s)})" for s in STRUCTURES]
+    wanted += [f"offsetof({c_name(s)}, {name})" for s in STRUCTURES for name, *_ in s._fields_]
     wanted += [f"INGOT_{name}" for name in ("KERNELS_VERSION", *DTYPES, *ACTIVATIONS)]
     wanted = [re.sub(r"^INGOT_.*", lambda m: m[0].upper(), each) for each in wanted]
     lines = "\n".join(f'printf("{each}=%d\\n", (int){each});' for each in wanted)
@@ -37,7 +40,7 @@ def laid_out(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     return {name: int(value) for name, value in pairs}
 
 
-@pytest.mark.parametrize("structure", CALLS)
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_structures_are_laid_out_as_in_c(
     structure: type[Structure], laid_out: dict[str, int]
 ) -> None:
@@ -49,7 +52,7 @@ def test_structures_are_laid_out_as_in_c(
 
 def test_every_field_of_the_header_is_mirrored() -> None:
     text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
-    for structure in CALLS:
+    for structure in STRUCTURES:
         body = re.search(rf"typedef struct {c_name(structure)} \{{(.*?)\}}", text, re.DOTALL)
         assert body is not None
         declared = re.findall(r"\*?(\w+)\s*[,;]", body[1])

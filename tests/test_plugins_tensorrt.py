@@ -517,6 +517,65 @@ def test_the_class_for_rtx_hands_its_calls_on(trt: Any, name: str, form: int, st
     assert made.get_output_data_types(types[:count]) == types[count:]
 
 
+# More tokens than the stub takes.
+TOO_MANY = 2001
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_a_profile_that_the_kernels_refuse_is_no_configuration(
+    trt: Any, name: str, form: int, stub: Path
+) -> None:
+    plugin = PLUGINS[name]
+    made = creator(trt, plugin, stub).create_plugin(
+        "", fields_of(trt, name), trt.TensorRTPhase.BUILD
+    )
+    dynamic_dims = dict.fromkeys(DYNAMIC & SIZES[name].keys(), TOO_MANY)
+    types = [getattr(trt, each) for each in types_of(plugin, "float16")]
+    inputs = [
+        Described(each, trt.TensorFormat.LINEAR, shape)
+        for each, shape in zip(types, sized(plugin, form, **dynamic_dims), strict=False)
+    ][: len(plugin.inputs)]
+    if library.CALLS[plugin.structure][1]:
+        with pytest.raises(LibraryError, match=r"too many tokens: split them\."):
+            made.configure_plugin(inputs, [])
+    else:
+        made.configure_plugin(inputs, [])
+
+
+def build_by_most(kernels: str, most: str) -> str:
+    """Whether TensorRT-RTX builds for so many tokens; in a process of its own, for its registry."""
+    trt = importlib.import_module("tensorrt_rtx")
+    rtx.ensure_parser_can_load_plugins()
+    register(trt, Path(kernels))
+    plugin = PLUGINS["MoeDispatch"]
+    types = types_of(plugin, "bfloat16")
+    network = Network(trt, plugin.name, dynamic(plugin, 0), types, ATTRIBUTES[plugin.name])
+    shapes = [sized(plugin, 0, N=size)[:4] for size in (1, 4, int(most))]
+    return "built" if network.engine(*shapes) is not None else "refused"
+
+
+@pytest.mark.parametrize(("most", "expected"), [(2000, "built"), (TOO_MANY, "refused")])
+def test_rtx_builds_no_engine_for_a_profile_that_the_kernels_refuse(
+    trt: Any, stub: Path, most: int, expected: str
+) -> None:
+    done = alone("build_by_most", stub, str(most))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == expected
+    assert ("too many tokens: split them." in done.stderr) == (expected == "refused")
+
+
+def alone(function: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A function of this file in a process of its own, which prints its result."""
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    program = (
+        f"import sys; sys.path[:0] = {folders}; import test_plugins_tensorrt as t; "
+        f"print(t.{function}(*sys.argv[1:]))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+    )
+
+
 # TensorRT keeps only the address of a field's data.
 KEPT: list[np.ndarray] = []
 
@@ -598,6 +657,15 @@ API size_t workspace(IPluginV3 *plugin, const PluginTensorDesc *inputs, int32_t 
     }
     auto *build = part<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
     return build->getWorkspaceSize(all, count, nullptr, 0);
+}
+API int32_t configure(IPluginV3 *plugin, const PluginTensorDesc *inputs, int32_t count) {
+    DynamicPluginTensorDesc all[16]{};
+    for (int32_t i = 0; i < count; ++i) {
+        all[i].desc = inputs[i];
+        all[i].max = inputs[i].dims;
+    }
+    auto *build = part<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
+    return build->configurePlugin(all, count, nullptr, 0);
 }
 API IPluginV3 *attach(IPluginV3 *plugin) {
     auto *runtime = part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
@@ -712,6 +780,10 @@ class Cpp:
         descs = self.descs(dtype, shapes)
         return int(self.library.workspace(self.handle, descs, len(shapes)) or 0)
 
+    def configure(self, dtype: str, shapes: Sequence[Sequence[int]]) -> int:
+        descs = self.descs(dtype, shapes)
+        return int(self.library.configure(self.handle, descs, len(shapes)))
+
     def enqueue(self, dtype: str, shapes: Sequence[Sequence[int]], addresses: Sequence[int]) -> int:
         count = len(self.plugin.inputs)
         inputs = (ctypes.c_void_p * count)(*addresses[:count])
@@ -765,8 +837,10 @@ def test_cpp_calls_the_kernels_as_python_does(
             node = Node(plugin, ATTRIBUTES[name], library.VERSION)
             node.run(stub, dtype, shapes, addresses, 4096, 77)
             by_python = seen(stub, plugin, forget=True)
+            bytes_by_python = seen_bytes(stub)
             assert cpp.enqueue(dtype, shapes, addresses) == 0
             assert seen(stub, plugin) == by_python
+            assert seen_bytes(stub) == bytes_by_python
             assert cpp.workspace_bytes(dtype, shapes) == node.workspace_bytes(stub, dtype, shapes)
 
 
@@ -785,6 +859,21 @@ def test_cpp_refuses_what_python_does(harness: Path, capfd: pytest.CaptureFixtur
     with Cpp(harness, "CausalConv", kernels=0) as cpp:
         assert cpp.enqueue("float32", shapes, addresses) == -1
     assert "build it again" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_cpp_refuses_the_same_profiles(
+    name: str, harness: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plugin = PLUGINS[name]
+    takes_workspace = library.CALLS[plugin.structure][1]
+    with Cpp(harness, name) as cpp:
+        for size in (2000, TOO_MANY):
+            dynamic_dims = dict.fromkeys(DYNAMIC & SIZES[name].keys(), size)
+            shapes = sized(plugin, 0, **dynamic_dims)[: len(plugin.inputs)]
+            refused = takes_workspace and size == TOO_MANY
+            assert cpp.configure("float16", shapes) == (-1 if refused else 0)
+            assert capfd.readouterr().err == ("too many tokens: split them.\n" if refused else "")
 
 
 @pytest.mark.parametrize("name", PLUGINS)
@@ -818,7 +907,7 @@ def test_cpp_and_python_write_the_same_engine(
         assert cpp.serialized() == ours
 
 
-def rtx_with_cpp(cpp_library: str) -> dict[str, Any]:
+def rtx_with_cpp(cpp_library: str) -> str:
     """What TensorRT-RTX finds in the C++ library; in a process of its own, for its registry."""
     trt = importlib.import_module("tensorrt_rtx")
     rtx.ensure_parser_can_load_plugins()
@@ -841,21 +930,11 @@ def rtx_with_cpp(cpp_library: str) -> dict[str, Any]:
             static = Network(trt, name, sized(plugin, form), types, ATTRIBUTES[name])
             outputs.append([shape for shape, _ in static.outputs()])
         found[name] = {"creators": both, "outputs": outputs, "built": built}
-    return found
+    return json.dumps(found)
 
 
 def test_rtx_finds_the_same_plugins_in_the_cpp_library(trt: Any, cpp_library: Path) -> None:
-    program = (
-        "import json, sys; import test_plugins_tensorrt as t; "
-        "print(json.dumps(t.rtx_with_cpp(sys.argv[1])))"
-    )
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {folders}; {program}", cpp_library],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = alone("rtx_with_cpp", cpp_library)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["loaded"]

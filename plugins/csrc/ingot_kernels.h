@@ -2,7 +2,8 @@
  *
  * Every call enqueues its kernels on a stream and returns: it neither allocates, nor waits, nor reads
  * a value from the device. It may be captured into a CUDA graph once ingot_prepare() has run in the
- * CUDA context. A thread without a current context gets the primary one of device 0. Pointers are device pointers, aligned to 16 bytes; tensors are dense and row-major.
+ * CUDA context. A thread without a current context gets the primary one of device 0. Pointers are
+ * device pointers, aligned to 16 bytes; tensors are dense and row-major.
  * Letters and meanings are those of docs/design.md.
  */
 #ifndef INGOT_KERNELS_H

@@ -12,7 +12,8 @@ extern "C" {
 using Launched = int (*)(const char *form, unsigned x, unsigned y, unsigned z, void **arguments);
 
 constexpr int kDevices = 2;
-constexpr int kInvalidValue = 1, kInvalidContext = 201, kInvalidHandle = 400, kCaptureUnsupported = 900;
+constexpr int kInvalidValue = 1, kInvalidContext = 201, kInvalidHandle = 400;
+constexpr int kCaptureUnsupported = 900;
 
 struct Context {
     int device;

@@ -159,9 +159,9 @@ class Node:
         if last is None or last[0] != key:
             sizes = self.plugin.bind(shapes)
             parameters = self.parameters(dtype, sizes, len(shapes[0]))
-            # TensorRT does not say how much it reserved. It serialises a plugin for one profile before
-            # it asks what the next needs, so the engine cannot say either. But it asked for the
-            # profile's largest sizes, whose bytes are no fewer than those of any in it.
+            # TensorRT does not say how much it reserved. It serialises a plugin for one profile
+            # before it asks what the next needs, so the engine cannot say either. But it asked for
+            # the profile's largest sizes, whose bytes are no fewer than those of any in it.
             last = self._last = key, parameters, kernels.workspace_bytes(parameters)
         call = self.plugin.structure.from_buffer_copy(last[1])
         for pointer, address in zip(self._pointers, addresses, strict=True):
