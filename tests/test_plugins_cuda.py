@@ -19,8 +19,7 @@ from graphs.state import BATCH
 from plugins import cuda
 from plugins.causal_conv import causal_conv
 from plugins.library import Library, LibraryError
-from plugins.mamba2_scan import mamba2_scan
-from plugins.moe_dispatch import ACTIVATIONS, moe_dispatch
+from plugins.moe_dispatch import ACTIVATIONS
 from plugins.moe_linear import moe_linear
 from validate.eager import EagerSession
 

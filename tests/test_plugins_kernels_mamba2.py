@@ -258,7 +258,7 @@ def test_sizes_of_several_tiles(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_chunk_length_of_each_device(
     device: InterpretedLibrary, dtype: torch.dtype, capability: int
 ) -> None:

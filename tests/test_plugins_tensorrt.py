@@ -42,8 +42,8 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
 
 # Every dimension another, so that no shape is right by chance.
 SIZES = {
-    "MoeDispatch": {"N": 5, "H": 16, "E": 7, "I": 12},
-    "MoeLinear": {"N": 5, "K": 3, "Kin": 16, "E": 7, "O": 12},
+    "MoeDispatch": {"N": 5, "H": 16, "E": 7, "I": 24},
+    "MoeLinear": {"N": 5, "K": 3, "Kin": 16, "E": 7, "O": 24},
     "Mamba2Scan": {"B": 2, "T": 5, "Hm": 6, "Pm": 8, "G": 3, "Ns": 16},
     "CausalConv": {"B": 2, "T": 5, "C": 16, "W": 4},
 }
