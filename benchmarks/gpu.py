@@ -57,14 +57,14 @@ from plugins.library import PATH, Library  # noqa: E402
 # In order of what matters most. What a phase leaves of its time goes to those behind it; ``load``
 # takes long only where it has to compile the kernels, and the last ones then have less.
 PHASES = (
-    Phase("load", 60, load.items, proves=True),
-    Phase("ceilings", 10, ceilings.items),
+    Phase("load", 60, load.items, proves=True, whole=True),
+    Phase("ceilings", 10, ceilings.items, whole=True),
     Phase("small", 40, correctness.small, proves=True),
     Phase("large", 70, correctness.large, proves=True),
     Phase("models", 75, models.items, proves=True),
     Phase("timings", 60, timings.items),
     Phase("sanitizer", 45, sanitizer.items),
-    Phase("tuning", 35, tuning.items),
+    Phase("tuning", 35, tuning.items, whole=True),
 )
 # What every other phase needs; these always run.
 FIRST = ("load", "ceilings")
@@ -77,20 +77,23 @@ class Run:
     Args:
         bench: what phases are given.
         out: folder of the results.
-        wanted: phases to run, in order -> names of the items, or None for all.
+        wanted: names of the phases to run.
         budget: seconds.
+        earlier: what an earlier run found, of which wanted phases keep what passed.
     """
 
     def __init__(
         self,
         bench: Bench,
         out: Path,
-        wanted: dict[str, Collection[str] | None],
+        wanted: Collection[str],
         budget: float,
+        earlier: dict[str, Outcome] | None = None,
     ) -> None:
         self.bench, self.out, self.wanted, self.budget = bench, out, wanted, budget
-        self.outcomes: dict[str, Outcome] = {}
-        self.began = time.monotonic()
+        self.outcomes: dict[str, Outcome] = dict(earlier or {})
+        self.entered: set[str] = set()
+        self.began = self.written = time.monotonic()
 
     def go(self) -> None:
         """Run the phases that are wanted, writing the results after each."""
@@ -105,20 +108,32 @@ class Run:
             if time.monotonic() >= deadline:
                 break
             print(f"== {phase.name}", flush=True)
-            only = self.wanted[phase.name]
-            self.outcomes[phase.name] = run_phase(phase, self.bench, deadline, self._tell, only)
+            self.entered.add(phase.name)
+            outcome = self.outcomes[phase.name] = Outcome(items=self._passed_before(phase))
+            self.write()
+            run_phase(phase, self.bench, deadline, outcome, self._tell)
             self.write()
             if phase.name == "load" and self.outcomes["load"].status != OK:
                 break
 
-    def _tell(self, name: str, found: Found) -> None:
+    def _passed_before(self, phase: Phase) -> dict[str, Found]:
+        """Items of an earlier run that need not be run again."""
+        if phase.whole or phase.name not in self.outcomes:
+            return {}
+        items = self.outcomes[phase.name].items
+        return {name: found for name, found in items.items() if found["status"] == OK}
+
+    def _tell(self, found: Found) -> None:
         sign = {OK: "ok", FAILED: "FAIL", REFUSED: "refused", CUT: "CUT"}[found["status"]]
         print(f"{sign:8}{found['text']}", flush=True)
+        # Whoever kills this run finds what it had.
+        if time.monotonic() - self.written > 1.0:
+            self.write()
 
     @property
     def missing(self) -> list[str]:
-        """Phases that were wanted and not entered."""
-        return [name for name in self.wanted if name not in self.outcomes]
+        """Phases that were wanted and not entered, in order."""
+        return [each.name for each in PHASES if each.name in {*self.wanted} - self.entered]
 
     @property
     def passed(self) -> bool:
@@ -147,6 +162,7 @@ class Run:
         partial = self.out / f"{RESULTS}.partial"
         partial.write_text(json.dumps(results, indent=1, default=str) + "\n")
         partial.replace(self.out / RESULTS)
+        self.written = time.monotonic()
 
     def close(self) -> None:
         """Write what there is and print the table."""
@@ -157,25 +173,27 @@ class Run:
         print(closing(self.outcomes, self.missing, seconds, figures=measured), flush=True)
 
 
-def failed_before(results: Path) -> dict[str, Collection[str] | None]:
-    """Phases of an earlier run that failed or were not reached, with the items to run again."""
+def found_before(results: Path) -> dict[str, Outcome]:
+    """What an earlier run found, by phase.
+
+    Raises:
+        click.ClickException: it is no run's results.
+    """
     path = results / RESULTS if results.is_dir() else results
     try:
-        earlier: dict[str, Any] = json.loads(path.read_text())
-        phases = earlier["phases"]
-    except (OSError, ValueError, KeyError) as error:
+        phases: dict[str, Any] = json.loads(path.read_text())["phases"]
+        return {name: Outcome(**outcome) for name, outcome in phases.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise click.ClickException(f"{path} is not a run's {RESULTS}: {error}") from error
-    wanted: dict[str, Collection[str] | None] = {}
-    for phase in PHASES:
-        outcome = phases.get(phase.name)
-        if outcome is None or outcome["status"] == CUT:
-            # Its items are known only when it runs.
-            wanted[phase.name] = None
-        elif outcome["status"] == FAILED:
-            items = outcome["items"].items()
-            names = [name for name, found in items if found["status"] in (FAILED, CUT)]
-            wanted[phase.name] = names or None
-    return wanted
+
+
+def not_passed(earlier: dict[str, Outcome]) -> list[str]:
+    """Phases that failed, were cut short, or were not entered."""
+    return [
+        phase.name
+        for phase in PHASES
+        if phase.name not in earlier or earlier[phase.name].status != OK
+    ]
 
 
 @contextmanager
@@ -211,7 +229,12 @@ def _phase_names(_context: Any, _option: Any, value: str | None) -> list[str] | 
 @click.command(help=__doc__.split("\n\n", 1)[1].replace("    python3", "\b\n    python3", 1))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of results.json and logs.")
 @click.option("--only", callback=_phase_names, metavar="PHASE,...", help="Run these phases alone.")
-@click.option("--failed", type=click.Path(path_type=Path, exists=True), metavar="RESULTS")
+@click.option(
+    "--failed",
+    type=click.Path(path_type=Path, exists=True),
+    metavar="RESULTS",
+    help="Run again what did not pass there, and add it to those results.",
+)
 @click.option("--budget", type=float, default=360.0, show_default=True, help="Seconds in all.")
 @click.option("--rehearse", is_flag=True, help="Tiny sizes on the CPU; fails if a phase is missed.")
 @click.option(
@@ -229,19 +252,25 @@ def main(
     rehearse: bool,
     kernels: str,
 ) -> None:
-    wanted: dict[str, Collection[str] | None] = {phase.name: None for phase in PHASES}
+    wanted = [phase.name for phase in PHASES]
+    earlier: dict[str, Outcome] = {}
     if failed is not None:
-        wanted = failed_before(failed)
+        earlier = found_before(failed)
+        wanted = not_passed(earlier)
+        out = out or (failed if failed.is_dir() else failed.parent)
         if not wanted:
             print("nothing failed and nothing is missing there")
             return
     if only is not None:
-        wanted = {name: wanted.get(name) for name in wanted if name in only}
-    wanted = {**dict.fromkeys(FIRST), **wanted}
+        wanted = [name for name in wanted if name in only]
+    wanted = [phase.name for phase in PHASES if phase.name in {*FIRST, *wanted}]
     out = out or ROOT / "build" / "on_gpu" / ("rehearsal" if rehearse else "results")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"--out {out}: {error.strerror}") from error
     with surroundings(kernels if rehearse else None, out) as bench:
-        run = Run(bench, out, wanted, budget)
+        run = Run(bench, out, wanted, budget, earlier)
         # A run that is stopped from outside says what it has, and leaves no process behind.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _stop)

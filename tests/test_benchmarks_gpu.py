@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,18 +18,18 @@ import pytest
 from benchmarks import gpu
 from benchmarks.on_gpu.bench import Bench
 from benchmarks.on_gpu.devices import Host
-from benchmarks.on_gpu.runner import CUT, OK, Found, Item, Phase, Wrong
+from benchmarks.on_gpu.runner import CUT, FAILED, OK, Found, Item, Outcome, Phase, Wrong
 from plugins.device import has_gpu
 from plugins.library import Library
 
 SCRIPT = Path(gpu.__file__)
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str | Path, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
     # Triton's interpreter is for the command to choose.
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, SCRIPT, *arguments],
+        [sys.executable, script, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -52,11 +54,17 @@ def test_the_rehearsal_enters_every_phase(tmp_path: Path) -> None:
 
 
 def test_the_rehearsal_records_where_nothing_computes(tmp_path: Path) -> None:
-    done = command(
-        "--rehearse", "--kernels", "recorder", "--only", "small,large", "--out", tmp_path
-    )
+    """From a folder that has nothing but what `make gpu-bundle` packs."""
+    listed = re.search(r"git ls-files Makefile (.*) > ", (gpu.ROOT / "Makefile").read_text())
+    assert listed is not None
+    for folder in listed[1].split():
+        ignored = shutil.ignore_patterns("__pycache__", "lib")
+        shutil.copytree(gpu.ROOT / folder, tmp_path / folder, ignore=ignored)
+    out = tmp_path / "results"
+    arguments = ("--rehearse", "--kernels", "recorder", "--out", out)
+    done = command(*arguments, script=tmp_path / "benchmarks" / "gpu.py")
     assert done.returncode == 0, done.stdout + done.stderr
-    phases = json.loads((tmp_path / "results.json").read_text())["phases"]
+    phases = json.loads((out / "results.json").read_text())["phases"]
     texts = [item["text"] for item in phases["small"]["items"].values()]
     assert len(texts) == 20 and all("launches recorded" in text for text in texts)
 
@@ -66,6 +74,7 @@ def test_without_a_gpu_it_says_so_and_fails(tmp_path: Path) -> None:
     done = command("--out", tmp_path)
     assert done.returncode == 1
     assert "PyTorch finds no CUDA device; run nvidia-smi" in done.stdout
+    assert "MISSING ceilings, small, large" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert json.loads((tmp_path / "results.json").read_text())["passed"] is False
 
@@ -76,11 +85,13 @@ def test_refuses_a_phase_that_is_none() -> None:
     assert "no phase huge; there are load, ceilings, small" in done.stderr
 
 
-def phase(name: str, *calls: Any, seconds: float = 5.0, proves: bool = False) -> Phase:
+def phase(
+    name: str, *calls: Any, seconds: float = 5.0, proves: bool = False, whole: bool = False
+) -> Phase:
     def items(_bench: Bench) -> Iterator[Item]:
         return (Item(f"item {n}", call) for n, call in enumerate(calls))
 
-    return Phase(name, seconds, items, proves)
+    return Phase(name, seconds, items, proves, whole)
 
 
 def fine() -> Found:
@@ -97,13 +108,15 @@ def run(
     *phases: Phase,
     budget: float = 30.0,
     rehearsal: bool = False,
+    earlier: dict[str, Outcome] | None = None,
+    wanted: list[str] | None = None,
 ) -> gpu.Run:
     def no_library(_path: Path | None) -> Library:
         raise AssertionError
 
     monkeypatch.setattr(gpu, "PHASES", phases)
     bench = Bench(Host(), rehearsal, True, no_library, tmp_path)
-    made = gpu.Run(bench, tmp_path, {each.name: None for each in phases}, budget)
+    made = gpu.Run(bench, tmp_path, wanted or [each.name for each in phases], budget, earlier)
     made.go()
     made.close()
     return made
@@ -122,14 +135,38 @@ def test_a_failure_is_told_first_and_run_again_alone(
     assert not made.passed
     table = capsys.readouterr().out.split("\n\n")[1]
     assert table.startswith("FAILED  small: item 1: 2 of 1")
-    assert gpu.failed_before(tmp_path) == {"small": ["item 1"]}
+    earlier = gpu.found_before(tmp_path)
+    assert gpu.not_passed(earlier) == ["small"]
+
+    # The one that failed passes now; the other is not run again, and nothing is lost.
+    def not_again() -> Found:
+        raise AssertionError
+
+    again = run(
+        tmp_path,
+        monkeypatch,
+        phase("load", fine),
+        phase("small", not_again, fine),
+        phase("tuning", not_again),
+        earlier=earlier,
+        wanted=["small"],
+    )
+    assert again.passed and gpu.not_passed(gpu.found_before(tmp_path)) == []
+
+
+def test_what_builds_upon_itself_is_run_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = {"tuning": Outcome(FAILED, items={"item 0": {"status": OK, "text": "before"}})}
+    made = run(tmp_path, monkeypatch, phase("tuning", fine, whole=True), earlier=earlier)
+    assert made.outcomes["tuning"].items["item 0"]["text"] == "fine"
 
 
 def test_nothing_to_run_again_where_all_passed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(tmp_path, monkeypatch, phase("load", fine)).passed
-    assert gpu.failed_before(tmp_path) == {}
+    assert gpu.not_passed(gpu.found_before(tmp_path)) == []
 
 
 def test_a_run_cut_short_keeps_what_came_first(
@@ -153,7 +190,7 @@ def test_a_run_cut_short_keeps_what_came_first(
     assert [results[name]["status"] for name in ("load", "timings", "tuning")] == [OK, CUT, OK]
     # The proof is whole, so the run is right; what was cut is run again.
     assert made.passed
-    assert gpu.failed_before(tmp_path) == {"timings": None}
+    assert gpu.not_passed(gpu.found_before(tmp_path)) == ["timings"]
 
 
 @pytest.mark.parametrize("rehearsal", [False, True])
@@ -180,7 +217,7 @@ def test_without_kernels_nothing_else_is_tried(
 def test_refuses_results_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(click.ClickException, match=r"is not a run's results.json"):
-        gpu.failed_before(tmp_path)
+        gpu.found_before(tmp_path)
 
 
 def test_the_deadlines_fit_the_budget() -> None:

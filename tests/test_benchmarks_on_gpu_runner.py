@@ -49,18 +49,30 @@ def run(
     tmp_path: Path,
     *items: tuple[str, Callable[[], Found]],
     seconds: float = 20.0,
-    only: tuple[str, ...] | None = None,
+    done: tuple[str, ...] = (),
 ) -> tuple[Outcome, list[str]]:
     def every(_bench: Bench) -> Iterator[Item]:
         return (Item(name, call) for name, call in items)
 
-    told: list[str] = []
-    deadline = time.monotonic() + seconds
-    given = bench(tmp_path)
-    outcome = run_phase(
-        Phase("phase", seconds, every), given, deadline, lambda n, _: told.append(n), only
-    )
-    return outcome, told
+    before = {name: {"status": OK, "text": "before"} for name in done}
+    outcome = follow(tmp_path, every, before, seconds)
+    return outcome, [name for name in outcome.items if name not in before]
+
+
+def follow(
+    tmp_path: Path,
+    items: Callable[[Bench], Iterator[Item]],
+    before: dict[str, Found] | None = None,
+    seconds: float = 20.0,
+    given: Bench | None = None,
+) -> Outcome:
+    outcome = Outcome(items=dict(before or {}))
+    told: list[Found] = []
+    phase = Phase("phase", seconds, items)
+    given = given or bench(tmp_path)
+    run_phase(phase, given, time.monotonic() + seconds, outcome, told.append)
+    assert told == list(outcome.items.values())[len(before or {}) :]
+    return outcome
 
 
 def fine() -> Found:
@@ -141,9 +153,7 @@ def test_a_phase_that_cannot_begin_says_why(tmp_path: Path) -> None:
         raise ValueError("no kernels")
         yield
 
-    given = bench(tmp_path)
-    phase = Phase("phase", 9, broken)
-    outcome = run_phase(phase, given, time.monotonic() + 9, lambda *_: None)
+    outcome = follow(tmp_path, broken)
     assert outcome.status == FAILED and outcome.text.startswith("ValueError: no kernels")
 
 
@@ -161,15 +171,27 @@ def test_keeps_for_later_items_and_later_phases(tmp_path: Path) -> None:
         yield Item("a", keep)
         yield Item("b", use)
 
-    phase = Phase("phase", 9, items)
-    outcome = run_phase(phase, given, time.monotonic() + 9, lambda *_: None)
+    outcome = follow(tmp_path, items, given=given)
     assert outcome.status == OK and given.found["answer"] == 42
     assert "keep" not in outcome.items["a"]
 
 
-def test_runs_only_the_items_that_are_named(tmp_path: Path) -> None:
-    _, told = run(tmp_path, ("a", fine), ("b", fine), ("c", fine), only=("b",))
-    assert told == ["b"]
+def test_does_not_run_what_passed_before(tmp_path: Path) -> None:
+    outcome, told = run(tmp_path, ("a", fine), ("b", fine), ("c", fine), done=("a", "c"))
+    assert told == ["b"] and outcome.status == OK
+    assert outcome.items["a"]["text"] == "before"
+
+
+def test_a_failure_is_told_although_the_deadline_came(tmp_path: Path) -> None:
+    def wrong() -> Found:
+        raise Wrong("2 of 1")
+
+    def hang() -> Found:
+        time.sleep(60)
+        return {}
+
+    outcome, _ = run(tmp_path, ("a", wrong), ("b", hang), seconds=1.0)
+    assert outcome.status == FAILED and outcome.text == "stopped by its deadline"
 
 
 @pytest.mark.parametrize("status", [3, 0])
@@ -178,8 +200,6 @@ def test_a_process_that_ends_between_items_is_a_failure(tmp_path: Path, status: 
         yield Item("a", fine)
         os._exit(status)
 
-    given = bench(tmp_path)
-    phase = Phase("phase", 9, ends)
-    outcome = run_phase(phase, given, time.monotonic() + 9, lambda *_: None)
+    outcome = follow(tmp_path, ends)
     assert outcome.status == FAILED and outcome.items["a"]["status"] == OK
     assert f"the process ended with status {status}" in outcome.text

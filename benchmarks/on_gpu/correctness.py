@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +21,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # The reference has so many of the tokens, of the rows of a batch, of the heads, of the channels.
 ROWS, BATCH_ROWS, HEADS, CHANNELS = 256, 2, 6, 256
 
+T = TypeVar("T")
 Make = Callable[[Library, str], Case]
 Named = tuple[str, Make]
 
@@ -51,6 +53,11 @@ def large(bench: Bench) -> Iterator[Item]:
         yield Item(name, partial(prove, bench, name, tensors))
 
 
+def _some(bench: Bench, models: tuple[T, ...]) -> tuple[T, ...]:
+    """All models, or one: those of a rehearsal are of nearly the same sizes."""
+    return models[:1] if bench.rehearsal else models
+
+
 def prove(bench: Bench, name: str, make: Callable[[], Case]) -> Found:
     """One case, whose tensors are made here and dropped at the end.
 
@@ -71,7 +78,7 @@ def prove(bench: Bench, name: str, make: Callable[[], Case]) -> Found:
 
 
 def _of_experts(preset: str, bench: Bench) -> Iterator[Named]:
-    for moe in shapes.moe(preset):
+    for moe in _some(bench, shapes.moe(preset)):
         for dtype, tokens, skewed in _calls(bench):
             yield (
                 f"{moe.model} MoeDispatch {_call(dtype, tokens, skewed)}",
@@ -125,7 +132,7 @@ def _call(dtype: torch.dtype, tokens: int, skewed: bool) -> str:
 
 
 def _of_states(preset: str, bench: Bench) -> Iterator[Named]:
-    for scan in shapes.scans(preset):
+    for scan in _some(bench, shapes.scans(preset)):
         for dtype, batch, tokens in _sequences(bench):
             call = f"B {batch} T {tokens} {check.dtype_name(dtype)}"
             yield (

@@ -24,7 +24,8 @@ BUILT = ROOT / "build" / "on_gpu" / PATH.name
 def items(bench: Bench) -> Iterator[Item]:
     """The machine, then the first library that loads."""
     yield Item("machine", lambda: machine(bench))
-    yield Item("kernels", lambda: kernels(bench))
+    if "machine" in bench.found:
+        yield Item("kernels", lambda: kernels(bench))
 
 
 def machine(bench: Bench) -> Found:

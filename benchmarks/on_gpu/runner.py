@@ -16,7 +16,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -60,12 +60,14 @@ class Phase:
         seconds: its share of the time.
         items: what it does, made as it goes.
         proves: whether the numbers' proof is incomplete without all of it.
+        whole: whether items build upon those before them, so that none is of use alone.
     """
 
     name: str
     seconds: float
     items: Callable[[Bench], Iterator[Item]]
     proves: bool = False
+    whole: bool = False
 
 
 @dataclass
@@ -73,15 +75,15 @@ class Outcome:
     """What became of a phase.
 
     Attributes:
-        status: ``ok``, ``failed`` or ``cut``.
+        status: ``ok``, ``failed``, or ``cut`` where it is right as far as it came.
         seconds: that it took.
         items: by name, each with ``status`` and ``text``.
         text: what is to say of the phase as a whole.
     """
 
-    status: str
-    seconds: float
-    items: dict[str, Found]
+    status: str = CUT
+    seconds: float = 0.0
+    items: dict[str, Found] = field(default_factory=dict)
     text: str = ""
 
 
@@ -89,31 +91,32 @@ def run_phase(
     phase: Phase,
     bench: Bench,
     deadline: float,
-    tell: Callable[[str, Found], None],
-    only: Collection[str] | None = None,
-) -> Outcome:
+    outcome: Outcome,
+    tell: Callable[[Found], None],
+) -> None:
     """Run one phase to its end or its deadline.
 
     Args:
         phase: what to run.
         bench: its surroundings; what its items keep is put there.
         deadline: a value of ``time.monotonic``.
-        tell: is told every item that ended.
-        only: names of the items to run; by default all.
+        outcome: takes what is found; items that are in it already are not run again.
+        tell: is told of every item that ended.
     """
     began = time.monotonic()
-    outcome = Outcome(OK, 0.0, {})
+    came_to_its_end = False
     context = multiprocessing.get_context("fork")
 
     def end_item(name: str, found: Found) -> None:
         bench.found.update(found.pop("keep", {}))
         outcome.items[name] = found
-        tell(name, found)
+        outcome.seconds = time.monotonic() - began
+        tell(found)
 
     while True:
         ours, theirs = context.Pipe(duplex=False)
         done = set(outcome.items)
-        child = context.Process(target=_work, args=(phase, bench, done, only, theirs))
+        child = context.Process(target=_work, args=(phase, bench, done, theirs))
         child.start()
         theirs.close()
         at, ended = None, False
@@ -124,23 +127,24 @@ def run_phase(
                 _kill(child)
             child.join()
         if ended:
+            came_to_its_end = True
             break
         late = time.monotonic() >= deadline
         if at is not None:
             text = "stopped by the deadline" if late else _how_it_ended(child.exitcode)
             end_item(at, {"status": CUT if late else FAILED, "text": f"{at}: {text}"})
         if late:
-            outcome.status = CUT
-            outcome.text = outcome.text or "stopped by its deadline"
+            outcome.text = "stopped by its deadline"
             break
-        if at is None and not outcome.text and child.exitcode != AGAIN:
+        if at is None and child.exitcode != AGAIN:
             outcome.text = f"between two items: {_how_it_ended(child.exitcode)}"
             outcome.status = FAILED
             break
-    if outcome.status == OK and any(f["status"] == FAILED for f in outcome.items.values()):
+    if any(found["status"] == FAILED for found in outcome.items.values()):
         outcome.status = FAILED
+    elif came_to_its_end and outcome.status == CUT:
+        outcome.status = OK
     outcome.seconds = time.monotonic() - began
-    return outcome
 
 
 # Exit status of a process that asks for another one to go on.
@@ -192,7 +196,6 @@ def _work(
     phase: Phase,
     bench: Bench,
     done: Collection[str],
-    only: Collection[str] | None,
     theirs: Connection,
 ) -> None:
     """A phase's process, the first of a group of its own."""
@@ -202,7 +205,7 @@ def _work(
         signal.signal(number, signal.SIG_DFL)
     try:
         for item in phase.items(bench):
-            if item.name in done or (only is not None and item.name not in only):
+            if item.name in done:
                 continue
             theirs.send(("began", item.name, None))
             found = run_item(item)

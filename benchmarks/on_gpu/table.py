@@ -43,9 +43,9 @@ def _failures(outcomes: Mapping[str, Outcome], missing: list[str]) -> Iterator[s
             yield f"{item['status'].upper():7} {name}: {item['text']}"
         if len(wrong) > 8:
             yield f"        {name}: and {len(wrong) - 8} more"
-    for name in missing:
+    if missing:
         found = True
-        yield f"MISSING {name}: not entered"
+        yield f"MISSING {', '.join(missing)}: not entered"
     if not found:
         yield "nothing failed"
 
