@@ -81,7 +81,11 @@ def case(
     return Lowered(request.param, make_checkpoint(request.param), make_ingot)
 
 
-@pytest.fixture(scope="module", params=PRECISIONS)
+# Of the two half precisions one is built each time.
+BUILT = [pytest.param(p, marks=[pytest.mark.slow] if p == "fp16" else []) for p in PRECISIONS]
+
+
+@pytest.fixture(scope="module", params=BUILT)
 def precision(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

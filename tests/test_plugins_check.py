@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def test_every_small_case_passes(device: InterpretedLibrary) -> None:
-    """But for bfloat16, which the rehearsal of benchmarks/gpu.py has."""
-    cases = subject.small_cases(device, "cpu", (torch.float32, torch.float16))
+    """In one dtype: the rehearsal of benchmarks/gpu.py has another, the kernels' own tests all."""
+    cases = subject.small_cases(device, "cpu", (torch.float32,))
     assert subject.check(cases, repeats=0) == []
 
 
