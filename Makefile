@@ -46,15 +46,16 @@ gpu:
 gpu-rehearse: setup
 	$(BIN)/python benchmarks/gpu.py --rehearse
 
-# The kernels for one card, those that tuning compares with them, and for cards whose default ptxas is
-# the newer one the same by the older.
+# The kernels for one card, those that tuning compares with them, and the same made by the other of
+# Triton's two ptxas, which tells a fault of the compiler from one of ours.
 SM ?= 90
 BUILD_KERNELS = $(BIN)/python -m plugins.kernels.build --sm $(SM)
+OTHER_PTXAS = $(if $(filter 100 120,$(SM)),older,newer)
 
 gpu-kernels: setup
 	$(BUILD_KERNELS)
 	$(BUILD_KERNELS) --tune --out plugins/lib/tune/libingot_kernels.so
-	$(if $(filter 100 120,$(SM)),$(BUILD_KERNELS) --ptxas older --out plugins/lib/older/libingot_kernels.so)
+	$(BUILD_KERNELS) --ptxas $(OTHER_PTXAS) --out plugins/lib/other-ptxas/libingot_kernels.so
 
 # What `make gpu` needs, in one file to unpack on the GPU machine.
 gpu-bundle: gpu-kernels

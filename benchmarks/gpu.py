@@ -59,12 +59,12 @@ from plugins.library import PATH, Library  # noqa: E402
 PHASES = (
     Phase("load", 60, load.items, proves=True, whole=True),
     Phase("ceilings", 10, ceilings.items, whole=True),
-    Phase("small", 40, correctness.small, proves=True),
+    Phase("small", 35, correctness.small, proves=True),
     Phase("large", 70, correctness.large, proves=True),
     Phase("models", 75, models.items, proves=True),
     Phase("timings", 60, timings.items),
     Phase("sanitizer", 45, sanitizer.items),
-    Phase("tuning", 35, tuning.items, whole=True),
+    Phase("tuning", 45, tuning.items),
 )
 # What every other phase needs; these always run.
 FIRST = ("load", "ceilings")
@@ -169,8 +169,12 @@ class Run:
         self.write()
         print(flush=True)
         seconds = time.monotonic() - self.began
-        measured = not self.bench.rehearsal
-        print(closing(self.outcomes, self.missing, seconds, figures=measured), flush=True)
+        print(closing(self.outcomes, self.missing, seconds, self._capability), flush=True)
+
+    @property
+    def _capability(self) -> int | None:
+        capability: int | None = self.bench.found.get("machine", {}).get("capability")
+        return capability
 
 
 def found_before(results: Path) -> dict[str, Outcome]:
@@ -212,7 +216,8 @@ def surroundings(rehearse: str | None, out: Path) -> Iterator[Bench]:
         print(f"rehearsal with the {how}", flush=True)
         library = rehearsal.reopen(folder)
         found = {"rehearsal": name, "sanitizer": str(folder / rehearsal.TOOL)}
-        yield Bench(Host(), True, how == "interpreter", lambda _: library, out, found)
+        computes = how == "interpreter"
+        yield Bench(Host(), True, computes, lambda _: library, out, found=found)
 
 
 def _phase_names(_context: Any, _option: Any, value: str | None) -> list[str] | None:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from benchmarks.on_gpu.bench import Bench
-from benchmarks.on_gpu.devices import Host
 from benchmarks.on_gpu.tuning import steps, tables
-from plugins.library import Library
 
 TIMES = {
     4: {"built-in": 1.0, "64x64": 1.0, "128x64": 1.5},
@@ -21,16 +16,17 @@ def test_a_tile_stays_until_another_is_clearly_faster() -> None:
     assert steps(TIMES) == [(0, "64x64"), (64, "128x64"), (128, "128x64 b64w8s4")]
 
 
-def test_prints_lines_of_the_host_layers_tables(tmp_path: Path) -> None:
-    def none(_path: Path | None) -> Library:
-        raise AssertionError
-
+def test_prints_lines_of_the_host_layers_tables() -> None:
     chunks = {128: {"built-in": 1.0, "64": 0.5}, 4096: {"built-in": 1.0, "256 k64w8s3": 0.9}}
-    found = {"machine": {"capability": 90}, "tiles": TIMES, "chunks": chunks}
-    lines = tables(Bench(Host(), False, True, none, tmp_path, found))["lines"]
+    found = [{"table": "tiles", "at": at, "seconds_of": times} for at, times in TIMES.items()]
+    found += [{"table": "chunks", "at": at, "seconds_of": times} for at, times in chunks.items()]
+    lines = tables([*found, {"text": "cut short"}], 90)
     assert lines[1:4] == [
         "{90, 0, {64, 64}},",
         "{90, 64, {128, 64}},",
         "{90, 128, {128, 64}},  // b64w8s4",
     ]
     assert lines[-1] == "{90, 256},  // k64w8s3"
+    # As far as a run came.
+    assert tables(found[:1], 90)[1:] == ["{90, 0, {64, 64}},"]
+    assert tables([], 90) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ class Bench:
         computes: whether the kernels compute; a recorder only checks their launches.
         open_library: the kernel library that ``load`` chose; with a path, that one.
         folder: of the results.
+        deadline: of the phase that runs, a value of ``time.monotonic``.
         found: what phases found for later ones, such as the ceilings, by name.
     """
 
@@ -31,6 +33,7 @@ class Bench:
     computes: bool
     open_library: Callable[[Path | None], Library]
     folder: Path
+    deadline: float = math.inf
     found: dict[str, Any] = field(default_factory=dict)
 
     def pick(self, real: Any, tiny: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.on_gpu import shapes
 from benchmarks.on_gpu.bench import Bench
+from benchmarks.on_gpu.load import OTHER
 from benchmarks.on_gpu.runner import Found, Item, Wrong
 from plugins import check
 from plugins.check import Case
@@ -32,13 +33,14 @@ def small(bench: Bench) -> Iterator[Item]:
     dtypes = bench.pick(check.DTYPES, (BF16,))
     cases = check.small_cases(library, bench.device.name, dtypes)
     # Every third still has each operator and each of its paths.
-    for case in islice(cases, 0, None, 3 if bench.rehearsal and bench.computes else 1):
+    step = 3 if bench.rehearsal and bench.computes else 1
+    for at, case in islice(enumerate(cases), 0, None, step):
         name = f"{case.name} {check.dtype_name(case.dtype)}"
-        yield Item(name, partial(prove, bench, name, partial(_made, case)))
+        yield Item(name, partial(prove, bench, library, name, partial(_nth_small, dtypes, at)))
 
 
-def _made(case: Case) -> Case:
-    return case
+def _nth_small(dtypes: tuple[torch.dtype, ...], at: int, library: Library, device: str) -> Case:
+    return next(islice(check.small_cases(library, device, dtypes), at, None))
 
 
 def large(bench: Bench) -> Iterator[Item]:
@@ -49,8 +51,7 @@ def large(bench: Bench) -> Iterator[Item]:
     library = bench.library()
     preset = bench.pick("full", "tiny")
     for name, make in (*_of_experts(preset, bench), *_of_states(preset, bench)):
-        tensors = partial(make, library, bench.device.name)
-        yield Item(name, partial(prove, bench, name, tensors))
+        yield Item(name, partial(prove, bench, library, name, make))
 
 
 def _some(bench: Bench, models: tuple[T, ...]) -> tuple[T, ...]:
@@ -58,23 +59,37 @@ def _some(bench: Bench, models: tuple[T, ...]) -> tuple[T, ...]:
     return models[:1] if bench.rehearsal else models
 
 
-def prove(bench: Bench, name: str, make: Callable[[], Case]) -> Found:
+def prove(bench: Bench, library: Library, name: str, make: Make) -> Found:
     """One case, whose tensors are made here and dropped at the end.
 
     Raises:
         Wrong: its numbers, or other bits when it is repeated.
     """
-    case = make()
+    case = make(library, bench.device.name)
     if not bench.computes:
         # A recorder has checked each launch by the time the call returns.
         case.kernel()
         return {"text": f"{name}: launches recorded"}
     passed, text = case.run(repeats=bench.pick(2, 0))
+    if not passed:
+        text += _by_the_other_ptxas(bench, make)
     del case
     bench.device.free()
     if not passed:
         raise Wrong(text)
     return {"text": text}
+
+
+def _by_the_other_ptxas(bench: Bench, make: Make) -> str:
+    """Whether the same kernels are wrong when another compiler made them, where these are here."""
+    if bench.rehearsal or not OTHER.is_file():
+        return ""
+    library = bench.open_library(OTHER)
+    library.prepare()
+    passed, _ = make(library, bench.device.name).run(repeats=2)
+    return (
+        f"; by the other ptxas it is {'RIGHT: the compiler is at fault' if passed else 'wrong too'}"
+    )
 
 
 def _of_experts(preset: str, bench: Bench) -> Iterator[Named]:

@@ -13,6 +13,9 @@ import torch
 
 Call = Callable[[], object]
 
+# Half a millisecond or so.
+SLEEP_CYCLES = 1_000_000
+
 
 @dataclass(frozen=True)
 class Seconds:
@@ -70,7 +73,8 @@ class Card:
             torch.cuda.synchronize()
         except RuntimeError:
             return False
-        return True
+        # A capture that broke off leaves its own stream the current one.
+        return bool(torch.cuda.current_stream() == torch.cuda.default_stream())
 
     def capture(self, run: Call) -> Call:
         # cuBLAS and others allocate at their first call, which a capture may not.
@@ -88,9 +92,12 @@ class Card:
     def time(self, replay: Call, calls: int, least: float = 0.1) -> Seconds:
         samples: list[float] = []
         replay()
-        while len(samples) < 5 or (sum(samples) * calls < least and len(samples) < 50):
+        while len(samples) < 5 or (sum(samples) * calls < least and len(samples) < 500):
             event: Any = torch.cuda.Event
             start, end = event(enable_timing=True), event(enable_timing=True)
+            # Keeps the card busy until the replay is enqueued: without it the time of the host's
+            # call would be in a short one.
+            torch.cuda._sleep(SLEEP_CYCLES)
             start.record()
             replay()
             end.record()

@@ -50,8 +50,13 @@ def items(bench: Bench) -> Iterator[Item]:
 def kernels(bench: Bench, *, on: bool) -> Iterator[None]:
     """The eager graph's operators by the kernels, or by their references."""
     with contextlib.ExitStack() as stack:
-        for operator in () if on else cuda.OPERATORS:
-            stack.enter_context(operator.set_kernel_enabled(bench.device.name, False))
+        if not on:
+            for operator in cuda.OPERATORS:
+                stack.enter_context(operator.set_kernel_enabled(bench.device.name, False))
+            # cuDNN makes a plan for every length of a cache that grows, each in part of a second.
+            flag: Any = torch.backends.cuda
+            stack.callback(flag.enable_cudnn_sdp, flag.cudnn_sdp_enabled())
+            flag.enable_cudnn_sdp(False)
         yield
 
 

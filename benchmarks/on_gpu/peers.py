@@ -110,6 +110,14 @@ class CublasLoop:
         return self.choices.combine(out, self.weights)
 
 
+def conv1d(
+    x: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """``ingot::CausalConv`` with SiLU by PyTorch's convolution, but for the new state."""
+    window = torch.cat((state, x.transpose(1, 2)), dim=2)
+    return F.silu(F.conv1d(window, weight, bias, groups=weight.shape[0])).transpose(1, 2)
+
+
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """PyTorch's attention over ``[B, heads, tokens, size]``; causal where all tokens are new."""
     causal = query.shape[2] == key.shape[2]

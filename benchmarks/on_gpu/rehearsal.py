@@ -27,6 +27,7 @@ if [ "$tool" = racecheck ]; then
     echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
 else
     echo "========= Invalid __global__ write of size 2 bytes"
+    echo "=========     at linear_one+0x7d0"
     echo "========= ERROR SUMMARY: 1 error"
 fi
 """

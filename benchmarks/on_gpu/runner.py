@@ -10,6 +10,8 @@ The process is forked, so that PyTorch is imported once; nothing here may theref
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -104,6 +106,7 @@ def run_phase(
         tell: is told of every item that ended.
     """
     began = time.monotonic()
+    bench.deadline = deadline
     came_to_its_end = False
     context = multiprocessing.get_context("fork")
 
@@ -123,9 +126,7 @@ def run_phase(
         try:
             at, ended = _follow(ours, deadline, end_item, outcome)
         finally:
-            if not ended:
-                _kill(child)
-            child.join()
+            _end(child, kill=not ended)
         if ended:
             came_to_its_end = True
             break
@@ -150,14 +151,26 @@ def run_phase(
 # Exit status of a process that asks for another one to go on.
 AGAIN = 75
 
+JOIN_SECONDS = 10.0
+# Of Linux's prctl.
+PR_SET_PDEATHSIG = 1
 
-def _kill(child: BaseProcess) -> None:
+
+def _end(child: BaseProcess, *, kill: bool) -> None:
     """End a phase's process and all that it started, such as a compiler or a sanitizer."""
+    if kill:
+        child.kill()
+    # A driver may keep a process that was killed for a while.
+    child.join(JOIN_SECONDS)
     if child.pid is not None:
         # Its group is there from its first line on; before that it has started nothing.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-    child.kill()
+
+
+def die_with_parent() -> None:
+    """Be killed where the process that started this one ends, however it does (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _follow(
@@ -199,7 +212,11 @@ def _work(
     theirs: Connection,
 ) -> None:
     """A phase's process, the first of a group of its own."""
-    os.setsid()
+    os.setpgid(0, 0)
+    die_with_parent()
+    # What there is by now stays: collections need not look at it again and again.
+    gc.collect()
+    gc.freeze()
     # The parent's handlers write its results.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)

@@ -6,12 +6,14 @@ memcheck must report. Markers on the standard output say how far it came.
 
 from __future__ import annotations
 
+import time
 from itertools import islice
 from pathlib import Path
 
 import click
 import torch
 
+from benchmarks.on_gpu.runner import die_with_parent
 from plugins import check
 from plugins import library as c
 from plugins.library import Library, LibraryError
@@ -29,6 +31,7 @@ FEW = 3
 @click.option("--plant", is_flag=True, help="Write past the end of an output behind the cases.")
 def main(library: Path, rehearse: Path | None, plant: bool) -> None:
     """Run the cases."""
+    die_with_parent()
     if rehearse is None:
         torch.cuda.init()
         loaded, device, most = Library(library), "cuda", None
@@ -42,6 +45,8 @@ def main(library: Path, rehearse: Path | None, plant: bool) -> None:
     _wait(device)
     print(FINISHED, flush=True)
     if plant:
+        # The tool prints from a process of its own; what it found so far is to stand before this.
+        time.sleep(1.0 if device == "cuda" else 0.0)
         print(PLANTED, flush=True)
         write_past_the_end(loaded, device)
 

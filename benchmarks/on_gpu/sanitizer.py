@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from functools import partial
 
 from benchmarks.on_gpu import sanitized
 from benchmarks.on_gpu.bench import ROOT, Bench
-from benchmarks.on_gpu.runner import Found, Item, Refused, Wrong
+from benchmarks.on_gpu.runner import Found, Item, Refused, Wrong, die_with_parent
 from benchmarks.on_gpu.sanitized import FINISHED, PLANTED
 
 TOOLS = ("memcheck", "racecheck")
@@ -28,12 +29,16 @@ SECONDS = 60.0
 # PyTorch's own kernels, which fill and copy, are not what is checked.
 OPTIONS = ("--kernel-name-exclude", "kns=at6native", "--print-limit", "20")
 PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
+OUT_OF_TIME, ENDED = "=== out of time", "=== ended with status"
+# The kernel of the planted write.
+PLANTED_AT = "linear_one"
+FINDING = re.compile(r"^=+.*(?:Invalid __|Misaligned|Race reported|hazard detected)", re.MULTILINE)
+HAZARDS = re.compile(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warning")
 REFUSALS = re.compile(
     r"Device not supported|not supported on this|Unable to|failed to initialize|Internal error"
     r"|No attachable process|Failed to connect",
     re.IGNORECASE,
 )
-SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 
 
 def items(bench: Bench) -> Iterator[Item]:
@@ -66,8 +71,25 @@ def run_tool(bench: Bench, tool: str) -> Found:
     if tool == "memcheck":
         command.append("--plant")
     began = time.monotonic()
+    output = _run(command, _seconds(bench, tool))
+    (bench.folder / f"{tool}.log").write_text(output)
+    return {"text": f"{tool}: {verdict(tool, output)} ({time.monotonic() - began:.0f} s)"}
+
+
+def _seconds(bench: Bench, tool: str) -> float:
+    """A tool's share of what the phase has left."""
+    left = bench.deadline - time.monotonic()
+    return max(1.0, min(SECONDS, left / (len(TOOLS) - TOOLS.index(tool)) - 2.0))
+
+
+def _run(command: list[str], seconds: float) -> str:
+    """What a command prints within some time; then all that it started is ended.
+
+    Raises:
+        Refused: it does not start.
+    """
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             cwd=ROOT,
             # Each tensor an allocation of its own: a write past its end is seen.
@@ -75,17 +97,19 @@ def run_tool(bench: Bench, tool: str) -> Found:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=SECONDS,
-            check=False,
+            errors="replace",
+            process_group=0,
+            preexec_fn=die_with_parent,
         )
-        output = done.stdout
-    except subprocess.TimeoutExpired as late:
-        printed = late.stdout or b""
-        output = printed.decode(errors="replace") if isinstance(printed, bytes) else printed
     except OSError as error:
-        raise Refused(f"{program} does not start: {error}") from error
-    (bench.folder / f"{tool}.log").write_text(output)
-    return {"text": f"{tool}: {verdict(tool, output)} ({time.monotonic() - began:.0f} s)"}
+        raise Refused(f"{command[0]} does not start: {error}") from error
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        return f"{output}\n{OUT_OF_TIME}\n"
+    return f"{output}\n{ENDED} {process.returncode}\n"
 
 
 def verdict(tool: str, output: str) -> str:
@@ -95,30 +119,40 @@ def verdict(tool: str, output: str) -> str:
         Refused: it did not check our kernels.
         Wrong: it found something before what was planted.
     """
-    before, planted, after = output.partition(PLANTED)
-    if tool == "racecheck":
-        before = output
-    found = [line for line in before.splitlines() if _is_finding(line)]
-    if found:
+    before, _, after = output.partition(PLANTED)
+    found = [line for line in before.splitlines() if FINDING.search(line)]
+    if tool == "memcheck" and found:
         raise Wrong(f"{len(found)} findings, the first: {found[0].strip('= ')}; see {tool}.log")
-    if REFUSALS.search(before) and FINISHED not in before:
-        line = next(line for line in before.splitlines() if REFUSALS.search(line))
-        raise Refused(f"the tool refuses this machine: {line.strip('= ')}")
     if FINISHED not in before:
-        raise Refused("the tool did not come to the end of the cases in its time")
+        raise Refused(_why_not_finished(before))
     if tool == "memcheck":
-        if not planted or not any(_is_finding(line) for line in after.splitlines()):
-            raise Refused("the tool did not see a write past the end, so it checked nothing")
-        return "no finding; a planted write past the end was seen"
-    counted = SUMMARY.search(output)
+        return _planted(after)
+    counted = HAZARDS.search(output)
     if counted is None:
         raise Refused("the tool gave no summary")
-    if int(counted[1]):
-        raise Wrong(f"{counted[0]}; see {tool}.log")
-    return "no hazard"
+    errors, warnings = int(counted[1]), int(counted[2])
+    if errors:
+        first = found[0].strip("= ") if found else counted[0]
+        raise Wrong(f"{errors} errors to be looked at, the first: {first}; see {tool}.log")
+    return "no hazard" if not warnings else f"{warnings} warnings, no error; see {tool}.log"
 
 
-def _is_finding(line: str) -> bool:
-    return line.startswith("=========") and bool(
-        re.search(r"Invalid __|Misaligned|Race reported|Potential .* hazard|Error: Race", line)
-    )
+def _why_not_finished(output: str) -> str:
+    refused = next((line for line in output.splitlines() if REFUSALS.search(line)), None)
+    if refused is not None:
+        return f"the tool refuses this machine: {refused.strip('= ')}"
+    if OUT_OF_TIME in output:
+        return "the tool did not come to the end of the cases in its time"
+    lines = [line for line in output.splitlines() if line.strip() and ENDED not in line]
+    return f"the cases did not end: {lines[-1].strip('= ') if lines else 'nothing was printed'}"
+
+
+def _planted(after: str) -> str:
+    """What memcheck made of the write past the end, which is the one kernel's."""
+    if not FINDING.search(after):
+        raise Refused("the tool did not see a write past the end, so it checked nothing")
+    blocks = re.findall(r"(Invalid __\w+__ \w+)[^\n]*\n=+\s+at ([\w:.<>]+)", after)
+    foreign = [f"{what} at {where}" for what, where in blocks if PLANTED_AT not in where]
+    if foreign:
+        raise Wrong(f"a finding that was not planted: {foreign[0]}; see memcheck.log")
+    return "no finding; a planted write past the end was seen"

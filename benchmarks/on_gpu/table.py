@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from benchmarks.on_gpu.runner import CUT, FAILED, OK, REFUSED, Found, Outcome
+from benchmarks.on_gpu.tuning import tables
 
 # One screenful.
 LINES, WIDTH = 60, 160
 
 
 def closing(
-    outcomes: Mapping[str, Outcome], missing: list[str], seconds: float, *, figures: bool
+    outcomes: Mapping[str, Outcome], missing: list[str], seconds: float, capability: int | None
 ) -> str:
     """The table of a run.
 
@@ -19,11 +20,12 @@ def closing(
         outcomes: by phase, in order.
         missing: phases that were not entered.
         seconds: that the run took.
-        figures: whether what was measured means anything.
+        capability: of the card; None where what was measured means nothing.
     """
     lines = [*_failures(outcomes, missing), "", *_phases(outcomes), ""]
-    room = LINES - len(lines)
-    measured = list(_figures(outcomes)) if figures else []
+    # Two more come behind the figures.
+    room = LINES - len(lines) - 2
+    measured = list(_figures(outcomes, capability)) if capability else []
     lines += measured[:room]
     if len(measured) > room:
         lines.append(f"... and {len(measured) - room} more in results.json")
@@ -64,13 +66,15 @@ def _count(outcome: Outcome, status: str) -> int:
     return sum(found["status"] == status for found in outcome.items.values())
 
 
-def _figures(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
+def _figures(outcomes: Mapping[str, Outcome], capability: int) -> Iterator[str]:
     """Texts of what was measured; of the checks the count above says enough."""
-    for name in ("load", "ceilings", "models", "sanitizer", "timings"):
+    for name in ("load", "ceilings", "models", "sanitizer"):
         for found in outcomes[name].items.values() if name in outcomes else ():
             yield from _text(found)
     if "tuning" in outcomes:
-        yield from outcomes["tuning"].items.get("tables", {}).get("lines", ())
+        yield from tables(outcomes["tuning"].items.values(), capability)
+    for found in outcomes["timings"].items.values() if "timings" in outcomes else ():
+        yield from _text(found)
 
 
 def _text(found: Found) -> Iterator[str]:

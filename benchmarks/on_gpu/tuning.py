@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
 
 from benchmarks.on_gpu import shapes
 from benchmarks.on_gpu.bench import Bench
-from benchmarks.on_gpu.runner import Found, Item, Refused
+from benchmarks.on_gpu.runner import Found, Item, Refused, Wrong
 from plugins import cuda
 from plugins.check import Inputs, mamba2_scan_inputs
 from plugins.library import PATH, Library, LibraryError
@@ -22,6 +22,8 @@ SAME = 1e-2
 # A difference below it is noise.
 NEAR = 1.03
 BUILT_IN = "built-in"
+# Which table an item is for.
+TILES, CHUNKS = "tiles", "chunks"
 
 
 def items(bench: Bench) -> Iterator[Item]:
@@ -32,7 +34,6 @@ def items(bench: Bench) -> Iterator[Item]:
         yield Item(f"MoeDispatch N {count}", partial(tiles, bench, library, count))
     for count in bench.pick((128, 256, 512, 1024, 2048, 4096, 8192), (9,)):
         yield Item(f"Mamba2Scan T {count}", partial(chunks, bench, library, count))
-    yield Item("tables", partial(tables, bench))
 
 
 def _library(bench: Bench) -> Library:
@@ -50,20 +51,23 @@ def _candidates(
     choices: dict[str, Callable[[], None]],
     calls: list[Callable[[], tuple[torch.Tensor, ...]]],
 ) -> dict[str, float]:
-    """Seconds of a call by every candidate that computes what the built-in choice does.
+    """Seconds of a call by every candidate.
 
     Raises:
+        Wrong: one computes something else than the built-in choice does.
         Refused: the library has none of them.
     """
     library.tune()
     want = calls[0]()[0]
     times: dict[str, float] = {}
+    wrong: list[str] = []
     for name, choose in {BUILT_IN: library.tune, **choices}.items():
         try:
             choose()
             got = calls[0]()[0]
             difference = (got.float() - want.float()).norm() / want.float().norm()
             if bench.computes and not float(difference) < SAME:
+                wrong.append(f"{name} (off by {float(difference):.1e})")
                 continue
             replay = bench.device.capture(lambda: [call() for call in calls])
             times[name] = bench.device.time(replay, len(calls), least=0.05).median
@@ -72,16 +76,17 @@ def _candidates(
             continue
         finally:
             library.tune()
+    if wrong:
+        raise Wrong(f"candidates that compute something else: {', '.join(wrong)}")
     if len(times) < 2:
         raise Refused("this library has no candidates")
     return times
 
 
-def _found(name: str, times: dict[str, float], kept: str, bench: Bench, at: int) -> Found:
+def _found(name: str, times: dict[str, float], table: str, at: int) -> Found:
     best = min(times, key=times.__getitem__)
     text = f"{name}: {best} {1e6 * times[best]:.1f} us, built-in {1e6 * times[BUILT_IN]:.1f} us"
-    together = {**bench.found.get(kept, {}), at: times}
-    return {"text": text, "seconds_of": times, "best": best, "keep": {kept: together}}
+    return {"text": text, "seconds_of": times, "table": table, "at": at}
 
 
 def tiles(bench: Bench, library: Library, tokens: int) -> Found:
@@ -114,7 +119,7 @@ def tiles(bench: Bench, library: Library, tokens: int) -> Found:
     }
     times = _candidates(bench, library, choices, [partial(call, each) for each in sets])
     mean_rows = tokens * shape.top_k // shape.experts
-    return _found(f"MoeDispatch N {tokens}", times, "tiles", bench, mean_rows)
+    return _found(f"MoeDispatch N {tokens}", times, TILES, mean_rows)
 
 
 def chunks(bench: Bench, library: Library, tokens: int) -> Found:
@@ -134,26 +139,34 @@ def chunks(bench: Bench, library: Library, tokens: int) -> Found:
         for variant in tuning_variants()[: bench.pick(None, 2)]
     }
     times = _candidates(bench, library, choices, [call])
-    return _found(f"Mamba2Scan T {tokens}", times, "chunks", bench, tokens)
+    return _found(f"Mamba2Scan T {tokens}", times, CHUNKS, tokens)
 
 
-def tables(bench: Bench) -> Found:
-    """Lines for kTilings (plugins/csrc/moe.cpp) and kChunkLengths (plugins/csrc/mamba2.cpp)."""
-    capability = bench.found.get("machine", {}).get("capability", 90)
-    lines = ["// kTilings; a variant needs its form in plugins/kernels/moe.py as well."]
-    for from_rows, name in steps(bench.found.get("tiles", {})):
+def tables(items: Iterable[Found], capability: int) -> list[str]:
+    """Lines for kTilings (plugins/csrc/moe.cpp) and kChunkLengths (plugins/csrc/mamba2.cpp).
+
+    Args:
+        items: what the phase found, as far as it came.
+        capability: of the card, major times ten plus minor.
+    """
+    times: dict[str, dict[int, dict[str, float]]] = {TILES: {}, CHUNKS: {}}
+    for found in items:
+        if "table" in found:
+            times[found["table"]][found["at"]] = found["seconds_of"]
+    lines = []
+    if times[TILES]:
+        lines.append("// kTilings; a variant needs its form in plugins/kernels/moe.py as well.")
+    for from_rows, name in steps(times[TILES]):
         size, _, variant = name.partition(" ")
         rows, columns = size.split("x")
         note = f"  // {variant}" if variant else ""
         lines.append(f"{{{capability}, {from_rows}, {{{rows}, {columns}}}}},{note}")
-    of_tokens = bench.found.get("chunks", {})
-    if of_tokens:
-        longest = _without_built_in(of_tokens[max(of_tokens)])
-        best = min(longest, key=longest.__getitem__)
-        chunk, _, variant = best.partition(" ")
+    if times[CHUNKS]:
+        longest = _without_built_in(times[CHUNKS][max(times[CHUNKS])])
+        chunk, _, variant = min(longest, key=longest.__getitem__).partition(" ")
         lines.append("// kChunkLengths, by the longest prompt.")
         lines.append(f"{{{capability}, {chunk}}}," + (f"  // {variant}" if variant else ""))
-    return {"text": "tables to commit: " + " ".join(lines[1:]), "lines": lines}
+    return lines
 
 
 def steps(times: dict[int, dict[str, float]]) -> list[tuple[int, str]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.errors import IngotError
-from plugins.kernels import ptxas
+from plugins.kernels import ptxas, wgmma
 from plugins.kernels.host import Compiled, argument_letters, link
 from plugins.kernels.table import COMPUTE_CAPABILITIES, Form
 from plugins.library import PATH, Library
@@ -140,6 +140,13 @@ def compile_form(
     # Named by its ptxas too, lest a library that is linked again find one of another inside.
     image = folder / f"{form.name}.sm_{capability}.{tool.version}.cubin"
     image.write_bytes(made.asm["cubin"])
+    if wgmma.concerned(capability, tool.version):
+        found = wgmma.hazards(_cuobjdump(image, "-sass"))
+        if found:
+            raise BuildError(
+                f"ptxas {tool.version} may have spoiled {form.name} for sm_{capability}: "
+                f"{found[0]}; compile with --ptxas newer."
+            )
     letters = argument_letters(form.signature.values())
     compiled = Compiled(
         form.name,
@@ -154,15 +161,26 @@ def compile_form(
     return compiled, _resources(image, metadata.shared)
 
 
-def _resources(image: Path, shared_bytes: int) -> Resources:
+def _cuobjdump(image: Path, option: str) -> str:
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    # It looks for nvdisasm on the path.
+    path = os.pathsep.join((str(tools), os.environ.get("PATH", "")))
     done = subprocess.run(
-        [tool, "--dump-resource-usage", image], capture_output=True, text=True, check=True
+        [tools / "cuobjdump", option, image],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PATH": path},
     )
+    return done.stdout
+
+
+def _resources(image: Path, shared_bytes: int) -> Resources:
+    printed = _cuobjdump(image, "--dump-resource-usage")
     registers, stack, local = (
-        int(re.search(rf"\b{name}:(\d+)", done.stdout)[1])  # type: ignore[index]
+        int(re.search(rf"\b{name}:(\d+)", printed)[1])  # type: ignore[index]
         for name in ("REG", "STACK", "LOCAL")
     )
     return Resources(registers, stack + local, shared_bytes)
