@@ -40,7 +40,7 @@ class Timed:
     """One call and its peers.
 
     Attributes:
-        kernel: one call for each set of weights; None where a peer is timed alone.
+        kernel: one call for each set of weights.
         bytes_moved: least that a call must read and write.
         operations: of its products.
         peers: by name, likewise.
