@@ -8,6 +8,9 @@ import tempfile
 # Before anything imports Triton, as transformers does: its kernels run on the CPU here.
 os.environ["TRITON_INTERPRET"] = "1"
 
+# Before anything imports PyTorch: two workers of two threads each on two cores wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Never the user's own. The first process makes it for all workers and commands, and at its end it
 # is removed.
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,13 @@ def capture_once() -> Callable[..., Captured]:
         return replace(made[0], model=made[0].model.clone())
 
     return capture_or_copy
+
+
+def every_other_is_slow(configs: Iterable[str]) -> list[Any]:
+    """Parameters of ``subject``: tracing each takes seconds, and so half of them are slow."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] * (at % 2)) for at, name in enumerate(configs)
+    ]
 
 
 class Subject:

@@ -27,6 +27,7 @@ from oracle import (
     check_greedy_generation,
     check_logits_and_caches,
     check_padded_batch,
+    every_other_is_slow,
     oracle_steps,
     relative_rms,
     tokens,
@@ -73,7 +74,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 LAYERS = 2
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=every_other_is_slow(CONFIGS))
 def subject(
     request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
 ) -> Subject:

@@ -31,6 +31,7 @@ from oracle import (
     capture_once,
     check_cached_decode,
     check_greedy_generation,
+    every_other_is_slow,
     relative_rms,
     tokens,
 )
@@ -138,7 +139,7 @@ def subjects(make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> Callable
     return make
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=every_other_is_slow(CONFIGS))
 def subject(request: pytest.FixtureRequest, subjects: Callable[[str], Subject]) -> Subject:
     return subjects(request.param)
 
