@@ -21,11 +21,20 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+NEEDED = ("torch", "onnx", "safetensors", "click")
+MISSING = [name for name in NEEDED if find_spec(name) is None]
+if MISSING:
+    sys.exit(
+        f"error: {sys.executable} has no {', '.join(MISSING)}; run this with a Python that has "
+        "PyTorch: make gpu GPU_PYTHON=/path/to/python3"
+    )
 
 import click  # noqa: E402
 

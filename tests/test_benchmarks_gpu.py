@@ -79,6 +79,15 @@ def test_without_a_gpu_it_says_so_and_fails(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text())["passed"] is False
 
 
+def test_a_python_without_pytorch_is_named() -> None:
+    # No packages at all.
+    bare = [sys.executable, "-I", "-S", str(SCRIPT)]
+    done = subprocess.run(bare, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "has no torch, onnx, safetensors, click; run this with a Python" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_refuses_a_phase_that_is_none() -> None:
     done = command("--only", "small,huge")
     assert done.returncode == 2
