@@ -54,7 +54,7 @@ OTHER_PTXAS = $(if $(filter 100 120,$(SM)),older,newer)
 
 gpu-kernels: setup
 	$(BUILD_KERNELS)
-	$(BUILD_KERNELS) --tune --out plugins/lib/tune/libingot_kernels.so
+	$(BUILD_KERNELS) --tune
 	$(BUILD_KERNELS) --ptxas $(OTHER_PTXAS) --out plugins/lib/other-ptxas/libingot_kernels.so
 
 # What `make gpu` needs, in one file to unpack on the GPU machine.

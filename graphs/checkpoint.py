@@ -316,9 +316,14 @@ def load_parameters(
     for name, parameter in list(module.named_parameters()):
         shape = tuple(parameter.shape)
         value = assemble(checkpoint, weight_map[name], shape, dtype or parameter.dtype)
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
+        set_parameter(module, name, value)
         advance(value.nbytes)
+
+
+def set_parameter(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a weight in a parameter's place, such as that of a module on the meta device."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
 def block_reader(

@@ -37,16 +37,12 @@ def preset_config(family: Family, preset: str) -> dict[str, Any]:
     return {"model_type": family.model_type, **family.presets[preset]}
 
 
-def random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """One float32 weight, the same for the same name, shape and seed wherever it is made."""
+def random_weight(
+    name: str, shape: tuple[int, ...], seed: int, device: str = "cpu"
+) -> torch.Tensor:
+    """One float32 weight, the same for the same name, shape, seed and kind of device."""
     # torch keeps the low 32 bits of a seed alone; a CRC that starts from ours fits in them.
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
-    return scaled_weight(name, shape, generator)
-
-
-def scaled_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """One float32 weight on the generator's device, at the scale that its name tells."""
-    device = generator.device
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode(), seed))
     normal = torch.randn(shape, generator=generator, device=device)
     if "norm" in name or name.endswith(".D"):
         return 1.0 + 0.1 * normal

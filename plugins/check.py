@@ -67,8 +67,7 @@ class Case:
         result = []
         for got, want in zip(self.sample(outputs), self.reference(), strict=True):
             assert got.shape == want.shape, self.name
-            difference = (got.double() - want).square().mean().sqrt()
-            result.append(float(difference / want.square().mean().sqrt().clamp(min=1e-30)))
+            result.append(relative_rms(got, want))
         return result
 
     def run(self, repeats: int = 2) -> tuple[bool, str]:
@@ -84,6 +83,16 @@ class Case:
         right = worst <= limit
         text = f"{self.name} {dtype_name(self.dtype)}: {worst:.1e} of {limit:.0e}"
         return right and not moved, text + (", and other bits when repeated" if moved else "")
+
+
+# What makes a case on a library's device.
+Make = Callable[[Library, str], Case]
+
+
+def relative_rms(got: torch.Tensor, want: torch.Tensor) -> float:
+    """RMS of the difference over that of ``want``; NaN where either has one."""
+    difference = (got.double() - want.double()).square().mean().sqrt()
+    return float(difference / want.double().square().mean().sqrt())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -140,6 +149,27 @@ def wide(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
     return (tensor.double() for tensor in tensors)
 
 
+def moe_dispatch_inputs(
+    device: str,
+    dtype: torch.dtype,
+    tokens: int,
+    hidden: int,
+    intermediate: int,
+    experts: int,
+    top_k: int,
+    *,
+    skewed: bool = False,
+) -> Tensors:
+    """x, router logits, gate_up and down, scaled so that activations stay near 1."""
+    make = Inputs(device, tokens)
+    return (
+        make.normal(tokens, hidden, dtype=dtype),
+        make.router_logits(tokens, experts, top_k, skewed),
+        make.normal(experts, 2 * intermediate, hidden, dtype=dtype, gain=hidden**-0.5),
+        make.normal(experts, hidden, intermediate, dtype=dtype, gain=intermediate**-0.5),
+    )
+
+
 def moe_dispatch_case(
     library: Library,
     device: str,
@@ -156,11 +186,9 @@ def moe_dispatch_case(
     rows: int | None = None,
 ) -> Case:
     """``ingot::MoeDispatch``; the reference has at most ``rows`` of the tokens."""
-    make = Inputs(device, tokens)
-    x = make.normal(tokens, hidden, dtype=dtype)
-    logits = make.router_logits(tokens, experts, top_k, skewed)
-    gate_up = make.normal(experts, 2 * intermediate, hidden, dtype=dtype, gain=hidden**-0.5)
-    down = make.normal(experts, hidden, intermediate, dtype=dtype, gain=intermediate**-0.5)
+    x, logits, gate_up, down = moe_dispatch_inputs(
+        device, dtype, tokens, hidden, intermediate, experts, top_k, skewed=skewed
+    )
     options = (top_k, normalize, activation)
     kept = spread(tokens, rows).to(device)
     sizes = f"N {tokens} H {hidden} I {intermediate} E {experts} K {top_k}"
@@ -171,6 +199,28 @@ def moe_dispatch_case(
         lambda: (cuda.moe_dispatch(library, x, logits, gate_up, down, *options),),
         lambda outputs: (outputs[0][kept],),
         lambda: (moe_dispatch(*wide(x[kept], logits[kept], gate_up, down), *options),),
+    )
+
+
+def moe_linear_inputs(
+    device: str,
+    dtype: torch.dtype,
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    experts: int,
+    top_k: int,
+    per_choice: bool,
+    *,
+    skewed: bool = False,
+) -> Tensors:
+    """x, expert ids and weight, likewise."""
+    make = Inputs(device, tokens)
+    shape = (tokens, top_k) if per_choice else (tokens,)
+    return (
+        make.normal(*shape, in_features, dtype=dtype),
+        make.router_logits(tokens, experts, top_k, skewed).topk(top_k).indices,
+        make.normal(experts, out_features, in_features, dtype=dtype, gain=in_features**-0.5),
     )
 
 
@@ -189,11 +239,17 @@ def moe_linear_case(
     rows: int | None = None,
 ) -> Case:
     """``ingot::MoeLinear``; the reference has at most ``rows`` of the tokens."""
-    make = Inputs(device, tokens)
-    shape = (tokens, top_k) if per_choice else (tokens,)
-    x = make.normal(*shape, in_features, dtype=dtype)
-    ids = make.router_logits(tokens, experts, top_k, skewed).topk(top_k).indices
-    weight = make.normal(experts, out_features, in_features, dtype=dtype, gain=in_features**-0.5)
+    x, ids, weight = moe_linear_inputs(
+        device,
+        dtype,
+        tokens,
+        in_features,
+        out_features,
+        experts,
+        top_k,
+        per_choice,
+        skewed=skewed,
+    )
     kept = spread(tokens, rows).to(device)
     form = "[N, K, Kin]" if per_choice else "[N, Kin]"
     sizes = f"N {tokens} Kin {in_features} O {out_features} E {experts} K {top_k}"
@@ -273,6 +329,19 @@ def mamba2_scan_case(
     )
 
 
+def causal_conv_inputs(
+    device: str, dtype: torch.dtype, batch: int, tokens: int, channels: int, width: int
+) -> Tensors:
+    """x, state, weight and bias."""
+    make = Inputs(device, tokens)
+    return (
+        make.normal(batch, tokens, channels, dtype=dtype),
+        make.normal(batch, channels, width - 1, dtype=dtype),
+        make.normal(channels, 1, width, dtype=dtype, gain=width**-0.5),
+        make.normal(channels, dtype=dtype),
+    )
+
+
 def causal_conv_case(
     library: Library,
     device: str,
@@ -286,11 +355,7 @@ def causal_conv_case(
     kept_channels: int | None = None,
 ) -> Case:
     """``ingot::CausalConv``; the reference has some of the channels."""
-    make = Inputs(device, tokens)
-    x = make.normal(batch, tokens, channels, dtype=dtype)
-    state = make.normal(batch, channels, width - 1, dtype=dtype)
-    weight = make.normal(channels, 1, width, dtype=dtype, gain=width**-0.5)
-    bias = make.normal(channels, dtype=dtype)
+    x, state, weight, bias = causal_conv_inputs(device, dtype, batch, tokens, channels, width)
     kept = spread(channels, kept_channels).to(device)
 
     def reference() -> Tensors:
@@ -311,19 +376,28 @@ def causal_conv_case(
 def small_cases(
     library: Library, device: str, dtypes: tuple[torch.dtype, ...] = DTYPES
 ) -> Iterator[Case]:
-    """Odd sizes of every operator, small enough for the interpreter."""
+    """``small`` on a device."""
+    return (make(library, device) for make in small(dtypes))
+
+
+def small(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Make]:
+    """Odd sizes of every operator, small enough for the interpreter; what makes each case."""
     for dtype in dtypes:
         # 16-bit kernels load eight numbers at a time.
         odd = 0 if dtype != torch.float32 else 3
         sizes = (40 + odd, 24 + odd, 7, 3)
         for tokens in (1, 5, 37):
-            yield moe_dispatch_case(library, device, dtype, tokens, *sizes)
-            yield moe_dispatch_case(library, device, dtype, tokens, *sizes, "gelu_tanh", True)
+            yield _make(moe_dispatch_case, dtype, tokens, *sizes)
+            yield _make(moe_dispatch_case, dtype, tokens, *sizes, "gelu_tanh", True)
             for per_choice in (False, True):
-                yield moe_linear_case(library, device, dtype, tokens, *sizes, per_choice)
+                yield _make(moe_linear_case, dtype, tokens, *sizes, per_choice)
         for tokens in (1, 2, 65, 131):
-            yield mamba2_scan_case(library, device, dtype, 2, tokens, 4, 12, 2, 20, tokens // 3)
-            yield causal_conv_case(library, device, dtype, 2, tokens, 35, 4)
+            yield _make(mamba2_scan_case, dtype, 2, tokens, 4, 12, 2, 20, tokens // 3)
+            yield _make(causal_conv_case, dtype, 2, tokens, 35, 4)
+
+
+def _make(case: Callable[..., Case], *arguments: Any) -> Make:
+    return lambda library, device: case(library, device, *arguments)
 
 
 def check(cases: Iterator[Case], repeats: int = 2) -> list[str]:

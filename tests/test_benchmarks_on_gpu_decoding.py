@@ -14,11 +14,11 @@ from benchmarks.on_gpu.decoding import (
     drawn,
     in_dtype,
     read_bytes,
-    relative_rms,
 )
 from benchmarks.on_gpu.devices import Host
 from graphs.family import FAMILIES, find_family
 from graphs.preset import preset_config
+from plugins.check import relative_rms
 
 
 def made(name: str, **changes: Any) -> Any:

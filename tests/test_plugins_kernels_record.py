@@ -131,36 +131,12 @@ def _released(dtype: int) -> Iterator[Structure]:
     """Calls at the sizes of released models, up to 16 rows of 8192 tokens."""
     for tokens in (1, 2, 16, 17, 300, 4096, 8192, 16 * 8192):
         for moe in shapes.moe("full"):
-            yield MoeDispatch(
-                dtype=dtype,
-                top_k=moe.top_k,
-                experts=moe.experts,
-                tokens=tokens,
-                hidden=moe.hidden,
-                intermediate=moe.intermediate,
-            )
+            yield MoeDispatch(dtype=dtype, tokens=tokens, **moe.sizes)
         for linear in shapes.linear("full"):
-            yield MoeLinear(
-                dtype=dtype,
-                per_choice=int(linear.per_choice),
-                top_k=linear.top_k,
-                experts=linear.experts,
-                tokens=tokens,
-                in_features=linear.in_features,
-                out_features=linear.out_features,
-            )
+            yield MoeLinear(dtype=dtype, tokens=tokens, **linear.sizes)
     for batch, tokens in ((1, 1), (16, 1), (1, 129), (1, 8192), (16, 8192), (1, 1 << 20)):
         for scan in shapes.scans("full"):
-            yield Mamba2Scan(
-                dtype=dtype,
-                batch=batch,
-                tokens=tokens,
-                heads=scan.heads,
-                head_size=scan.head_size,
-                groups=scan.groups,
-                states=scan.states,
-                dt_max=1.0,
-            )
+            yield Mamba2Scan(dtype=dtype, batch=batch, tokens=tokens, dt_max=1.0, **scan.sizes)
             yield CausalConv(
                 dtype=dtype, batch=batch, tokens=tokens, channels=scan.channels, width=scan.width
             )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from export.request import EXTRA_OUTPUTS
-from graphs.checkpoint import Checkpoint, WeightMap, assemble, load_parameters
+from graphs.checkpoint import Checkpoint, WeightMap, assemble, load_parameters, set_parameter
 from graphs.family import family_of, parameter_bytes
 from graphs.layers import ModelOutput
 from graphs.state import BATCH, StateSpec
@@ -144,9 +144,8 @@ def _stream_weights(model: nn.Module, checkpoint: Checkpoint, weight_map: Weight
     for name, parameter in list(model.named_parameters()):
         if id(parameter) in inside:
             continue
-        owner, _, leaf = name.rpartition(".")
         value = assemble(checkpoint, weight_map[name], tuple(parameter.shape), parameter.dtype)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        set_parameter(model, name, value)
 
 
 def _loader(checkpoint: Checkpoint, weight_map: WeightMap) -> Callable[..., None]:

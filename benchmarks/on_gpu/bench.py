@@ -22,7 +22,7 @@ class Bench:
         device: the card, or what stands for it in a rehearsal.
         rehearsal: whether sizes are tiny, and no card is there.
         computes: whether the kernels compute; a recorder only checks their launches.
-        open_library: the kernel library that ``load`` chose; with a path, that one.
+        open_library: the kernel library of a path, or the default one.
         folder: of the results.
         deadline: of the phase that runs, a value of ``time.monotonic``.
         found: what phases found for later ones, such as the ceilings, by name.
@@ -40,15 +40,15 @@ class Bench:
         """The sizes to use: those of released models, or a rehearsal's."""
         return tiny if self.rehearsal else real
 
-    def library(self) -> Library:
-        """The kernels, loaded on the device."""
-        chosen = self.found.get("library")
+    def library(self, path: Path | None = None) -> Library:
+        """The kernels of this path, by default those that ``load`` chose, loaded on the device."""
+        chosen = path or self.found.get("library")
         library = self.open_library(Path(chosen) if chosen else None)
         self.device.start()
         library.prepare()
         return library
 
-    def share(self, amount: float, seconds: float, ceiling: str) -> str:
-        """``amount`` in ``seconds`` as a share of one of the card's ceilings, for a table."""
+    def share(self, rate: float, ceiling: str) -> str:
+        """A rate as a share of one of the card's ceilings, for a table."""
         most = self.found.get(ceiling)
-        return f"{amount / seconds / most:.0%}" if most and seconds > 0 else "-"
+        return f"{rate / most:.0%}" if most else "-"

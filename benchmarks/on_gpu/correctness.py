@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from typing import TypeVar
@@ -14,7 +14,7 @@ from benchmarks.on_gpu.bench import Bench
 from benchmarks.on_gpu.load import OTHER
 from benchmarks.on_gpu.runner import Found, Item, Wrong
 from plugins import check
-from plugins.check import Case
+from plugins.check import Make
 from plugins.library import Library
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -23,24 +23,18 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROWS, BATCH_ROWS, HEADS, CHANNELS = 256, 2, 6, 256
 
 T = TypeVar("T")
-Make = Callable[[Library, str], Case]
 Named = tuple[str, Make]
 
 
 def small(bench: Bench) -> Iterator[Item]:
     """Odd sizes of every operator; a rehearsal has one dtype of them."""
     library = bench.library()
-    dtypes = bench.pick(check.DTYPES, (BF16,))
-    cases = check.small_cases(library, bench.device.name, dtypes)
+    makes = check.small(bench.pick(check.DTYPES, (BF16,)))
     # Every third still has each operator and each of its paths.
-    step = 3 if bench.rehearsal and bench.computes else 1
-    for at, case in islice(enumerate(cases), 0, None, step):
+    for make in islice(makes, 0, None, 3 if bench.rehearsal and bench.computes else 1):
+        case = make(library, bench.device.name)
         name = f"{case.name} {check.dtype_name(case.dtype)}"
-        yield Item(name, partial(prove, bench, library, name, partial(_nth_small, dtypes, at)))
-
-
-def _nth_small(dtypes: tuple[torch.dtype, ...], at: int, library: Library, device: str) -> Case:
-    return next(islice(check.small_cases(library, device, dtypes), at, None))
+        yield Item(name, partial(prove, bench, library, name, make))
 
 
 def large(bench: Bench) -> Iterator[Item]:
@@ -84,9 +78,7 @@ def _by_the_other_ptxas(bench: Bench, make: Make) -> str:
     """Whether the same kernels are wrong when another compiler made them, where these are here."""
     if bench.rehearsal or not OTHER.is_file():
         return ""
-    library = bench.open_library(OTHER)
-    library.prepare()
-    passed, _ = make(library, bench.device.name).run(repeats=2)
+    passed, _ = make(bench.library(OTHER), bench.device.name).run(repeats=2)
     return (
         f"; by the other ptxas it is {'RIGHT: the compiler is at fault' if passed else 'wrong too'}"
     )
@@ -101,10 +93,7 @@ def _of_experts(preset: str, bench: Bench) -> Iterator[Named]:
                     check.moe_dispatch_case,
                     dtype=dtype,
                     tokens=tokens,
-                    hidden=moe.hidden,
-                    intermediate=moe.intermediate,
-                    experts=moe.experts,
-                    top_k=moe.top_k,
+                    **moe.sizes,
                     normalize=moe.normalize,
                     skewed=skewed,
                     rows=ROWS,
@@ -119,11 +108,7 @@ def _of_experts(preset: str, bench: Bench) -> Iterator[Named]:
                     check.moe_linear_case,
                     dtype=dtype,
                     tokens=tokens,
-                    in_features=linear.in_features,
-                    out_features=linear.out_features,
-                    experts=linear.experts,
-                    top_k=linear.top_k,
-                    per_choice=linear.per_choice,
+                    **linear.sizes,
                     skewed=skewed,
                     rows=ROWS,
                 ),
@@ -157,10 +142,7 @@ def _of_states(preset: str, bench: Bench) -> Iterator[Named]:
                     dtype=dtype,
                     batch=batch,
                     tokens=tokens,
-                    heads=scan.heads,
-                    head_size=scan.head_size,
-                    groups=scan.groups,
-                    states=scan.states,
+                    **scan.sizes,
                     padding=tokens // 3,
                     rows=BATCH_ROWS,
                     kept_heads=HEADS,

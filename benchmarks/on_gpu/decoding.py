@@ -8,7 +8,6 @@ does not matter, since their positions were applied before, so ``graphs/`` stays
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +15,10 @@ import torch
 from torch import nn
 
 from benchmarks.on_gpu.devices import Device
+from graphs.checkpoint import set_parameter, stack_height
 from graphs.family import Family
 from graphs.layers import ModelOutput
-from graphs.preset import scaled_weight
+from graphs.preset import random_weight
 from graphs.state import BATCH, StateSpec
 
 Tensors = tuple[torch.Tensor, ...]
@@ -30,10 +30,9 @@ def drawn(
     """An eager graph with seeded weights drawn on the device, scaled as a preset's are."""
     model = family.build(config, "generate", dtype)
     for name, parameter in list(model.named_parameters()):
-        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode(), seed))
-        weight = scaled_weight(name, tuple(parameter.shape), generator)
-        weight = weight.mul_(family.preset_gain(name, config)).to(parameter.dtype)
-        _set(model, name, weight)
+        weight = random_weight(name, tuple(parameter.shape), seed, device)
+        gain = family.preset_gain(name, config)
+        set_parameter(model, name, weight.mul_(gain).to(parameter.dtype))
     return model
 
 
@@ -42,13 +41,9 @@ def in_dtype(model: nn.Module, family: Family, config: dict[str, Any], dtype: to
     wide = family.build(config, "generate", dtype)
     found = dict(model.named_parameters())
     for name, parameter in list(wide.named_parameters()):
-        _set(wide, name, found[name].to(torch.promote_types(parameter.dtype, dtype)))
+        value = found[name].to(torch.promote_types(parameter.dtype, dtype))
+        set_parameter(wide, name, value)
     return wide
-
-
-def _set(model: nn.Module, name: str, weight: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
 
 
 class Decoder:
@@ -188,12 +183,6 @@ class CapturedDecoder:
         return tokens
 
 
-def relative_rms(got: torch.Tensor, want: torch.Tensor) -> float:
-    """RMS of the difference over that of ``want``; NaN where either has one."""
-    difference = (got.double() - want.double()).square().mean().sqrt()
-    return float(difference / want.double().square().mean().sqrt())
-
-
 def agreement(
     tokens: Sequence[int], eager: Sequence[int], logits: torch.Tensor, truth: torch.Tensor
 ) -> tuple[int, int | None]:
@@ -225,9 +214,10 @@ def read_bytes(model: nn.Module, top_k: int, cache: Tensors, tied: bool) -> floa
     total = 0.0
     for name, parameter in model.named_parameters():
         size = parameter.numel() * parameter.element_size()
+        experts = stack_height(tuple(parameter.shape))
         if "embed" in name and not tied:
             size //= parameter.shape[0]
-        elif parameter.ndim == 3 and parameter.shape[1] > 1:
-            size = size * top_k // parameter.shape[0]
+        elif experts > 1:
+            size = size * top_k // experts
         total += size
     return total + math.fsum(each.numel() * each.element_size() for each in cache)

@@ -75,9 +75,7 @@ def kernels(bench: Bench) -> Found:
         try:
             if path == BUILT:
                 build_here(bench.found["machine"]["capability"])
-            library = bench.open_library(path)
-            bench.device.start()
-            library.prepare()
+            library = bench.library(path)
         except (IngotError, subprocess.TimeoutExpired) as error:
             refusals.append(f"{path and path.relative_to(ROOT)}: {error}")
             continue

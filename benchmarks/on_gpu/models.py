@@ -22,12 +22,12 @@ from benchmarks.on_gpu.decoding import (
     drawn,
     in_dtype,
     read_bytes,
-    relative_rms,
 )
 from benchmarks.on_gpu.runner import Found, Item, Wrong
 from graphs.family import Family, find_family
 from graphs.preset import preset_config
 from plugins import cuda
+from plugins.check import relative_rms
 
 BF16 = torch.bfloat16
 FAMILIES = ("olmoe", "mamba2")
@@ -192,7 +192,7 @@ def _times(
         "step_seconds": took.median,
         "step_spread": took.spread,
         "bytes_read": least,
-        "read_floor": bench.share(least, took.median, "bandwidth"),
+        "read_floor": bench.share(least / took.median, "bandwidth"),
     }
 
 

@@ -5,14 +5,10 @@ None of these is used by anything that is exported. Letters are those of docs/de
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
 from benchmarks.on_gpu.runner import Refused
-
-Moe = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def eager_moe(

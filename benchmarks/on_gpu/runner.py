@@ -107,7 +107,7 @@ def run_phase(
     """
     began = time.monotonic()
     bench.deadline = deadline
-    came_to_its_end = False
+    ended = False
     context = multiprocessing.get_context("fork")
 
     def end_item(name: str, found: Found) -> None:
@@ -128,7 +128,6 @@ def run_phase(
         finally:
             _end(child, kill=not ended)
         if ended:
-            came_to_its_end = True
             break
         late = time.monotonic() >= deadline
         if at is not None:
@@ -143,7 +142,7 @@ def run_phase(
             break
     if any(found["status"] == FAILED for found in outcome.items.values()):
         outcome.status = FAILED
-    elif came_to_its_end and outcome.status == CUT:
+    elif ended and outcome.status == CUT:
         outcome.status = OK
     outcome.seconds = time.monotonic() - began
 

@@ -21,6 +21,12 @@ class Moe:
     top_k: int
     normalize: bool
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By the names that the kernels' interface has."""
+        names = ("hidden", "intermediate", "experts", "top_k")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -33,6 +39,12 @@ class Linear:
     top_k: int
     per_choice: bool
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By the names that the kernels' interface has."""
+        names = ("in_features", "out_features", "experts", "top_k", "per_choice")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -44,6 +56,12 @@ class Scan:
     groups: int
     states: int
     width: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the scan, by the names that the kernels' interface has."""
+        names = ("heads", "head_size", "groups", "states")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def channels(self) -> int:

@@ -19,7 +19,13 @@ from benchmarks.on_gpu.bench import Bench
 from benchmarks.on_gpu.devices import Seconds
 from benchmarks.on_gpu.runner import Found, Item, Refused
 from plugins import cuda
-from plugins.check import Inputs, mamba2_scan_inputs
+from plugins.check import (
+    Inputs,
+    causal_conv_inputs,
+    mamba2_scan_inputs,
+    moe_dispatch_inputs,
+    moe_linear_inputs,
+)
 from plugins.library import Library
 from plugins.mamba2_scan import mamba2_scan
 
@@ -137,8 +143,8 @@ def measure(bench: Bench, name: str, make: Callable[[], Timed]) -> Found:
         beside += ", in cache"
     found["text"] = (
         f"{name}: {1e6 * seconds:.1f} us, {bytes_rate / 1e9:.0f} GB/s "
-        f"({bench.share(bytes_rate, 1.0, 'bandwidth')}), {rate / 1e12:.1f} TFLOP/s "
-        f"({bench.share(rate, 1.0, 'rate')}){beside}"
+        f"({bench.share(bytes_rate, 'bandwidth')}), {rate / 1e12:.1f} TFLOP/s "
+        f"({bench.share(rate, 'rate')}){beside}"
     )
     return found
 
@@ -151,33 +157,23 @@ def _sets(bench: Bench, size: float) -> range:
 
 def moe(bench: Bench, library: Library, shape: shapes.Moe, tokens: int) -> Timed:
     """A layer's experts."""
-    make = Inputs(bench.device.name, tokens)
-    x = make.normal(tokens, shape.hidden, dtype=BF16)
-    logits = make.router_logits(tokens, shape.experts, shape.top_k, skewed=False)
-    up = (shape.experts, 2 * shape.intermediate, shape.hidden)
-    down = (shape.experts, shape.hidden, shape.intermediate)
     of_expert = 3 * shape.hidden * shape.intermediate
+    make = partial(moe_dispatch_inputs, bench.device.name, BF16, tokens, **shape.sizes)
+    first = make()
+    _, logits, *_ = first
     chosen = len(torch.unique(logits.topk(shape.top_k).indices))
     moved = 2.0 * (chosen * of_expert + 2 * tokens * shape.hidden)
-    weights = [
-        (
-            make.normal(*up, dtype=BF16, gain=shape.hidden**-0.5),
-            make.normal(*down, dtype=BF16, gain=shape.intermediate**-0.5),
-        )
-        for _ in _sets(bench, moved)
-    ]
+    sets = [first, *(make() for _ in _sets(bench, moved)[1:])]
     loop = peers.CublasLoop(logits, shape.top_k)
     options = (shape.top_k, shape.normalize, "silu")
     return Timed(
-        [partial(cuda.moe_dispatch, library, x, logits, *each, *options) for each in weights],
+        [partial(cuda.moe_dispatch, library, *each, *options) for each in sets],
         moved,
         2.0 * of_expert * tokens * shape.top_k,
         {
-            "grouped_mm": [
-                partial(peers.grouped_mm, x, logits, *each, shape.top_k) for each in weights
-            ],
-            "cublas_loop": [partial(loop, x, *each) for each in weights],
-            "eager": [partial(peers.eager_moe, x, logits, *weights[0], shape.top_k)],
+            "grouped_mm": [partial(peers.grouped_mm, *each, shape.top_k) for each in sets],
+            "cublas_loop": [partial(loop, x, *weights) for x, _, *weights in sets],
+            "eager": [partial(peers.eager_moe, *first, shape.top_k)],
         },
         waiting=("eager",),
     )
@@ -185,34 +181,31 @@ def moe(bench: Bench, library: Library, shape: shapes.Moe, tokens: int) -> Timed
 
 def linear(bench: Bench, library: Library, shape: shapes.Linear, tokens: int) -> Timed:
     """One of the two mixtures of an attention layer."""
-    make = Inputs(bench.device.name, tokens)
-    rows = (tokens, shape.top_k) if shape.per_choice else (tokens,)
-    x = make.normal(*rows, shape.in_features, dtype=BF16)
-    logits = make.router_logits(tokens, shape.experts, shape.top_k, skewed=False)
-    ids = logits.topk(shape.top_k).indices
-    sizes = (shape.experts, shape.out_features, shape.in_features)
+    make = partial(moe_linear_inputs, bench.device.name, BF16, tokens, **shape.sizes)
+    first = make()
+    x, ids, _ = first
     of_expert = shape.in_features * shape.out_features
     choices = tokens * shape.top_k
     of_tokens = x.numel() + choices * shape.out_features
     moved = 2.0 * (len(torch.unique(ids)) * of_expert + of_tokens)
-    weights = [make.normal(*sizes, dtype=BF16, gain=sizes[2] ** -0.5) for _ in _sets(bench, moved)]
+    sets = [first, *(make() for _ in _sets(bench, moved)[1:])]
     return Timed(
-        [partial(cuda.moe_linear, library, x, ids, weight) for weight in weights],
+        [partial(cuda.moe_linear, library, *each) for each in sets],
         moved,
         2.0 * of_expert * choices,
-        {"grouped_mm": [partial(peers.grouped_linear, x, ids, each) for each in weights]},
+        {"grouped_mm": [partial(peers.grouped_linear, *each) for each in sets]},
     )
 
 
 def scan(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens: int) -> Timed:
     """A layer's scan."""
-    sizes = (batch, tokens, shape.heads, shape.head_size, shape.groups, shape.states)
     limits = (0.0, math.inf)
     inner = shape.heads * shape.head_size
     state = batch * inner * shape.states
     of_tokens = batch * tokens * (2 * inner + 2 * shape.groups * shape.states)
     moved = 8.0 * state + 2.0 * of_tokens
-    sets = [mamba2_scan_inputs(bench.device.name, BF16, *sizes) for _ in _sets(bench, moved)]
+    make = partial(mamba2_scan_inputs, bench.device.name, BF16, batch, tokens, **shape.sizes)
+    sets = [make() for _ in _sets(bench, moved)]
     beside = {}
     if tokens <= MOST_EAGER_TOKENS:
         beside["eager"] = [partial(mamba2_scan, *inputs, 1, *limits) for inputs in sets[:1]]
@@ -226,18 +219,10 @@ def scan(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens:
 
 def conv(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens: int) -> Timed:
     """The convolution before the scan."""
-    make = Inputs(bench.device.name, tokens)
     channels, past = shape.channels, shape.width - 1
+    sizes = (batch, tokens, channels, shape.width)
     moved = 4.0 * batch * channels * (tokens + past) + 2.0 * channels * (shape.width + 1)
-    sets = [
-        (
-            make.normal(batch, tokens, channels, dtype=BF16),
-            make.normal(batch, channels, past, dtype=BF16),
-            make.normal(channels, 1, shape.width, dtype=BF16),
-            make.normal(channels, dtype=BF16),
-        )
-        for _ in _sets(bench, moved)
-    ]
+    sets = [causal_conv_inputs(bench.device.name, BF16, *sizes) for _ in _sets(bench, moved)]
     return Timed(
         [partial(cuda.causal_conv, library, *each, "silu") for each in sets],
         moved,

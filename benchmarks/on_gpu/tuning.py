@@ -12,11 +12,11 @@ from benchmarks.on_gpu import shapes
 from benchmarks.on_gpu.bench import Bench
 from benchmarks.on_gpu.runner import Found, Item, Refused, Wrong
 from plugins import cuda
-from plugins.check import Inputs, mamba2_scan_inputs
-from plugins.library import PATH, Library, LibraryError
+from plugins.check import mamba2_scan_inputs, moe_dispatch_inputs, relative_rms
+from plugins.kernels.build import TUNE_PATH
+from plugins.library import Library, LibraryError
 
 BF16 = torch.bfloat16
-TUNE = PATH.parent / "tune" / PATH.name
 # Of the built-in result: candidates add up in another order.
 SAME = 1e-2
 # A difference below it is noise.
@@ -28,21 +28,13 @@ TILES, CHUNKS = "tiles", "chunks"
 
 def items(bench: Bench) -> Iterator[Item]:
     """Tiles for each number of tokens, then chunk lengths and variants of the scan."""
-    library = _library(bench)
+    brought = TUNE_PATH.is_file() and not bench.rehearsal
+    library = bench.library(TUNE_PATH if brought else None)
     tokens = bench.pick((32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), (17,))
     for count in tokens:
         yield Item(f"MoeDispatch N {count}", partial(tiles, bench, library, count))
     for count in bench.pick((128, 256, 512, 1024, 2048, 4096, 8192), (9,)):
         yield Item(f"Mamba2Scan T {count}", partial(chunks, bench, library, count))
-
-
-def _library(bench: Bench) -> Library:
-    if bench.rehearsal or not TUNE.is_file():
-        return bench.library()
-    library = bench.open_library(TUNE)
-    bench.device.start()
-    library.prepare()
-    return library
 
 
 def _candidates(
@@ -65,9 +57,9 @@ def _candidates(
         try:
             choose()
             got = calls[0]()[0]
-            difference = (got.float() - want.float()).norm() / want.float().norm()
-            if bench.computes and not float(difference) < SAME:
-                wrong.append(f"{name} (off by {float(difference):.1e})")
+            difference = relative_rms(got, want)
+            if bench.computes and not difference < SAME:
+                wrong.append(f"{name} (off by {difference:.1e})")
                 continue
             replay = bench.device.capture(lambda: [call() for call in calls])
             times[name] = bench.device.time(replay, len(calls), least=0.05).median
@@ -94,22 +86,13 @@ def tiles(bench: Bench, library: Library, tokens: int) -> Found:
     from plugins.kernels.moe import tuning_tiles
 
     shape = shapes.moe(bench.pick("full", "tiny"))[0]
-    make = Inputs(bench.device.name, tokens)
-    x = make.normal(tokens, shape.hidden, dtype=BF16)
-    logits = make.router_logits(tokens, shape.experts, shape.top_k, skewed=False)
-    up = (shape.experts, 2 * shape.intermediate, shape.hidden)
-    down = (shape.experts, shape.hidden, shape.intermediate)
-    sets = [
-        (
-            make.normal(*up, dtype=BF16, gain=shape.hidden**-0.5),
-            make.normal(*down, dtype=BF16, gain=shape.intermediate**-0.5),
-        )
-        for _ in range(bench.pick(2, 1))
-    ]
+    make = partial(moe_dispatch_inputs, bench.device.name, BF16, tokens, **shape.sizes)
+    sets = [make() for _ in range(bench.pick(2, 1))]
     options = (shape.top_k, shape.normalize, "silu")
 
-    def call(weights: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return (cuda.moe_dispatch(library, x, logits, *weights, *options),)
+    def call(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x, logits, gate_up, down = tensors
+        return (cuda.moe_dispatch(library, x, logits, gate_up, down, *options),)
 
     choices = {
         f"{rows}x{columns} {variant}".strip(): partial(
@@ -127,8 +110,7 @@ def chunks(bench: Bench, library: Library, tokens: int) -> Found:
     from plugins.kernels.mamba2 import tuning_variants
 
     shape = shapes.scans(bench.pick("full", "tiny"))[0]
-    sizes = (1, tokens, shape.heads, shape.head_size, shape.groups, shape.states)
-    inputs = mamba2_scan_inputs(bench.device.name, BF16, *sizes)
+    inputs = mamba2_scan_inputs(bench.device.name, BF16, 1, tokens, **shape.sizes)
 
     def call() -> tuple[torch.Tensor, ...]:
         return cuda.mamba2_scan(library, *inputs, 0.0, math.inf)
