@@ -59,7 +59,7 @@ gpu-kernels: setup
 
 # What `make gpu` needs, in one file to unpack on the GPU machine.
 gpu-bundle: gpu-kernels
-	git ls-files Makefile benchmarks graphs plugins > build/gpu-bundle.txt
+	git ls-files Makefile benchmarks graphs ingot plugins > build/gpu-bundle.txt
 	find plugins/lib -name libingot_kernels.so >> build/gpu-bundle.txt
 	tar -czf build/gpu-bundle.tar.gz -T build/gpu-bundle.txt
 	@ls -l build/gpu-bundle.tar.gz | awk '{ printf "%s: %.1f MB\n", $$9, $$5 / 1e6; exit $$5 > 60 * 1048576 }'

@@ -61,7 +61,7 @@ from benchmarks.on_gpu.runner import (  # noqa: E402
     run_phase,
 )
 from benchmarks.on_gpu.table import closing  # noqa: E402
-from plugins.library import PATH, Library  # noqa: E402
+from ingot.plugins.library import PATH, Library  # noqa: E402
 
 # In order of what matters most. What a phase leaves of its time goes to those behind it; ``load``
 # takes long only where it has to compile the kernels, and the last ones then have less.

@@ -19,15 +19,15 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from export.build import build
-from export.passes.attention import AttentionToGroupQueryAttention
-from export.passes.moe import MoeDispatchToMoE
-from export.passes.moe_linear import MoeLinearToMatMuls
-from export.progress import Stages
-from export.request import ExportRequest
-from graphs.family import find_family
-from graphs.preset import preset_config, write_checkpoint
-from runtime.session import Session, load
+from ingot.export.build import build
+from ingot.export.passes.attention import AttentionToGroupQueryAttention
+from ingot.export.passes.moe import MoeDispatchToMoE
+from ingot.export.passes.moe_linear import MoeLinearToMatMuls
+from ingot.export.progress import Stages
+from ingot.export.request import ExportRequest
+from ingot.graphs.family import find_family
+from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.runtime.session import Session, load
 
 REPETITIONS = 7
 

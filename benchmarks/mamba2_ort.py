@@ -19,10 +19,10 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 
-from export.passes import scan
-from export.passes.convolution import CausalConvToBlocked
-from export.passes.scan import Mamba2ScanToLinearAttention
-from plugins import mamba2_scan
+from ingot.export.passes import scan
+from ingot.export.passes.convolution import CausalConvToBlocked
+from ingot.export.passes.scan import Mamba2ScanToLinearAttention
+from ingot.plugins import mamba2_scan
 
 THREADS = 2
 SECONDS_PER_CELL = 1.0

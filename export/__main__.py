@@ -1,5 +1,5 @@
 """``python -m export``."""
 
-from export.cli import export_command
+from ingot.export.cli import export_command
 
 export_command(prog_name="python -m export")

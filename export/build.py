@@ -14,10 +14,10 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from export.capture import OPSET, Captured, capture
-from export.eligibility import eligibility, require
-from export.engine import make_engine, plan_engine, profiles, trtexec_options
-from export.ingot import (
+from ingot.export.capture import OPSET, Captured, capture
+from ingot.export.eligibility import eligibility, require
+from ingot.export.engine import make_engine, plan_engine, profiles, trtexec_options
+from ingot.export.ingot import (
     GRAPH,
     TRTEXEC,
     WEIGHTS,
@@ -28,13 +28,13 @@ from export.ingot import (
     file_infos,
     staged,
 )
-from export.lower_ort import lower_ort, shares_buffers
-from export.lower_trt import lower_trt
-from export.progress import Stages
-from export.request import PRECISIONS, ExportRequest
-from export.weights import weight_bytes, write_weights
-from graphs.checkpoint import Checkpoint, block_reader
-from graphs.family import (
+from ingot.export.lower_ort import lower_ort, shares_buffers
+from ingot.export.lower_trt import lower_trt
+from ingot.export.progress import Stages
+from ingot.export.request import PRECISIONS, ExportRequest
+from ingot.export.weights import weight_bytes, write_weights
+from ingot.graphs.checkpoint import Checkpoint, block_reader
+from ingot.graphs.family import (
     FAMILIES,
     Family,
     active_parameters,
@@ -42,9 +42,9 @@ from graphs.family import (
     find_family,
     parameter_bytes,
 )
-from graphs.hub import describe, resolve
-from graphs.preset import preset_config, write_checkpoint
-from plugins.errors import IngotError
+from ingot.graphs.hub import describe, resolve
+from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.plugins.errors import IngotError
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -22,15 +22,15 @@ from onnxscript import optimizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from export.passes.dimensions import NameDimensions
-from export.passes.functions import AttachFunctionBodies
-from export.passes.metadata import DropTracerMetadata
-from export.passes.reshapes import SimplifyReshapes, SizesFromTokens
-from export.passes.scales import FoldScales, NoteFactors
-from export.passes.weights import FoldWeightTransposes, WeightsToInitializers
-from export.request import EXTRA_OUTPUTS
-from graphs.state import BATCH, PAST, SEQUENCE, TOTAL, Dimension, StateSpec
-from plugins import causal_conv, mamba2_scan, moe_dispatch, moe_linear
+from ingot.export.passes.dimensions import NameDimensions
+from ingot.export.passes.functions import AttachFunctionBodies
+from ingot.export.passes.metadata import DropTracerMetadata
+from ingot.export.passes.reshapes import SimplifyReshapes, SizesFromTokens
+from ingot.export.passes.scales import FoldScales, NoteFactors
+from ingot.export.passes.weights import FoldWeightTransposes, WeightsToInitializers
+from ingot.export.request import EXTRA_OUTPUTS
+from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL, Dimension, StateSpec
+from ingot.plugins import causal_conv, mamba2_scan, moe_dispatch, moe_linear
 
 OPSET = 23
 WEIGHT_PREFIX = "weight."

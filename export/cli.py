@@ -6,7 +6,7 @@ that ``--help`` answers at once and works without them.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import signal
 import sys
 from dataclasses import replace
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from export.request import (
+from ingot.export.request import (
     BUILDERS,
     EXTRA_OUTPUTS,
     PRECISIONS,
@@ -26,14 +26,13 @@ from export.request import (
     ExportRequest,
     Limits,
 )
-from plugins.errors import IngotError
+from ingot.plugins.errors import IngotError
 
 if TYPE_CHECKING:
-    from export.ingot import Manifest
-    from export.progress import Stages
-    from graphs.checkpoint import Checkpoint
+    from ingot.export.ingot import Manifest
+    from ingot.export.progress import Stages
+    from ingot.graphs.checkpoint import Checkpoint
 
-PACKAGES = ("export", "graphs", "plugins", "runtime", "validate")
 PREVIEW_TOKENS = 16
 
 
@@ -41,13 +40,13 @@ class LazyGroup(click.Group):
     """A group whose commands live in modules that are imported when used."""
 
     commands_at: ClassVar = {
-        "export": ("export.cli", "export_command"),
-        "generate": ("runtime.cli", "generate_command"),
-        "classify": ("runtime.cli", "classify_command"),
-        "validate": ("validate.cli", "validate_command"),
-        "inspect": ("runtime.inspection", "inspect_command"),
-        "bench": ("runtime.cli", "bench_command"),
-        "triton": ("runtime.triton", "triton_command"),
+        "export": ("ingot.export.cli", "export_command"),
+        "generate": ("ingot.runtime.cli", "generate_command"),
+        "classify": ("ingot.runtime.cli", "classify_command"),
+        "validate": ("ingot.validate.cli", "validate_command"),
+        "inspect": ("ingot.runtime.inspection", "inspect_command"),
+        "bench": ("ingot.runtime.cli", "bench_command"),
+        "triton": ("ingot.runtime.triton", "triton_command"),
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -59,24 +58,6 @@ class LazyGroup(click.Group):
         module, name = self.commands_at[cmd_name]
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
-
-
-def check_packages() -> None:
-    """Prove that our five package names are ours: another distribution may ship one of them.
-
-    Raises:
-        IngotError: naming the package and where it was found.
-    """
-    here = Path(__file__).resolve().parent.parent
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name)
-        origin = Path(spec.origin).resolve() if spec and spec.origin else None
-        if origin is None or origin.parent.parent != here:
-            raise IngotError(
-                f"the Python package {name!r} resolves to {origin}, which is not Ingot's; another "
-                f"distribution hides it (configobj ships a 'validate'). Uninstall that one, or use "
-                "Ingot in an environment of its own."
-            )
 
 
 def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
@@ -152,7 +133,6 @@ def export_command(
     """
     signal.signal(signal.SIGTERM, _on_terminate)
     try:
-        check_packages()
         name = Path(model).name + (f"-{preset}" if preset else "")
         request = ExportRequest(
             model=model,
@@ -180,12 +160,12 @@ def export_command(
 
 
 def _export(request: ExportRequest, *, validate: bool, preview: bool) -> Manifest:
-    from export.progress import RichStages
+    from ingot.export.progress import RichStages
 
     stages = RichStages()
     with stages.stage("load PyTorch and the exporter"):
-        from export.build import build
-        from export.summary import print_summary
+        from ingot.export.build import build
+        from ingot.export.summary import print_summary
     result = build(request, stages, _validate if validate else None)
     print_summary(request.out, result.checkpoint, result.manifest, stages)
     runs_here = result.manifest.target in ("onnx", "ort") and request.task == "generate"
@@ -195,11 +175,11 @@ def _export(request: ExportRequest, *, validate: bool, preview: bool) -> Manifes
 
 
 def _validate(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str, Any]:
-    from export.ingot import REPORT, Manifest
-    from validate.cache import default_cache
-    from validate.reference import Reference
-    from validate.report import write_json
-    from validate.run import cannot_compare, examine
+    from ingot.export.ingot import REPORT, Manifest
+    from ingot.validate.cache import default_cache
+    from ingot.validate.reference import Reference
+    from ingot.validate.report import write_json
+    from ingot.validate.run import cannot_compare, examine
 
     manifest = Manifest.read(folder)
     reason = cannot_compare(manifest)
@@ -215,8 +195,8 @@ def _validate(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str,
 
 
 def _preview(folder: Path, vocab_size: int) -> None:
-    from runtime.generate import generate
-    from runtime.session import load
+    from ingot.runtime.generate import generate
+    from ingot.runtime.session import load
 
     prompt = [token % vocab_size for token in range(2, 10)]
     session = load(folder, verify=False)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from plugins import causal_conv, mamba2_scan, moe_dispatch, moe_linear
-from plugins.errors import IngotError
-from plugins.kernels.table import COMPUTE_CAPABILITIES
+from ingot.plugins import causal_conv, mamba2_scan, moe_dispatch, moe_linear
+from ingot.plugins.errors import IngotError
+from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES
 
 HALVES = ("float16", "bfloat16")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx
 
-from export.ingot import (
+from ingot.export.ingot import (
     ENGINE,
     GRAPH,
     EngineInfo,
@@ -24,12 +24,12 @@ from export.ingot import (
     TensorInfo,
     sha256,
 )
-from export.request import ExportRequest, Limits
-from plugins.device import compute_capability, has_gpu
-from plugins.errors import IngotError
-from plugins.kernels.table import COMPUTE_CAPABILITIES, runs_on
-from plugins.library import PATH as KERNEL_LIBRARY
-from plugins.moe_dispatch import DOMAIN
+from ingot.export.request import ExportRequest, Limits
+from ingot.plugins.device import compute_capability, has_gpu
+from ingot.plugins.errors import IngotError
+from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES, runs_on
+from ingot.plugins.library import PATH as KERNEL_LIBRARY
+from ingot.plugins.moe_dispatch import DOMAIN
 
 TENSORRT, RTX = "tensorrt", "tensorrt-rtx"
 MODULES = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx"}
@@ -137,8 +137,8 @@ class Builder:
         from polygraphy import config
         from polygraphy.logger import G_LOGGER
 
-        from plugins.tensorrt.python_plugins import register
-        from plugins.tensorrt.rtx import ensure_parser_can_load_plugins
+        from ingot.plugins.tensorrt.python_plugins import register
+        from ingot.plugins.tensorrt.rtx import ensure_parser_can_load_plugins
 
         self.name = name
         G_LOGGER.module_severity = G_LOGGER.ERROR

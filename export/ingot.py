@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from plugins.errors import IngotError
+from ingot.plugins.errors import IngotError
 
 # Bytes of an element, by the names that inputs, outputs and states have their dtypes under.
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
-from export.passes.attention import AttentionToGroupQueryAttention
-from export.passes.convolution import CausalConvToBlocked
-from export.passes.moe import MoeDispatchToMoE
-from export.passes.moe_linear import MoeLinearToMatMuls
-from export.passes.scan import Mamba2ScanToLinearAttention
-from export.passes.tied import TiedHeadToFusedMatMul
+from ingot.export.passes.attention import AttentionToGroupQueryAttention
+from ingot.export.passes.convolution import CausalConvToBlocked
+from ingot.export.passes.moe import MoeDispatchToMoE
+from ingot.export.passes.moe_linear import MoeLinearToMatMuls
+from ingot.export.passes.scan import Mamba2ScanToLinearAttention
+from ingot.export.passes.tied import TiedHeadToFusedMatMul
 
 
 def lower_ort(model: ir.Model) -> None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
-from export.passes.attention_matmuls import AttentionToMatMuls
-from export.passes.causal_conv import CausalConvToOperator
-from export.passes.functions import AttachFunctionBodies
-from export.passes.plugin_nodes import NamePlugins
+from ingot.export.passes.attention_matmuls import AttentionToMatMuls
+from ingot.export.passes.causal_conv import CausalConvToOperator
+from ingot.export.passes.functions import AttachFunctionBodies
+from ingot.export.passes.plugin_nodes import NamePlugins
 
 
 def lower_trt(model: ir.Model) -> None:

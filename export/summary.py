@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from export.ingot import EngineInfo, Manifest
-from export.progress import Stages
+from ingot.export.ingot import EngineInfo, Manifest
+from ingot.export.progress import Stages
 
 
 def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stages) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from export.passes.weights import Weight
-from export.progress import Advance
+from ingot.export.passes.weights import Weight
+from ingot.export.progress import Advance
 
 DTYPES = {
     ir.DataType.FLOAT: "F32",

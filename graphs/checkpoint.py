@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from plugins.errors import IngotError
+from ingot.plugins.errors import IngotError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, TypeVar
 
-from plugins.errors import IngotError
+from ingot.plugins.errors import IngotError
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from graphs.checkpoint import (
+from ingot.graphs.checkpoint import (
     Checkpoint,
     CheckpointError,
     Part,
@@ -18,7 +18,7 @@ from graphs.checkpoint import (
     check_weights,
     stack_height,
 )
-from plugins.errors import IngotError
+from ingot.plugins.errors import IngotError
 
 # One file of this folder each, named after the Hugging Face `model_type`.
 FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
@@ -133,7 +133,7 @@ def find_family(model_type: str) -> Family:
         raise CheckpointError(
             f"config.json: model_type is {model_type!r}; supported: {', '.join(FAMILIES)}."
         )
-    return cast(Family, importlib.import_module(f"graphs.{model_type}").FAMILY)
+    return cast(Family, importlib.import_module(f"ingot.graphs.{model_type}").FAMILY)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphs.config import ConfigError, ConfigReader
-from graphs.family import Family
-from graphs.layers import HIDDEN_ACT, CausalLM, ModelOutput, RMSNorm, attention, causal_mask
-from graphs.rope import RopeParameters, RotaryEmbedding, rotate
-from graphs.state import StateSpec, key_value_states
-from plugins.moe_dispatch import ACTIVATIONS
+from ingot.graphs.config import ConfigError, ConfigReader
+from ingot.graphs.family import Family
+from ingot.graphs.layers import HIDDEN_ACT, CausalLM, ModelOutput, RMSNorm, attention, causal_mask
+from ingot.graphs.rope import RopeParameters, RotaryEmbedding, rotate
+from ingot.graphs.state import StateSpec, key_value_states
+from ingot.plugins.moe_dispatch import ACTIVATIONS
 
 
 @dataclass(frozen=True)

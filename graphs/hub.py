@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from graphs.checkpoint import CheckpointError
+from ingot.graphs.checkpoint import CheckpointError
 
 # Weights, configuration and tokenizer; never pickles, never code.
 PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "vocab.txt", "merges.txt")

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphs.config import ConfigError, ConfigReader
-from graphs.family import Family
-from graphs.layers import (
+from ingot.graphs.config import ConfigError, ConfigReader
+from ingot.graphs.family import Family
+from ingot.graphs.layers import (
     HIDDEN_ACT,
     CausalLM,
     ModelOutput,
@@ -26,10 +26,10 @@ from graphs.layers import (
     causal_mask,
     load_balancing_loss,
 )
-from graphs.rope import RopeParameters, RotaryEmbedding, rotate
-from graphs.state import StateSpec, key_value_states
-from plugins.moe_dispatch import moe_dispatch
-from plugins.moe_linear import choose_experts, moe_linear
+from ingot.graphs.rope import RopeParameters, RotaryEmbedding, rotate
+from ingot.graphs.state import StateSpec, key_value_states
+from ingot.plugins.moe_dispatch import moe_dispatch
+from ingot.plugins.moe_linear import choose_experts, moe_linear
 
 # The released layers take this whatever `rms_norm_eps` says; the field is the final norm's alone.
 LAYER_NORM_EPS = 1e-6

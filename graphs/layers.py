@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphs.state import StateSpec
-from plugins.moe_dispatch import route
+from ingot.graphs.state import StateSpec
+from ingot.plugins.moe_dispatch import route
 
 # Hugging Face's `hidden_act` names -> the names the custom operators use.
 HIDDEN_ACT = {

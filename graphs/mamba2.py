@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphs.config import ConfigError, ConfigReader
-from graphs.family import Family
-from graphs.layers import HIDDEN_ACT, CausalLM, ModelOutput, RMSNorm
-from graphs.state import StateSpec, recurrent_states
-from plugins.causal_conv import causal_conv
-from plugins.mamba2_scan import mamba2_scan
+from ingot.graphs.config import ConfigError, ConfigReader
+from ingot.graphs.family import Family
+from ingot.graphs.layers import HIDDEN_ACT, CausalLM, ModelOutput, RMSNorm
+from ingot.graphs.state import StateSpec, recurrent_states
+from ingot.plugins.causal_conv import causal_conv
+from ingot.plugins.mamba2_scan import mamba2_scan
 
 # Fields that only steer how new weights are drawn.
 INITIALISATION = (

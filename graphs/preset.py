@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from graphs.checkpoint import CONFIG, INDEX, SINGLE
-from graphs.family import Family
-from plugins.errors import IngotError
+from ingot.graphs.checkpoint import CONFIG, INDEX, SINGLE
+from ingot.graphs.family import Family
+from ingot.plugins.errors import IngotError
 
 # Small, because one shard at a time is held in memory.
 SHARD_BYTES = 512 << 20

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphs.config import ConfigError, ConfigReader
+from ingot.graphs.config import ConfigError, ConfigReader
 
 _SCALED = {
     "default": (set(), set()),

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from onnx.defs import OpSchema
 
-from plugins.moe_dispatch import ACTIVATIONS, activation_body
+from ingot.plugins.moe_dispatch import ACTIVATIONS, activation_body
 
 DOMAIN = "ingot"
 NAME = "CausalConv"

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from plugins import cuda
-from plugins.causal_conv import causal_conv
-from plugins.device import has_gpu
-from plugins.library import Library, LibraryError
-from plugins.mamba2_scan import mamba2_scan
-from plugins.moe_dispatch import moe_dispatch
-from plugins.moe_linear import moe_linear
+from ingot.plugins import cuda
+from ingot.plugins.causal_conv import causal_conv
+from ingot.plugins.device import has_gpu
+from ingot.plugins.library import Library, LibraryError
+from ingot.plugins.mamba2_scan import mamba2_scan
+from ingot.plugins.moe_dispatch import moe_dispatch
+from ingot.plugins.moe_linear import moe_linear
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

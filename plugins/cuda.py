@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from plugins import library as c
-from plugins.causal_conv import causal_conv as causal_conv_op
-from plugins.library import Library, LibraryError
-from plugins.mamba2_scan import mamba2_scan as mamba2_scan_op
-from plugins.moe_dispatch import moe_dispatch as moe_dispatch_op
-from plugins.moe_linear import moe_linear as moe_linear_op
+from ingot.plugins import library as c
+from ingot.plugins.causal_conv import causal_conv as causal_conv_op
+from ingot.plugins.library import Library, LibraryError
+from ingot.plugins.mamba2_scan import mamba2_scan as mamba2_scan_op
+from ingot.plugins.moe_dispatch import moe_dispatch as moe_dispatch_op
+from ingot.plugins.moe_linear import moe_linear as moe_linear_op
 
 # What ``register`` gives kernels to.
 OPERATORS = (causal_conv_op, moe_dispatch_op, moe_linear_op, mamba2_scan_op)

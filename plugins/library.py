@@ -20,7 +20,7 @@ from ctypes import (
 )
 from pathlib import Path
 
-from plugins.errors import IngotError
+from ingot.plugins.errors import IngotError
 
 VERSION = 2
 PATH = Path(__file__).resolve().parent / "lib" / "libingot_kernels.so"

@@ -23,7 +23,7 @@ import onnx.parser
 import torch
 from onnx.defs import OpSchema
 
-from plugins import moe_dispatch
+from ingot.plugins import moe_dispatch
 
 DOMAIN = "ingot"
 NAME = "MoeLinear"

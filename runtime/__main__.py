@@ -1,5 +1,5 @@
 """``python -m runtime``."""
 
-from runtime.cli import main
+from ingot.runtime.cli import main
 
 main(prog_name="python -m runtime")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.session import Ids, Session, SessionError
+from ingot.runtime.session import Ids, Session, SessionError
 
 # Calls before the measured ones: the first allocates, and a second one settles.
 WARM_UP = 2

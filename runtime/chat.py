@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from plugins.errors import IngotError
+from ingot.plugins.errors import IngotError
 
 TEMPLATE = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.generate import pad_left
-from runtime.session import Floats, Session, SessionError
+from ingot.runtime.generate import pad_left
+from ingot.runtime.session import Floats, Session, SessionError
 
 
 def classify(session: Session, prompts: Sequence[Sequence[int]]) -> Floats:

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from export.ingot import Manifest
-from plugins.errors import IngotError
-from runtime.chat import chat_text
-from runtime.inspection import inspect_command
-from runtime.tokenizer import load_tokenizer
-from runtime.triton import triton_command
+from ingot.export.ingot import Manifest
+from ingot.plugins.errors import IngotError
+from ingot.runtime.chat import chat_text
+from ingot.runtime.inspection import inspect_command
+from ingot.runtime.tokenizer import load_tokenizer
+from ingot.runtime.triton import triton_command
 
 # numpy and ONNX Runtime are imported when a command runs, so that --help works without them.
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from runtime.generate import Sampling
-    from runtime.session import Session
+    from ingot.runtime.generate import Sampling
+    from ingot.runtime.session import Session
 
 
 def _ids(text: str) -> list[int]:
@@ -46,7 +46,7 @@ def _load(folder: Path, threads: int, *, verify: bool, allow_failed: bool) -> Se
     from rich.console import Console
     from rich.progress import Progress
 
-    from runtime.session import load
+    from ingot.runtime.session import load
 
     console = Console(stderr=True)
     # Elsewhere than on a terminal, Progress would leave an empty line.
@@ -92,7 +92,7 @@ def generate_command(
     allow_failed: bool,
 ) -> None:
     """Generate from an ingot folder; tokens appear as they are made."""
-    from runtime.generate import Sampling
+    from ingot.runtime.generate import Sampling
 
     try:
         sampling = Sampling(temperature, top_k, top_p, seed)
@@ -120,7 +120,7 @@ def _stream(
     sampling: Sampling,
     stop_ids: list[int] | None,
 ) -> None:
-    from runtime.generate import generate
+    from ingot.runtime.generate import generate
 
     made: list[list[int]] = [[] for _ in prompts]
     shown = ""
@@ -169,7 +169,7 @@ def classify_command(
     allow_failed: bool,
 ) -> None:
     """Class scores of an ingot exported with --task classify: a line for each prompt."""
-    from runtime.classify import classify, probabilities
+    from ingot.runtime.classify import classify, probabilities
 
     try:
         _one_of(prompt=prompt, prompt_ids=prompt_ids)
@@ -206,7 +206,7 @@ def bench_command(
     from rich.progress import Progress
     from rich.table import Table
 
-    from runtime.bench import bench, usual_lengths
+    from ingot.runtime.bench import bench, usual_lengths
 
     batches = batches or (1, 4)
     table = Table(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.session import SessionError
+from ingot.runtime.session import SessionError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from runtime.session import Floats, Ids, Session, SessionError
+from ingot.runtime.session import Floats, Ids, Session, SessionError
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from export.ingot import SIZES, WEIGHTS, Manifest, StateInfo
-from plugins.errors import IngotError
+from ingot.export.ingot import SIZES, WEIGHTS, Manifest, StateInfo
+from ingot.plugins.errors import IngotError
 
 # The operators of Ingot's own, as a canonical graph and a lowered one have them: what runs each.
 _IN_GRAPH = {

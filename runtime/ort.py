@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from export.ingot import GRAPH, MANIFEST, Manifest, StateInfo
-from runtime.session import Floats, Ids, SessionError
-from runtime.tokens import TokenInputs
+from ingot.export.ingot import GRAPH, MANIFEST, Manifest, StateInfo
+from ingot.runtime.session import Floats, Ids, SessionError
+from ingot.runtime.tokens import TokenInputs
 
 Array = npt.NDArray[Any]
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"

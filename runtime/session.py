@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from export.ingot import Manifest
-from plugins.errors import IngotError
+from ingot.export.ingot import Manifest
+from ingot.plugins.errors import IngotError
 
 # ONNX Runtime's wheel (1.31) otherwise keeps a database of its use in the home folder to report it.
 # It looks when it is imported, which every way to a session does after this module.
@@ -106,7 +106,7 @@ def load(
             f"{folder} is for {manifest.target}; this version runs {', '.join(TARGETS)}."
         )
     if manifest.engine is not None and not graph_only:
-        from runtime.trt import TrtSession
+        from ingot.runtime.trt import TrtSession
 
         return TrtSession(folder, manifest, hashed=verify)
     if manifest.precision == "bfloat16":
@@ -114,6 +114,6 @@ def load(
             f"{folder} holds a bfloat16 graph and no engine, and ONNX Runtime's CPU provider "
             "computes no bfloat16; export with --precision fp32 to run it here."
         )
-    from runtime.ort import OrtSession
+    from ingot.runtime.ort import OrtSession
 
     return OrtSession(folder, manifest, threads=threads)

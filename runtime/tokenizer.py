@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plugins.errors import IngotError
+from ingot.plugins.errors import IngotError
 
 # Imported when text is to be encoded: token ids need no tokenizer, and neither does --help.
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from runtime.session import Ids, SessionError
+from ingot.runtime.session import Ids, SessionError
 
 
 class State(Protocol):

@@ -20,8 +20,8 @@ from typing import Any
 
 import click
 
-from export.ingot import MANIFEST, SIZES, EngineInfo, Manifest, StateInfo, sha256, staged
-from plugins.errors import IngotError
+from ingot.export.ingot import MANIFEST, SIZES, EngineInfo, Manifest, StateInfo, sha256, staged
+from ingot.plugins.errors import IngotError
 
 SCHEMA_VERSION = 1
 RECORD = "triton.json"
@@ -36,29 +36,32 @@ TYPES = {
     "bfloat16": "TYPE_BF16",
     "int64": "TYPE_INT64",
 }
-ROOT = Path(__file__).resolve().parent.parent
+# What holds the package `ingot`, in a checkout and installed; not resolved, since in a checkout its
+# parts are links.
+ROOT = Path(__file__).absolute().parents[2]
 TEMPLATES = Path(__file__).with_name("templates")
 # What `runtime.triton_model` imports of ours; a test runs it with nothing else.
 CARRIED = (
-    "export/__init__.py",
-    "export/ingot.py",
-    "plugins/__init__.py",
-    "plugins/errors.py",
-    "runtime/__init__.py",
-    "runtime/generate.py",
-    "runtime/ort.py",
-    "runtime/session.py",
-    "runtime/tokens.py",
-    "runtime/triton_model.py",
+    "ingot/__init__.py",
+    "ingot/export/__init__.py",
+    "ingot/export/ingot.py",
+    "ingot/plugins/__init__.py",
+    "ingot/plugins/errors.py",
+    "ingot/runtime/__init__.py",
+    "ingot/runtime/generate.py",
+    "ingot/runtime/ort.py",
+    "ingot/runtime/session.py",
+    "ingot/runtime/tokens.py",
+    "ingot/runtime/triton_model.py",
 )
 CARRIED_FOR_ENGINES = (
-    "plugins/device.py",
-    "plugins/library.py",
-    "plugins/tensorrt/__init__.py",
-    "plugins/tensorrt/python_plugins.py",
-    "plugins/tensorrt/table.py",
-    "runtime/cuda.py",
-    "runtime/trt.py",
+    "ingot/plugins/device.py",
+    "ingot/plugins/library.py",
+    "ingot/plugins/tensorrt/__init__.py",
+    "ingot/plugins/tensorrt/python_plugins.py",
+    "ingot/plugins/tensorrt/table.py",
+    "ingot/runtime/cuda.py",
+    "ingot/runtime/trt.py",
 )
 
 
@@ -478,7 +481,7 @@ def triton_command(
 
 
 def _check(repository: Path) -> None:
-    from runtime.triton_lint import lint
+    from ingot.runtime.triton_lint import lint
 
     problems = lint(repository)
     for problem in problems:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from export.ingot import ENGINE, GRAPH, MANIFEST, Manifest, ManifestError, sha256
-from runtime.triton import CONFIG, PLUGINS, RECORD, SCHEMA_VERSION, TYPES, TritonError, grows
+from ingot.export.ingot import ENGINE, GRAPH, MANIFEST, Manifest, ManifestError, sha256
+from ingot.runtime.triton import CONFIG, PLUGINS, RECORD, SCHEMA_VERSION, TYPES, TritonError, grows
 
 Shape = Sequence[int | str]
 

@@ -22,9 +22,9 @@ import numpy as np
 # Triton puts this module into the interpreter; it is in no package.
 import triton_python_backend_utils as pb_utils
 
-from plugins.errors import IngotError
-from runtime.generate import Sampling, generate
-from runtime.session import Session, SessionError, load
+from ingot.plugins.errors import IngotError
+from ingot.runtime.generate import Sampling, generate
+from ingot.runtime.session import Session, SessionError, load
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from export.ingot import ENGINE, GRAPH, SIZES, EngineInfo, Manifest, StateInfo, sha256
-from plugins import device as gpu
-from plugins.library import PATH as KERNELS
-from runtime.cuda import Device
-from runtime.session import Floats, Ids, SessionError
-from runtime.tokens import TokenInputs
+from ingot.export.ingot import ENGINE, GRAPH, SIZES, EngineInfo, Manifest, StateInfo, sha256
+from ingot.plugins import device as gpu
+from ingot.plugins.library import PATH as KERNELS
+from ingot.runtime.cuda import Device
+from ingot.runtime.session import Floats, Ids, SessionError
+from ingot.runtime.tokens import TokenInputs
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 PLUGINS = "libingot_trt.so"
@@ -135,7 +135,7 @@ def load_engine(folder: Path, manifest: Manifest, *, hashed: bool) -> Engine:
     if PLUGINS in engine.libraries and not engine.embedded:
         trt.get_plugin_registry().load_library(str(folder / PLUGINS))
     elif engine.plugins and not engine.embedded:
-        from plugins.tensorrt.python_plugins import register
+        from ingot.plugins.tensorrt.python_plugins import register
 
         register(trt, folder / KERNELS.name)
     runtime = trt.Runtime(_logger(module))

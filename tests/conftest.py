@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from export.build import build
-from export.progress import Stages
-from export.request import ExportRequest
-from graphs.family import find_family
-from graphs.preset import preset_config, write_checkpoint
-from plugins.device import has_gpu
+from ingot.export.build import build
+from ingot.export.progress import Stages
+from ingot.export.request import ExportRequest
+from ingot.graphs.family import find_family
+from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.plugins.device import has_gpu
 
 if TYPE_CHECKING:
-    from plugins.kernels.interpret import InterpretedLibrary
+    from ingot.plugins.kernels.interpret import InterpretedLibrary
 
 MakeCheckpoint = Callable[..., Path]
 MakeIngot = Callable[..., Path]
@@ -73,8 +73,8 @@ def make_ingot(tmp_path_factory: pytest.TempPathFactory) -> MakeIngot:
 @pytest.fixture(scope="session")
 def device(tmp_path_factory: pytest.TempPathFactory) -> InterpretedLibrary:
     """The kernel library of this tree over Triton's interpreter, with every form."""
-    from plugins.kernels.build import all_forms
-    from plugins.kernels.interpret import InterpretedLibrary
+    from ingot.plugins.kernels.build import all_forms
+    from ingot.plugins.kernels.interpret import InterpretedLibrary
 
     return InterpretedLibrary(all_forms(), tmp_path_factory.mktemp("kernels"))
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.ingot import MANIFEST, WEIGHTS, sha256
+from ingot.export.ingot import MANIFEST, WEIGHTS, sha256
 
 
 def copied(ingot: Path, out: Path, **fields: Any) -> Path:

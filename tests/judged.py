@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from export.ingot import Manifest
-from export.progress import Stages
-from validate.inputs import QUICK, make_inputs
-from validate.judge import Judge
-from validate.recording import Layout, Stepper
-from validate.reference import Reference
-from validate.result import TensorResult
+from ingot.export.ingot import Manifest
+from ingot.export.progress import Stages
+from ingot.validate.inputs import QUICK, make_inputs
+from ingot.validate.judge import Judge
+from ingot.validate.recording import Layout, Stepper
+from ingot.validate.reference import Reference
+from ingot.validate.result import TensorResult
 
 
 def judged(session: Stepper, reference: Reference, manifest: Manifest) -> list[TensorResult]:

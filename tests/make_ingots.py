@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from export.build import build
-from export.progress import Stages
-from export.request import ExportRequest
+from ingot.export.build import build
+from ingot.export.progress import Stages
+from ingot.export.request import ExportRequest
 
 FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
 # By folder name: family, target and task.

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-from export.passes.weights import Weight
+from ingot.export.passes.weights import Weight
 
 OPSET = 23
 

@@ -13,11 +13,11 @@ import torch
 from conftest import MakeIngot
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from export.capture import Captured, capture
-from graphs.checkpoint import Checkpoint
-from runtime.generate import generate
-from runtime.session import Session, load
-from validate.eager import EagerSession
+from ingot.export.capture import Captured, capture
+from ingot.graphs.checkpoint import Checkpoint
+from ingot.runtime.generate import generate
+from ingot.runtime.session import Session, load
+from ingot.validate.eager import EagerSession
 
 WAYS = ("eager", "onnx", "ort")
 TARGETS = ("onnx", "ort")
@@ -55,7 +55,7 @@ class Subject:
         self.oracle: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         # Tracing costs seconds, and both targets start from the same canonical graph.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("export.build.capture", capture_once())
+            patch.setattr("ingot.export.build.capture", capture_once())
             self.ingots = {target: make_ingot(folder, target) for target in ("onnx", "ort")}
         self.sessions: dict[str, Session | EagerSession] = {
             "eager": EagerSession(Checkpoint.open(folder), "generate"),

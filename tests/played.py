@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.ingot import Manifest, StateInfo, TensorInfo
-from runtime.session import Floats, Ids
-from validate.inputs import Inputs
-from validate.recording import Layout
-from validate.routing import Chosen
+from ingot.export.ingot import Manifest, StateInfo, TensorInfo
+from ingot.runtime.session import Floats, Ids
+from ingot.validate.inputs import Inputs
+from ingot.validate.recording import Layout
+from ingot.validate.routing import Chosen
 
 Array = npt.NDArray[Any]
 # By name, of each token id its numbers.

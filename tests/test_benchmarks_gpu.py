@@ -19,8 +19,8 @@ from benchmarks import gpu
 from benchmarks.on_gpu.bench import Bench
 from benchmarks.on_gpu.devices import Host
 from benchmarks.on_gpu.runner import CUT, FAILED, OK, Found, Item, Outcome, Phase, Wrong
-from plugins.device import has_gpu
-from plugins.library import Library
+from ingot.plugins.device import has_gpu
+from ingot.plugins.library import Library
 
 SCRIPT = Path(gpu.__file__)
 
@@ -59,7 +59,7 @@ def test_the_rehearsal_records_where_nothing_computes(tmp_path: Path) -> None:
     assert listed is not None
     for folder in listed[1].split():
         ignored = shutil.ignore_patterns("__pycache__", "lib")
-        shutil.copytree(gpu.ROOT / folder, tmp_path / folder, ignore=ignored)
+        shutil.copytree(gpu.ROOT / folder, tmp_path / folder, ignore=ignored, symlinks=True)
     out = tmp_path / "results"
     arguments = ("--rehearse", "--kernels", "recorder", "--only", "small,models", "--out", out)
     done = command(*arguments, script=tmp_path / "benchmarks" / "gpu.py")

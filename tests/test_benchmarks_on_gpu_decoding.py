@@ -16,9 +16,9 @@ from benchmarks.on_gpu.decoding import (
     read_bytes,
 )
 from benchmarks.on_gpu.devices import Host
-from graphs.family import FAMILIES, find_family
-from graphs.preset import preset_config
-from plugins.check import relative_rms
+from ingot.graphs.family import FAMILIES, find_family
+from ingot.graphs.preset import preset_config
+from ingot.plugins.check import relative_rms
 
 
 def made(name: str, **changes: Any) -> Any:

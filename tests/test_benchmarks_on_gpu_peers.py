@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks.on_gpu import peers
-from plugins.check import Inputs
-from plugins.moe_dispatch import moe_dispatch
-from plugins.moe_linear import moe_linear
+from ingot.plugins.check import Inputs
+from ingot.plugins.moe_dispatch import moe_dispatch
+from ingot.plugins.moe_linear import moe_linear
 
 BF16 = torch.bfloat16
 # Four experts, two of them chosen; sizes that grouped products take: multiples of 16 bytes.

@@ -27,7 +27,7 @@ from benchmarks.on_gpu.runner import (
     Wrong,
     run_phase,
 )
-from plugins.library import Library
+from ingot.plugins.library import Library
 
 
 class Lost(Host):

@@ -15,8 +15,8 @@ import pytest
 import triton_server
 from clone import ROOT, make_clone, run
 
-from runtime import load
-from runtime.generate import generate
+from ingot.runtime import load
+from ingot.runtime.generate import generate
 
 TEXT = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE))

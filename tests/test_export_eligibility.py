@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from export.eligibility import MOST_CHOSEN, MOST_EXPERTS, MOST_STATES, MOST_WIDTH
-from plugins.library import CausalConv, LibraryError, Mamba2Scan, MoeDispatch, MoeLinear
+from ingot.export.eligibility import MOST_CHOSEN, MOST_EXPERTS, MOST_STATES, MOST_WIDTH
+from ingot.plugins.library import CausalConv, LibraryError, Mamba2Scan, MoeDispatch, MoeLinear
 
 if TYPE_CHECKING:
-    from plugins.kernels.interpret import InterpretedLibrary
+    from ingot.plugins.kernels.interpret import InterpretedLibrary
 
 BF16, FP32 = 2, 0
 

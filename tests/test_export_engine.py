@@ -9,12 +9,12 @@ import pytest
 from click.testing import CliRunner
 from conftest import MakeCheckpoint, MakeIngot
 
-from export import engine
-from export.cli import export_command
-from export.eligibility import EligibilityError
-from export.engine import RTX, TENSORRT, Builder, EngineError, choose_builder, plan_engine
-from export.ingot import Manifest
-from export.request import ExportRequest, Limits
+from ingot.export import engine
+from ingot.export.cli import export_command
+from ingot.export.eligibility import EligibilityError
+from ingot.export.engine import RTX, TENSORRT, Builder, EngineError, choose_builder, plan_engine
+from ingot.export.ingot import Manifest
+from ingot.export.request import ExportRequest, Limits
 
 
 def has(monkeypatch: pytest.MonkeyPatch, *, gpu: bool, installed: tuple[str, ...]) -> None:

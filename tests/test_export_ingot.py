@@ -20,8 +20,8 @@ from typing import IO, Any
 import pytest
 from conftest import MakeCheckpoint
 
-import export.ingot
-from export.ingot import (
+from ingot.export import ingot as manifest_file
+from ingot.export.ingot import (
     GRAPH,
     MANIFEST,
     WEIGHTS,
@@ -34,7 +34,7 @@ from export.ingot import (
     file_infos,
     staged,
 )
-from runtime.session import SessionError, load
+from ingot.runtime.session import SessionError, load
 
 LONGEST_WAIT = 120.0
 
@@ -322,7 +322,7 @@ def _staged_with_a_signal(out: Path, text: str, strike: int) -> str | None:
         with staged(out) as folder:
             (folder / "a").write_text(text)
     except KeyboardInterrupt:
-        return linecache.getline(export.ingot.__file__, seen[-1]).strip()
+        return linecache.getline(manifest_file.__file__, seen[-1]).strip()
     finally:
         sys.settrace(before)
     return None
@@ -407,8 +407,9 @@ def test_brings_back_what_was_there_after_a_kill_between_the_two_renames(
 STEPS = """
 import signal, sys
 from pathlib import Path
-from export import cli
-from export.ingot import staged
+from ingot.export import cli
+from ingot.export import ingot as manifest_file
+from ingot.export.ingot import staged
 
 def pause(name):
     print(name, flush=True)

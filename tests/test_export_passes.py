@@ -14,13 +14,13 @@ import onnxruntime
 import pytest
 from conftest import MakeCheckpoint
 
-from export.capture import Captured, capture
-from export.passes.attention import AttentionToGroupQueryAttention
-from export.passes.moe import MoeDispatchToMoE
-from export.passes.tied import TiedHeadToFusedMatMul
-from export.weights import weights_of, write_weights
-from graphs.checkpoint import Checkpoint, block_reader
-from graphs.family import family_of
+from ingot.export.capture import Captured, capture
+from ingot.export.passes.attention import AttentionToGroupQueryAttention
+from ingot.export.passes.moe import MoeDispatchToMoE
+from ingot.export.passes.tied import TiedHeadToFusedMatMul
+from ingot.export.weights import weights_of, write_weights
+from ingot.graphs.checkpoint import Checkpoint, block_reader
+from ingot.graphs.family import family_of
 
 Change = Callable[[ir.Model], object]
 
@@ -189,7 +189,7 @@ def test_the_graph_carries_no_trace_of_this_machine(canonical: ir.Model) -> None
 def test_the_model_passes_the_onnx_checker(tiny_onnx: Path) -> None:
     import onnx
 
-    from plugins import moe_dispatch
+    from ingot.plugins import moe_dispatch
 
     moe_dispatch.register_schema()
     onnx.checker.check_model(str(tiny_onnx / "model.onnx"), full_check=True)

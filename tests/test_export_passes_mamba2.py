@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_node import one_node, session, weight
 
-from export.passes.convolution import CausalConvToBlocked
-from export.passes.scan import Mamba2ScanToLinearAttention
-from plugins import mamba2_scan
+from ingot.export.passes.convolution import CausalConvToBlocked
+from ingot.export.passes.scan import Mamba2ScanToLinearAttention
+from ingot.plugins import mamba2_scan
 
 Arrays = dict[str, np.ndarray]
 Results = tuple[np.ndarray, np.ndarray]

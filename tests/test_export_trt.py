@@ -15,12 +15,12 @@ import torch
 from conftest import MakeCheckpoint, MakeIngot
 from oracle import capture_once, relative_rms, tokens
 
-from export.engine import RTX, Builder, custom_nodes, layers, profiles, trtexec_options
-from export.ingot import ENGINE, GRAPH, TRTEXEC, Manifest, TensorInfo, sha256
-from export.request import PRECISIONS, Limits
-from graphs.checkpoint import Checkpoint
-from runtime.session import Session, load
-from validate.eager import EagerSession
+from ingot.export.engine import RTX, Builder, custom_nodes, layers, profiles, trtexec_options
+from ingot.export.ingot import ENGINE, GRAPH, TRTEXEC, Manifest, TensorInfo, sha256
+from ingot.export.request import PRECISIONS, Limits
+from ingot.graphs.checkpoint import Checkpoint
+from ingot.runtime.session import Session, load
+from ingot.validate.eager import EagerSession
 
 FAMILIES = ("olmoe", "jetmoe", "granite", "mamba2")
 PLUGINS = {
@@ -38,11 +38,11 @@ SMALL = Limits(max_batch=3, max_seq=48, opt_seq=16)
 FALLBACK = """
 import json, sys
 from pathlib import Path
-from plugins.tensorrt import python_plugins
+from ingot.plugins.tensorrt import python_plugins
 python_plugins.register = lambda trt: None
-from export.engine import RTX, Builder, profiles
-from export.ingot import GRAPH, Manifest
-from export.request import Limits
+from ingot.export.engine import RTX, Builder, profiles
+from ingot.export.ingot import GRAPH, Manifest
+from ingot.export.request import Limits
 
 ingot = Path(sys.argv[1])
 manifest = Manifest.read(ingot)
@@ -69,7 +69,7 @@ class Lowered:
         self.family = family
         self.folder = folder
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("export.build.capture", capture_once())
+            patch.setattr("ingot.export.build.capture", capture_once())
             self.canonical = make_ingot(folder, "onnx")
             self.lowered = make_ingot(folder, "trt", builder="none", precision="fp32")
 

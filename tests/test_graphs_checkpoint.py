@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import OlmoeConfig, OlmoeForCausalLM, OlmoeModel
 
-from graphs.checkpoint import (
+from ingot.graphs.checkpoint import (
     Checkpoint,
     CheckpointError,
     Part,
@@ -23,7 +23,7 @@ from graphs.checkpoint import (
     check_weights,
     load_parameters,
 )
-from graphs.family import family_of
+from ingot.graphs.family import family_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -757,7 +757,7 @@ def test_digest_changes_with_names_dtype_and_config(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from graphs.checkpoint import Checkpoint
+from ingot.graphs.checkpoint import Checkpoint
 
 def resident():
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import OlmoeConfig as TheirConfig
 
-from graphs.config import NO_EFFECT, ConfigError, ConfigReader
-from graphs.olmoe import OlmoeConfig
+from ingot.graphs.config import NO_EFFECT, ConfigError, ConfigReader
+from ingot.graphs.olmoe import OlmoeConfig
 
 # allenai/OLMoE-1B-7B-0924, config.json as released, written by transformers 4.
 RELEASED: dict[str, Any] = {

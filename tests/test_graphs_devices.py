@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from graphs.family import FAMILIES, find_family
-from graphs.preset import preset_config
-from graphs.state import BATCH
+from ingot.graphs.family import FAMILIES, find_family
+from ingot.graphs.preset import preset_config
+from ingot.graphs.state import BATCH
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 CASES: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in FAMILIES]

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import OlmoeConfig, OlmoeForCausalLM, OlmoeModel
 
-from graphs.checkpoint import Checkpoint, CheckpointError, load_parameters
-from graphs.family import FAMILIES, active_parameters, family_of, find_family
-from graphs.olmoe import OlmoeForCausalLM as OurCausalLM
-from graphs.olmoe import OlmoeModel as OurModel
-from graphs.preset import preset_config, write_checkpoint
-from plugins.errors import IngotError
+from ingot.graphs.checkpoint import Checkpoint, CheckpointError, load_parameters
+from ingot.graphs.family import FAMILIES, active_parameters, family_of, find_family
+from ingot.graphs.olmoe import OlmoeForCausalLM as OurCausalLM
+from ingot.graphs.olmoe import OlmoeModel as OurModel
+from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.plugins.errors import IngotError
 
 OLMOE = find_family("olmoe")
 

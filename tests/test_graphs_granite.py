@@ -27,13 +27,13 @@ from oracle import (
 from transformers import GraniteConfig as OracleConfig
 from transformers import GraniteModel
 
-from export.build import ExportError
-from export.passes.scales import FoldScales
-from graphs.checkpoint import Checkpoint
-from graphs.config import ConfigError
-from graphs.granite import FAMILY, GraniteConfig
-from runtime.session import load
-from validate.eager import EagerSession
+from ingot.export.build import ExportError
+from ingot.export.passes.scales import FoldScales
+from ingot.graphs.checkpoint import Checkpoint
+from ingot.graphs.config import ConfigError
+from ingot.graphs.granite import FAMILY, GraniteConfig
+from ingot.runtime.session import load
+from ingot.validate.eager import EagerSession
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 # Each turns on another field; the numbers are such that ignoring the field changes the result.

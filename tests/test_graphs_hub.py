@@ -23,8 +23,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphs.checkpoint import CheckpointError
-from graphs.hub import PATTERNS, resolve
+from ingot.graphs.checkpoint import CheckpointError
+from ingot.graphs.hub import PATTERNS, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -33,8 +33,8 @@ WAYS = ("the path of a checkpoint folder", "Hugging Face cache", "--preset tiny"
 
 LOOK_UP = """
 import json, sys
-from graphs.checkpoint import CheckpointError
-from graphs.hub import resolve
+from ingot.graphs.checkpoint import CheckpointError
+from ingot.graphs.hub import resolve
 for model, revision in json.loads(sys.argv[1]):
     try:
         print("found", resolve(model, revision))

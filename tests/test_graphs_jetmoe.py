@@ -41,20 +41,20 @@ from transformers import (
 from transformers import JetMoeConfig as OracleConfig
 from transformers.models.jetmoe.modeling_jetmoe import load_balancing_loss_func
 
-from export.ingot import WEIGHTS, Manifest
-from graphs.checkpoint import Checkpoint, CheckpointError
-from graphs.config import ConfigError
-from graphs.family import FAMILIES, active_parameters, find_family
-from graphs.jetmoe import FAMILY, JetMoeConfig
-from graphs.layers import load_balancing_loss
-from graphs.preset import preset_config, write_checkpoint
-from plugins.errors import IngotError
-from runtime.generate import generate
-from runtime.session import Floats, Ids, Session, SessionError, load
-from validate.eager import EagerSession
-from validate.recording import Stepper
-from validate.reference import Reference
-from validate.run import validate_ingot
+from ingot.export.ingot import WEIGHTS, Manifest
+from ingot.graphs.checkpoint import Checkpoint, CheckpointError
+from ingot.graphs.config import ConfigError
+from ingot.graphs.family import FAMILIES, active_parameters, find_family
+from ingot.graphs.jetmoe import FAMILY, JetMoeConfig
+from ingot.graphs.layers import load_balancing_loss
+from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.plugins.errors import IngotError
+from ingot.runtime.generate import generate
+from ingot.runtime.session import Floats, Ids, Session, SessionError, load
+from ingot.validate.eager import EagerSession
+from ingot.validate.recording import Stepper
+from ingot.validate.reference import Reference
+from ingot.validate.run import validate_ingot
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 # Each turns on another field; the numbers are such that ignoring the field changes the result.
@@ -86,7 +86,7 @@ def subject(
 def one_capture() -> Iterator[None]:
     """Both targets of a test start from one captured graph; tracing it again costs seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.build.capture", capture_once())
+        patch.setattr("ingot.export.build.capture", capture_once())
         yield
 
 
@@ -292,7 +292,7 @@ def test_rms_norm_eps_is_the_final_norms_alone(
     want = oracle(**_torch_inputs(ids, mask)).logits.numpy()[mask != 0]
     assert relative_rms(want, _logits(folder)) < LIMIT
     # The layers reading the field too would show.
-    monkeypatch.setattr("graphs.jetmoe.LAYER_NORM_EPS", 0.2)
+    monkeypatch.setattr("ingot.graphs.jetmoe.LAYER_NORM_EPS", 0.2)
     assert relative_rms(want, _logits(folder)) > 100 * LIMIT
 
 
@@ -389,7 +389,7 @@ def classifier(
     folder = _write_classifier(tmp_path_factory.mktemp("classifier"), **config)
     oracle = JetMoeForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.build.capture", capture_once())
+        patch.setattr("ingot.export.build.capture", capture_once())
         ingots = {target: make_ingot(folder, target, task="classify") for target in TARGETS}
     sessions: dict[str, Session | EagerSession] = {
         "eager": EagerSession(Checkpoint.open(folder), "classify"),

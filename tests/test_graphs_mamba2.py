@@ -40,19 +40,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, Mamba2ForCausalLM, Mamba2Model
 from transformers import Mamba2Config as OracleConfig
 
-from export.ingot import Manifest, StateInfo, TensorInfo
-from graphs.checkpoint import Checkpoint, CheckpointError, load_parameters
-from graphs.config import ConfigError
-from graphs.mamba2 import FAMILY, Mamba2Config
-from graphs.preset import preset_config, random_weight
-from graphs.state import StateSpec
-from runtime.generate import generate
-from runtime.session import Floats, Ids, load
-from validate.eager import EagerSession
-from validate.inputs import make_inputs
-from validate.recording import Stepper
-from validate.reference import Reference
-from validate.run import validate_ingot
+from ingot.export.ingot import Manifest, StateInfo, TensorInfo
+from ingot.graphs.checkpoint import Checkpoint, CheckpointError, load_parameters
+from ingot.graphs.config import ConfigError
+from ingot.graphs.mamba2 import FAMILY, Mamba2Config
+from ingot.graphs.preset import preset_config, random_weight
+from ingot.graphs.state import StateSpec
+from ingot.runtime.generate import generate
+from ingot.runtime.session import Floats, Ids, load
+from ingot.validate.eager import EagerSession
+from ingot.validate.inputs import make_inputs
+from ingot.validate.recording import Stepper
+from ingot.validate.reference import Reference
+from ingot.validate.run import validate_ingot
 
 # Each turns on another field; the numbers are such that ignoring the field changes the result. One
 # layer shows a field as well as two do and is traced in half the time, but may repeat its tokens.
@@ -148,7 +148,7 @@ def subject(request: pytest.FixtureRequest, subjects: Callable[[str], Subject]) 
 def one_capture() -> Iterator[None]:
     """Both targets of a test start from one captured graph; tracing it again costs seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.build.capture", capture_once())
+        patch.setattr("ingot.export.build.capture", capture_once())
         yield
 
 

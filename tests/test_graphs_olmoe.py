@@ -26,10 +26,10 @@ from oracle import (
 )
 from transformers import OlmoeForCausalLM, OlmoeModel
 
-from export.ingot import Manifest
-from graphs.checkpoint import Checkpoint
-from runtime.session import load
-from validate.eager import EagerSession
+from ingot.export.ingot import Manifest
+from ingot.graphs.checkpoint import Checkpoint
+from ingot.runtime.session import load
+from ingot.validate.eager import EagerSession
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 LLAMA3 = {

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
-from graphs import preset
-from graphs.checkpoint import Checkpoint, load_parameters
-from graphs.family import active_parameters
-from graphs.olmoe import FAMILY
-from graphs.preset import preset_config, random_weight, tensors, write_checkpoint
-from plugins.errors import IngotError
+from ingot.graphs import preset
+from ingot.graphs.checkpoint import Checkpoint, load_parameters
+from ingot.graphs.family import active_parameters
+from ingot.graphs.olmoe import FAMILY
+from ingot.graphs.preset import preset_config, random_weight, tensors, write_checkpoint
+from ingot.plugins.errors import IngotError
 
 # As many layers as the largest preset, so that growth or decay with depth would show.
 DEEP = {**preset_config(FAMILY, "tiny"), "num_hidden_layers": 16}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeRotaryEmbedding, apply_rotary_pos_emb
 
-from graphs.config import ConfigError, ConfigReader
-from graphs.rope import RopeParameters, RotaryEmbedding, rotate
+from ingot.graphs.config import ConfigError, ConfigReader
+from ingot.graphs.rope import RopeParameters, RotaryEmbedding, rotate
 
 HEADS = 4
 CONTEXT = 128

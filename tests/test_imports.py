@@ -9,30 +9,31 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ("export", "graphs", "plugins", "runtime", "validate")
+PARTS = ("export", "graphs", "plugins", "runtime", "validate")
+OURS = tuple(f"ingot.{part}" for part in PARTS)
 # Folders without source of ours, and tests/, which may import everything.
 SKIPPED = {"tests", "out", "build", "dist", "docs"}
 
 # What a module may import of ours, beside its own folder; the longest match of its name counts.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "plugins": (),
-    "graphs": ("plugins",),
-    "export": ("graphs", "plugins"),
-    "export.cli": OURS,
-    "export.ingot": ("plugins.errors",),
-    "runtime": (
-        "plugins.device",
-        "plugins.errors",
-        "plugins.library",
-        "plugins.tensorrt",
-        "export.ingot",
+    "ingot.plugins": (),
+    "ingot.graphs": ("ingot.plugins",),
+    "ingot.export": ("ingot.graphs", "ingot.plugins"),
+    "ingot.export.cli": OURS,
+    "ingot.export.ingot": ("ingot.plugins.errors",),
+    "ingot.runtime": (
+        "ingot.plugins.device",
+        "ingot.plugins.errors",
+        "ingot.plugins.library",
+        "ingot.plugins.tensorrt",
+        "ingot.export.ingot",
     ),
-    "validate": OURS,
+    "ingot.validate": OURS,
 }
 # Modules that leave the standard library for nothing but this.
 STANDARD_LIBRARY_AND: dict[str, tuple[str, ...]] = {
-    "export.ingot": ("plugins.errors",),
-    "validate.metrics": ("numpy",),
+    "ingot.export.ingot": ("ingot.plugins.errors",),
+    "ingot.validate.metrics": ("numpy",),
 }
 
 
@@ -80,7 +81,7 @@ def _within(name: str, allowed: tuple[str, ...]) -> bool:
 
 def offences(module: str, source: str) -> list[str]:
     """Every import of ``module`` that the table forbids, as a sentence."""
-    folder = module.partition(".")[0]
+    folder = ".".join(module.split(".")[:2])
     names = sorted(imported(source))
     rule = next((m for m in (module, folder) if m in MAY_IMPORT), None)
     problems = []
@@ -88,18 +89,21 @@ def offences(module: str, source: str) -> list[str]:
         top = name.partition(".")[0]
         if name.startswith("."):
             problems.append(f"{module} imports {name} by a relative name")
-        if top in OURS and rule is not None:
+        if top in PARTS:
+            problems.append(f"{module} imports {name} as if its folder were a package of its own")
+        # The package itself says where it lies, and no more.
+        if top == "ingot" and name != "ingot" and rule is not None:
             # The file with a rule of its own may not even reach into its own folder.
             own = (folder,) if rule == folder else ()
             if not _within(name, own + MAY_IMPORT[rule]):
                 problems.append(f"{module} imports {name}")
         if top == "transformers":
             problems.append(f"{module} imports {name}; it is the tests' oracle only")
-        if _within(name, ("torch.onnx",)) and module != "export.capture":
+        if _within(name, ("torch.onnx",)) and module != "ingot.export.capture":
             problems.append(f"{module} uses torch.onnx; only export.capture may")
-        if top == "torch" and folder == "runtime":
+        if top == "torch" and folder == "ingot.runtime":
             problems.append(f"{module} imports {name}; the runtime works without PyTorch")
-        if module == "plugins.errors":
+        if module == "ingot.plugins.errors":
             problems.append(f"{module} imports {name}; it imports nothing")
         extra = STANDARD_LIBRARY_AND.get(module)
         if extra is not None and top not in sys.stdlib_module_names and not _within(name, extra):
@@ -111,9 +115,17 @@ def _sources() -> dict[str, Path]:
     """Every Python file outside tests/ by module name."""
     folders = [p for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")]
     files = [file for p in folders if p.name not in SKIPPED for file in p.rglob("*.py")]
-    return {
+    named = {
         ".".join(file.relative_to(ROOT).with_suffix("").parts): file
         for file in [*files, *ROOT.glob("*.py")]
+    }
+    # The folders of the parts are linked into the package.
+    return {
+        f"ingot.{name}" if name.partition(".")[0] in PARTS else name: file
+        for name, file in named.items()
+        if len(file.relative_to(ROOT).parts) < 2
+        or file.parts[len(ROOT.parts)] != "ingot"
+        or file.parent.name == "ingot"
     }
 
 
@@ -127,8 +139,13 @@ def test_imports_only_what_its_folder_may(module: str) -> None:
 
 def test_reads_the_sources_of_all_five_packages() -> None:
     # A checker that reads no file would pass for ever.
-    assert {module.partition(".")[0] for module in SOURCES} >= set(OURS)
-    for module in ("plugins.errors", "export.ingot", "export.capture", "validate.metrics"):
+    assert {".".join(module.split(".")[:2]) for module in SOURCES} >= set(OURS)
+    for module in (
+        "ingot.plugins.errors",
+        "ingot.export.ingot",
+        "ingot.export.capture",
+        "ingot.validate.metrics",
+    ):
         assert module in SOURCES
 
 
@@ -136,41 +153,73 @@ def test_finds_the_uses_it_must_find_in_the_real_sources() -> None:
     def of(module: str) -> set[str]:
         return imported(SOURCES[module].read_text(encoding="utf-8"))
 
-    assert "torch.onnx" in of("export.capture")
-    assert "export.ingot.Manifest" in of("runtime.session")
-    assert "validate.reference.Reference" in of("export.cli"), "an import inside a function"
+    assert "torch.onnx" in of("ingot.export.capture")
+    assert "ingot.export.ingot.Manifest" in of("ingot.runtime.session")
+    assert "ingot.validate.reference.Reference" in of("ingot.export.cli"), (
+        "an import inside a function"
+    )
 
 
 @pytest.mark.parametrize(
     ("module", "source", "named"),
     [
-        ("plugins.op", "import graphs", "graphs"),
-        ("plugins.op", "from export.ingot import Manifest", "export.ingot.Manifest"),
-        ("plugins.errors", "import os", "os"),
-        ("graphs.olmoe", "from export import capture", "export.capture"),
-        ("graphs.olmoe", "def f():\n    from validate.run import x", "validate.run.x"),
-        ("graphs.olmoe", "import transformers.models as m", "transformers.models"),
-        ("graphs.olmoe", "from transformers import AutoModel", "transformers.AutoModel"),
-        ("export.build", "import runtime.session", "runtime.session"),
-        ("export.build", "if TYPE_CHECKING:\n    from validate import run", "validate.run"),
-        ("export.build", "import torch\ntorch.onnx.export(m)", "torch.onnx"),
-        ("export.build", "from torch import onnx", "torch.onnx"),
-        ("export.build", "import torch.onnx.ops", "torch.onnx"),
-        ("export.ingot", "import numpy", "numpy"),
-        ("export.ingot", "from export.request import TASKS", "export.request.TASKS"),
-        ("export.ingot", "from plugins.moe_dispatch import f", "plugins.moe_dispatch.f"),
-        ("runtime.ort", "import torch", "torch"),
-        ("runtime.ort", "import plugins", "plugins"),
-        ("runtime.ort", "from plugins import *", "plugins.*"),
-        ("runtime.ort", "from plugins import moe_dispatch", "plugins.moe_dispatch"),
-        ("runtime.ort", "from graphs.state import BATCH", "graphs.state.BATCH"),
-        ("runtime.ort", "from export import build", "export.build"),
-        ("runtime.ort", "import importlib\nimportlib.import_module('torch')", "torch"),
-        ("runtime.ort", "from importlib import *\nimport_module(f'graphs.{x}')", "graphs"),
-        ("runtime.ort", "__import__('validate.run')", "validate.run"),
-        ("runtime.ort", "from .session import load", ".session.load"),
-        ("validate.metrics", "import torch", "torch"),
-        ("validate.run", "import transformers", "transformers"),
+        ("ingot.plugins.op", "import ingot.graphs", "ingot.graphs"),
+        (
+            "ingot.plugins.op",
+            "from ingot.export.ingot import Manifest",
+            "ingot.export.ingot.Manifest",
+        ),
+        ("ingot.plugins.errors", "import os", "os"),
+        ("ingot.graphs.olmoe", "from ingot.export import capture", "ingot.export.capture"),
+        (
+            "ingot.graphs.olmoe",
+            "def f():\n    from ingot.validate.run import x",
+            "ingot.validate.run.x",
+        ),
+        ("ingot.graphs.olmoe", "import transformers.models as m", "transformers.models"),
+        ("ingot.graphs.olmoe", "from transformers import AutoModel", "transformers.AutoModel"),
+        ("ingot.export.build", "import ingot.runtime.session", "ingot.runtime.session"),
+        (
+            "ingot.export.build",
+            "if TYPE_CHECKING:\n    from ingot.validate import run",
+            "ingot.validate.run",
+        ),
+        ("ingot.export.build", "import torch\ntorch.onnx.export(m)", "torch.onnx"),
+        ("ingot.export.build", "from torch import onnx", "torch.onnx"),
+        ("ingot.export.build", "import torch.onnx.ops", "torch.onnx"),
+        ("ingot.export.ingot", "import numpy", "numpy"),
+        (
+            "ingot.export.ingot",
+            "from ingot.export.request import TASKS",
+            "ingot.export.request.TASKS",
+        ),
+        (
+            "ingot.export.ingot",
+            "from ingot.plugins.moe_dispatch import f",
+            "ingot.plugins.moe_dispatch.f",
+        ),
+        ("ingot.runtime.ort", "import torch", "torch"),
+        ("ingot.runtime.ort", "import ingot.plugins", "ingot.plugins"),
+        ("ingot.runtime.ort", "from ingot.plugins import *", "ingot.plugins.*"),
+        (
+            "ingot.runtime.ort",
+            "from ingot.plugins import moe_dispatch",
+            "ingot.plugins.moe_dispatch",
+        ),
+        ("ingot.runtime.ort", "from ingot.graphs.state import BATCH", "ingot.graphs.state.BATCH"),
+        ("ingot.runtime.ort", "from ingot.export import build", "ingot.export.build"),
+        ("ingot.runtime.ort", "import importlib\nimportlib.import_module('torch')", "torch"),
+        (
+            "ingot.runtime.ort",
+            "from importlib import *\nimport_module(f'ingot.graphs.{x}')",
+            "ingot.graphs",
+        ),
+        ("ingot.runtime.ort", "import export.ingot", "export.ingot"),
+        ("ingot.graphs.olmoe", "from graphs.state import BATCH", "graphs.state.BATCH"),
+        ("ingot.runtime.ort", "__import__('ingot.validate.run')", "ingot.validate.run"),
+        ("ingot.runtime.ort", "from .session import load", ".session.load"),
+        ("ingot.validate.metrics", "import torch", "torch"),
+        ("ingot.validate.run", "import transformers", "transformers"),
     ],
 )
 def test_reports_a_forbidden_import(module: str, source: str, named: str) -> None:
@@ -181,15 +230,24 @@ def test_reports_a_forbidden_import(module: str, source: str, named: str) -> Non
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("plugins.op", "import torch\nfrom plugins.errors import IngotError"),
-        ("plugins.errors", "from __future__ import annotations"),
-        ("graphs.olmoe", "from plugins import op\nfrom graphs.state import BATCH"),
-        ("export.capture", "import torch\ntorch.onnx.export(m)"),
-        ("export.cli", "from validate.run import x\nfrom runtime.session import load"),
-        ("export.ingot", "import json\nfrom plugins.errors import IngotError"),
-        ("runtime.trt", "from plugins import errors, library\nfrom export import ingot"),
-        ("runtime.ort", "import onnxruntime\nx = 'import torch'  # import torch"),
-        ("validate.run", "import torch\nfrom export.ingot import Manifest"),
+        ("ingot.plugins.op", "import torch\nfrom ingot.plugins.errors import IngotError"),
+        ("ingot.plugins.errors", "from __future__ import annotations"),
+        (
+            "ingot.graphs.olmoe",
+            "from ingot.plugins import op\nfrom ingot.graphs.state import BATCH",
+        ),
+        ("ingot.export.capture", "import torch\ntorch.onnx.export(m)"),
+        (
+            "ingot.export.cli",
+            "from ingot.validate.run import x\nfrom ingot.runtime.session import load",
+        ),
+        ("ingot.export.ingot", "import json\nfrom ingot.plugins.errors import IngotError"),
+        (
+            "ingot.runtime.trt",
+            "from ingot.plugins import errors, library\nfrom ingot.export import ingot",
+        ),
+        ("ingot.runtime.ort", "import onnxruntime\nx = 'import torch'  # import torch"),
+        ("ingot.validate.run", "import torch\nfrom ingot.export.ingot import Manifest"),
     ],
 )
 def test_accepts_an_allowed_import(module: str, source: str) -> None:
@@ -198,7 +256,7 @@ def test_accepts_an_allowed_import(module: str, source: str) -> None:
 
 # `runtime` also names what a program begins with, `runtime.load`.
 @pytest.mark.parametrize(
-    "module", sorted(m for m in SOURCES if m.endswith("__init__") and m != "runtime.__init__")
+    "module", sorted(m for m in SOURCES if m.endswith("__init__") and m != "ingot.runtime.__init__")
 )
 def test_keeps_package_files_to_a_docstring(module: str) -> None:
     body = ast.parse(SOURCES[module].read_text(encoding="utf-8")).body

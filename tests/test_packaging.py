@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"export", "graphs", "plugins", "runtime", "validate"}
+PARTS = ("export", "graphs", "plugins", "runtime", "validate")
 
 
 def _run(*command: str | Path, cwd: Path) -> str:
@@ -30,7 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     skipped = shutil.ignore_patterns(".*", "__pycache__", "out", "dist", "build")
-    shutil.copytree(ROOT, source, ignore=skipped)
+    shutil.copytree(ROOT, source, ignore=skipped, symlinks=True)
     arguments = ["--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(source)]
     _run(sys.executable, "-m", "build", *arguments, cwd=folder)
     (built,) = (folder / "dist").iterdir()
@@ -49,16 +49,16 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "venv" / "bin"
 
 
-def test_packs_exactly_the_five_packages_and_every_source_of_them(wheel: Path) -> None:
+def test_packs_exactly_one_package_and_every_source_of_it(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     folders = {name.partition("/")[0] for name in names}
     metadata = {folder for folder in folders if folder.endswith(".dist-info")}
-    assert folders - metadata == PACKAGES
+    assert folders - metadata == {"ingot"}
     assert len(metadata) == 1
     sources = {
-        file.relative_to(ROOT).as_posix()
-        for package in PACKAGES
-        for file in (ROOT / package).rglob("*.py")
+        f"ingot/{file.relative_to(ROOT).as_posix()}"
+        for part in PARTS
+        for file in (ROOT / part).rglob("*.py")
     }
     assert sources <= set(names)
     assert not [name for name in names if name.endswith((".pyc", ".pyo"))]
@@ -68,8 +68,8 @@ def test_declares_both_commands(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (entry,) = (n for n in archive.namelist() if n.endswith("dist-info/entry_points.txt"))
     text = archive.read(entry).decode()
-    assert "export = export.cli:export_command" in text
-    assert "ingot = export.cli:main" in text
+    assert "export = ingot.export.cli:export_command" in text
+    assert "ingot = ingot.export.cli:main" in text
 
 
 def test_answers_from_an_environment_of_its_own(installed: Path, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_answers_from_an_environment_of_its_own(installed: Path, tmp_path: Path)
 
 
 def test_imports_its_own_files_and_not_the_repository(installed: Path, tmp_path: Path) -> None:
-    code = "import export.cli; print(export.cli.__file__)"
+    code = "import ingot.export.cli; print(ingot.export.cli.__file__)"
     found = Path(_run(installed / "python", "-c", code, cwd=tmp_path).strip())
     assert installed.parent in found.parents
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from plugins import check as subject
-from plugins.device import has_gpu
-from plugins.library import PATH, Library
+from ingot.plugins import check as subject
+from ingot.plugins.device import has_gpu
+from ingot.plugins.library import PATH, Library
 
 if TYPE_CHECKING:
-    from plugins.kernels.interpret import InterpretedLibrary
+    from ingot.plugins.kernels.interpret import InterpretedLibrary
 
 
 def test_every_small_case_passes(device: InterpretedLibrary) -> None:
@@ -93,7 +93,7 @@ def test_a_sampled_reference_finds_what_the_whole_one_does(
 @pytest.mark.skipif(has_gpu(), reason="a GPU is here")
 def test_says_that_it_needs_a_gpu() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "plugins.check"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "ingot.plugins.check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert (

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from plugins import cuda
-from plugins.library import Library, LibraryError
+from ingot.plugins import cuda
+from ingot.plugins.library import Library, LibraryError
 
 if TYPE_CHECKING:
-    from plugins.kernels.interpret import InterpretedLibrary
+    from ingot.plugins.kernels.interpret import InterpretedLibrary
 
 
 @pytest.fixture
@@ -94,8 +94,8 @@ def test_a_driver_without_ids_tells_contexts_by_address(
     """That of CUDA 11."""
     import ctypes
 
-    from plugins.kernels.host import run_compiler
-    from plugins.kernels.interpret import FAKE_DRIVER
+    from ingot.plugins.kernels.host import run_compiler
+    from ingot.plugins.kernels.interpret import FAKE_DRIVER
 
     # The same file under another name is another library to the loader, with a driver of its own.
     library = Library(Path(shutil.copy(fresh.path, tmp_path)))

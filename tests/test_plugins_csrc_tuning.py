@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from plugins import check, cuda
-from plugins.library import Library, LibraryError
+from ingot.plugins import check, cuda
+from ingot.plugins.library import Library, LibraryError
 
 if TYPE_CHECKING:
-    from plugins.kernels.interpret import InterpretedLibrary
+    from ingot.plugins.kernels.interpret import InterpretedLibrary
 
 BF16 = torch.bfloat16
 
@@ -75,8 +75,8 @@ def test_a_variant_without_a_form_is_refused(tunable: InterpretedLibrary) -> Non
 def test_compiled_candidates_run(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from plugins.kernels.build import all_forms
-    from plugins.kernels.interpret import InterpretedLibrary
+    from ingot.plugins.kernels.build import all_forms
+    from ingot.plugins.kernels.interpret import InterpretedLibrary
 
     forms = {name: form for name, form in all_forms().items() if "bf16" in name or "fp" not in name}
     for name, form in list(forms.items()):

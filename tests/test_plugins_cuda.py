@@ -13,18 +13,18 @@ import torch
 from conftest import MakeCheckpoint
 from oracle import relative_rms, tokens
 
-from graphs.checkpoint import Checkpoint, load_parameters
-from graphs.family import family_of
-from graphs.state import BATCH
-from plugins import cuda
-from plugins.causal_conv import causal_conv
-from plugins.library import Library, LibraryError
-from plugins.moe_dispatch import ACTIVATIONS
-from plugins.moe_linear import moe_linear
-from validate.eager import EagerSession
+from ingot.graphs.checkpoint import Checkpoint, load_parameters
+from ingot.graphs.family import family_of
+from ingot.graphs.state import BATCH
+from ingot.plugins import cuda
+from ingot.plugins.causal_conv import causal_conv
+from ingot.plugins.library import Library, LibraryError
+from ingot.plugins.moe_dispatch import ACTIVATIONS
+from ingot.plugins.moe_linear import moe_linear
+from ingot.validate.eager import EagerSession
 
 if TYPE_CHECKING:
-    from plugins.kernels.interpret import InterpretedLibrary
+    from ingot.plugins.kernels.interpret import InterpretedLibrary
 
 # Never closed: PyTorch has no way to take a kernel back, and leaving the context would turn those
 # of the CPU on for every test that follows in this process.

@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from plugins.device import has_gpu
-from plugins.kernels import build
-from plugins.kernels.build import Resources, all_forms, report
-from plugins.kernels.host import Compiled, argument_letters
-from plugins.kernels.table import Form
-from plugins.library import Library, LibraryError, MoeLinear
+from ingot.plugins.device import has_gpu
+from ingot.plugins.kernels import build
+from ingot.plugins.kernels.build import Resources, all_forms, report
+from ingot.plugins.kernels.host import Compiled, argument_letters
+from ingot.plugins.kernels.table import Form
+from ingot.plugins.library import Library, LibraryError, MoeLinear
 
 if TYPE_CHECKING:
-    from plugins.kernels.interpret import InterpretedLibrary
+    from ingot.plugins.kernels.interpret import InterpretedLibrary
 
 # Compiles one form for two devices, and links them; Triton's interpreter is not for here.
 BUILD = """
 import json, sys
 from pathlib import Path
-from plugins.kernels import build
-from plugins.kernels.host import link
+from ingot.plugins.kernels import build
+from ingot.plugins.kernels.host import link
 
 out, name = Path(sys.argv[1]), sys.argv[2]
 form = build.all_forms()[name]
@@ -42,7 +42,7 @@ COMMAND = """
 import sys
 from functools import partial
 from pathlib import Path
-from plugins.kernels import build
+from ingot.plugins.kernels import build
 
 out, name = Path(sys.argv[1]), sys.argv[2]
 form = build.all_forms()[name]
@@ -120,7 +120,7 @@ def test_a_spilling_hot_kernel_is_an_error(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from plugins.kernels import build
+from ingot.plugins.kernels import build
 out = Path(sys.argv[1])
 form = next(iter(build.all_forms().values()))
 compiled = build.Compiled(form.name, "k", 90, 128, 0, "p", out, "12.9.86")
@@ -164,7 +164,7 @@ def test_a_candidate_that_cannot_be_used_whole_is_left_out_and_named(
 
 
 def test_candidates_have_the_names_that_the_host_layer_looks_up() -> None:
-    from plugins.kernels import mamba2, moe
+    from ingot.plugins.kernels import mamba2, moe
 
     shipped = all_forms()
     names = []
@@ -215,7 +215,7 @@ def test_a_candidate_computes_what_the_shipped_form_does(
 ) -> None:
     import torch
 
-    from plugins import check
+    from ingot.plugins import check
 
     candidates = build.tuning_forms()
     forms = {name: candidates[f"{name}_{variant}"] for name in stands_in_for}

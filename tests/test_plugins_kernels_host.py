@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 import pytest
 import triton
 
-from plugins.kernels.build import all_forms
-from plugins.library import LibraryError
+from ingot.plugins.kernels.build import all_forms
+from ingot.plugins.library import LibraryError
 
 if TYPE_CHECKING:
-    from plugins.kernels.interpret import InterpretedLibrary
+    from ingot.plugins.kernels.interpret import InterpretedLibrary
 
 INVALID_IMAGE, OUT_OF_MEMORY, NO_BINARY_FOR_GPU, UNSUPPORTED_PTX_VERSION = 200, 2, 209, 222
 CUDA_12_4, CUDA_13_0 = 12040, 13000
 
 
 def linked(folder: Path, ptxas: str) -> InterpretedLibrary:
-    from plugins.kernels.interpret import InterpretedLibrary
+    from ingot.plugins.kernels.interpret import InterpretedLibrary
 
     name = "mamba2_step_bf16_n128"
     return InterpretedLibrary({name: all_forms()[name]}, folder, ptxas=ptxas)

@@ -18,11 +18,11 @@ from activations import ACTIVATIONS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from plugins import cuda
-from plugins.library import CausalConv, Library, LibraryError, Mamba2Scan
+from ingot.plugins import cuda
+from ingot.plugins.library import CausalConv, Library, LibraryError, Mamba2Scan
 
 if TYPE_CHECKING:
-    from plugins.kernels.interpret import InterpretedLibrary
+    from ingot.plugins.kernels.interpret import InterpretedLibrary
 
 Tensors = dict[str, torch.Tensor]
 Pair = tuple[np.ndarray, np.ndarray]
@@ -650,7 +650,7 @@ def test_every_form_is_reached(device: InterpretedLibrary) -> None:
                 device.launches.clear()
                 cuda.causal_conv(device, *conv_arguments(1, tokens, 16, width, dtype), "silu")
                 reached |= set(launched(device))
-    from plugins.kernels import mamba2
+    from ingot.plugins.kernels import mamba2
 
     assert reached == {form.name for form in mamba2.forms()}
 

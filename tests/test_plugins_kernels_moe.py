@@ -15,11 +15,11 @@ from activations import ACTIVATIONS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from plugins import cuda
-from plugins.library import LibraryError, MoeDispatch, MoeLinear
+from ingot.plugins import cuda
+from ingot.plugins.library import LibraryError, MoeDispatch, MoeLinear
 
 if TYPE_CHECKING:
-    from plugins.kernels.interpret import InterpretedLibrary
+    from ingot.plugins.kernels.interpret import InterpretedLibrary
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

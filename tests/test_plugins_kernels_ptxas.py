@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from plugins.errors import IngotError
-from plugins.kernels import ptxas
-from plugins.kernels.ptxas import CHOICES, Ptxas, choose, minimum_driver
+from ingot.plugins.errors import IngotError
+from ingot.plugins.kernels import ptxas
+from ingot.plugins.kernels.ptxas import CHOICES, Ptxas, choose, minimum_driver
 
 OLDER, NEWER = Ptxas(Path("ptxas"), "12.9.86"), Ptxas(Path("ptxas-blackwell"), "13.4.59")
 
@@ -21,7 +21,7 @@ OLDER, NEWER = Ptxas(Path("ptxas"), "12.9.86"), Ptxas(Path("ptxas-blackwell"), "
 BUILD = """
 import json, os, sys
 from pathlib import Path
-from plugins.kernels import build
+from ingot.plugins.kernels import build
 
 out = Path(sys.argv[1])
 form = build.all_forms()["mamba2_step_bf16_n128"]

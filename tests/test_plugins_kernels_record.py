@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from benchmarks.on_gpu import shapes
-from plugins import check, cuda
-from plugins.kernels.build import all_forms
-from plugins.library import CausalConv, Mamba2Scan, MoeDispatch, MoeLinear
+from ingot.plugins import check, cuda
+from ingot.plugins.kernels.build import all_forms
+from ingot.plugins.library import CausalConv, Mamba2Scan, MoeDispatch, MoeLinear
 
 if TYPE_CHECKING:
-    from plugins.kernels.record import Launch, RecordingLibrary
+    from ingot.plugins.kernels.record import Launch, RecordingLibrary
 
 
 @pytest.fixture(scope="module")
 def recorder(tmp_path_factory: pytest.TempPathFactory) -> RecordingLibrary:
-    from plugins.kernels.record import RecordingLibrary
+    from ingot.plugins.kernels.record import RecordingLibrary
 
     return RecordingLibrary(all_forms(), tmp_path_factory.mktemp("recorder"))
 
@@ -50,7 +50,7 @@ def test_an_empty_convolution_passes_its_state_on(recorder: RecordingLibrary) ->
 
 def _one_launch(recorder: RecordingLibrary, monkeypatch: pytest.MonkeyPatch) -> Launch:
     """A launch of MoeLinear over its call, as the checks are given it."""
-    from plugins.kernels import record
+    from ingot.plugins.kernels import record
 
     seen: list[Launch] = []
     monkeypatch.setattr(record, "check_grid", seen.append)
@@ -72,7 +72,7 @@ def test_refuses_another_grid(
     change: Callable[[Launch], Launch],
     message: str,
 ) -> None:
-    from plugins.kernels.record import RecordError, check_grid
+    from ingot.plugins.kernels.record import RecordError, check_grid
 
     launch = _one_launch(recorder, monkeypatch)
     # Two choices, and eight features in tiles of four.
@@ -85,7 +85,7 @@ def test_refuses_another_grid(
 def test_refuses_a_pointer_outside_its_call(
     recorder: RecordingLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from plugins.kernels.record import RecordError, check_pointers
+    from ingot.plugins.kernels.record import RecordError, check_pointers
 
     launch = _one_launch(recorder, monkeypatch)
     regions = [(address, 16) for address in launch.pointers.values()]
@@ -100,8 +100,8 @@ def test_refuses_a_pointer_outside_its_call(
 
 def test_a_changed_plan_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host layer that makes one block too few, compiled from a changed copy of its source."""
-    from plugins.kernels import host
-    from plugins.kernels.record import RecordError, RecordingLibrary
+    from ingot.plugins.kernels import host
+    from ingot.plugins.kernels.record import RecordError, RecordingLibrary
 
     sources = tmp_path / "csrc"
     sources.mkdir()
@@ -148,7 +148,7 @@ def test_every_released_size_is_taken_and_stays_in_its_tensors(
     recorder: RecordingLibrary, monkeypatch: pytest.MonkeyPatch, capability: int, dtype: int
 ) -> None:
     """Also where a call is cut into slices, whose grids are not those of the whole call."""
-    from plugins.kernels import record
+    from ingot.plugins.kernels import record
 
     monkeypatch.setattr(record, "check_grid", lambda _launch: None)
     recorder.set_capability(capability)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from plugins.kernels.wgmma import concerned, hazards
+from ingot.plugins.kernels.wgmma import concerned, hazards
 
 PRODUCT = "HGMMA.64x32x16.F32.BF16 R40, R56, gdesc[UR8].tnspB, R40"
 

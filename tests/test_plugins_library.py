@@ -8,9 +8,9 @@ from ctypes import Structure, sizeof
 
 import pytest
 
-from plugins import library
-from plugins.kernels.host import SOURCES
-from plugins.library import ACTIVATIONS, CALLS, DTYPES, Tuning
+from ingot.plugins import library
+from ingot.plugins.kernels.host import SOURCES
+from ingot.plugins.library import ACTIVATIONS, CALLS, DTYPES, Tuning
 
 HEADER = SOURCES / "ingot_kernels.h"
 

@@ -25,7 +25,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
     mamba2_selective_state_update,
 )
 
-from plugins import mamba2_scan as op
+from ingot.plugins import mamba2_scan as op
 
 Arrays = dict[str, np.ndarray]
 Pair = tuple[np.ndarray, np.ndarray]

@@ -16,8 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from one_node import one_node, session, weight
 
-from export.passes.moe import MoeDispatchToMoE
-from plugins import moe_dispatch as op
+from ingot.export.passes.moe import MoeDispatchToMoE
+from ingot.plugins import moe_dispatch as op
 
 FLOAT = ir.DataType.FLOAT
 

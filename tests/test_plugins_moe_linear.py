@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_node import one_node, session, weight
 
-from export.passes.moe_linear import MoeLinearToMatMuls
-from export.passes.weights import Weight
-from plugins import moe_linear as op
+from ingot.export.passes.moe_linear import MoeLinearToMatMuls
+from ingot.export.passes.weights import Weight
+from ingot.plugins import moe_linear as op
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -21,13 +21,13 @@ import pytest
 import torch
 from onnx import helper
 
-from plugins import causal_conv, cuda, library, mamba2_scan, moe_dispatch, moe_linear
-from plugins.errors import IngotError
-from plugins.kernels.host import SOURCES, run_compiler
-from plugins.library import Library, LibraryError
-from plugins.tensorrt import build, rtx
-from plugins.tensorrt.python_plugins import Node, creator, register
-from plugins.tensorrt.table import NAMESPACE, PLUGINS, VERSION, Plugin, PluginError
+from ingot.plugins import causal_conv, cuda, library, mamba2_scan, moe_dispatch, moe_linear
+from ingot.plugins.errors import IngotError
+from ingot.plugins.kernels.host import SOURCES, run_compiler
+from ingot.plugins.library import Library, LibraryError
+from ingot.plugins.tensorrt import build, rtx
+from ingot.plugins.tensorrt.python_plugins import Node, creator, register
+from ingot.plugins.tensorrt.table import NAMESPACE, PLUGINS, VERSION, Plugin, PluginError
 
 SCHEMAS = {
     module.NAME: module.SCHEMA for module in (moe_dispatch, moe_linear, mamba2_scan, causal_conv)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from export.ingot import Manifest
-from runtime.bench import LENGTHS, WARM_UP, Speed, bench, usual_lengths
-from runtime.cli import bench_command
-from runtime.session import Floats, Ids, SessionError
+from ingot.export.ingot import Manifest
+from ingot.runtime.bench import LENGTHS, WARM_UP, Speed, bench, usual_lengths
+from ingot.runtime.cli import bench_command
+from ingot.runtime.session import Floats, Ids, SessionError
 
 
 class Clocked:
@@ -25,7 +25,7 @@ class Clocked:
         self.calls: list[tuple[int, int, int]] = []
         self.now = 0.0
         self.seen = 0
-        monkeypatch.setattr("runtime.bench.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("ingot.runtime.bench.time.perf_counter", lambda: self.now)
 
     def reset(self, batch: int, capacity: int) -> None:
         self.size = batch, capacity

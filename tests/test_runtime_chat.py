@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from runtime.chat import ChatError, chat_text
+from ingot.runtime.chat import ChatError, chat_text
 
 MESSAGES = [
     {"role": "system", "content": "Be brief & <kind>."},

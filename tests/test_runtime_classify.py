@@ -14,12 +14,12 @@ from conftest import MakeIngot
 from oracle import relative_rms
 from transformers import JetMoeForSequenceClassification
 
-from export.cli import export_command
-from graphs.family import find_family
-from graphs.preset import preset_config, write_checkpoint
-from runtime.classify import classify, probabilities
-from runtime.cli import classify_command
-from runtime.session import SessionError, load
+from ingot.export.cli import export_command
+from ingot.graphs.family import find_family
+from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.runtime.classify import classify, probabilities
+from ingot.runtime.cli import classify_command
+from ingot.runtime.session import SessionError, load
 
 PROMPTS = [[11, 205, 7, 300, 42], [8, 99], [501, 3, 17, 250]]
 NAMES = {"0": "no", "1": "yes", "2": "perhaps"}

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from host_cuda import HostCuda
 
-from runtime.cuda import Device
-from runtime.session import SessionError
+from ingot.runtime.cuda import Device
+from ingot.runtime.session import SessionError
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ AT_EXIT = """
 import atexit, sys
 import pytest
 from host_cuda import HostCuda
-from runtime.cuda import Device
+from ingot.runtime.cuda import Device
 
 cuda = HostCuda().install(pytest.MonkeyPatch())
 # What is registered first runs last, with every module still whole.

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from conftest import MakeCheckpoint, MakeIngot
 
-from export.ingot import MANIFEST
-from runtime.generate import generate
-from runtime.session import Session, load
+from ingot.export.ingot import MANIFEST
+from ingot.runtime.generate import generate
+from ingot.runtime.session import Session, load
 
 BUILD = Path(os.environ.get("INGOT_CPP", "/nowhere"))
 EXAMPLE = BUILD / "ingot_generate"

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import OlmoeForCausalLM
 
-from export.ingot import MANIFEST
-from runtime.cli import main
-from runtime.generate import Sampling, choose, generate, pad_left
-from runtime.session import Floats, Session, SessionError, load
+from ingot.export.ingot import MANIFEST
+from ingot.runtime.cli import main
+from ingot.runtime.generate import Sampling, choose, generate, pad_left
+from ingot.runtime.session import Floats, Session, SessionError, load
 
 PROMPTS = [[17, 300, 5, 44, 101, 256, 7], [411], [9, 8, 207]]
 NEW = 32
@@ -472,7 +472,7 @@ def test_holds_back_a_character_until_it_is_whole(
         if not options.get("err"):
             written.append(text)
 
-    monkeypatch.setattr("runtime.cli.click.echo", note)
+    monkeypatch.setattr("ingot.runtime.cli.click.echo", note)
     result = _invoke(reciter, "--prompt", "he", "--max-new-tokens", "60")
     assert result.exit_code == 0, result.output
     assert "".join(written) == "llo €uräжя😀z"

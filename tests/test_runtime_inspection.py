@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 from conftest import MakeCheckpoint, MakeIngot
 
-from export.ingot import WEIGHTS, Manifest
-from runtime.inspection import States, inspect, inspect_command
+from ingot.export.ingot import WEIGHTS, Manifest
+from ingot.runtime.inspection import States, inspect, inspect_command
 
 
 def test_counts_what_one_token_touches(tiny_ort: Path) -> None:

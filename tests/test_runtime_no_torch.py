@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.generate import generate
-from runtime.session import load
+from ingot.runtime.generate import generate
+from ingot.runtime.session import load
 
 PROMPTS = [[3, 14, 15], [9, 2, 6, 5, 3]]
 BLOCKED = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript")
@@ -29,15 +29,15 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 """
 GENERATE = """
-import runtime
-from runtime.generate import generate
+import ingot.runtime
+from ingot.runtime.generate import generate
 
-session = runtime.load(sys.argv[2])
+session = ingot.runtime.load(sys.argv[2])
 print(json.dumps(list(generate(session, json.loads(sys.argv[3]), max_new_tokens=8))))
 """
 COMMAND = """
 from click.testing import CliRunner
-from runtime.cli import main
+from ingot.runtime.cli import main
 
 result = CliRunner().invoke(main, ["generate", *sys.argv[2:]], catch_exceptions=False)
 print(json.dumps([result.exit_code, result.stdout]))
@@ -56,10 +56,10 @@ def _without(code: str, *arguments: str) -> list[str]:
 
 
 def test_the_package_itself_imports_nothing() -> None:
-    (loaded,) = _without("import runtime\nassert 'runtime.session' not in sys.modules")
-    assert "runtime" in json.loads(loaded) and "numpy" not in json.loads(loaded)
-    with pytest.raises(AttributeError, match="'runtime' has no attribute 'lode'"):
-        getattr(importlib.import_module("runtime"), "lode")
+    (loaded,) = _without("import ingot.runtime\nassert 'ingot.runtime.session' not in sys.modules")
+    assert "ingot" in json.loads(loaded) and "numpy" not in json.loads(loaded)
+    with pytest.raises(AttributeError, match=r"'ingot\.runtime' has no attribute 'lode'"):
+        getattr(importlib.import_module("ingot.runtime"), "lode")
 
 
 @pytest.mark.parametrize("blocked", BLOCKED)

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import onnxruntime
 import pytest
 
-from export.ingot import Manifest
-from runtime.ort import OrtSession
-from runtime.session import Floats, Ids, Session, SessionError, load
+from ingot.export.ingot import Manifest
+from ingot.runtime.ort import OrtSession
+from ingot.runtime.session import Floats, Ids, Session, SessionError, load
 
 TOKENS = 9
 

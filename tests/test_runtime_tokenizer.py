@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 from damage import copied
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from runtime.cli import generate_command
-from runtime.tokenizer import TokenizerError, load_tokenizer
+from ingot.runtime.cli import generate_command
+from ingot.runtime.tokenizer import TokenizerError, load_tokenizer
 
 TEXT = " ".join(f"w{number}" for number in range(40))
 

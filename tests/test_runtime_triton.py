@@ -25,20 +25,20 @@ import yaml  # type: ignore[import-untyped]
 from click.testing import CliRunner
 from conftest import MakeCheckpoint, MakeIngot
 from google.protobuf import text_format
-from test_imports import OURS, imported
+from test_imports import imported
 from test_packaging import wheel  # noqa: F401
 from test_runtime_classify import checkpoint as classifier
 
-import runtime.triton
-from export.cli import main as ingot_command
-from export.engine import profiles
-from export.ingot import ENGINE, GRAPH, MANIFEST, EngineInfo, Manifest, file_infos
-from export.request import Limits
-from plugins.errors import IngotError
-from runtime.cli import main as runtime_command
-from runtime.generate import Sampling, generate
-from runtime.session import SessionError, load
-from runtime.triton import (
+from ingot.export.cli import main as ingot_command
+from ingot.export.engine import profiles
+from ingot.export.ingot import ENGINE, GRAPH, MANIFEST, EngineInfo, Manifest, file_infos
+from ingot.export.request import Limits
+from ingot.plugins.errors import IngotError
+from ingot.runtime import triton
+from ingot.runtime.cli import main as runtime_command
+from ingot.runtime.generate import Sampling, generate
+from ingot.runtime.session import SessionError, load
+from ingot.runtime.triton import (
     CARRIED,
     CARRIED_FOR_ENGINES,
     PLUGINS,
@@ -50,7 +50,7 @@ from runtime.triton import (
     memory_gib,
     write_repository,
 )
-from runtime.triton_lint import lint
+from ingot.runtime.triton_lint import lint
 
 # On a machine that only runs the tests of GPUs it may be missing.
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
@@ -359,7 +359,7 @@ def test_leaves_the_old_repository_where_a_new_one_fails(
     def broken(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(runtime.triton, "write_record", broken)
+    monkeypatch.setattr(triton, "write_record", broken)
     with pytest.raises(OSError, match="no space"):
         write_repository(tiny_ort, out, Settings(name="second"), overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
@@ -717,7 +717,7 @@ def test_lets_an_operator_edit_what_is_theirs(copied: Path) -> None:
         ("m/1/ingot.json", "ingot.json"),
         ("m/config.pbtxt", "m/config.pbtxt"),
         ("m_generate/1/model.py", "m_generate/1/model.py"),
-        ("m_generate/1/runtime/generate.py", "m_generate/1/runtime/generate.py"),
+        ("m_generate/1/ingot/runtime/generate.py", "m_generate/1/ingot/runtime/generate.py"),
     ],
 )
 @pytest.mark.parametrize("fault", ["gone", "changed"])
@@ -804,7 +804,7 @@ def test_makes_and_checks_a_repository_by_its_command(
 
 
 def test_packs_its_templates_into_the_wheel(wheel: Path) -> None:  # noqa: F811
-    templates = {path.relative_to(ROOT).as_posix() for path in runtime.triton.TEMPLATES.iterdir()}
+    templates = {path.relative_to(ROOT).as_posix() for path in triton.TEMPLATES.iterdir()}
     assert len(templates) == 7
     assert templates <= set(zipfile.ZipFile(wheel).namelist())
 
@@ -901,10 +901,10 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name, member in members.items():
         setattr(fake, name, member)
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    monkeypatch.delitem(sys.modules, "runtime.triton_model", raising=False)
-    module = importlib.import_module("runtime.triton_model")
+    monkeypatch.delitem(sys.modules, "ingot.runtime.triton_model", raising=False)
+    module = importlib.import_module("ingot.runtime.triton_model")
     yield module
-    monkeypatch.delitem(sys.modules, "runtime.triton_model")
+    monkeypatch.delitem(sys.modules, "ingot.runtime.triton_model")
 
 
 @pytest.fixture
@@ -1153,7 +1153,7 @@ made.initialize({
 made.finalize()
 print(json.dumps([
     m.__file__ for name, m in sys.modules.items()
-    if name.partition(".")[0] in ("export", "graphs", "plugins", "runtime", "validate")
+    if name.partition(".")[0] == "ingot"
 ]))
 """
 
@@ -1175,7 +1175,7 @@ def test_carries_everything_that_an_engines_session_imports() -> None:
     for file in carried:
         for name in imported((ROOT / file).read_text(encoding="utf-8")):
             parts = name.split(".")
-            if parts[0] not in OURS:
+            if parts[0] != "ingot":
                 continue
             # The longest part of the dotted name that is a module.
             modules = ["/".join(parts[: n + 1]) for n in range(len(parts))]

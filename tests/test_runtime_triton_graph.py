@@ -19,10 +19,10 @@ import triton_server
 from conftest import MakeCheckpoint, MakeIngot
 from triton_server import Server
 
-from export.ingot import Manifest
-from runtime.generate import generate
-from runtime.session import load
-from runtime.triton import Settings, grows, write_repository
+from ingot.export.ingot import Manifest
+from ingot.runtime.generate import generate
+from ingot.runtime.session import load
+from ingot.runtime.triton import Settings, grows, write_repository
 
 grpc = pytest.importorskip("tritonclient.grpc")
 utils = pytest.importorskip("tritonclient.utils")

@@ -18,9 +18,9 @@ import triton_server
 from conftest import MakeCheckpoint, MakeIngot
 from triton_server import Server
 
-from runtime.generate import Sampling, generate
-from runtime.session import load
-from runtime.triton import Settings, write_repository
+from ingot.runtime.generate import Sampling, generate
+from ingot.runtime.session import load
+from ingot.runtime.triton import Settings, write_repository
 
 grpc = pytest.importorskip("tritonclient.grpc")
 

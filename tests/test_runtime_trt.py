@@ -26,15 +26,15 @@ from conftest import MakeCheckpoint, MakeIngot
 from host_cuda import HostCuda
 from oracle import relative_rms, tokens
 
-from export.engine import PLUGIN_LIBRARY, profiles
-from export.ingot import ENGINE, GRAPH, EngineInfo, FileInfo, Manifest, sha256
-from export.request import Limits
-from graphs.checkpoint import Checkpoint
-from plugins.device import compute_capability
-from plugins.library import PATH as KERNEL_LIBRARY
-from runtime.session import SessionError, load
-from runtime.trt import Engine, TrtSession, check_engine
-from validate.eager import EagerSession
+from ingot.export.engine import PLUGIN_LIBRARY, profiles
+from ingot.export.ingot import ENGINE, GRAPH, EngineInfo, FileInfo, Manifest, sha256
+from ingot.export.request import Limits
+from ingot.graphs.checkpoint import Checkpoint
+from ingot.plugins.device import compute_capability
+from ingot.plugins.library import PATH as KERNEL_LIBRARY
+from ingot.runtime.session import SessionError, load
+from ingot.runtime.trt import Engine, TrtSession, check_engine
+from ingot.validate.eager import EagerSession
 
 LIMITS = Limits(max_batch=3, max_seq=40, opt_seq=16)
 
@@ -422,7 +422,7 @@ def test_refuses_a_changed_engine_or_library(ingot: tuple[Path, Manifest], name:
 def test_an_engine_without_a_gpu_is_refused_in_one_sentence(
     lowered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("plugins.device.has_gpu", lambda: False)
+    monkeypatch.setattr("ingot.plugins.device.has_gpu", lambda: False)
     with pytest.raises(SessionError, match=r"this machine has no NVIDIA GPU; run an ort ingot"):
         TrtSession(lowered, with_engine(lowered))
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import validate.cache
-from validate.cache import Cache, Recording, code_digest, default_cache, inputs_digest, key
+from ingot.validate import cache as cache_module
+from ingot.validate.cache import Cache, Recording, code_digest, default_cache, inputs_digest, key
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = [key(number=number) for number in range(8)]
@@ -140,8 +140,8 @@ def test_every_changed_byte_is_a_miss_and_goes(cache: Cache) -> None:
         assert not path.exists()
 
 
-DIGESTS = validate.cache._metadata([{"x": np.ones(1)}])
-HALF = validate.cache._metadata([{"x": np.ones(1, np.float16)}])
+DIGESTS = cache_module._metadata([{"x": np.ones(1)}])
+HALF = cache_module._metadata([{"x": np.ones(1, np.float16)}])
 
 
 @pytest.mark.parametrize(
@@ -465,21 +465,26 @@ def test_the_code_is_what_the_eager_graphs_import() -> None:
     """Every module of ours that a truth runs, but for those that only name types and errors."""
     program = (
         "import importlib, sys\n"
-        "import validate.eager\n"
-        "from graphs.family import FAMILIES\n"
-        "for family in FAMILIES: importlib.import_module('graphs.' + family)\n"
+        "import ingot.validate.eager\n"
+        "from ingot.graphs.family import FAMILIES\n"
+        "for family in FAMILIES: importlib.import_module('ingot.graphs.' + family)\n"
         f"print(*(m.__file__ for m in sys.modules.values() if (getattr(m, '__file__', '') or '')"
         f".startswith({str(ROOT)!r}) and '.venv' not in m.__file__), sep='\\n')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    ours = {Path(line).relative_to(ROOT).as_posix() for line in done.stdout.splitlines()}
-    names = {f.relative_to(ROOT).as_posix() for f in validate.cache._source_files(ROOT)}
-    types_only = {"runtime/session.py", "runtime/__init__.py", "validate/__init__.py"}
+    ours = {Path(line).resolve().relative_to(ROOT).as_posix() for line in done.stdout.splitlines()}
+    names = {f.relative_to(ROOT).as_posix() for f in cache_module._source_files(ROOT)}
+    types_only = {
+        "ingot/__init__.py",
+        "runtime/session.py",
+        "runtime/__init__.py",
+        "validate/__init__.py",
+    }
     # The exporter tells the eager graph the names of its outputs, and no numbers.
     left = {name for name in ours - names if not name.startswith("export/")}
-    assert left <= types_only
+    assert left <= packages | {"runtime/session.py"}
     assert {"graphs/olmoe.py", "plugins/moe_dispatch.py", "validate/eager.py"} <= names & ours
     assert not any("kernels" in name or "tensorrt" in name for name in names)
 
@@ -492,7 +497,7 @@ def test_a_change_of_the_code_changes_its_digest(tmp_path: Path) -> None:
         (tmp_path / name).write_text(f"# {name}")
 
     def digest() -> str:
-        return validate.cache._digest_files(tmp_path, validate.cache._source_files(tmp_path))
+        return cache_module._digest_files(tmp_path, cache_module._source_files(tmp_path))
 
     before = digest()
     for name in ("validate/run.py", "graphs/notes.txt", "plugins/kernels/k.py"):
@@ -511,6 +516,6 @@ def test_a_change_of_the_code_changes_its_digest(tmp_path: Path) -> None:
 
 
 def test_the_code_has_one_digest() -> None:
-    files = validate.cache._source_files(ROOT)
-    assert code_digest() == validate.cache._digest_files(ROOT, files)
+    files = cache_module._source_files(ROOT)
+    assert code_digest() == cache_module._digest_files(ROOT, files)
     assert code_digest() is code_digest()

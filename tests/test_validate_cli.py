@@ -22,16 +22,16 @@ from conftest import MakeCheckpoint, MakeIngot
 from damage import copied, one_percent, with_weight
 from test_runtime_tokenizer import cut_and_padded
 
-import export.capture
-from export.capture import Captured
-from export.ingot import GRAPH, WEIGHTS, EngineInfo, Manifest
-from graphs.checkpoint import stack_height
-from graphs.family import find_family
-from graphs.preset import preset_config, write_checkpoint
-from plugins.errors import IngotError
-from validate.cli import validate_command
-from validate.inputs import QUICK, STANDARD, THOROUGH, Plan
-from validate.result import Report, TensorResult
+from ingot.export import capture as traced
+from ingot.export.capture import Captured
+from ingot.export.ingot import GRAPH, WEIGHTS, EngineInfo, Manifest
+from ingot.graphs.checkpoint import stack_height
+from ingot.graphs.family import find_family
+from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.plugins.errors import IngotError
+from ingot.validate.cli import validate_command
+from ingot.validate.inputs import QUICK, STANDARD, THOROUGH, Plan
+from ingot.validate.result import Report, TensorResult
 
 # How many words of `cut_and_padded` a text has: more than one window of a perplexity.
 WORDS = 300
@@ -45,7 +45,7 @@ EAGER_STAGES += ["run eager float32"]
 def _one_trace() -> Iterator[None]:
     """Trace each graph once: that takes seconds, and all ingots of a kind here have one graph."""
     made: dict[Any, Captured] = {}
-    trace = export.capture.capture
+    trace = traced.capture
 
     def capture(model: Any, read: Any, **options: Any) -> Captured:
         key = (type(model), tuple(sorted(map(str, options.items()))))
@@ -58,8 +58,8 @@ def _one_trace() -> Iterator[None]:
         return replace(made[key], model=made[key].model.clone())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.build.capture", capture)
-        patch.setattr("validate.locate.capture", capture)
+        patch.setattr("ingot.export.build.capture", capture)
+        patch.setattr("ingot.validate.locate.capture", capture)
         yield
 
 
@@ -219,7 +219,7 @@ def test_the_status_is_the_verdict(
     status: int,
     first: str,
 ) -> None:
-    monkeypatch.setattr("validate.run.examine", lambda *_arguments, **_options: report)
+    monkeypatch.setattr("ingot.validate.run.examine", lambda *_arguments, **_options: report)
     result = _validate(ingot, checkpoint)
     assert result.exit_code == status
     assert result.stdout.splitlines()[0].startswith(first)
@@ -236,7 +236,7 @@ def test_says_that_an_engine_did_not_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("validate.run.has_gpu", lambda: False)
+    monkeypatch.setattr("ingot.validate.run.has_gpu", lambda: False)
     graph = make_ingot(checkpoint, "trt", builder="none", precision="fp32")
     engine = EngineInfo("tensorrt-rtx", "1.7", (80,), "0" * 64, {}, (), False, ())
     result = _quick(copied(graph, tmp_path / "ingot", engine=asdict(engine)), checkpoint)
@@ -270,7 +270,7 @@ def test_options_choose_the_plan(
         asked.update(options)
         return _report()
 
-    monkeypatch.setattr("validate.run.examine", examine)
+    monkeypatch.setattr("ingot.validate.run.examine", examine)
     assert _validate(ingot, checkpoint, *arguments).exit_code == 0
     assert (asked["plan"], asked["seed"]) == (plan, seed)
 
@@ -576,7 +576,7 @@ def test_removes_the_ingot_it_compared_with(
     _passed(_quick(ingot, checkpoint, "--against", "onnx"), "the onnx ingot")
     assert list(tmp_path.iterdir()) == []
     # Before the ingot is whole, and after.
-    for name in ("export.build.file_infos", "validate.run.examine"):
+    for name in ("ingot.export.build.file_infos", "ingot.validate.run.examine"):
         with monkeypatch.context() as patch:
             patch.setattr(name, look(name))
             _refused(_quick(ingot, checkpoint, "--against", "onnx"), f"{name} failed")
@@ -601,7 +601,7 @@ def test_keeps_what_eager_computes(
     # The truth, and eager in the ingot's precision.
     assert len(list(cache.glob("*.safetensors"))) == 2
     with monkeypatch.context() as patch:
-        patch.setattr("validate.reference.EagerSession", _forbid)
+        patch.setattr("ingot.validate.reference.EagerSession", _forbid)
         again = _quick(ingot, checkpoint, "--json")
     assert _stages(again) == [stage for stage in _stages(first) if stage not in EAGER_STAGES]
     one, other = _strict(first.stdout), _strict(again.stdout)

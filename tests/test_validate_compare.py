@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from validate.compare import compare, layer_of
-from validate.limits import LIMITS, NORM_LIMIT, TIE_LIMIT
-from validate.metrics import rms
-from validate.result import TensorResult
+from ingot.validate.compare import compare, layer_of
+from ingot.validate.limits import LIMITS, NORM_LIMIT, TIE_LIMIT
+from ingot.validate.metrics import rms
+from ingot.validate.result import TensorResult
 
 Floats = npt.NDArray[np.floating]
 KINDS = {"logits": "logits", "hidden": "hidden", "key": "key", "value": "value"}

@@ -16,21 +16,21 @@ from conftest import MakeCheckpoint, MakeIngot
 from oracle import capture_once
 from torch import nn
 
-import graphs.layers
-from export.capture import Captured
-from export.ingot import GRAPH, Manifest
-from export.progress import Stages
-from export.weights import write_weights
-from graphs.checkpoint import Checkpoint, block_reader
-from graphs.family import Family
-from graphs.layers import ModelOutput
-from plugins.errors import IngotError
-from plugins.mamba2_scan import mamba2_scan
-from validate.compare import compare
-from validate.inputs import QUICK
-from validate.reference import Reference
-from validate.result import Report
-from validate.run import examine
+import ingot.graphs.layers
+from ingot.export.capture import Captured
+from ingot.export.ingot import GRAPH, Manifest
+from ingot.export.progress import Stages
+from ingot.export.weights import write_weights
+from ingot.graphs.checkpoint import Checkpoint, block_reader
+from ingot.graphs.family import Family
+from ingot.graphs.layers import ModelOutput
+from ingot.plugins.errors import IngotError
+from ingot.plugins.mamba2_scan import mamba2_scan
+from ingot.validate.compare import compare
+from ingot.validate.inputs import QUICK
+from ingot.validate.reference import Reference
+from ingot.validate.result import Report
+from ingot.validate.run import examine
 
 # Minutes of tracing; `make test-slow` runs them, and so does CI.
 pytestmark = pytest.mark.slow
@@ -130,7 +130,7 @@ class Exports:
 
     def _export(self, subject: Subject, target: str, tracer: Tracer) -> Path:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("export.build.capture", tracer)
+            patch.setattr("ingot.export.build.capture", tracer)
             return self._make_ingot(subject.folder, target)
 
 
@@ -142,7 +142,7 @@ def exports(make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> Exports:
 def examined(ingot: Path, subject: Subject) -> Report:
     """The path of ``python -m validate``, without the second trace."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("validate.locate.capture", subject.right)
+        patch.setattr("ingot.validate.locate.capture", subject.right)
         return examine(ingot, subject.reference, Stages(), plan=QUICK)
 
 
@@ -179,7 +179,7 @@ def of_weights(change: Callable[[Read, str, int], torch.Tensor]) -> Fault:
             right = block_reader(*arguments)
             return lambda name, block: change(right, name, block)
 
-        patch.setattr("export.build.block_reader", reader)
+        patch.setattr("ingot.export.build.block_reader", reader)
 
     return apply
 
@@ -217,7 +217,7 @@ def of_scan(change: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Fault:
 
         def forward(*arguments: torch.Tensor) -> Any:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("graphs.mamba2.mamba2_scan", change)
+                patch.setattr("ingot.graphs.mamba2.mamba2_scan", change)
                 return right(*arguments)
 
         layer.mixer.forward = forward
@@ -271,9 +271,9 @@ def see_one_padding_position(patch: pytest.MonkeyPatch) -> None:
     def mask_off_by_one(attention_mask: torch.Tensor, tokens: int) -> torch.Tensor:
         """A row's mask begins one position early."""
         after = torch.cat((attention_mask[:, 1:], attention_mask[:, -1:]), dim=1)
-        return graphs.layers.causal_mask(attention_mask | after, tokens)
+        return ingot.graphs.layers.causal_mask(attention_mask | after, tokens)
 
-    patch.setattr("graphs.granite.causal_mask", mask_off_by_one)
+    patch.setattr("ingot.graphs.granite.causal_mask", mask_off_by_one)
 
 
 def shift_positions_after_a_past(model: Any) -> None:
@@ -309,7 +309,7 @@ def with_nan(weight: torch.Tensor) -> torch.Tensor:
 
 def forget_a_state(patch: pytest.MonkeyPatch) -> None:
     """The convolution of one layer begins afresh in every call, and the manifest knows no state."""
-    from graphs.mamba2 import Mamba2Model
+    from ingot.graphs.mamba2 import Mamba2Model
 
     states: Any = Mamba2Model.states
     forward = Mamba2Model.forward
@@ -336,7 +336,7 @@ def drop_an_output(patch: pytest.MonkeyPatch) -> None:
         model.graph.outputs.remove(output)
         return write_weights(model, *arguments)
 
-    patch.setattr("export.build.write_weights", write)
+    patch.setattr("ingot.export.build.write_weights", write)
 
 
 CONTROLS = {

@@ -15,8 +15,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 
-from runtime.session import Floats, Ids, load
-from validate.distribution import (
+from ingot.runtime.session import Floats, Ids, load
+from ingot.validate.distribution import (
     Doubles,
     TokensError,
     distribution,
@@ -25,7 +25,7 @@ from validate.distribution import (
     read_text,
     read_tokens,
 )
-from validate.gate import KL_FLOOR
+from ingot.validate.gate import KL_FLOOR
 
 
 def make_logits(rows: int, vocab: int, error: float, seed: int = 0) -> tuple[Doubles, Floats]:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from validate import figures
-from validate.growth import GROWTH_LIMIT
-from validate.limits import TIE_LIMIT
-from validate.recording import Array
-from validate.result import Flip, Growth, Routing, TensorResult
+from ingot.validate import figures
+from ingot.validate.growth import GROWTH_LIMIT
+from ingot.validate.limits import TIE_LIMIT
+from ingot.validate.recording import Array
+from ingot.validate.result import Flip, Growth, Routing, TensorResult
 
 FLOOR = 1e-7
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from test_validate_report import failing_report, make_report, with_tensor
 
-from validate.gate import KL_FLOOR, GateError, gate, save_baseline
-from validate.result import Distribution, Report, Routing
+from ingot.validate.gate import KL_FLOOR, GateError, gate, save_baseline
+from ingot.validate.result import Distribution, Report, Routing
 
 SPREAD = {"logits": 0.02, "key": 0.0, "value": 0.0, "kl": 0.1, "top1": 0.0, "routing": 0.0}
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from validate.growth import GROWTH_LIMIT, growth
-from validate.result import Growth, TensorResult
+from ingot.validate.growth import GROWTH_LIMIT, growth
+from ingot.validate.result import Growth, TensorResult
 
 
 def tensor(

@@ -11,16 +11,16 @@ import pytest
 from conftest import MakeIngot
 from played import HIDDEN, KEY, ROUTERS, SSM, Played, Table, token
 
-from graphs.checkpoint import Checkpoint
-from graphs.family import find_family
-from graphs.preset import preset_config, write_checkpoint
-from validate.inputs import QUICK
-from validate.judge import CACHES, FREE, REPLAYED, Judge
-from validate.recording import record
-from validate.reference import Reference, References
-from validate.result import TensorResult
-from validate.run import validate_ingot
-from validate.taps import TappedSession
+from ingot.graphs.checkpoint import Checkpoint
+from ingot.graphs.family import find_family
+from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.validate.inputs import QUICK
+from ingot.validate.judge import CACHES, FREE, REPLAYED, Judge
+from ingot.validate.recording import record
+from ingot.validate.reference import Reference, References
+from ingot.validate.result import TensorResult
+from ingot.validate.run import validate_ingot
+from ingot.validate.taps import TappedSession
 
 NOISE = 1e-6
 # Rounding explains a margin of 32 times the noise.

@@ -16,12 +16,12 @@ from conftest import MakeCheckpoint, MakeIngot
 from onnx import numpy_helper
 from oracle import capture_once
 
-from export.capture import Captured
-from export.ingot import GRAPH, MANIFEST, WEIGHTS
-from graphs.checkpoint import Checkpoint
-from validate.inputs import Inputs, make_inputs
-from validate.locate import LocateError, locate
-from validate.result import Location
+from ingot.export.capture import Captured
+from ingot.export.ingot import GRAPH, MANIFEST, WEIGHTS
+from ingot.graphs.checkpoint import Checkpoint
+from ingot.validate.inputs import Inputs, make_inputs
+from ingot.validate.locate import LocateError, locate
+from ingot.validate.result import Location
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Change = Callable[[Path], None]
@@ -53,7 +53,7 @@ class Subjects:
     def ingot(self, family: str, target: str) -> Path:
         if (family, target) not in self._ingots:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("export.build.capture", self.captures[family])
+                patch.setattr("ingot.export.build.capture", self.captures[family])
                 self._ingots[family, target] = self._make_ingot(
                     self.checkpoint(family), target, builder="none"
                 )
@@ -83,7 +83,7 @@ def find(subjects: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(subjects.ingot(family, target), copy)
         change(copy)
-        monkeypatch.setattr("validate.locate.capture", subjects.captures[family])
+        monkeypatch.setattr("ingot.validate.locate.capture", subjects.captures[family])
         checkpoint = Checkpoint.open(subjects.checkpoint(family))
         return locate(copy, checkpoint, inputs or make_inputs(512), calls)
 

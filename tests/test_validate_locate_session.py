@@ -17,15 +17,15 @@ import torch
 from conftest import MakeCheckpoint, MakeIngot
 from oracle import capture_once
 
-from export.ingot import MANIFEST, Manifest
-from graphs.family import find_family
-from graphs.preset import preset_config, write_checkpoint
-from runtime.ort import OrtSession
-from runtime.session import Floats, Ids, Session, load
-from runtime.tokens import TokenInputs
-from validate.inputs import Inputs, make_inputs
-from validate.locate_session import locate_session
-from validate.result import Location
+from ingot.export.ingot import MANIFEST, Manifest
+from ingot.graphs.family import find_family
+from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.runtime.ort import OrtSession
+from ingot.runtime.session import Floats, Ids, Session, load
+from ingot.runtime.tokens import TokenInputs
+from ingot.validate.inputs import Inputs, make_inputs
+from ingot.validate.locate_session import locate_session
+from ingot.validate.result import Location
 
 # Minutes of tracing; `make test-slow` runs them, and so does CI.
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def ingot(make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> GetIngot:
                 checkpoints[family] = make_checkpoint(family)
                 captures[family] = capture_once()
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("export.build.capture", captures[family])
+                patch.setattr("ingot.export.build.capture", captures[family])
                 made[family, target] = make_ingot(checkpoints[family], target)
         return made[family, target]
 

@@ -7,8 +7,8 @@ import played
 import pytest
 from played import HIDDEN, KEY, ROUTERS, SSM, Played, Table
 
-from validate.inputs import Inputs
-from validate.recording import (
+from ingot.validate.inputs import Inputs
+from ingot.validate.recording import (
     MOST_ELEMENTS,
     Call,
     _thinned,

@@ -13,21 +13,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import export.capture
-from export.build import build
-from export.capture import Captured
-from export.ingot import Manifest
-from export.progress import Stages
-from export.request import ExportRequest
-from graphs.checkpoint import Checkpoint, stack_height
-from graphs.family import FAMILIES, family_of, find_family
-from graphs.preset import preset_config, write_checkpoint
-from validate.cache import Cache, Recording
-from validate.eager import EagerSession
-from validate.inputs import Inputs, Plan, make_inputs
-from validate.recording import Layout, main_run, places, record
-from validate.reference import Reference, References, routers
-from validate.routing import choices
+import ingot.export.capture
+from ingot.export.build import build
+from ingot.export.capture import Captured
+from ingot.export.ingot import Manifest
+from ingot.export.progress import Stages
+from ingot.export.request import ExportRequest
+from ingot.graphs.checkpoint import Checkpoint, stack_height
+from ingot.graphs.family import FAMILIES, family_of, find_family
+from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.validate.cache import Cache, Recording
+from ingot.validate.eager import EagerSession
+from ingot.validate.inputs import Inputs, Plan, make_inputs
+from ingot.validate.recording import Layout, main_run, places, record
+from ingot.validate.reference import Reference, References, routers
+from ingot.validate.routing import choices
 
 # Minutes of tracing; `make test-slow` runs them, and so does CI.
 pytestmark = pytest.mark.slow
@@ -115,7 +115,7 @@ def test_gives_back_what_was_computed_to_the_bit(
 
     computed = recorded(reference(None))
     stored = recorded(reference(Cache(tmp_path)))
-    monkeypatch.setattr("validate.reference.EagerSession", forbid)
+    monkeypatch.setattr("ingot.validate.reference.EagerSession", forbid)
     kept = recorded(reference(Cache(tmp_path)))
     for found in (stored, kept):
         assert_same(found.truth, computed.truth)
@@ -145,7 +145,7 @@ def test_keeps_tensors_of_no_tokens(
     reference.cache = Cache(tmp_path)
     recorded(reference, nothing)
     again = Reference(reference.checkpoint, "generate", cache=reference.cache)
-    monkeypatch.setattr("validate.reference.EagerSession", forbid)
+    monkeypatch.setattr("ingot.validate.reference.EagerSession", forbid)
     assert_same(recorded(again, nothing).truth, computed.truth)
 
 
@@ -185,7 +185,7 @@ def test_each_thing_it_depends_on_has_a_truth_of_its_own(
     assert new(folder=_changed(folder, tmp_path / "weights")) == 2
     for name, value in (("code_digest", lambda: "x"), ("torch.__version__", "9")):
         with monkeypatch.context() as patch:
-            patch.setattr(f"validate.reference.{name}", value)
+            patch.setattr(f"ingot.validate.reference.{name}", value)
             assert new() == 2
     assert new() == 0
 
@@ -210,7 +210,7 @@ def trace() -> Callable[..., Captured]:
 
     def capture(model: Any, read: Any, **options: Any) -> Captured:
         if not made:
-            made.append(export.capture.capture(model, read, **options))
+            made.append(ingot.export.capture.capture(model, read, **options))
         for name, parameter in model.named_parameters():
             for block in range(stack_height(tuple(parameter.shape))):
                 read(name, block)
@@ -231,7 +231,7 @@ def test_the_hash_is_what_an_export_writes(
     folder, out = checkpoints(family, task), tmp_path / "out"
     # Those that tie the head to the embedding are traced, since fewer weights may be read.
     if (family, task) not in (("granite", "generate"), ("mamba2", "generate")):
-        monkeypatch.setattr("export.build.capture", trace)
+        monkeypatch.setattr("ingot.export.build.capture", trace)
     build(ExportRequest(str(folder), "onnx", out, task=task), Stages(), None)
     written = Manifest.read(out).source["sha256"]
     assert Reference(Checkpoint.open(folder), task).hash(Stages()) == written
@@ -270,7 +270,7 @@ def test_streams_the_same_truth_and_floor(
 
     loaded = Reference(Checkpoint.open(folder), "generate")
     expected = recorded(loaded)
-    monkeypatch.setattr("validate.eager._free_memory", lambda: 0)
+    monkeypatch.setattr("ingot.validate.eager._free_memory", lambda: 0)
     streamed = Reference(Checkpoint.open(folder), "generate")
     found = recorded(streamed)
     # Between two calls a streamed one holds no layer.

@@ -19,8 +19,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from validate import html, report
-from validate.result import Distribution, Flip, Location, Report, Routing, TensorResult
+from ingot.validate import html, report
+from ingot.validate.result import Distribution, Flip, Location, Report, Routing, TensorResult
 
 HOSTILE = '<script>alert("1")</script>&\x00\x1b\ud800|`*_[x](http://y)$\\frac @all\n# head'
 FILES = ["junit.xml", "report.html", "report.json", "summary.md"]
@@ -558,5 +558,5 @@ def test_plots_of_margins_tell_failing_flips_apart() -> None:
 
 
 def test_writing_the_other_files_needs_no_matplotlib() -> None:
-    code = "import sys, validate.report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, ingot.validate.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,15 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-import plugins.moe_dispatch
-from graphs.checkpoint import Checkpoint
-from plugins.moe_dispatch import route
-from runtime.session import Floats
-from validate.eager import EagerSession
-from validate.inputs import QUICK, make_inputs
-from validate.limits import FLIP_LIMIT
-from validate.result import Flip, Routing
-from validate.routing import (
+import ingot.plugins.moe_dispatch
+from ingot.graphs.checkpoint import Checkpoint
+from ingot.plugins.moe_dispatch import route
+from ingot.runtime.session import Floats
+from ingot.validate.eager import EagerSession
+from ingot.validate.inputs import QUICK, make_inputs
+from ingot.validate.limits import FLIP_LIMIT
+from ingot.validate.result import Flip, Routing
+from ingot.validate.routing import (
     DOMAIN,
     NUDGE,
     OPERATOR,
@@ -317,7 +317,7 @@ def test_forcing_others_computes_what_a_router_that_chose_them_would(
             weights = weights / weights.sum(-1, keepdim=True)
         return torch.from_numpy(ids), weights
 
-    monkeypatch.setattr(plugins.moe_dispatch, "route", told)
+    monkeypatch.setattr(ingot.plugins.moe_dispatch, "route", told)
     expected = list(steps(eager))
     assert next(waiting, None) is None
     for number, (want, found) in enumerate(zip(expected, forced, strict=True)):

@@ -15,15 +15,15 @@ from conftest import MakeIngot
 from judged import judged
 from safetensors.torch import load_file, save_file
 
-from export.ingot import Manifest
-from graphs.checkpoint import Checkpoint
-from runtime.session import Floats, Ids, load
-from validate.eager import EagerSession
-from validate.inputs import QUICK, Plan, make_inputs
-from validate.judge import CACHES
-from validate.recording import Stepper
-from validate.reference import Reference
-from validate.run import validate_ingot
+from ingot.export.ingot import Manifest
+from ingot.graphs.checkpoint import Checkpoint
+from ingot.runtime.session import Floats, Ids, load
+from ingot.validate.eager import EagerSession
+from ingot.validate.inputs import QUICK, Plan, make_inputs
+from ingot.validate.judge import CACHES
+from ingot.validate.recording import Stepper
+from ingot.validate.reference import Reference
+from ingot.validate.run import validate_ingot
 
 Tensors = dict[str, torch.Tensor]
 STATES = [f"present.{layer}.{kind}" for layer in range(2) for kind in ("key", "value")]

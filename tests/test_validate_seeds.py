@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
 
-from graphs.checkpoint import Checkpoint
-from graphs.family import FAMILIES
-from validate.reference import Reference
-from validate.run import validate_ingot
+from ingot.graphs.checkpoint import Checkpoint
+from ingot.graphs.family import FAMILIES
+from ingot.validate.reference import Reference
+from ingot.validate.run import validate_ingot
 
 SEEDS = 20
 # bfloat16 has no runtime without a GPU.

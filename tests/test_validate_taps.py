@@ -10,14 +10,14 @@ import pytest
 from conftest import MakeCheckpoint, MakeIngot
 from oracle import TARGETS, capture_once, relative_rms
 
-from export.ingot import Manifest
-from graphs.checkpoint import Checkpoint
-from runtime.session import Floats, load
-from validate.eager import EagerSession
-from validate.inputs import QUICK, make_inputs
-from validate.recording import Stepper
-from validate.routing import Chosen, Replay, choices
-from validate.taps import TappedSession
+from ingot.export.ingot import Manifest
+from ingot.graphs.checkpoint import Checkpoint
+from ingot.runtime.session import Floats, load
+from ingot.validate.eager import EagerSession
+from ingot.validate.inputs import QUICK, make_inputs
+from ingot.validate.recording import Stepper
+from ingot.validate.routing import Chosen, Replay, choices
+from ingot.validate.taps import TappedSession
 
 # Minutes of tracing; `make test-slow` runs them, and so does CI.
 pytestmark = pytest.mark.slow
@@ -58,7 +58,7 @@ def subjects(
         else:
             folder = make_checkpoint(family)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("export.build.capture", capture_once())
+                patch.setattr("ingot.export.build.capture", capture_once())
                 ingots = {target: make_ingot(folder, target, task=task) for target in TARGETS}
         made[key] = Subject(folder, ingots, task)
         return made[key]

@@ -1,5 +1,5 @@
 """``python -m validate``."""
 
-from validate.cli import validate_command
+from ingot.validate.cli import validate_command
 
 validate_command(prog_name="python -m validate")

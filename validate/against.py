@@ -12,16 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from export.build import build
-from export.ingot import Manifest
-from export.progress import Stages
-from export.request import PRECISIONS, TARGETS, ExportRequest
-from graphs.checkpoint import Checkpoint
-from plugins.errors import IngotError
-from validate.inputs import Inputs
-from validate.recording import Layout, record
-from validate.reference import Reference, References
-from validate.taps import TappedSession
+from ingot.export.build import build
+from ingot.export.ingot import Manifest
+from ingot.export.progress import Stages
+from ingot.export.request import PRECISIONS, TARGETS, ExportRequest
+from ingot.graphs.checkpoint import Checkpoint
+from ingot.plugins.errors import IngotError
+from ingot.validate.inputs import Inputs
+from ingot.validate.recording import Layout, record
+from ingot.validate.reference import Reference, References
+from ingot.validate.taps import TappedSession
 
 
 class AgainstError(IngotError):

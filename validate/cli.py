@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from plugins.errors import IngotError
+from ingot.plugins.errors import IngotError
 
 if TYPE_CHECKING:
-    from export.ingot import Manifest
-    from runtime.session import Ids
-    from validate.inputs import Plan
-    from validate.result import Report
+    from ingot.export.ingot import Manifest
+    from ingot.runtime.session import Ids
+    from ingot.validate.inputs import Plan
+    from ingot.validate.result import Report
 
 EAGER = "eager"
 STATUS = {"passed": 0, "failed": 1, "skipped": 2}
@@ -85,10 +85,10 @@ def validate_command(
     Exit status: 0 passed, 1 failed or worse than the baseline, 2 could not run, or only the graph
     of an engine could.
     """
-    from export.ingot import Manifest
-    from validate.gate import gate
-    from validate.report import json_text, write
-    from validate.terminal import print_report
+    from ingot.export.ingot import Manifest
+    from ingot.validate.gate import gate
+    from ingot.validate.report import json_text, write
+    from ingot.validate.terminal import print_report
 
     try:
         manifest = Manifest.read(ingot)
@@ -110,14 +110,14 @@ def validate_command(
 
 
 def _plan(name: str | None) -> Plan:
-    from validate.inputs import QUICK, STANDARD, THOROUGH
+    from ingot.validate.inputs import QUICK, STANDARD, THOROUGH
 
     return {None: STANDARD, "quick": QUICK, "thorough": THOROUGH}[name]
 
 
 def _words(manifest: Manifest, ingot: Path, tokens: Path | None, text: Path | None) -> Ids | None:
     """The tokens whose perplexity is asked for."""
-    from validate.distribution import read_text, read_tokens
+    from ingot.validate.distribution import read_text, read_tokens
 
     if tokens is None and text is None:
         return None
@@ -141,13 +141,13 @@ def _validate(
     words: Ids | None,
     baseline: Path | None,
 ) -> Report:
-    from export.progress import RichStages
-    from graphs.checkpoint import Checkpoint
-    from validate.against import OtherReference, other_ingot
-    from validate.cache import default_cache
-    from validate.gate import save_baseline
-    from validate.reference import Reference
-    from validate.run import cannot_compare, examine, spread, validate_ingot
+    from ingot.export.progress import RichStages
+    from ingot.graphs.checkpoint import Checkpoint
+    from ingot.validate.against import OtherReference, other_ingot
+    from ingot.validate.cache import default_cache
+    from ingot.validate.gate import save_baseline
+    from ingot.validate.reference import Reference
+    from ingot.validate.run import cannot_compare, examine, spread, validate_ingot
 
     reason = cannot_compare(manifest)
     if reason is not None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from validate.limits import LIMITS, NORM_LIMIT, ROUNDOFF, TIE_LIMIT
-from validate.metrics import Array, Errors, errors, rms, top1_disagreements
-from validate.result import TensorResult
+from ingot.validate.limits import LIMITS, NORM_LIMIT, ROUNDOFF, TIE_LIMIT
+from ingot.validate.metrics import Array, Errors, errors, rms, top1_disagreements
+from ingot.validate.result import TensorResult
 
 
 def compare(

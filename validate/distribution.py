@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from plugins.errors import IngotError
-from runtime.session import Ids
-from runtime.tokenizer import TOKENIZER, load_tokenizer
-from validate.metrics import Array
-from validate.result import Distribution
+from ingot.plugins.errors import IngotError
+from ingot.runtime.session import Ids
+from ingot.runtime.tokenizer import TOKENIZER, load_tokenizer
+from ingot.validate.metrics import Array
+from ingot.validate.result import Distribution
 
 if TYPE_CHECKING:
-    from validate.recording import Stepper
+    from ingot.validate.recording import Stepper
 
 Doubles = npt.NDArray[np.float64]
 

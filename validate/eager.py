@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from export.request import EXTRA_OUTPUTS
-from graphs.checkpoint import Checkpoint, WeightMap, assemble, load_parameters, set_parameter
-from graphs.family import family_of, parameter_bytes
-from graphs.layers import ModelOutput
-from graphs.state import BATCH, StateSpec
-from runtime.session import Floats, Ids
+from ingot.export.request import EXTRA_OUTPUTS
+from ingot.graphs.checkpoint import Checkpoint, WeightMap, assemble, load_parameters, set_parameter
+from ingot.graphs.family import family_of, parameter_bytes
+from ingot.graphs.layers import ModelOutput
+from ingot.graphs.state import BATCH, StateSpec
+from ingot.runtime.session import Floats, Ids
 
 
 class EagerSession:

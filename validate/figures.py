@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from validate.distribution import distribution
-from validate.growth import growth, over_decode
-from validate.judge import Judge
-from validate.limits import TIE_LIMIT
-from validate.metrics import rms
-from validate.recording import HIDDEN_STATES, Array
-from validate.reference import Reference, routers
-from validate.result import Distribution, Growth, Routing, TensorResult
-from validate.routing import least_margin
+from ingot.validate.distribution import distribution
+from ingot.validate.growth import growth, over_decode
+from ingot.validate.judge import Judge
+from ingot.validate.limits import TIE_LIMIT
+from ingot.validate.metrics import rms
+from ingot.validate.recording import HIDDEN_STATES, Array
+from ingot.validate.reference import Reference, routers
+from ingot.validate.result import Distribution, Growth, Routing, TensorResult
+from ingot.validate.routing import least_margin
 
 
 def tensors(judges: Sequence[Judge], seeds: Sequence[int]) -> tuple[TensorResult, ...]:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plugins.errors import IngotError
-from validate.limits import SCORE_FLOOR
-from validate.report import number, plain, write_whole
-from validate.result import Distribution, Report, TensorResult
+from ingot.plugins.errors import IngotError
+from ingot.validate.limits import SCORE_FLOOR
+from ingot.validate.report import number, plain, write_whole
+from ingot.validate.result import Distribution, Report, TensorResult
 
 # How many measured run-to-run spreads a figure may rise: three are chance once in hundreds of runs.
 SPREADS = 3.0

@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from validate.limits import SCORE_FLOOR
-from validate.result import Growth, TensorResult
+from ingot.validate.limits import SCORE_FLOOR
+from ingot.validate.result import Growth, TensorResult
 
 # Last score over first. A score is an error over eager's of the same step, so growth that the
 # arithmetic itself has divides out, and another order of the same sums stays near 1. What remains

@@ -13,9 +13,9 @@ from xml.etree import ElementTree
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from validate.growth import over_decode, step_scores
-from validate.report import clean, figures, headline, number
-from validate.result import Report, TensorResult
+from ingot.validate.growth import over_decode, step_scores
+from ingot.validate.report import clean, figures, headline, number
+from ingot.validate.result import Report, TensorResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

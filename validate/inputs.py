@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.session import Ids
+from ingot.runtime.session import Ids
 
 PADDING = 7
 # A multiple of every chunk size up to it; the other split is off it, and behind the padding.

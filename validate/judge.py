@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from export.progress import Advance
-from plugins.errors import IngotError
-from validate.cache import Recording
-from validate.compare import compare
-from validate.inputs import Inputs
-from validate.metrics import errors
-from validate.recording import (
+from ingot.export.progress import Advance
+from ingot.plugins.errors import IngotError
+from ingot.validate.cache import Recording
+from ingot.validate.compare import compare
+from ingot.validate.inputs import Inputs
+from ingot.validate.metrics import errors
+from ingot.validate.recording import (
     HIDDEN_STATES,
     ROUTER_LOGITS,
     Array,
@@ -33,10 +33,10 @@ from validate.recording import (
     split_run,
     whole,
 )
-from validate.reference import Reference, References, routers
-from validate.result import Routing, TensorResult
-from validate.routing import compare_choices, doubtful, first_flips
-from validate.taps import TappedSession
+from ingot.validate.reference import Reference, References, routers
+from ingot.validate.result import Routing, TensorResult
+from ingot.validate.routing import compare_choices, doubtful, first_flips
+from ingot.validate.taps import TappedSession
 
 Mask = npt.NDArray[np.bool_]
 

@@ -28,19 +28,19 @@ import onnxruntime
 import torch
 from onnx import helper
 
-from export.capture import Captured, capture
-from export.ingot import GRAPH, Manifest
-from export.lower_ort import lower_ort
-from export.lower_trt import lower_trt
-from export.request import EXTRA_OUTPUTS
-from export.weights import weights_of
-from graphs.checkpoint import Checkpoint, block_reader
-from graphs.family import family_of
-from graphs.state import BATCH
-from plugins.errors import IngotError
-from validate.inputs import Inputs
-from validate.metrics import rms
-from validate.result import Location
+from ingot.export.capture import Captured, capture
+from ingot.export.ingot import GRAPH, Manifest
+from ingot.export.lower_ort import lower_ort
+from ingot.export.lower_trt import lower_trt
+from ingot.export.request import EXTRA_OUTPUTS
+from ingot.export.weights import weights_of
+from ingot.graphs.checkpoint import Checkpoint, block_reader
+from ingot.graphs.family import family_of
+from ingot.graphs.state import BATCH
+from ingot.plugins.errors import IngotError
+from ingot.validate.inputs import Inputs
+from ingot.validate.metrics import rms
+from ingot.validate.result import Location
 
 Array = npt.NDArray[Any]
 Values = dict[str, Array]

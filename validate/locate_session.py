@@ -21,12 +21,12 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from export.ingot import GRAPH, Manifest, StateInfo
-from runtime.ort import OrtSession
-from runtime.session import Ids, Session
-from validate.inputs import Inputs
-from validate.locate import FLOORS, LIMIT, relative_error
-from validate.result import Location
+from ingot.export.ingot import GRAPH, Manifest, StateInfo
+from ingot.runtime.ort import OrtSession
+from ingot.runtime.session import Ids, Session
+from ingot.validate.inputs import Inputs
+from ingot.validate.locate import FLOORS, LIMIT, relative_error
+from ingot.validate.result import Location
 
 Array = npt.NDArray[Any]
 Values = dict[str, Array]

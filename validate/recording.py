@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from export.ingot import Manifest, StateInfo
-from graphs.state import StateSpec
-from runtime.session import Floats, Ids
-from validate.cache import Recording
-from validate.inputs import Inputs
+from ingot.export.ingot import Manifest, StateInfo
+from ingot.graphs.state import StateSpec
+from ingot.runtime.session import Floats, Ids
+from ingot.validate.cache import Recording
+from ingot.validate.inputs import Inputs
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, Array]

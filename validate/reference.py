@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from export.progress import Stages
-from graphs.checkpoint import Checkpoint
-from graphs.family import family_of
-from graphs.state import StateSpec
-from validate.cache import Cache, Recording, code_digest, inputs_digest, key
-from validate.eager import EagerSession
-from validate.inputs import Inputs
-from validate.recording import (
+from ingot.export.progress import Stages
+from ingot.graphs.checkpoint import Checkpoint
+from ingot.graphs.family import family_of
+from ingot.graphs.state import StateSpec
+from ingot.validate.cache import Cache, Recording, code_digest, inputs_digest, key
+from ingot.validate.eager import EagerSession
+from ingot.validate.inputs import Inputs
+from ingot.validate.recording import (
     ROUTER_LOGITS,
     Array,
     Layout,
@@ -27,7 +27,7 @@ from validate.recording import (
     numbered,
     record,
 )
-from validate.routing import Chosen, Replay, choices
+from ingot.validate.routing import Chosen, Replay, choices
 
 # One precision higher than the target's.
 TRUTH = {"float32": torch.float64, "float16": torch.float32, "bfloat16": torch.float32}

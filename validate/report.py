@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from plugins.errors import IngotError
-from validate.result import Report, Routing, TensorResult
+from ingot.plugins.errors import IngotError
+from ingot.validate.result import Report, Routing, TensorResult
 
 # How many failures a summary lists; the JSON and the JUnit file have all of them.
 LISTED = 10
@@ -37,7 +37,7 @@ def write(report: Report, folder: Path) -> None:
     """
     # Here: only a process that writes a page pays for importing matplotlib.
     try:
-        from validate.html import page
+        from ingot.validate.html import page
     except ImportError as error:
         raise ReportError(
             f"{error.name} is missing; install what draws the page with: pip install "

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from export.ingot import Verdict
+from ingot.export.ingot import Verdict
 
 SCHEMA_VERSION = 1
 # A score: an error no larger than eager's own is no fault, whatever it rose from.

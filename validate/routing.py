@@ -22,11 +22,11 @@ import onnx.parser
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import plugins.moe_dispatch
-import plugins.moe_linear  # noqa: F401  (both register their operators)
-from validate.limits import FLIP_LIMIT
-from validate.metrics import rms
-from validate.result import Flip, Routing
+import ingot.plugins.moe_dispatch
+import ingot.plugins.moe_linear  # noqa: F401  (both register their operators)
+from ingot.validate.limits import FLIP_LIMIT
+from ingot.validate.metrics import rms
+from ingot.validate.result import Flip, Routing
 
 Array = npt.NDArray[Any]
 Chosen = npt.NDArray[np.bool_]

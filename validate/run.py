@@ -10,18 +10,18 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-from export.ingot import Manifest
-from export.progress import Stages
-from plugins.device import has_gpu
-from runtime.session import Ids, Session, load
-from validate import figures
-from validate.distribution import negative_log_likelihoods, perplexities
-from validate.inputs import STANDARD, Inputs, Plan, make_inputs
-from validate.judge import Judge, Observed
-from validate.recording import Layout
-from validate.reference import TRUTH, Reference
-from validate.result import Distribution, Location, Report
-from validate.taps import TappedSession
+from ingot.export.ingot import Manifest
+from ingot.export.progress import Stages
+from ingot.plugins.device import has_gpu
+from ingot.runtime.session import Ids, Session, load
+from ingot.validate import figures
+from ingot.validate.distribution import negative_log_likelihoods, perplexities
+from ingot.validate.inputs import STANDARD, Inputs, Plan, make_inputs
+from ingot.validate.judge import Judge, Observed
+from ingot.validate.recording import Layout
+from ingot.validate.reference import TRUTH, Reference
+from ingot.validate.result import Distribution, Location, Report
+from ingot.validate.taps import TappedSession
 
 LIBRARIES = ("torch", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13")
 # Tokens of a text that see each other where perplexity is measured.
@@ -231,8 +231,8 @@ def examine(
 
 def _location(report: Report, target: Target, reference: Reference, plan: Plan) -> Location | None:
     """Where the graph goes wrong, or else the session; None where neither does by itself."""
-    from validate.locate import LocateError, locate
-    from validate.locate_session import locate_session
+    from ingot.validate.locate import LocateError, locate
+    from ingot.validate.locate_session import locate_session
 
     inputs = target.inputs(reference, plan, report.seed)
     failed = {tensor.stage for tensor in report.tensors if tensor.problem}

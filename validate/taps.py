@@ -13,11 +13,11 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from export.ingot import GRAPH, Manifest
-from runtime.ort import OrtSession
-from runtime.session import Floats, Ids
-from validate.recording import HIDDEN_STATES, ROUTER_LOGITS, Array, numbered
-from validate.routing import DOMAIN, OPERATOR, Chosen, replay_function
+from ingot.export.ingot import GRAPH, Manifest
+from ingot.runtime.ort import OrtSession
+from ingot.runtime.session import Floats, Ids
+from ingot.validate.recording import HIDDEN_STATES, ROUTER_LOGITS, Array, numbered
+from ingot.validate.routing import DOMAIN, OPERATOR, Chosen, replay_function
 
 
 class TappedSession(OrtSession):

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from validate.report import LISTED, figures, headline, number
-from validate.result import Report
+from ingot.validate.report import LISTED, figures, headline, number
+from ingot.validate.result import Report
 
 COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 

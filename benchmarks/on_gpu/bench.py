@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.on_gpu.devices import Device
-from plugins.library import Library
+from ingot.plugins.library import Library
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,9 +13,9 @@ from benchmarks.on_gpu import shapes
 from benchmarks.on_gpu.bench import Bench
 from benchmarks.on_gpu.load import OTHER
 from benchmarks.on_gpu.runner import Found, Item, Wrong
-from plugins import check
-from plugins.check import Make
-from plugins.library import Library
+from ingot.plugins import check
+from ingot.plugins.check import Make
+from ingot.plugins.library import Library
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from benchmarks.on_gpu.devices import Device
-from graphs.checkpoint import set_parameter, stack_height
-from graphs.family import Family
-from graphs.layers import ModelOutput
-from graphs.preset import random_weight
-from graphs.state import BATCH, StateSpec
+from ingot.graphs.checkpoint import set_parameter, stack_height
+from ingot.graphs.family import Family
+from ingot.graphs.layers import ModelOutput
+from ingot.graphs.preset import random_weight
+from ingot.graphs.state import BATCH, StateSpec
 
 Tensors = tuple[torch.Tensor, ...]
 

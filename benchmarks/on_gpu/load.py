@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.on_gpu.bench import ROOT, Bench
 from benchmarks.on_gpu.runner import Found, Item, Wrong
-from plugins.errors import IngotError
-from plugins.library import PATH
+from ingot.plugins.errors import IngotError
+from ingot.plugins.library import PATH
 
 # In order: what is shipped, the same made by Triton's other ptxas, and a build on the spot.
 OTHER = PATH.parent / "other-ptxas" / PATH.name
@@ -95,7 +95,7 @@ def build_here(capability: int) -> None:
     Raises:
         IngotError: Triton or the compiler is missing, or refuses a kernel.
     """
-    command = [sys.executable, "-m", "plugins.kernels.build", "--sm", str(capability)]
+    command = [sys.executable, "-m", "ingot.plugins.kernels.build", "--sm", str(capability)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [*command, "--out", BUILT],

@@ -24,10 +24,10 @@ from benchmarks.on_gpu.decoding import (
     read_bytes,
 )
 from benchmarks.on_gpu.runner import Found, Item, Wrong
-from graphs.family import Family, find_family
-from graphs.preset import preset_config
-from plugins import cuda
-from plugins.check import relative_rms
+from ingot.graphs.family import Family, find_family
+from ingot.graphs.preset import preset_config
+from ingot.plugins import cuda
+from ingot.plugins.check import relative_rms
 
 BF16 = torch.bfloat16
 FAMILIES = ("olmoe", "mamba2")

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 from pathlib import Path
 
-from plugins.library import Library
+from ingot.plugins.library import Library
 
 INTERPRET = "TRITON_INTERPRET"
 # Files in the rehearsal's folder.
@@ -56,9 +56,9 @@ def reopen(folder: Path) -> Library:
     """The library that ``prepare`` built, in this process or in another."""
     how = (folder / HOW).read_text()
     os.environ[INTERPRET] = "1" if how == "interpreter" else "0"
-    from plugins.kernels.build import all_forms, tuning_forms
-    from plugins.kernels.interpret import InterpretedLibrary
-    from plugins.kernels.record import RecordingLibrary
+    from ingot.plugins.kernels.build import all_forms, tuning_forms
+    from ingot.plugins.kernels.interpret import InterpretedLibrary
+    from ingot.plugins.kernels.record import RecordingLibrary
 
     forms = {**all_forms(), **tuning_forms()}
     return (InterpretedLibrary if how == "interpreter" else RecordingLibrary)(forms, folder)
@@ -78,7 +78,7 @@ def _interpret_one_kernel() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     import torch
 
-    from plugins.kernels.moe import combine
+    from ingot.plugins.kernels.moe import combine
 
     rows = torch.ones(1, 2, 8)
     out = torch.zeros(1, 8)

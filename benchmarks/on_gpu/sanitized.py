@@ -14,9 +14,9 @@ import click
 import torch
 
 from benchmarks.on_gpu.runner import die_with_parent
-from plugins import check
-from plugins import library as c
-from plugins.library import Library, LibraryError
+from ingot.plugins import check
+from ingot.plugins import library as c
+from ingot.plugins.library import Library, LibraryError
 
 FINISHED = "=== every case ran"
 PLANTED = "=== a write past the end follows"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from graphs.family import find_family
-from graphs.mamba2 import Mamba2Config
-from graphs.preset import preset_config
+from ingot.graphs.family import find_family
+from ingot.graphs.mamba2 import Mamba2Config
+from ingot.graphs.preset import preset_config
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,16 @@ from benchmarks.on_gpu import peers, shapes
 from benchmarks.on_gpu.bench import Bench
 from benchmarks.on_gpu.devices import Seconds
 from benchmarks.on_gpu.runner import Found, Item, Refused
-from plugins import cuda
-from plugins.check import (
+from ingot.plugins import cuda
+from ingot.plugins.check import (
     Inputs,
     causal_conv_inputs,
     mamba2_scan_inputs,
     moe_dispatch_inputs,
     moe_linear_inputs,
 )
-from plugins.library import Library
-from plugins.mamba2_scan import mamba2_scan
+from ingot.plugins.library import Library
+from ingot.plugins.mamba2_scan import mamba2_scan
 
 BF16 = torch.bfloat16
 # Sets of weights or states, enough to be several times the second-level cache together.

@@ -11,10 +11,10 @@ import torch
 from benchmarks.on_gpu import shapes
 from benchmarks.on_gpu.bench import Bench
 from benchmarks.on_gpu.runner import Found, Item, Refused, Wrong
-from plugins import cuda
-from plugins.check import mamba2_scan_inputs, moe_dispatch_inputs, relative_rms
-from plugins.kernels.build import TUNE_PATH
-from plugins.library import Library, LibraryError
+from ingot.plugins import cuda
+from ingot.plugins.check import mamba2_scan_inputs, moe_dispatch_inputs, relative_rms
+from ingot.plugins.kernels.build import TUNE_PATH
+from ingot.plugins.library import Library, LibraryError
 
 BF16 = torch.bfloat16
 # Of the built-in result: candidates add up in another order.
@@ -83,7 +83,7 @@ def _found(name: str, times: dict[str, float], table: str, at: int) -> Found:
 
 def tiles(bench: Bench, library: Library, tokens: int) -> Found:
     """Tiles of OLMoE's grouped products for so many tokens."""
-    from plugins.kernels.moe import tuning_tiles
+    from ingot.plugins.kernels.moe import tuning_tiles
 
     shape = shapes.moe(bench.pick("full", "tiny"))[0]
     make = partial(moe_dispatch_inputs, bench.device.name, BF16, tokens, **shape.sizes)
@@ -107,7 +107,7 @@ def tiles(bench: Bench, library: Library, tokens: int) -> Found:
 
 def chunks(bench: Bench, library: Library, tokens: int) -> Found:
     """Chunk lengths and variants of Mamba2-2.7B's scan for so many tokens."""
-    from plugins.kernels.mamba2 import tuning_variants
+    from ingot.plugins.kernels.mamba2 import tuning_variants
 
     shape = shapes.scans(bench.pick("full", "tiny"))[0]
     inputs = mamba2_scan_inputs(bench.device.name, BF16, 1, tokens, **shape.sizes)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from export.passes.constants import constant, integers
-from export.passes.replace import take_place
+from ingot.export.passes.constants import constant, integers
+from ingot.export.passes.replace import take_place
 
 SWAP_HEADS = (0, 2, 1, 3)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from export.passes.attention import additive_bias
-from export.passes.constants import constant, integers
-from export.passes.replace import take_place
+from ingot.export.passes.attention import additive_bias
+from ingot.export.passes.constants import constant, integers
+from ingot.export.passes.replace import take_place
 
 
 class AttentionToMatMuls(ir.passes.InPlacePass):

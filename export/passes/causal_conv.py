@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from export.passes.constants import constant
-from export.passes.convolution import CausalConv, match_causal_conv
-from export.passes.replace import take_place
-from plugins.causal_conv import DOMAIN, NAME
+from ingot.export.passes.constants import constant
+from ingot.export.passes.convolution import CausalConv, match_causal_conv
+from ingot.export.passes.replace import take_place
+from ingot.plugins.causal_conv import DOMAIN, NAME
 
 
 class CausalConvToOperator(ir.passes.InPlacePass):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from export.passes.constants import integers
-from export.passes.replace import take_place
+from ingot.export.passes.constants import integers
+from ingot.export.passes.replace import take_place
 
 INT64_MAX = np.iinfo(np.int64).max
 SWAP_TIME = (0, 2, 1)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import onnx
 import onnx_ir as ir
 
-from plugins import causal_conv, mamba2_scan, moe_dispatch, moe_linear
+from ingot.plugins import causal_conv, mamba2_scan, moe_dispatch, moe_linear
 
 DOMAIN, VERSION = moe_dispatch.DOMAIN, moe_dispatch.VERSION
 

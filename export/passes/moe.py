@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
-from export.passes.constants import constant, integers
-from export.passes.weights import ReadBlock, rearrange
-from plugins.moe_dispatch import DOMAIN, NAME
+from ingot.export.passes.constants import constant, integers
+from ingot.export.passes.weights import ReadBlock, rearrange
+from ingot.plugins.moe_dispatch import DOMAIN, NAME
 
 INT64_MIN = np.iinfo(np.int64).min
 

@@ -10,10 +10,10 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
-from export.passes.constants import constant, integers
-from export.passes.replace import take_place
-from export.passes.weights import ReadBlock, Weight
-from plugins.moe_linear import DOMAIN, NAME
+from ingot.export.passes.constants import constant, integers
+from ingot.export.passes.replace import take_place
+from ingot.export.passes.weights import ReadBlock, Weight
+from ingot.plugins.moe_linear import DOMAIN, NAME
 
 
 @dataclass(frozen=True)

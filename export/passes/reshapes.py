@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from export.passes.constants import integers
+from ingot.export.passes.constants import integers
 
 
 class SizesFromTokens(ir.passes.InPlacePass):

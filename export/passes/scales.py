@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from export.passes.constants import constant
-from export.passes.replace import take_place
-from export.passes.weights import Weight, scale
+from ingot.export.passes.constants import constant
+from ingot.export.passes.replace import take_place
+from ingot.export.passes.weights import Weight, scale
 
 # Metadata of a node: the factor that its second input was rounded from.
 FACTOR = "ingot.factor"

@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
-from export.passes.constants import constant, integers
-from export.passes.replace import take_place
-from plugins.mamba2_scan import DOMAIN, NAME
+from ingot.export.passes.constants import constant, integers
+from ingot.export.passes.replace import take_place
+from ingot.plugins.mamba2_scan import DOMAIN, NAME
 
 SWAP_STATE = (0, 1, 3, 2)
 

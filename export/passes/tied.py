@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from export.passes.replace import take_place
+from ingot.export.passes.replace import take_place
 
 
 class TiedHeadToFusedMatMul(ir.passes.InPlacePass):

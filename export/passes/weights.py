@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from graphs.checkpoint import stack_height
+from ingot.graphs.checkpoint import stack_height
 
 # Reads one block of a weight; see `Weight`.
 ReadBlock = Callable[[int], np.ndarray]

@@ -19,11 +19,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from plugins.errors import IngotError
-from plugins.kernels import ptxas, wgmma
-from plugins.kernels.host import Compiled, argument_letters, link
-from plugins.kernels.table import COMPUTE_CAPABILITIES, Form
-from plugins.library import PATH, Library
+from ingot.plugins.errors import IngotError
+from ingot.plugins.kernels import ptxas, wgmma
+from ingot.plugins.kernels.host import Compiled, argument_letters, link
+from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES, Form
+from ingot.plugins.library import PATH, Library
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "kernels"
 TUNE_PATH = PATH.parent / "tune" / PATH.name
@@ -74,7 +74,7 @@ def tuning_forms() -> dict[str, Form]:
 
 def _kernel_files() -> tuple[Any, Any]:
     try:
-        from plugins.kernels import mamba2, moe
+        from ingot.plugins.kernels import mamba2, moe
     except ImportError as error:
         raise BuildError(
             f"{error.name} is missing; install the extra that builds the GPU kernels with: "

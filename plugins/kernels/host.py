@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from plugins.errors import IngotError
-from plugins.kernels.ptxas import minimum_driver
+from ingot.plugins.errors import IngotError
+from ingot.plugins.kernels.ptxas import minimum_driver
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 

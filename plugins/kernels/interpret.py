@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from plugins.errors import IngotError
-from plugins.kernels.host import Compiled, argument_letters, link, run_compiler
-from plugins.kernels.table import Form
-from plugins.library import Library
+from ingot.plugins.errors import IngotError
+from ingot.plugins.kernels.host import Compiled, argument_letters, link, run_compiler
+from ingot.plugins.kernels.table import Form
+from ingot.plugins.library import Library
 
 FAKE_DRIVER = Path(__file__).with_name("fake_driver.cpp")
 HOST = "libingot_kernels.so"

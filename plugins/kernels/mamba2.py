@@ -30,7 +30,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from plugins.kernels.table import DTYPES, TUNED, Form
+from ingot.plugins.kernels.table import DTYPES, TUNED, Form
 
 # Triton's interpreter multiplies the bit patterns of bfloat16; there each operand is widened first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from plugins.kernels.table import COMPUTE_CAPABILITIES, TUNED, Form
+from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES, TUNED, Form
 
 # The most choices that the programs of a grouped product search by themselves.
 SCAN_CHOICES = 256

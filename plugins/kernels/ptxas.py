@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from plugins.errors import IngotError
+from ingot.plugins.errors import IngotError
 
 # ``default`` is the older one up to and with 9.0, and the newer one above.
 CHOICES = ("default", "older", "newer")

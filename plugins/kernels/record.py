@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from plugins.errors import IngotError
-from plugins.kernels.interpret import InterpretedLibrary
-from plugins.kernels.table import Form
-from plugins.library import DTYPES
-from plugins.tensorrt.table import PLUGINS, Plugin
+from ingot.plugins.errors import IngotError
+from ingot.plugins.kernels.interpret import InterpretedLibrary
+from ingot.plugins.kernels.table import Form
+from ingot.plugins.library import DTYPES
+from ingot.plugins.tensorrt.table import PLUGINS, Plugin
 
 Grid = tuple[int, int, int]
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import click
 
-from plugins import library
-from plugins.errors import IngotError
-from plugins.kernels.build import FOLDER
-from plugins.kernels.host import SOURCES, run_compiler
+from ingot.plugins import library
+from ingot.plugins.errors import IngotError
+from ingot.plugins.kernels.build import FOLDER
+from ingot.plugins.kernels.host import SOURCES, run_compiler
 
 PATH = library.PATH.with_name("libingot_trt.so")
 SOURCE = Path(__file__).resolve().parent / "plugins.cpp"

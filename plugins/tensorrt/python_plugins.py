@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from plugins import library
-from plugins.library import Library
-from plugins.tensorrt.table import (
+from ingot.plugins import library
+from ingot.plugins.library import Library
+from ingot.plugins.tensorrt.table import (
     KERNELS_FIELD,
     NAMESPACE,
     PLUGINS,

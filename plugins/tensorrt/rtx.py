@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from plugins.errors import IngotError
+from ingot.plugins.errors import IngotError
 
 LIBRARY = "libtensorrt_rtx.so.1"
 LINK = "libtensorrt_rtx.so"

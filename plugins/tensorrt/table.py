@@ -12,8 +12,8 @@ from ctypes import Structure
 from dataclasses import dataclass
 from typing import Literal
 
-from plugins import library
-from plugins.errors import IngotError
+from ingot.plugins import library
+from ingot.plugins.errors import IngotError
 
 NAMESPACE = "ingot"
 VERSION = "1"
