@@ -176,10 +176,10 @@ def _export(request: ExportRequest, *, validate: bool, preview: bool) -> Manifes
 
 def _validate(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str, Any]:
     from ingot.export.ingot import REPORT, Manifest
-    from ingot.validate.cache import default_cache
-    from ingot.validate.reference import Reference
-    from ingot.validate.report import write_json
+    from ingot.validate.report.files import write_json
     from ingot.validate.run import cannot_compare, examine
+    from ingot.validate.truth.cache import default_cache
+    from ingot.validate.truth.reference import Reference
 
     manifest = Manifest.read(folder)
     reason = cannot_compare(manifest)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
-from ingot.validate.inputs import QUICK, make_inputs
-from ingot.validate.judge import Judge
-from ingot.validate.recording import Layout, Stepper
-from ingot.validate.reference import Reference
+from ingot.validate.judge.judge import Judge
 from ingot.validate.result import TensorResult
+from ingot.validate.truth.inputs import QUICK, make_inputs
+from ingot.validate.truth.recording import Layout, Stepper
+from ingot.validate.truth.reference import Reference
 
 
 def judged(session: Stepper, reference: Reference, manifest: Manifest) -> list[TensorResult]:

@@ -17,7 +17,7 @@ from ingot.export.capture import Captured, capture
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.runtime.generate import generate
 from ingot.runtime.session import Session, load
-from ingot.validate.eager import EagerSession
+from ingot.validate.truth.eager import EagerSession
 
 WAYS = ("eager", "onnx", "ort")
 TARGETS = ("onnx", "ort")

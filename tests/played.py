@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from ingot.export.ingot import Manifest, StateInfo, TensorInfo
 from ingot.runtime.session import Floats, Ids
-from ingot.validate.inputs import Inputs
-from ingot.validate.recording import Layout
-from ingot.validate.routing import Chosen
+from ingot.validate.judge.routing import Chosen
+from ingot.validate.truth.inputs import Inputs
+from ingot.validate.truth.recording import Layout
 
 Array = npt.NDArray[Any]
 # By name, of each token id its numbers.
@@ -91,7 +91,7 @@ class Played:
         classifier: whether it has one output a row, of its last token, and no state.
 
     Attributes:
-        routers: as of ``validate.taps.TappedSession``.
+        routers: as of ``validate.truth.taps.TappedSession``.
         chosen: all that was given to ``choose``.
     """
 

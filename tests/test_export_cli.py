@@ -23,7 +23,7 @@ from ingot.export.cli import export_command, main
 from ingot.export.ingot import GRAPH, MANIFEST, WEIGHTS, Manifest
 from ingot.graphs.family import FAMILIES
 from ingot.runtime.session import SessionError, load
-from ingot.validate.limits import LIMITS
+from ingot.validate.judge.limits import LIMITS
 
 Tensors = dict[str, torch.Tensor]
 

@@ -20,7 +20,7 @@ from ingot.export.ingot import ENGINE, GRAPH, TRTEXEC, Manifest, TensorInfo, sha
 from ingot.export.request import PRECISIONS, Limits
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.runtime.session import Session, load
-from ingot.validate.eager import EagerSession
+from ingot.validate.truth.eager import EagerSession
 
 FAMILIES = ("olmoe", "jetmoe", "granite", "mamba2")
 PLUGINS = {

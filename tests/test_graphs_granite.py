@@ -33,7 +33,7 @@ from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.config import ConfigError
 from ingot.graphs.granite import FAMILY, GraniteConfig
 from ingot.runtime.session import load
-from ingot.validate.eager import EagerSession
+from ingot.validate.truth.eager import EagerSession
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 # Each turns on another field; the numbers are such that ignoring the field changes the result.

@@ -51,10 +51,10 @@ from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.plugins.errors import IngotError
 from ingot.runtime.generate import generate
 from ingot.runtime.session import Floats, Ids, Session, SessionError, load
-from ingot.validate.eager import EagerSession
-from ingot.validate.recording import Stepper
-from ingot.validate.reference import Reference
 from ingot.validate.run import validate_ingot
+from ingot.validate.truth.eager import EagerSession
+from ingot.validate.truth.recording import Stepper
+from ingot.validate.truth.reference import Reference
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 # Each turns on another field; the numbers are such that ignoring the field changes the result.

@@ -48,11 +48,11 @@ from ingot.graphs.preset import preset_config, random_weight
 from ingot.graphs.state import StateSpec
 from ingot.runtime.generate import generate
 from ingot.runtime.session import Floats, Ids, load
-from ingot.validate.eager import EagerSession
-from ingot.validate.inputs import make_inputs
-from ingot.validate.recording import Stepper
-from ingot.validate.reference import Reference
 from ingot.validate.run import validate_ingot
+from ingot.validate.truth.eager import EagerSession
+from ingot.validate.truth.inputs import make_inputs
+from ingot.validate.truth.recording import Stepper
+from ingot.validate.truth.reference import Reference
 
 # Each turns on another field; the numbers are such that ignoring the field changes the result. One
 # layer shows a field as well as two do and is traced in half the time, but may repeat its tokens.

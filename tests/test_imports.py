@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # Modules that leave the standard library for nothing but this.
 STANDARD_LIBRARY_AND: dict[str, tuple[str, ...]] = {
     "ingot.export.ingot": ("ingot.plugins.errors",),
-    "ingot.validate.metrics": ("numpy",),
+    "ingot.validate.judge.metrics": ("numpy",),
 }
 
 
@@ -144,7 +144,7 @@ def test_reads_the_sources_of_all_five_packages() -> None:
         "ingot.plugins.errors",
         "ingot.export.ingot",
         "ingot.export.capture",
-        "ingot.validate.metrics",
+        "ingot.validate.judge.metrics",
     ):
         assert module in SOURCES
 
@@ -155,7 +155,7 @@ def test_finds_the_uses_it_must_find_in_the_real_sources() -> None:
 
     assert "torch.onnx" in of("ingot.export.capture")
     assert "ingot.export.ingot.Manifest" in of("ingot.runtime.session")
-    assert "ingot.validate.reference.Reference" in of("ingot.export.cli"), (
+    assert "ingot.validate.truth.reference.Reference" in of("ingot.export.cli"), (
         "an import inside a function"
     )
 
@@ -218,7 +218,7 @@ def test_finds_the_uses_it_must_find_in_the_real_sources() -> None:
         ("ingot.graphs.olmoe", "from graphs.state import BATCH", "graphs.state.BATCH"),
         ("ingot.runtime.ort", "__import__('ingot.validate.run')", "ingot.validate.run"),
         ("ingot.runtime.ort", "from .session import load", ".session.load"),
-        ("ingot.validate.metrics", "import torch", "torch"),
+        ("ingot.validate.judge.metrics", "import torch", "torch"),
         ("ingot.validate.run", "import transformers", "transformers"),
     ],
 )

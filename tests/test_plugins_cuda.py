@@ -21,7 +21,7 @@ from ingot.plugins.causal_conv import causal_conv
 from ingot.plugins.library import Library, LibraryError
 from ingot.plugins.moe_dispatch import ACTIVATIONS
 from ingot.plugins.moe_linear import moe_linear
-from ingot.validate.eager import EagerSession
+from ingot.validate.truth.eager import EagerSession
 
 if TYPE_CHECKING:
     from ingot.plugins.kernels.interpret import InterpretedLibrary

@@ -34,7 +34,7 @@ from ingot.plugins.device import compute_capability
 from ingot.plugins.library import PATH as KERNEL_LIBRARY
 from ingot.runtime.session import SessionError, load
 from ingot.runtime.trt import Engine, TrtSession, check_engine
-from ingot.validate.eager import EagerSession
+from ingot.validate.truth.eager import EagerSession
 
 LIMITS = Limits(max_batch=3, max_seq=40, opt_seq=16)
 

@@ -15,15 +15,15 @@ from ingot.export.progress import Stages
 from ingot.export.request import ExportRequest
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.plugins.errors import IngotError
-from ingot.validate.against import AgainstError, OtherReference, other_ingot
-from ingot.validate.cache import Recording
-from ingot.validate.inputs import QUICK, Inputs, make_inputs
-from ingot.validate.recording import Layout, record
-from ingot.validate.reference import Reference, routers
+from ingot.validate.judge.routing import choices
 from ingot.validate.result import Report
-from ingot.validate.routing import choices
 from ingot.validate.run import validate_ingot
-from ingot.validate.taps import TappedSession
+from ingot.validate.truth.against import AgainstError, OtherReference, other_ingot
+from ingot.validate.truth.cache import Recording
+from ingot.validate.truth.inputs import QUICK, Inputs, make_inputs
+from ingot.validate.truth.recording import Layout, record
+from ingot.validate.truth.reference import Reference, routers
+from ingot.validate.truth.taps import TappedSession
 
 # Minutes of tracing; `make test-slow` runs them, and so does CI.
 pytestmark = pytest.mark.slow
@@ -201,7 +201,7 @@ def test_makes_the_other_of_the_same_task_and_precision(
         request.out.mkdir()
         asked.append(request)
 
-    monkeypatch.setattr("ingot.validate.against.build", build)
+    monkeypatch.setattr("ingot.validate.truth.against.build", build)
     manifest = replace(Manifest.read(tiny_onnx), task=task, precision=full)
     with other_ingot(target, manifest, Checkpoint.open(tiny), Stages()) as (folder, name):
         assert folder.is_dir() and temporary in folder.parents
@@ -222,7 +222,7 @@ def test_removes_the_other_after_an_error(
         assert len(list(temporary.iterdir())) == 1
         raise IngotError("no space")
 
-    monkeypatch.setattr("ingot.validate.against.build", build)
+    monkeypatch.setattr("ingot.validate.truth.against.build", build)
     manifest = Manifest.read(tiny_onnx)
     # The exception is kept, and with it whatever its frames hold on to.
     with (

@@ -17,8 +17,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ingot.validate import cache as cache_module
-from ingot.validate.cache import Cache, Recording, code_digest, default_cache, inputs_digest, key
+from ingot.validate.truth import cache as cache_module
+from ingot.validate.truth.cache import (
+    Cache,
+    Recording,
+    code_digest,
+    default_cache,
+    inputs_digest,
+    key,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = [key(number=number) for number in range(8)]
@@ -100,9 +107,9 @@ def test_an_unknown_key_is_a_miss(cache: Cache) -> None:
 
 @pytest.mark.parametrize("name", ["", "x", "../" + "0" * 61, "0" * 63, "G" * 64, "0" * 64 + "\n"])
 def test_a_key_is_no_path(cache: Cache, name: str) -> None:
-    with pytest.raises(ValueError, match=r"validate\.cache\.key"):
+    with pytest.raises(ValueError, match=r"validate\.truth\.cache\.key"):
         cache.get(name)
-    with pytest.raises(ValueError, match=r"validate\.cache\.key"):
+    with pytest.raises(ValueError, match=r"validate\.truth\.cache\.key"):
         cache.put(name, [])
 
 
@@ -465,7 +472,7 @@ def test_the_code_is_what_the_eager_graphs_import() -> None:
     """Every module of ours that a truth runs, but for those that only name types and errors."""
     program = (
         "import importlib, sys\n"
-        "import ingot.validate.eager\n"
+        "import ingot.validate.truth.eager\n"
         "from ingot.graphs.family import FAMILIES\n"
         "for family in FAMILIES: importlib.import_module('ingot.graphs.' + family)\n"
         f"print(*(m.__file__ for m in sys.modules.values() if (getattr(m, '__file__', '') or '')"
@@ -476,19 +483,21 @@ def test_the_code_is_what_the_eager_graphs_import() -> None:
     )
     ours = {Path(line).resolve().relative_to(ROOT).as_posix() for line in done.stdout.splitlines()}
     names = {f.relative_to(ROOT).as_posix() for f in cache_module._source_files(ROOT)}
-    packages = {"ingot/__init__.py", "runtime/__init__.py", "validate/__init__.py"}
+    packages = {f"{p}/__init__.py" for p in ("ingot", "runtime", "validate", "validate/truth")}
     # The exporter tells the eager graph the names of its outputs, and no numbers.
     left = {name for name in ours - names if not name.startswith("export/")}
     assert left <= packages | {"runtime/session.py"}
-    assert {"graphs/olmoe.py", "plugins/moe_dispatch.py", "validate/eager.py"} <= names & ours
+    assert {"graphs/olmoe.py", "plugins/moe_dispatch.py", "validate/truth/eager.py"} <= names & ours
     assert not any("kernels" in name or "tensorrt" in name for name in names)
 
 
 def test_a_change_of_the_code_changes_its_digest(tmp_path: Path) -> None:
-    validating = [f"validate/{name}.py" for name in ("eager", "recording", "routing")]
+    validating = [
+        f"validate/{name}.py" for name in ("truth/eager", "truth/recording", "judge/routing")
+    ]
     counted = ["graphs/a.py", "plugins/b.py", *validating]
     for name in counted:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}")
 
     def digest() -> str:
@@ -496,7 +505,7 @@ def test_a_change_of_the_code_changes_its_digest(tmp_path: Path) -> None:
 
     before = digest()
     for name in ("validate/run.py", "graphs/notes.txt", "plugins/kernels/k.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("new")
     assert digest() == before
     found = {before}

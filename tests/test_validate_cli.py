@@ -30,8 +30,8 @@ from ingot.graphs.family import find_family
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.plugins.errors import IngotError
 from ingot.validate.cli import validate_command
-from ingot.validate.inputs import QUICK, STANDARD, THOROUGH, Plan
 from ingot.validate.result import Report, TensorResult
+from ingot.validate.truth.inputs import QUICK, STANDARD, THOROUGH, Plan
 
 # How many words of `cut_and_padded` a text has: more than one window of a perplexity.
 WORDS = 300
@@ -59,7 +59,7 @@ def _one_trace() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ingot.export.build.capture", capture)
-        patch.setattr("ingot.validate.locate.capture", capture)
+        patch.setattr("ingot.validate.locate.locate.capture", capture)
         yield
 
 
@@ -601,7 +601,7 @@ def test_keeps_what_eager_computes(
     # The truth, and eager in the ingot's precision.
     assert len(list(cache.glob("*.safetensors"))) == 2
     with monkeypatch.context() as patch:
-        patch.setattr("ingot.validate.reference.EagerSession", _forbid)
+        patch.setattr("ingot.validate.truth.reference.EagerSession", _forbid)
         again = _quick(ingot, checkpoint, "--json")
     assert _stages(again) == [stage for stage in _stages(first) if stage not in EAGER_STAGES]
     one, other = _strict(first.stdout), _strict(again.stdout)
@@ -625,6 +625,6 @@ def test_keeps_nothing_where_it_is_off(
 
 def test_these_tests_use_a_cache_of_their_own() -> None:
     assert Path(os.environ["INGOT_CACHE"]).name.startswith("ingot-tests-cache-")
-    code = "from validate.cache import default_cache as cache; print(cache().folder)"
+    code = "from ingot.validate.truth.cache import default_cache as cache; print(cache().folder)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == os.environ["INGOT_CACHE"]

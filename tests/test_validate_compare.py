@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ingot.validate.compare import compare, layer_of
-from ingot.validate.limits import LIMITS, NORM_LIMIT, TIE_LIMIT
-from ingot.validate.metrics import rms
+from ingot.validate.judge.compare import compare, layer_of
+from ingot.validate.judge.limits import LIMITS, NORM_LIMIT, TIE_LIMIT
+from ingot.validate.judge.metrics import rms
 from ingot.validate.result import TensorResult
 
 Floats = npt.NDArray[np.floating]

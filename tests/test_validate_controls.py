@@ -26,11 +26,11 @@ from ingot.graphs.family import Family
 from ingot.graphs.layers import ModelOutput
 from ingot.plugins.errors import IngotError
 from ingot.plugins.mamba2_scan import mamba2_scan
-from ingot.validate.compare import compare
-from ingot.validate.inputs import QUICK
-from ingot.validate.reference import Reference
+from ingot.validate.judge.compare import compare
 from ingot.validate.result import Report
 from ingot.validate.run import examine
+from ingot.validate.truth.inputs import QUICK
+from ingot.validate.truth.reference import Reference
 
 # Minutes of tracing; `make test-slow` runs them, and so does CI.
 pytestmark = pytest.mark.slow
@@ -142,7 +142,7 @@ def exports(make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> Exports:
 def examined(ingot: Path, subject: Subject) -> Report:
     """The path of ``python -m validate``, without the second trace."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ingot.validate.locate.capture", subject.right)
+        patch.setattr("ingot.validate.locate.locate.capture", subject.right)
         return examine(ingot, subject.reference, Stages(), plan=QUICK)
 
 

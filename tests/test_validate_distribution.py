@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 
 from ingot.runtime.session import Floats, Ids, load
-from ingot.validate.distribution import (
+from ingot.validate.gate import KL_FLOOR
+from ingot.validate.judge.distribution import (
     Doubles,
     TokensError,
     distribution,
@@ -25,7 +26,6 @@ from ingot.validate.distribution import (
     read_text,
     read_tokens,
 )
-from ingot.validate.gate import KL_FLOOR
 
 
 def make_logits(rows: int, vocab: int, error: float, seed: int = 0) -> tuple[Doubles, Floats]:

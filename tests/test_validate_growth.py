@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from ingot.validate.growth import GROWTH_LIMIT, growth
+from ingot.validate.judge.growth import GROWTH_LIMIT, growth
 from ingot.validate.result import Growth, TensorResult
 
 

@@ -14,13 +14,13 @@ from played import HIDDEN, KEY, ROUTERS, SSM, Played, Table, token
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import find_family
 from ingot.graphs.preset import preset_config, write_checkpoint
-from ingot.validate.inputs import QUICK
-from ingot.validate.judge import CACHES, FREE, REPLAYED, Judge
-from ingot.validate.recording import record
-from ingot.validate.reference import Reference, References
+from ingot.validate.judge.judge import CACHES, FREE, REPLAYED, Judge
 from ingot.validate.result import TensorResult
 from ingot.validate.run import validate_ingot
-from ingot.validate.taps import TappedSession
+from ingot.validate.truth.inputs import QUICK
+from ingot.validate.truth.recording import record
+from ingot.validate.truth.reference import Reference, References
+from ingot.validate.truth.taps import TappedSession
 
 NOISE = 1e-6
 # Rounding explains a margin of 32 times the noise.

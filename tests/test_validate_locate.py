@@ -19,9 +19,9 @@ from oracle import capture_once
 from ingot.export.capture import Captured
 from ingot.export.ingot import GRAPH, MANIFEST, WEIGHTS
 from ingot.graphs.checkpoint import Checkpoint
-from ingot.validate.inputs import Inputs, make_inputs
-from ingot.validate.locate import LocateError, locate
+from ingot.validate.locate.locate import LocateError, locate
 from ingot.validate.result import Location
+from ingot.validate.truth.inputs import Inputs, make_inputs
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Change = Callable[[Path], None]
@@ -83,7 +83,7 @@ def find(subjects: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(subjects.ingot(family, target), copy)
         change(copy)
-        monkeypatch.setattr("ingot.validate.locate.capture", subjects.captures[family])
+        monkeypatch.setattr("ingot.validate.locate.locate.capture", subjects.captures[family])
         checkpoint = Checkpoint.open(subjects.checkpoint(family))
         return locate(copy, checkpoint, inputs or make_inputs(512), calls)
 

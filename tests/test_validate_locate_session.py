@@ -23,9 +23,9 @@ from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Floats, Ids, Session, load
 from ingot.runtime.tokens import TokenInputs
-from ingot.validate.inputs import Inputs, make_inputs
-from ingot.validate.locate_session import locate_session
+from ingot.validate.locate.session import locate_session
 from ingot.validate.result import Location
+from ingot.validate.truth.inputs import Inputs, make_inputs
 
 # Minutes of tracing; `make test-slow` runs them, and so does CI.
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ingot.validate.metrics import errors, rms, top1_disagreements
+from ingot.validate.judge.metrics import errors, rms, top1_disagreements
 
 
 def test_gives_the_figures_worked_out_by_hand() -> None:

@@ -7,8 +7,8 @@ import played
 import pytest
 from played import HIDDEN, KEY, ROUTERS, SSM, Played, Table
 
-from ingot.validate.inputs import Inputs
-from ingot.validate.recording import (
+from ingot.validate.truth.inputs import Inputs
+from ingot.validate.truth.recording import (
     MOST_ELEMENTS,
     Call,
     _thinned,

@@ -22,12 +22,12 @@ from ingot.export.request import ExportRequest
 from ingot.graphs.checkpoint import Checkpoint, stack_height
 from ingot.graphs.family import FAMILIES, family_of, find_family
 from ingot.graphs.preset import preset_config, write_checkpoint
-from ingot.validate.cache import Cache, Recording
-from ingot.validate.eager import EagerSession
-from ingot.validate.inputs import Inputs, Plan, make_inputs
-from ingot.validate.recording import Layout, main_run, places, record
-from ingot.validate.reference import Reference, References, routers
-from ingot.validate.routing import choices
+from ingot.validate.judge.routing import choices
+from ingot.validate.truth.cache import Cache, Recording
+from ingot.validate.truth.eager import EagerSession
+from ingot.validate.truth.inputs import Inputs, Plan, make_inputs
+from ingot.validate.truth.recording import Layout, main_run, places, record
+from ingot.validate.truth.reference import Reference, References, routers
 
 # Minutes of tracing; `make test-slow` runs them, and so does CI.
 pytestmark = pytest.mark.slow
@@ -115,7 +115,7 @@ def test_gives_back_what_was_computed_to_the_bit(
 
     computed = recorded(reference(None))
     stored = recorded(reference(Cache(tmp_path)))
-    monkeypatch.setattr("ingot.validate.reference.EagerSession", forbid)
+    monkeypatch.setattr("ingot.validate.truth.reference.EagerSession", forbid)
     kept = recorded(reference(Cache(tmp_path)))
     for found in (stored, kept):
         assert_same(found.truth, computed.truth)
@@ -145,7 +145,7 @@ def test_keeps_tensors_of_no_tokens(
     reference.cache = Cache(tmp_path)
     recorded(reference, nothing)
     again = Reference(reference.checkpoint, "generate", cache=reference.cache)
-    monkeypatch.setattr("ingot.validate.reference.EagerSession", forbid)
+    monkeypatch.setattr("ingot.validate.truth.reference.EagerSession", forbid)
     assert_same(recorded(again, nothing).truth, computed.truth)
 
 
@@ -185,7 +185,7 @@ def test_each_thing_it_depends_on_has_a_truth_of_its_own(
     assert new(folder=_changed(folder, tmp_path / "weights")) == 2
     for name, value in (("code_digest", lambda: "x"), ("torch.__version__", "9")):
         with monkeypatch.context() as patch:
-            patch.setattr(f"ingot.validate.reference.{name}", value)
+            patch.setattr(f"ingot.validate.truth.reference.{name}", value)
             assert new() == 2
     assert new() == 0
 
@@ -270,7 +270,7 @@ def test_streams_the_same_truth_and_floor(
 
     loaded = Reference(Checkpoint.open(folder), "generate")
     expected = recorded(loaded)
-    monkeypatch.setattr("ingot.validate.eager._free_memory", lambda: 0)
+    monkeypatch.setattr("ingot.validate.truth.eager._free_memory", lambda: 0)
     streamed = Reference(Checkpoint.open(folder), "generate")
     found = recorded(streamed)
     # Between two calls a streamed one holds no layer.

@@ -23,11 +23,8 @@ import ingot.plugins.moe_dispatch
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.plugins.moe_dispatch import route
 from ingot.runtime.session import Floats
-from ingot.validate.eager import EagerSession
-from ingot.validate.inputs import QUICK, make_inputs
-from ingot.validate.limits import FLIP_LIMIT
-from ingot.validate.result import Flip, Routing
-from ingot.validate.routing import (
+from ingot.validate.judge.limits import FLIP_LIMIT
+from ingot.validate.judge.routing import (
     DOMAIN,
     NUDGE,
     OPERATOR,
@@ -41,6 +38,9 @@ from ingot.validate.routing import (
     replay_function,
     replayed,
 )
+from ingot.validate.result import Flip, Routing
+from ingot.validate.truth.eager import EagerSession
+from ingot.validate.truth.inputs import QUICK, make_inputs
 
 Array = npt.NDArray[Any]
 

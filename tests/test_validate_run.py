@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from ingot.export.ingot import Manifest
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.runtime.session import Floats, Ids, load
-from ingot.validate.eager import EagerSession
-from ingot.validate.inputs import QUICK, Plan, make_inputs
-from ingot.validate.judge import CACHES
-from ingot.validate.recording import Stepper
-from ingot.validate.reference import Reference
+from ingot.validate.judge.judge import CACHES
 from ingot.validate.run import validate_ingot
+from ingot.validate.truth.eager import EagerSession
+from ingot.validate.truth.inputs import QUICK, Plan, make_inputs
+from ingot.validate.truth.recording import Stepper
+from ingot.validate.truth.reference import Reference
 
 Tensors = dict[str, torch.Tensor]
 STATES = [f"present.{layer}.{kind}" for layer in range(2) for kind in ("key", "value")]

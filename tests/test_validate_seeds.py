@@ -8,8 +8,8 @@ from conftest import MakeCheckpoint, MakeIngot
 
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import FAMILIES
-from ingot.validate.reference import Reference
 from ingot.validate.run import validate_ingot
+from ingot.validate.truth.reference import Reference
 
 SEEDS = 20
 # bfloat16 has no runtime without a GPU.

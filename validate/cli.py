@@ -14,8 +14,8 @@ from ingot.plugins.errors import IngotError
 if TYPE_CHECKING:
     from ingot.export.ingot import Manifest
     from ingot.runtime.session import Ids
-    from ingot.validate.inputs import Plan
     from ingot.validate.result import Report
+    from ingot.validate.truth.inputs import Plan
 
 EAGER = "eager"
 STATUS = {"passed": 0, "failed": 1, "skipped": 2}
@@ -87,8 +87,8 @@ def validate_command(
     """
     from ingot.export.ingot import Manifest
     from ingot.validate.gate import gate
-    from ingot.validate.report import json_text, write
-    from ingot.validate.terminal import print_report
+    from ingot.validate.report.files import json_text, write
+    from ingot.validate.report.terminal import print_report
 
     try:
         manifest = Manifest.read(ingot)
@@ -110,14 +110,14 @@ def validate_command(
 
 
 def _plan(name: str | None) -> Plan:
-    from ingot.validate.inputs import QUICK, STANDARD, THOROUGH
+    from ingot.validate.truth.inputs import QUICK, STANDARD, THOROUGH
 
     return {None: STANDARD, "quick": QUICK, "thorough": THOROUGH}[name]
 
 
 def _words(manifest: Manifest, ingot: Path, tokens: Path | None, text: Path | None) -> Ids | None:
     """The tokens whose perplexity is asked for."""
-    from ingot.validate.distribution import read_text, read_tokens
+    from ingot.validate.judge.distribution import read_text, read_tokens
 
     if tokens is None and text is None:
         return None
@@ -143,11 +143,11 @@ def _validate(
 ) -> Report:
     from ingot.export.progress import RichStages
     from ingot.graphs.checkpoint import Checkpoint
-    from ingot.validate.against import OtherReference, other_ingot
-    from ingot.validate.cache import default_cache
     from ingot.validate.gate import save_baseline
-    from ingot.validate.reference import Reference
     from ingot.validate.run import cannot_compare, examine, spread, validate_ingot
+    from ingot.validate.truth.against import OtherReference, other_ingot
+    from ingot.validate.truth.cache import default_cache
+    from ingot.validate.truth.reference import Reference
 
     reason = cannot_compare(manifest)
     if reason is not None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ingot.plugins.errors import IngotError
-from ingot.validate.limits import SCORE_FLOOR
-from ingot.validate.report import number, plain, write_whole
+from ingot.validate.judge.limits import SCORE_FLOOR
+from ingot.validate.report.files import number, plain, write_whole
 from ingot.validate.result import Distribution, Report, TensorResult
 
 # How many measured run-to-run spreads a figure may rise: three are chance once in hundreds of runs.

@@ -14,14 +14,14 @@ from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
 from ingot.plugins.device import has_gpu
 from ingot.runtime.session import Ids, Session, load
-from ingot.validate import figures
-from ingot.validate.distribution import negative_log_likelihoods, perplexities
-from ingot.validate.inputs import STANDARD, Inputs, Plan, make_inputs
-from ingot.validate.judge import Judge, Observed
-from ingot.validate.recording import Layout
-from ingot.validate.reference import TRUTH, Reference
+from ingot.validate.judge import totals
+from ingot.validate.judge.distribution import negative_log_likelihoods, perplexities
+from ingot.validate.judge.judge import Judge, Observed
 from ingot.validate.result import Distribution, Location, Report
-from ingot.validate.taps import TappedSession
+from ingot.validate.truth.inputs import STANDARD, Inputs, Plan, make_inputs
+from ingot.validate.truth.recording import Layout
+from ingot.validate.truth.reference import TRUTH, Reference
+from ingot.validate.truth.taps import TappedSession
 
 LIBRARIES = ("torch", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13")
 # Tokens of a text that see each other where perplexity is measured.
@@ -130,17 +130,17 @@ def validate_ingot(
         precision=target.manifest.precision,
         against=reference.against,
         seed=seed,
-        tensors=figures.tensors(judges, seeds),
-        routing=figures.routing(judges),
-        growth=figures.worst_growth(judges),
-        hidden=figures.hidden(judges),
-        router_margin=figures.margin(judges, reference),
+        tensors=totals.tensors(judges, seeds),
+        routing=totals.routing(judges),
+        growth=totals.worst_growth(judges),
+        hidden=totals.hidden(judges),
+        router_margin=totals.margin(judges, reference),
         environment={**environment(), "checkpoint": source},
         reason=_reason(target, judges),
     )
     if target.manifest.main_output == "logits" and target.manifest.states:
         logits = [call["logits"] for found in observed for call in found.main]
-        tokens = figures.next_tokens(judges, logits)
+        tokens = totals.next_tokens(judges, logits)
         if tokens is not None and text is not None:
             tokens = _with_perplexity(tokens, session, reference, text, stages)
         report = replace(report, distribution=tokens)
@@ -231,8 +231,8 @@ def examine(
 
 def _location(report: Report, target: Target, reference: Reference, plan: Plan) -> Location | None:
     """Where the graph goes wrong, or else the session; None where neither does by itself."""
-    from ingot.validate.locate import LocateError, locate
-    from ingot.validate.locate_session import locate_session
+    from ingot.validate.locate.locate import LocateError, locate
+    from ingot.validate.locate.session import locate_session
 
     inputs = target.inputs(reference, plan, report.seed)
     failed = {tensor.stage for tensor in report.tensors if tensor.problem}

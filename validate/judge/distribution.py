@@ -17,11 +17,11 @@ import numpy.typing as npt
 from ingot.plugins.errors import IngotError
 from ingot.runtime.session import Ids
 from ingot.runtime.tokenizer import TOKENIZER, load_tokenizer
-from ingot.validate.metrics import Array
+from ingot.validate.judge.metrics import Array
 from ingot.validate.result import Distribution
 
 if TYPE_CHECKING:
-    from ingot.validate.recording import Stepper
+    from ingot.validate.truth.recording import Stepper
 
 Doubles = npt.NDArray[np.float64]
 

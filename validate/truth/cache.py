@@ -32,15 +32,15 @@ SCHEMA_VERSION = 1
 LIMIT = 4 * 2**30
 DTYPES = {"F32": np.float32, "F64": np.float64, "I64": np.int64, "BOOL": np.bool_}
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 # What computes the truth, and what is kept of it: the top of a package, or one file. Kernels below
 # `plugins` run on targets only.
 _CODE = (
     "graphs",
     "plugins",
-    "validate/eager.py",
-    "validate/recording.py",
-    "validate/routing.py",
+    "validate/truth/eager.py",
+    "validate/truth/recording.py",
+    "validate/judge/routing.py",
 )
 _SUFFIX = ".safetensors"
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -110,7 +110,7 @@ class Cache:
 
     def _path(self, key: str) -> Path:
         if not _KEY.fullmatch(key):
-            raise ValueError(f"{key!r} is not a result of validate.cache.key")
+            raise ValueError(f"{key!r} is not a result of validate.truth.cache.key")
         return self.folder / (key + _SUFFIX)
 
     def _write(self, path: Path, calls: Recording) -> None:

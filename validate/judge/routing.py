@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ingot.plugins.moe_dispatch
 import ingot.plugins.moe_linear  # noqa: F401  (both register their operators)
-from ingot.validate.limits import FLIP_LIMIT
-from ingot.validate.metrics import rms
+from ingot.validate.judge.limits import FLIP_LIMIT
+from ingot.validate.judge.metrics import rms
 from ingot.validate.result import Flip, Routing
 
 Array = npt.NDArray[Any]

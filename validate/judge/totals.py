@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from ingot.validate.distribution import distribution
-from ingot.validate.growth import growth, over_decode
-from ingot.validate.judge import Judge
-from ingot.validate.limits import TIE_LIMIT
-from ingot.validate.metrics import rms
-from ingot.validate.recording import HIDDEN_STATES, Array
-from ingot.validate.reference import Reference, routers
+from ingot.validate.judge.distribution import distribution
+from ingot.validate.judge.growth import growth, over_decode
+from ingot.validate.judge.judge import Judge
+from ingot.validate.judge.limits import TIE_LIMIT
+from ingot.validate.judge.metrics import rms
+from ingot.validate.judge.routing import least_margin
 from ingot.validate.result import Distribution, Growth, Routing, TensorResult
-from ingot.validate.routing import least_margin
+from ingot.validate.truth.recording import HIDDEN_STATES, Array
+from ingot.validate.truth.reference import Reference, routers
 
 
 def tensors(judges: Sequence[Judge], seeds: Sequence[int]) -> tuple[TensorResult, ...]:

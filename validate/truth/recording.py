@@ -18,8 +18,8 @@ import numpy.typing as npt
 from ingot.export.ingot import Manifest, StateInfo
 from ingot.graphs.state import StateSpec
 from ingot.runtime.session import Floats, Ids
-from ingot.validate.cache import Recording
-from ingot.validate.inputs import Inputs
+from ingot.validate.truth.cache import Recording
+from ingot.validate.truth.inputs import Inputs
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, Array]

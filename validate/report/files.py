@@ -37,7 +37,7 @@ def write(report: Report, folder: Path) -> None:
     """
     # Here: only a process that writes a page pays for importing matplotlib.
     try:
-        from ingot.validate.html import page
+        from ingot.validate.report.html import page
     except ImportError as error:
         raise ReportError(
             f"{error.name} is missing; install what draws the page with: pip install "

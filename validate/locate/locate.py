@@ -38,9 +38,9 @@ from ingot.graphs.checkpoint import Checkpoint, block_reader
 from ingot.graphs.family import family_of
 from ingot.graphs.state import BATCH
 from ingot.plugins.errors import IngotError
-from ingot.validate.inputs import Inputs
-from ingot.validate.metrics import rms
+from ingot.validate.judge.metrics import rms
 from ingot.validate.result import Location
+from ingot.validate.truth.inputs import Inputs
 
 Array = npt.NDArray[Any]
 Values = dict[str, Array]

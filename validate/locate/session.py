@@ -24,9 +24,9 @@ import onnxruntime
 from ingot.export.ingot import GRAPH, Manifest, StateInfo
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Ids, Session
-from ingot.validate.inputs import Inputs
-from ingot.validate.locate import FLOORS, LIMIT, relative_error
+from ingot.validate.locate.locate import FLOORS, LIMIT, relative_error
 from ingot.validate.result import Location
+from ingot.validate.truth.inputs import Inputs
 
 Array = npt.NDArray[Any]
 Values = dict[str, Array]
@@ -49,9 +49,9 @@ def locate_session(session: Session, folder: Path, inputs: Inputs) -> Location |
     Returns:
         The first difference, by call: in an input, at a real position (of the mask at any), with
         an infinite ratio; or in a state or the main output at real positions, with the relative RMS
-        error over the floor of ``validate.locate``. A missing or unknown state, and another shape,
-        are infinitely wrong. None where there is none, and where the graph cannot be run beside the
-        session: in bfloat16, or where an engine runs in its place.
+        error over the floor of ``validate.locate.locate``. A missing or unknown state, and another
+        shape, are infinitely wrong. None where there is none, and where the graph cannot be run
+        beside the session: in bfloat16, or where an engine runs in its place.
     """
     manifest = Manifest.read(folder)
     engine = manifest.engine is not None and not isinstance(session, OrtSession)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ingot.validate.limits import SCORE_FLOOR
+from ingot.validate.judge.limits import SCORE_FLOOR
 from ingot.validate.result import Growth, TensorResult
 
 # Last score over first. A score is an error over eager's of the same step, so growth that the

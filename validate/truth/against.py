@@ -18,10 +18,10 @@ from ingot.export.progress import Stages
 from ingot.export.request import PRECISIONS, TARGETS, ExportRequest
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.plugins.errors import IngotError
-from ingot.validate.inputs import Inputs
-from ingot.validate.recording import Layout, record
-from ingot.validate.reference import Reference, References
-from ingot.validate.taps import TappedSession
+from ingot.validate.truth.inputs import Inputs
+from ingot.validate.truth.recording import Layout, record
+from ingot.validate.truth.reference import Reference, References
+from ingot.validate.truth.taps import TappedSession
 
 
 class AgainstError(IngotError):

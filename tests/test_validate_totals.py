@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ingot.validate import figures
-from ingot.validate.growth import GROWTH_LIMIT
-from ingot.validate.limits import TIE_LIMIT
-from ingot.validate.recording import Array
+from ingot.validate.judge import totals
+from ingot.validate.judge.growth import GROWTH_LIMIT
+from ingot.validate.judge.limits import TIE_LIMIT
 from ingot.validate.result import Flip, Growth, Routing, TensorResult
+from ingot.validate.truth.recording import Array
 
 FLOOR = 1e-7
 
@@ -48,8 +48,8 @@ def flip(token: int) -> Flip:
 
 def test_one_seed_is_not_named_and_several_are() -> None:
     one, other = judge([tensor("prefill"), tensor("decode 1")]), judge([tensor("prefill", "x")])
-    assert figures.tensors([one], range(4, 5)) == tuple(one.results)
-    found = figures.tensors([one, other], range(4, 6))
+    assert totals.tensors([one], range(4, 5)) == tuple(one.results)
+    found = totals.tensors([one, other], range(4, 6))
     assert [(t.stage, t.name) for t in found] == [
         ("seed 4, prefill", "logits"),
         ("seed 4, decode 1", "logits"),
@@ -71,14 +71,14 @@ def test_agreement_is_the_mean_over_seeds_and_flips_are_all() -> None:
         "free": Routing((0.5, 0.75), (flip(9),), names),
         "replayed": Routing((0.0, 1.0), (flip(1),), names),
     }
-    found = figures.routing([judge(routing=first), judge(routing=second)])
+    found = totals.routing([judge(routing=first), judge(routing=second)])
     assert found == {
         "free": Routing((0.75, 0.625), (flip(3), flip(4), flip(9)), names),
         "replayed": Routing((0.5, 1.0), (flip(1),), names),
     }
     assert all(type(share) is float for each in found.values() for share in each.agreement)
-    assert figures.routing([judge(routing=first)]) == first
-    assert figures.routing([judge(), judge()]) == {}
+    assert totals.routing([judge(routing=first)]) == first
+    assert totals.routing([judge(), judge()]) == {}
 
 
 # --- growth
@@ -94,7 +94,7 @@ def decode(first: float, last: float, kind: str = "logits", ending: str = "") ->
 
 
 def only(*judges: Any) -> Growth:
-    (found,) = figures.worst_growth(judges)
+    (found,) = totals.worst_growth(judges)
     return found
 
 
@@ -109,7 +109,7 @@ def test_of_several_seeds_the_one_that_grows_most_counts(order: int) -> None:
 def test_each_kind_has_its_own_worst_seed() -> None:
     one = judge(decode(1.0, 2.0) + decode(1.0, 3.0, "key"))
     other = judge(decode(1.0, 3.0) + decode(1.0, 2.0, "key"))
-    found = figures.worst_growth([one, other])
+    found = totals.worst_growth([one, other])
     assert [(each.kind, round(each.ratio, 9)) for each in found] == [("logits", 3), ("key", 3)]
 
 
@@ -136,7 +136,7 @@ def test_growth_is_that_under_the_truths_experts_where_there_are_routers() -> No
     free, replayed = decode(1.0, 8.0), decode(1.0, 2.0, ending=", replayed")
     assert only(judge(free)).ratio == pytest.approx(8)
     assert only(judge(free + replayed, {"free": Routing((1.0,), ())})).ratio == pytest.approx(2)
-    assert figures.worst_growth([judge(free[:7])]) == ()
+    assert totals.worst_growth([judge(free[:7])]) == ()
 
 
 # --- hidden states
@@ -148,7 +148,7 @@ def test_a_hidden_states_error_is_the_rms_over_calls_and_seeds() -> None:
 
     one = judge([tensor("prefill"), state(10, 1.0), state(9, 2.0), state(0, 0.0)])
     other = judge([state(9, 14.0, 2 * FLOOR), state(0, 0.0), state(10, 7.0)])
-    found = figures.hidden([one, other])
+    found = totals.hidden([one, other])
     # In the order of the layers' numbers, and not of their letters.
     expected = [
         (0.0, FLOOR),
@@ -156,12 +156,12 @@ def test_a_hidden_states_error_is_the_rms_over_calls_and_seeds() -> None:
         (5 * FLOOR, FLOOR),
     ]
     assert np.array(found) == pytest.approx(np.array(expected))
-    assert figures.hidden([judge([tensor("prefill")])]) == ()
+    assert totals.hidden([judge([tensor("prefill")])]) == ()
 
 
 def test_a_hidden_state_that_was_not_compared_has_no_error() -> None:
     results = [tensor("prefill", "hidden_states.0", score) for score in (1.0, None)]
-    ((error, floor),) = figures.hidden([judge(results)])
+    ((error, floor),) = totals.hidden([judge(results)])
     assert math.isnan(error) and floor == pytest.approx(FLOOR)
 
 
@@ -179,12 +179,12 @@ def test_the_margin_is_the_smallest_of_all_calls_and_seeds() -> None:
     one = truth_of({"router_logits.0": logits(4.0), "router_logits.1": logits(3.0, 2.0)})
     other = truth_of({"router_logits.0": logits(1.0)}, {"router_logits.0": logits(0.0, 4.75)})
     reference: Any = SimpleNamespace(top_k=2)
-    assert figures.margin([judge(references=one)], reference) == 1.0
-    assert figures.margin([judge(references=one), judge(references=other)], reference) == 0.25
+    assert totals.margin([judge(references=one)], reference) == 1.0
+    assert totals.margin([judge(references=one), judge(references=other)], reference) == 0.25
     # Nothing is chosen of four out of four, nor without routers.
     everything: Any = SimpleNamespace(top_k=4)
-    assert figures.margin([judge(references=one)], everything) is None
-    assert figures.margin([judge(references=truth_of({}))], reference) is None
+    assert totals.margin([judge(references=one)], everything) is None
+    assert totals.margin([judge(references=truth_of({}))], reference) is None
 
 
 # --- next tokens
@@ -204,7 +204,7 @@ def test_next_tokens_are_those_of_all_calls_and_seeds() -> None:
     # Probabilities of 1/4 and 3/4 where the truth has 1/2: the divergence is log(2 / sqrt(3)).
     other = np.array([[0.0, math.log(3)]])
     logits = [np.zeros((2, 2)), other, np.concatenate([other, np.zeros((2, 2))])]
-    found = figures.next_tokens(judges, logits)
+    found = totals.next_tokens(judges, logits)
     assert found is not None and found.tokens == 6
     assert found.kl == pytest.approx((0, 0, 0, 0) + (math.log(2 / math.sqrt(3)),) * 2)
     assert found.top1_agreement == pytest.approx(4 / 6)
@@ -216,7 +216,7 @@ def test_a_tie_is_what_rounding_explains() -> None:
     noise = 0.01
     rows = np.array([[TIE_LIMIT * noise * share, 0.0] for share in (0.98, 1.02)])
     logits = [rows[:, ::-1]]
-    found = figures.next_tokens([judge(references=sides(rows, noise, (2,)))], logits)
+    found = totals.next_tokens([judge(references=sides(rows, noise, (2,)))], logits)
     assert found is not None
     assert (found.top1_agreement, found.near_ties) == (0, 1)
 
@@ -225,7 +225,7 @@ def test_another_ingot_is_expected_and_eagers_noise_is_against_the_truth() -> No
     truth = np.array([[1.0, 0.0]])
     references = sides(truth, 0.001, (1,))
     references.expected = [{"logits": np.array([[0.0, 3.0]])}]
-    found = figures.next_tokens([judge(references=references)], [truth])
+    found = totals.next_tokens([judge(references=references)], [truth])
     assert found is not None
     # Not the truth's likeliest, and by far more than a tie.
     assert (found.top1_agreement, found.near_ties) == (0, 0)
@@ -236,5 +236,5 @@ def test_another_ingot_is_expected_and_eagers_noise_is_against_the_truth() -> No
 def test_logits_of_another_shape_have_no_distribution(shape: tuple[int, ...]) -> None:
     judges = [judge(references=sides(np.zeros((3, 2))))]
     good = [np.zeros((2, 2)), np.zeros((1, 2))]
-    assert figures.next_tokens(judges, good) is not None
-    assert figures.next_tokens(judges, [np.zeros(shape), good[1]]) is None
+    assert totals.next_tokens(judges, good) is not None
+    assert totals.next_tokens(judges, [np.zeros(shape), good[1]]) is None

@@ -1,7 +1,7 @@
 """The eager graph of a checkpoint twice: the truth, and in the precision of a target.
 
-What they compute is kept on disk (``validate.cache``), so that a second validation of the same
-checkpoint, of another target or after another export, begins at once.
+What they compute is kept on disk (``validate.truth.cache``), so that a second validation of the
+same checkpoint, of another target or after another export, begins at once.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import family_of
 from ingot.graphs.state import StateSpec
-from ingot.validate.cache import Cache, Recording, code_digest, inputs_digest, key
-from ingot.validate.eager import EagerSession
-from ingot.validate.inputs import Inputs
-from ingot.validate.recording import (
+from ingot.validate.judge.routing import Chosen, Replay, choices
+from ingot.validate.truth.cache import Cache, Recording, code_digest, inputs_digest, key
+from ingot.validate.truth.eager import EagerSession
+from ingot.validate.truth.inputs import Inputs
+from ingot.validate.truth.recording import (
     ROUTER_LOGITS,
     Array,
     Layout,
@@ -27,7 +28,6 @@ from ingot.validate.recording import (
     numbered,
     record,
 )
-from ingot.validate.routing import Chosen, Replay, choices
 
 # One precision higher than the target's.
 TRUTH = {"float32": torch.float64, "float16": torch.float32, "bfloat16": torch.float32}
@@ -35,7 +35,7 @@ TRUTH = {"float32": torch.float64, "float16": torch.float32, "bfloat16": torch.f
 
 @dataclass(frozen=True)
 class References:
-    """What the eager graphs compute from one validation's inputs; see ``validate.recording``.
+    """What the eager graphs compute from one validation's inputs; see ``validate.truth.recording``.
 
     Attributes:
         truth: one precision higher.

@@ -16,8 +16,8 @@ from onnx import helper
 from ingot.export.ingot import GRAPH, Manifest
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Floats, Ids
-from ingot.validate.recording import HIDDEN_STATES, ROUTER_LOGITS, Array, numbered
-from ingot.validate.routing import DOMAIN, OPERATOR, Chosen, replay_function
+from ingot.validate.judge.routing import DOMAIN, OPERATOR, Chosen, replay_function
+from ingot.validate.truth.recording import HIDDEN_STATES, ROUTER_LOGITS, Array, numbered
 
 
 class TappedSession(OrtSession):
@@ -84,7 +84,7 @@ def _insert_replays(model: onnx.ModelProto, routers: Sequence[str]) -> None:
     """Put a ``Replay`` between each router's logits and what chooses by them.
 
     A GatherElements only reads the logits of experts that a TopK chose (JetMoE's attention); as in
-    the eager graph under ``validate.routing.Replay``, they are the router's own.
+    the eager graph under ``validate.judge.routing.Replay``, they are the router's own.
     """
     if not routers:
         return

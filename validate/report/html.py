@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ingot.validate.growth import over_decode, step_scores
-from ingot.validate.report import clean, figures, headline, number
+from ingot.validate.judge.growth import over_decode, step_scores
+from ingot.validate.report.files import clean, figures, headline, number
 from ingot.validate.result import Report, TensorResult
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ingot.validate.limits import LIMITS, NORM_LIMIT, ROUNDOFF, TIE_LIMIT
-from ingot.validate.metrics import Array, Errors, errors, rms, top1_disagreements
+from ingot.validate.judge.limits import LIMITS, NORM_LIMIT, ROUNDOFF, TIE_LIMIT
+from ingot.validate.judge.metrics import Array, Errors, errors, rms, top1_disagreements
 from ingot.validate.result import TensorResult
 
 

@@ -10,11 +10,13 @@ import numpy.typing as npt
 
 from ingot.export.progress import Advance
 from ingot.plugins.errors import IngotError
-from ingot.validate.cache import Recording
-from ingot.validate.compare import compare
-from ingot.validate.inputs import Inputs
-from ingot.validate.metrics import errors
-from ingot.validate.recording import (
+from ingot.validate.judge.compare import compare
+from ingot.validate.judge.metrics import errors
+from ingot.validate.judge.routing import compare_choices, doubtful, first_flips
+from ingot.validate.result import Routing, TensorResult
+from ingot.validate.truth.cache import Recording
+from ingot.validate.truth.inputs import Inputs
+from ingot.validate.truth.recording import (
     HIDDEN_STATES,
     ROUTER_LOGITS,
     Array,
@@ -33,10 +35,8 @@ from ingot.validate.recording import (
     split_run,
     whole,
 )
-from ingot.validate.reference import Reference, References, routers
-from ingot.validate.result import Routing, TensorResult
-from ingot.validate.routing import compare_choices, doubtful, first_flips
-from ingot.validate.taps import TappedSession
+from ingot.validate.truth.reference import Reference, References, routers
+from ingot.validate.truth.taps import TappedSession
 
 Mask = npt.NDArray[np.bool_]
 
@@ -87,7 +87,7 @@ class Observed:
 
     Attributes:
         main: of the main run.
-        whole: the caches at its end; see ``validate.recording.collect_whole``.
+        whole: the caches at its end; see ``validate.truth.recording.collect_whole``.
         pieces: of each piece its calls.
     """
 

@@ -1,0 +1,1 @@
+"""What a validation found, in words, in files and on the terminal."""
