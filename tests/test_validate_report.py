@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from ingot.validate.report import files, html
+from ingot.validate.report import files, html, texts, words
 from ingot.validate.result import Distribution, Flip, Location, Report, Routing, TensorResult
 
 HOSTILE = '<script>alert("1")</script>&\x00\x1b\ud800|`*_[x](http://y)$\\frac @all\n# head'
@@ -227,7 +227,7 @@ def test_a_folder_that_is_a_file_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_json_holds_everything() -> None:
-    data = strict(files.json_text(failing_report()))
+    data = strict(texts.json_text(failing_report()))
     assert next(iter(data)) == "schema_version"
     assert data["schema_version"] == 1
     assert data["verdict"] == "failed"
@@ -245,18 +245,18 @@ def test_json_writes_what_json_cannot_hold_as_strings() -> None:
     found = with_tensor(make_report(), 0, floor=0.0)
     found = with_tensor(found, 1, error=math.nan, norm_ratio=-math.inf)
     found = with_tensor(found, 2, error=np.float32(0.5), layer=np.int64(2))
-    rows = strict(files.json_text(found))["tensors"]
+    rows = strict(texts.json_text(found))["tensors"]
     assert rows[0]["score"] == "Infinity"
     assert (rows[1]["error"], rows[1]["norm_ratio"]) == ("NaN", "-Infinity")
     assert (rows[2]["error"], rows[2]["layer"]) == (0.5, 2)
 
 
 def test_plain_keeps_truth_values() -> None:
-    assert files.plain({"a": (True, None, 1, "x")}) == {"a": [True, None, 1, "x"]}
+    assert texts.plain({"a": (True, None, 1, "x")}) == {"a": [True, None, 1, "x"]}
 
 
 def junit(found: Report) -> ElementTree.Element:
-    suite = ElementTree.fromstring(files.junit_text(found).encode()).find("testsuite")
+    suite = ElementTree.fromstring(texts.junit_text(found).encode()).find("testsuite")
     assert suite is not None
     for name, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped", "skipped")):
         assert suite.get(name) == str(len(list(suite.iter(tag))))
@@ -311,7 +311,7 @@ def test_junit_holds_any_text() -> None:
 
 
 def test_summary_of_a_pass() -> None:
-    text = files.markdown_text(make_report())
+    text = texts.markdown_text(make_report())
     assert text.startswith("## Validation: PASSED: olmoe, ort, float32")
     assert text.count("\n| ") == 4
     assert "- **Routing, free:** at least 99.50% (router 1) of tokens" in text
@@ -324,7 +324,7 @@ def test_summary_of_a_pass() -> None:
 
 
 def test_summary_names_worst_tensor_location_and_problems() -> None:
-    text = files.markdown_text(failing_report())
+    text = texts.markdown_text(failing_report())
     assert "FAILED: olmoe, ort, float32, against eager PyTorch, float64: 3 problems." in text
     assert "**It begins at:** layer 1, MoeDispatch output layers.1.moe, 214x floor" in text
     assert "| key | 150 | 4 | prefill | present.1.key |" in text
@@ -334,23 +334,23 @@ def test_summary_names_worst_tensor_location_and_problems() -> None:
 def test_summary_lists_some_problems_and_counts_the_rest() -> None:
     found = make_report()
     bad = replace(found, tensors=tuple(replace(t, problem="bad") for t in found.tensors))
-    text = files.markdown_text(bad)
-    assert text.count(": bad") == files.LISTED
-    assert f"and {63 - files.LISTED} more in report.json" in text
+    text = texts.markdown_text(bad)
+    assert text.count(": bad") == words.LISTED
+    assert f"and {63 - words.LISTED} more in report.json" in text
 
 
 def test_summary_of_a_skip_says_why() -> None:
-    assert "NOT PROVEN: olmoe, ort, float32" in files.markdown_text(make_report(reason="no GPU"))
+    assert "NOT PROVEN: olmoe, ort, float32" in texts.markdown_text(make_report(reason="no GPU"))
 
 
 def test_summary_without_routing_or_distribution() -> None:
-    text = files.markdown_text(make_report(routing={}, distribution=None))
+    text = texts.markdown_text(make_report(routing={}, distribution=None))
     assert "Routing" not in text
     assert "KL" not in text
 
 
 def test_summary_escapes() -> None:
-    text = files.markdown_text(hostile_report())
+    text = texts.markdown_text(hostile_report())
     assert "<script>" not in text.replace("\\<", "")
     assert "@" not in text
     assert "\n# head" not in text
@@ -363,11 +363,11 @@ def test_figures_leave_out_what_is_not_there() -> None:
     found = make_report()
     assert found.distribution is not None
     short = replace(found.distribution, perplexity=None)
-    names = [name for name, _ in files.figures(replace(found, distribution=short, routing={}))]
+    names = [name for name, _ in words.figures(replace(found, distribution=short, routing={}))]
     assert names == ["KL divergence of truth from target, nats", "Top-1 agreement"]
     odd = replace(found.distribution, truth_perplexity=0.0, ratio_interval=None)
-    assert files.figures(replace(found, distribution=odd))[-1][1].endswith("ratio nan")
-    assert files.figures(replace(found, distribution=replace(short, kl=()), routing={})) == []
+    assert words.figures(replace(found, distribution=odd))[-1][1].endswith("ratio nan")
+    assert words.figures(replace(found, distribution=replace(short, kl=()), routing={})) == []
 
 
 @pytest.mark.parametrize("make", [make_report, failing_report, hostile_report])

@@ -87,8 +87,9 @@ def validate_command(
     """
     from ingot.export.ingot import Manifest
     from ingot.validate.gate import gate
-    from ingot.validate.report.files import json_text, write
+    from ingot.validate.report.files import write
     from ingot.validate.report.terminal import print_report
+    from ingot.validate.report.texts import json_text
 
     try:
         manifest = Manifest.read(ingot)

@@ -11,7 +11,9 @@ from typing import Any
 
 from ingot.plugins.errors import IngotError
 from ingot.validate.judge.limits import SCORE_FLOOR
-from ingot.validate.report.files import number, plain, write_whole
+from ingot.validate.report.files import write_whole
+from ingot.validate.report.texts import plain
+from ingot.validate.report.words import number
 from ingot.validate.result import Distribution, Report, TensorResult
 
 # How many measured run-to-run spreads a figure may rise: three are chance once in hundreds of runs.

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ingot.validate.judge.growth import over_decode, step_scores
-from ingot.validate.report.files import clean, figures, headline, number
+from ingot.validate.report.words import clean, figures, headline, number
 from ingot.validate.result import Report, TensorResult
 
 if TYPE_CHECKING:

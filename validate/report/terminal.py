@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ingot.validate.report.files import LISTED, figures, headline, number
+from ingot.validate.report.words import LISTED, figures, headline, number
 from ingot.validate.result import Report
 
 COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}

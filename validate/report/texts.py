@@ -1,0 +1,134 @@
+"""A validation's result as JSON, JUnit XML and Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from numbers import Integral, Real
+from typing import Any
+from xml.etree import ElementTree
+
+from ingot.validate.report.words import LISTED, clean, figures, headline, number
+from ingot.validate.result import Report, TensorResult
+
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|~$#])")
+
+
+def json_text(report: Report) -> str:
+    """Everything of the report as strict JSON; infinities and NaN are strings."""
+    data = asdict(report)
+    for row, tensor in zip(data["tensors"], report.tensors, strict=True):
+        row["score"] = tensor.score
+    data["verdict"] = report.verdict
+    data["failures"] = report.failures
+    data["summary"] = report.summary()
+    first = {"schema_version": data.pop("schema_version"), "verdict": data.pop("verdict")}
+    return json.dumps(plain({**first, **data}), indent=1, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """A value as strict JSON can hold it; figures may be numpy's."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    found = float(value)
+    if math.isfinite(found):
+        return found
+    return "NaN" if math.isnan(found) else "Infinity" if found > 0 else "-Infinity"
+
+
+def junit_text(report: Report) -> str:
+    """One test case per tensor of a stage and one per routing mode."""
+    suite = ElementTree.Element("testsuite", name="validate", time=f"{report.seconds:.3f}")
+    properties = ElementTree.SubElement(suite, "properties")
+    for name, value in _properties(report).items():
+        ElementTree.SubElement(properties, "property", name=clean(name), value=clean(value))
+    prefix = f"{report.model_type}.{report.target}.{report.precision}"
+    for tensor in report.tensors:
+        problems = [tensor.problem] if tensor.problem else []
+        _case(suite, f"{prefix}.{tensor.stage}", tensor.name, problems, report.reason)
+    for mode, routing in report.routing.items():
+        problems = [
+            f"{routing.name(flip.router)}, row {flip.row}, token {flip.token}: "
+            f"{list(flip.chosen)} over {list(flip.expected)} at a margin of {flip.margin:.2g}, "
+            f"and rounding explains {flip.explained:.2g}"
+            for flip in routing.flips
+            if flip.fails
+        ]
+        _case(suite, f"{prefix}.routing", mode, problems, report.reason)
+    if not any(tensor.error is not None for tensor in report.tensors):
+        # Without this, a report that compared nothing would be a green suite.
+        _case(suite, prefix, "compared tensors", ["nothing was compared"], report.reason)
+    for name, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped", "skipped")):
+        suite.set(name, str(sum(1 for _ in suite.iter(tag))))
+    suite.set("errors", "0")
+    root = ElementTree.Element("testsuites")
+    root.append(suite)
+    ElementTree.indent(root)
+    text = ElementTree.tostring(root, encoding="unicode")
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
+
+
+def _properties(report: Report) -> dict[str, str]:
+    result = {
+        "verdict": report.verdict,
+        "ingot": report.ingot,
+        "against": report.against,
+        "seed": str(report.seed),
+    }
+    if report.location is not None:
+        result["location"] = str(report.location)
+    return result | {f"environment {name}": value for name, value in report.environment.items()}
+
+
+def _case(
+    suite: ElementTree.Element, group: str, name: str, problems: list[str], reason: str | None
+) -> None:
+    """One test case; where passing says nothing about the ingot it is a skipped one."""
+    case = ElementTree.SubElement(suite, "testcase", classname=clean(group), name=clean(name))
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        failure = ElementTree.SubElement(case, "failure", message=clean(problems[0] + more))
+        failure.text = clean("\n".join(problems))
+    elif reason is not None:
+        ElementTree.SubElement(case, "skipped", message=clean(reason))
+
+
+def markdown_text(report: Report) -> str:
+    """A summary for people who read the log of a CI job."""
+    lines = [f"## Validation: {_escape(headline(report))}", ""]
+    if report.location is not None:
+        lines += [f"**It begins at:** {_escape(str(report.location))}", ""]
+    lines += ["| Kind | Worst score | Limit | Stage | Tensor |", "|---|---:|---:|---|---|"]
+    lines += [_worst_row(kind, tensor) for kind, tensor in report.worst.items()]
+    lines += ["", "A score is the target's error over the error of eager PyTorch itself."]
+    rows = figures(report)
+    if rows:
+        lines += ["", *(f"- **{_escape(name)}:** {_escape(text)}" for name, text in rows)]
+    failures = report.failures
+    if failures:
+        lines += ["", "### Problems", ""]
+        lines += [f"- {_escape(failure)}" for failure in failures[:LISTED]]
+        if len(failures) > LISTED:
+            lines.append(f"- and {len(failures) - LISTED} more in report.json")
+    lines += ["", f"Seed {report.seed}; {report.seconds:.1f} s; {_escape(report.ingot)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _worst_row(kind: str, tensor: TensorResult) -> str:
+    cells = (kind, number(tensor.score), number(tensor.limit), tensor.stage, tensor.name)
+    return "| " + " | ".join(_escape(cell) for cell in cells) + " |"
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown shows as it is, on one line, and that mentions nobody."""
+    flat = " ".join(clean(text).split()).replace("&", "&amp;")
+    return _MARKDOWN.sub(r"\\\1", flat).replace("@", "&#64;")

@@ -1,0 +1,86 @@
+"""A validation's result in words: what every kind of report says alike."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from ingot.validate.result import Report, Routing
+
+# How many failures a summary lists; the JSON and the JUnit file have all of them.
+LISTED = 10
+MISSING = "none"
+
+# What XML 1.0 has no way to hold, not even escaped.
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def clean(text: str) -> str:
+    """The text with every character that XML cannot hold written as its code, ``\\x1b``."""
+    return _NOT_XML.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure for people."""
+    return MISSING if value is None else f"{value:.{digits}g}"
+
+
+def headline(report: Report) -> str:
+    """The verdict in one sentence."""
+    what = f"{report.model_type}, {report.target}, {report.precision}"
+    if report.verdict == "passed":
+        return f"PASSED: {what}, against {report.against}."
+    if report.verdict == "skipped":
+        return f"NOT PROVEN: {what}, against {report.against}: {report.reason}."
+    count = len(report.failures)
+    return f"FAILED: {what}, against {report.against}: {count} problem{'s' * (count != 1)}."
+
+
+def figures(report: Report) -> list[tuple[str, str]]:
+    """Routing, growth and distribution figures, each in words."""
+    rows = [(f"Routing, {mode}", _routing(found)) for mode, found in report.routing.items()]
+    if report.growth:
+        by_kind = ", ".join(f"{each.kind} {number(each.ratio)}" for each in report.growth)
+        rows.append(("Growth of the error over decode, in floors", f"{by_kind}-fold"))
+    found = report.distribution
+    if found is None or not found.kl:
+        return rows
+    rows.append(
+        (
+            "KL divergence of truth from target, nats",
+            f"mean {number(found.kl_mean)}, p99 {number(found.kl_p99)}, "
+            f"max {number(found.kl_max)} over {found.tokens} tokens",
+        )
+    )
+    rows.append(
+        (
+            "Top-1 agreement",
+            f"{found.top1_agreement:.2%}; {found.near_ties} of the others are near-ties",
+        )
+    )
+    if found.perplexity is not None and found.truth_perplexity is not None:
+        ratio = found.perplexity / found.truth_perplexity if found.truth_perplexity else math.nan
+        interval = ""
+        if found.ratio_interval is not None:
+            low, high = found.ratio_interval
+            interval = f" (95 % interval {number(low, 5)} to {number(high, 5)})"
+        rows.append(
+            (
+                "Perplexity",
+                f"{number(found.perplexity, 5)}, of the truth "
+                f"{number(found.truth_perplexity, 5)}, ratio {number(ratio, 5)}{interval}",
+            )
+        )
+    return rows
+
+
+def _routing(routing: Routing) -> str:
+    worst = min(routing.agreement, default=1.0)
+    failing = sum(flip.fails for flip in routing.flips)
+    share = "all"
+    if worst < 1:
+        share = f"at least {worst:.2%} ({routing.name(routing.agreement.index(worst))}) of"
+    return (
+        f"{share} tokens have the truth's experts at each router; "
+        f"{len(routing.flips)} flips, {failing} beyond what rounding explains"
+    )
