@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from ingot.export.ingot import Manifest, StateInfo, TensorInfo
 from ingot.runtime.session import Floats, Ids
-from ingot.validate.judge.routing import Chosen
 from ingot.validate.truth.inputs import Inputs
 from ingot.validate.truth.recording import Layout
+from ingot.validate.truth.replay import Chosen
 
 Array = npt.NDArray[Any]
 # By name, of each token id its numbers.

@@ -15,7 +15,6 @@ from ingot.export.progress import Stages
 from ingot.export.request import ExportRequest
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.plugins.errors import IngotError
-from ingot.validate.judge.routing import choices
 from ingot.validate.result import Report
 from ingot.validate.run import validate_ingot
 from ingot.validate.truth.against import AgainstError, OtherReference, other_ingot
@@ -23,6 +22,7 @@ from ingot.validate.truth.cache import Recording
 from ingot.validate.truth.inputs import QUICK, Inputs, make_inputs
 from ingot.validate.truth.recording import Layout, record
 from ingot.validate.truth.reference import Reference, routers
+from ingot.validate.truth.replay import choices
 from ingot.validate.truth.taps import TappedSession
 
 # Minutes of tracing; `make test-slow` runs them, and so does CI.

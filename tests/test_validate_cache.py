@@ -493,7 +493,7 @@ def test_the_code_is_what_the_eager_graphs_import() -> None:
 
 def test_a_change_of_the_code_changes_its_digest(tmp_path: Path) -> None:
     validating = [
-        f"validate/{name}.py" for name in ("truth/eager", "truth/recording", "judge/routing")
+        f"validate/{name}.py" for name in ("truth/eager", "truth/recording", "truth/replay")
     ]
     counted = ["graphs/a.py", "plugins/b.py", *validating]
     for name in counted:

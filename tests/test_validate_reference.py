@@ -22,12 +22,12 @@ from ingot.export.request import ExportRequest
 from ingot.graphs.checkpoint import Checkpoint, stack_height
 from ingot.graphs.family import FAMILIES, family_of, find_family
 from ingot.graphs.preset import preset_config, write_checkpoint
-from ingot.validate.judge.routing import choices
 from ingot.validate.truth.cache import Cache, Recording
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import Inputs, Plan, make_inputs
 from ingot.validate.truth.recording import Layout, main_run, places, record
 from ingot.validate.truth.reference import Reference, References, routers
+from ingot.validate.truth.replay import choices
 
 # Minutes of tracing; `make test-slow` runs them, and so does CI.
 pytestmark = pytest.mark.slow

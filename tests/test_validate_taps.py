@@ -13,10 +13,10 @@ from oracle import TARGETS, capture_once, relative_rms
 from ingot.export.ingot import Manifest
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.runtime.session import Floats, load
-from ingot.validate.judge.routing import Chosen, Replay, choices
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import QUICK, make_inputs
 from ingot.validate.truth.recording import Stepper
+from ingot.validate.truth.replay import Chosen, Replay, choices
 from ingot.validate.truth.taps import TappedSession
 
 # Minutes of tracing; `make test-slow` runs them, and so does CI.

@@ -38,7 +38,7 @@ from ingot.graphs.checkpoint import Checkpoint, block_reader
 from ingot.graphs.family import family_of
 from ingot.graphs.state import BATCH
 from ingot.plugins.errors import IngotError
-from ingot.validate.judge.metrics import rms
+from ingot.validate.judge.metrics import relative_error
 from ingot.validate.result import Location
 from ingot.validate.truth.inputs import Inputs
 
@@ -55,8 +55,6 @@ FLOORS = {"float32": 1e-6, "float16": 1e-3}
 # A value is bad from this many floors on. The smallest change worth finding is far above: it has
 # to move the logits by a multiple of their own floor through all the layers behind it.
 LIMIT = 10.0
-# An element that other padding moves by this share of the tensor's RMS belongs to padding.
-UNSETTLED = 1e-3
 
 BEFORE, AFTER = -1, sys.maxsize
 LAYER = re.compile(r"\.(\d+)\.")
@@ -436,44 +434,6 @@ class _Part:
 def _input(name: str, array: Array) -> onnx.ValueInfoProto:
     dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
     return helper.make_tensor_value_info(name, dtype, [None] * array.ndim)
-
-
-def relative_error(expected: Array, found: Array, other: Array) -> float:
-    """Relative RMS error over the elements that do not depend on padding.
-
-    Args:
-        expected: of the reference.
-        found: of the ingot.
-        other: of the reference with other padding; may be of another shape, as where rows are
-            sorted by expert, and then says nothing.
-    """
-    if expected.shape != found.shape or expected.dtype != found.dtype:
-        return math.inf
-    if expected.shape != other.shape or not expected.size:
-        return 0.0
-    finite = np.isfinite(expected)
-    if expected is other:
-        settled = np.ones(expected.shape, dtype=np.bool_)
-    else:
-        settled = _settled(expected, other, finite)
-    unequal = (finite != np.isfinite(found)) | (~finite & (expected != found))
-    nan = np.isnan(expected) & np.isnan(found)
-    if (unequal & ~nan & settled).any():
-        return math.inf
-    counted = settled & finite
-    if not counted.any():
-        return 0.0
-    want = expected[counted].astype(np.float64)
-    error = rms(found[counted].astype(np.float64) - want)
-    return error / scale if (scale := rms(want)) else math.inf if error else 0.0
-
-
-def _settled(expected: Array, other: Array, finite: Array) -> Array:
-    """Which elements stay the same whatever the padding is."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        moved = np.abs(expected.astype(np.float64) - other.astype(np.float64))
-        scale = rms(expected[finite]) if finite.any() else 0.0
-    return np.asarray((moved <= UNSETTLED * scale) | (expected == other))
 
 
 def _differs(reference: _Graph, actual: _Graph, value: str) -> bool:

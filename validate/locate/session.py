@@ -24,7 +24,8 @@ import onnxruntime
 from ingot.export.ingot import GRAPH, Manifest, StateInfo
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Ids, Session
-from ingot.validate.locate.locate import FLOORS, LIMIT, relative_error
+from ingot.validate.judge.metrics import relative_error
+from ingot.validate.locate.locate import FLOORS, LIMIT
 from ingot.validate.result import Location
 from ingot.validate.truth.inputs import Inputs
 

@@ -40,7 +40,7 @@ _CODE = (
     "plugins",
     "validate/truth/eager.py",
     "validate/truth/recording.py",
-    "validate/judge/routing.py",
+    "validate/truth/replay.py",
 )
 _SUFFIX = ".safetensors"
 _KEY = re.compile(r"[0-9a-f]{64}")

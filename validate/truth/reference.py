@@ -15,7 +15,6 @@ from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import family_of
 from ingot.graphs.state import StateSpec
-from ingot.validate.judge.routing import Chosen, Replay, choices
 from ingot.validate.truth.cache import Cache, Recording, code_digest, inputs_digest, key
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import Inputs
@@ -28,6 +27,7 @@ from ingot.validate.truth.recording import (
     numbered,
     record,
 )
+from ingot.validate.truth.replay import Chosen, Replay, choices
 
 # One precision higher than the target's.
 TRUTH = {"float32": torch.float64, "float16": torch.float32, "bfloat16": torch.float32}

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper
 
 from ingot.export.ingot import GRAPH, Manifest
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Floats, Ids
-from ingot.validate.judge.routing import DOMAIN, OPERATOR, Chosen, replay_function
 from ingot.validate.truth.recording import HIDDEN_STATES, ROUTER_LOGITS, Array, numbered
+from ingot.validate.truth.replay import Chosen, chosen_input, insert_replays
 
 
 class TappedSession(OrtSession):
@@ -41,7 +40,7 @@ class TappedSession(OrtSession):
         model.graph.output.extend(
             onnx.ValueInfoProto(name=name) for name in taps if name not in outputs
         )
-        _insert_replays(model, self.routers)
+        insert_replays(model, self.routers)
         super().__init__(folder, manifest, graph=model.SerializeToString(), taps=taps)
         self.choose(None)
 
@@ -49,7 +48,9 @@ class TappedSession(OrtSession):
         """Force these experts on each router, ``[B*T, E]``; None leaves the choice to the graph."""
         # With all of them chosen no other could stand above, and no logit is moved.
         masks = [np.ones((1, 1), dtype=np.bool_)] * len(self.routers) if chosen is None else chosen
-        self.given = {_chosen(name): mask for name, mask in zip(self.routers, masks, strict=True)}
+        self.given = {
+            chosen_input(name): mask for name, mask in zip(self.routers, masks, strict=True)
+        }
 
     def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         """See ``runtime.session.Session.step``."""
@@ -74,38 +75,3 @@ class TappedSession(OrtSession):
 def _by_row(tap: Array, batch: int) -> Array:
     """``[B*T, E]`` or ``[B, T, H]`` -> ``[B, T, ...]`` in float32."""
     return tap.reshape(batch, -1, tap.shape[-1]).astype(np.float32)
-
-
-def _chosen(router: str) -> str:
-    return router.replace(ROUTER_LOGITS, "chosen_experts.")
-
-
-def _insert_replays(model: onnx.ModelProto, routers: Sequence[str]) -> None:
-    """Put a ``Replay`` between each router's logits and what chooses by them.
-
-    A GatherElements only reads the logits of experts that a TopK chose (JetMoE's attention); as in
-    the eager graph under ``validate.judge.routing.Replay``, they are the router's own.
-    """
-    if not routers:
-        return
-    moved = {name: f"{name}.replayed" for name in routers}
-    nodes = []
-    for node in model.graph.node:
-        for place, name in enumerate(node.input):
-            if node.op_type != "GatherElements":
-                node.input[place] = moved.get(name, name)
-        nodes.append(node)
-        for name in node.output:
-            if name in moved:
-                inputs = [name, _chosen(name)]
-                nodes.append(helper.make_node(OPERATOR, inputs, [moved[name]], domain=DOMAIN))
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    for name in routers:
-        model.graph.input.append(
-            helper.make_tensor_value_info(
-                _chosen(name), onnx.TensorProto.BOOL, ["tokens_or_one", "experts_or_one"]
-            )
-        )
-    model.functions.append(replay_function())
-    model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
