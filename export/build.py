@@ -22,7 +22,6 @@ from ingot.export.ingot import (
     TRTEXEC,
     WEIGHTS,
     Manifest,
-    StateInfo,
     TensorInfo,
     check_destination,
     file_infos,
@@ -228,17 +227,7 @@ def _manifest(
         inputs=tuple(_tensor_info(value) for value in graph.inputs),
         outputs=tuple(_tensor_info(value) for value in graph.outputs),
         states=tuple(
-            StateInfo(
-                kind=state.kind,
-                input=state.input,
-                output=state.output,
-                dtype=_name(state.dtype(getattr(torch, PRECISIONS[request.precision]))),
-                input_shape=state.input_shape,
-                output_shape=state.output_shape,
-                axis=state.axis,
-                shared=shared and state.axis is not None,
-            )
-            for state in captured.states
+            replace(state, shared=shared and state.axis is not None) for state in captured.states
         ),
         vocab_size=config.vocab_size,
         source={
@@ -277,10 +266,6 @@ def _tensor_info(value: ir.Value) -> TensorInfo:
     assert value.name is not None and value.dtype is not None and value.shape is not None
     dimensions = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
     return TensorInfo(value.name, value.dtype.numpy().name, dimensions)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _generation(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ingot.export.passes.reshapes import SimplifyReshapes, SizesFromTokens
 from ingot.export.passes.scales import FoldScales, NoteFactors
 from ingot.export.passes.weights import FoldWeightTransposes, WeightsToInitializers
 from ingot.export.request import EXTRA_OUTPUTS
-from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL, Dimension, StateSpec
+from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL, Dimension, State
 from ingot.plugins import causal_conv, mamba2_scan, moe_dispatch, moe_linear
 
 OPSET = 23
@@ -55,12 +55,12 @@ class Captured:
     Attributes:
         model: canonical ONNX with lazy weights.
         main_output: ``logits`` or ``last_hidden_state``.
-        states: the states, in the order of the graph's inputs.
+        states: the states, in the order of the graph's inputs and of its precision.
     """
 
     model: ir.Model
     main_output: str
-    states: tuple[StateSpec, ...]
+    states: tuple[State, ...]
 
 
 class _Traced(nn.Module):
@@ -82,7 +82,7 @@ class _Traced(nn.Module):
         model: nn.Module = self.__dict__["_model"]
         arguments = (input_ids, attention_mask, position_ids, past)
         out = torch.func.functional_call(model, weights, arguments)
-        states: tuple[StateSpec, ...] = getattr(model, "states")
+        states: tuple[State, ...] = getattr(model, "states")
         return {
             getattr(model, "main_output"): out.main,
             **{state.output: each for state, each in zip(states, out.present, strict=True)},
@@ -112,12 +112,12 @@ def capture(
             them; each one's i-th tensor becomes ``{name}.{i}``. The values have these names in
             every graph, so that a validation can find them.
     """
-    states: tuple[StateSpec, ...] = getattr(model, "states")
+    declared: tuple[State, ...] = getattr(model, "states")
+    states = tuple(state.cast(str(precision).removeprefix("torch.")) for state in declared)
     main_output: str = getattr(model, "main_output")
     weights = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
     inputs = _inputs(states)
-    state_dtypes = [state.dtype(precision) for state in states]
-    exported = _trace(_Traced(model), weights, inputs, state_dtypes)
+    exported = _trace(_Traced(model), weights, inputs, states)
     with _quiet():
         program = torch.onnx.export(
             exported,
@@ -152,7 +152,7 @@ def capture(
     return Captured(result, main_output, states)
 
 
-def _inputs(states: tuple[StateSpec, ...]) -> dict[str, tuple[Dimension, ...]]:
+def _inputs(states: tuple[State, ...]) -> dict[str, tuple[Dimension, ...]]:
     """Every input but the weights, in order, with its symbolic shape.
 
     The mask covers the past as well where a cache holds it; a state of fixed size holds no
@@ -171,7 +171,7 @@ def _trace(
     traced: nn.Module,
     parameters: dict[str, tuple[tuple[int, ...], torch.dtype]],
     inputs: dict[str, tuple[Dimension, ...]],
-    state_dtypes: list[torch.dtype],
+    states: tuple[State, ...],
 ) -> torch.export.ExportedProgram:
     # Sizes that differ from each other and from 0 and 1, which the tracer would specialise.
     sizes = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8}
@@ -179,20 +179,21 @@ def _trace(
         weights = {
             name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in parameters.items()
         }
-        tokens, states = [], []
-        for index, shape in enumerate(inputs.values()):
-            size = [sizes[d] if isinstance(d, str) else d for d in shape]
-            if index < TOKEN_INPUTS:
-                tokens.append(torch.ones(size, dtype=torch.int64))
-            else:
-                states.append(torch.zeros(size, dtype=state_dtypes[index - TOKEN_INPUTS]))
+        tokens = [
+            torch.ones([sizes[str(d)] for d in shape], dtype=torch.int64)
+            for shape in list(inputs.values())[:TOKEN_INPUTS]
+        ]
+        past = tuple(
+            torch.zeros(state.shape(sizes[BATCH], sizes[PAST]), dtype=getattr(torch, state.dtype))
+            for state in states
+        )
     dynamic = [
         {axis: torch.export.Dim.AUTO for axis, d in enumerate(shape) if isinstance(d, str)}
         for shape in inputs.values()
     ]
     return torch.export.export(
         traced,
-        (weights, *tokens, tuple(states)),
+        (weights, *tokens, past),
         dynamic_shapes=(
             dict.fromkeys(weights),
             *dynamic[:TOKEN_INPUTS],

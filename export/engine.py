@@ -20,11 +20,11 @@ from ingot.export.ingot import (
     GRAPH,
     EngineInfo,
     ProfileInfo,
-    StateInfo,
     TensorInfo,
     sha256,
 )
 from ingot.export.request import ExportRequest, Limits
+from ingot.graphs.state import State
 from ingot.plugins.device import compute_capability, has_gpu
 from ingot.plugins.errors import IngotError
 from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES, runs_on
@@ -82,7 +82,7 @@ def _installed(builder: str) -> bool:
 
 
 def profiles(
-    inputs: Sequence[TensorInfo], states: Sequence[StateInfo], limits: Limits
+    inputs: Sequence[TensorInfo], states: Sequence[State], limits: Limits
 ) -> tuple[ProfileInfo, ...]:
     """The optimisation profiles: one for prefill and, where there is state, one for decode.
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ingot.graphs.state import State
 from ingot.plugins.errors import IngotError
 
 # Bytes of an element, by the names that inputs, outputs and states have their dtypes under.
@@ -43,26 +44,6 @@ class TensorInfo:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class StateInfo:
-    """One state: the graph input it enters by and the output that replaces it.
-
-    Attributes:
-        kind: ``key``, ``value``, ``conv`` or ``ssm``.
-        axis: axis that grows by the new tokens each call, or None.
-        shared: whether input and output may be one buffer of fixed capacity along ``axis``.
-    """
-
-    kind: str
-    input: str
-    output: str
-    dtype: str
-    input_shape: tuple[int | str, ...]
-    output_shape: tuple[int | str, ...]
-    axis: int | None
-    shared: bool
 
 
 @dataclass(frozen=True)
@@ -131,7 +112,7 @@ class Manifest:
     main_output: str
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
-    states: tuple[StateInfo, ...]
+    states: tuple[State, ...]
     vocab_size: int
     source: dict[str, Any]
     generation: dict[str, Any]
@@ -223,9 +204,9 @@ def _tensor(item: dict[str, Any]) -> TensorInfo:
     return TensorInfo(item["name"], item["dtype"], tuple(item["shape"]))
 
 
-def _state(item: dict[str, Any]) -> StateInfo:
+def _state(item: dict[str, Any]) -> State:
     shapes = {name: tuple(item[name]) for name in ("input_shape", "output_shape")}
-    return StateInfo(**{**item, **shapes})
+    return State(**{**item, **shapes})
 
 
 def _engine(item: dict[str, Any]) -> EngineInfo:

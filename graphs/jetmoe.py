@@ -27,7 +27,7 @@ from ingot.graphs.layers import (
     load_balancing_loss,
 )
 from ingot.graphs.rope import RopeParameters, RotaryEmbedding, rotate
-from ingot.graphs.state import StateSpec, key_value_states
+from ingot.graphs.state import State, key_value_states
 from ingot.plugins.moe_dispatch import moe_dispatch
 from ingot.plugins.moe_linear import choose_experts, moe_linear
 
@@ -247,9 +247,13 @@ class JetMoeModel(nn.Module):
         self.rotary_emb = RotaryEmbedding(config.rope)
 
     @property
-    def states(self) -> tuple[StateSpec, ...]:
+    def states(self) -> tuple[State, ...]:
         c = self.config
-        return key_value_states(c.num_hidden_layers, c.num_key_value_heads, c.kv_channels)
+        return tuple(
+            state
+            for layer in range(c.num_hidden_layers)
+            for state in key_value_states(layer, c.num_key_value_heads, c.kv_channels)
+        )
 
     def forward(
         self,
@@ -298,7 +302,7 @@ class JetMoeForSequenceClassification(nn.Module):
     """
 
     main_output = "logits"
-    states: tuple[StateSpec, ...] = ()
+    states: tuple[State, ...] = ()
 
     def __init__(self, config: JetMoeConfig) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ingot.graphs.state import StateSpec
+from ingot.graphs.state import State
 from ingot.plugins.moe_dispatch import route
 
 # Hugging Face's `hidden_act` names -> the names the custom operators use.
@@ -59,9 +59,9 @@ class CausalLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
-    def states(self) -> tuple[StateSpec, ...]:
+    def states(self) -> tuple[State, ...]:
         """Those of the bare model."""
-        result: tuple[StateSpec, ...] = getattr(self, self.base_model_prefix).states
+        result: tuple[State, ...] = getattr(self, self.base_model_prefix).states
         return result
 
     def forward(

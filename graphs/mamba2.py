@@ -20,7 +20,7 @@ from torch import nn
 from ingot.graphs.config import ConfigError, ConfigReader
 from ingot.graphs.family import Family
 from ingot.graphs.layers import HIDDEN_ACT, CausalLM, ModelOutput, RMSNorm
-from ingot.graphs.state import StateSpec, recurrent_states
+from ingot.graphs.state import State, recurrent_states
 from ingot.plugins.causal_conv import causal_conv
 from ingot.plugins.mamba2_scan import mamba2_scan
 
@@ -241,12 +241,14 @@ class Mamba2Model(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     @property
-    def states(self) -> tuple[StateSpec, ...]:
+    def states(self) -> tuple[State, ...]:
         c = self.config
-        return recurrent_states(
-            c.num_hidden_layers,
-            (c.conv_dim, c.conv_kernel - 1),
-            (c.num_heads, c.head_dim, c.state_size),
+        conv = (c.conv_dim, c.conv_kernel - 1)
+        ssm = (c.num_heads, c.head_dim, c.state_size)
+        return tuple(
+            state
+            for layer in range(c.num_hidden_layers)
+            for state in recurrent_states(layer, conv, ssm)
         )
 
     def forward(

@@ -19,7 +19,7 @@ from ingot.graphs.config import ConfigError, ConfigReader
 from ingot.graphs.family import Family
 from ingot.graphs.layers import HIDDEN_ACT, CausalLM, ModelOutput, RMSNorm, attention, causal_mask
 from ingot.graphs.rope import RopeParameters, RotaryEmbedding, rotate
-from ingot.graphs.state import StateSpec, key_value_states
+from ingot.graphs.state import State, key_value_states
 from ingot.plugins.moe_dispatch import moe_dispatch
 
 
@@ -215,9 +215,13 @@ class OlmoeModel(nn.Module):
         self.rotary_emb = RotaryEmbedding(config.rope)
 
     @property
-    def states(self) -> tuple[StateSpec, ...]:
+    def states(self) -> tuple[State, ...]:
         c = self.config
-        return key_value_states(c.num_hidden_layers, c.num_key_value_heads, c.head_dim)
+        return tuple(
+            state
+            for layer in range(c.num_hidden_layers)
+            for state in key_value_states(layer, c.num_key_value_heads, c.head_dim)
+        )
 
     def forward(
         self,

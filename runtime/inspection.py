@@ -6,6 +6,7 @@ Nothing is loaded and nothing is run; only ``weights.safetensors``' first bytes 
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import sys
@@ -16,7 +17,8 @@ from typing import Any
 
 import click
 
-from ingot.export.ingot import SIZES, WEIGHTS, Manifest, StateInfo
+from ingot.export.ingot import SIZES, WEIGHTS, Manifest
+from ingot.graphs.state import State
 from ingot.plugins.errors import IngotError
 
 # The operators of Ingot's own, as a canonical graph and a lowered one have them: what runs each.
@@ -173,8 +175,8 @@ def inspect(folder: Path) -> Inspection:
     )
 
 
-def _by_kind(states: Iterable[StateInfo]) -> Iterable[States]:
-    groups: dict[tuple[Any, ...], list[StateInfo]] = {}
+def _by_kind(states: Iterable[State]) -> Iterable[States]:
+    groups: dict[tuple[Any, ...], list[State]] = {}
     for state in states:
         key = state.kind, state.dtype, state.input_shape, state.axis is not None, state.shared
         groups.setdefault(key, []).append(state)
@@ -183,13 +185,9 @@ def _by_kind(states: Iterable[StateInfo]) -> Iterable[States]:
         yield States(kind, len(alike), dtype, shape, total, grows, shared)
 
 
-def _bytes(state: StateInfo) -> int:
+def _bytes(state: State) -> int:
     """Of one sequence, and of a state that grows of one token."""
-    size = SIZES[state.dtype]
-    for dimension in state.input_shape:
-        # Symbolic are the batch and the past.
-        size *= dimension if isinstance(dimension, int) else 1
-    return size
+    return SIZES[state.dtype] * math.prod(state.shape(1, 1))
 
 
 def _weights(path: Path) -> tuple[Weights, ...]:

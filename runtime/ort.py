@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from ingot.export.ingot import GRAPH, MANIFEST, Manifest, StateInfo
+from ingot.export.ingot import GRAPH, MANIFEST, Manifest
+from ingot.graphs.state import State
 from ingot.runtime.session import Floats, Ids, SessionError
 from ingot.runtime.tokens import TokenInputs
 
@@ -87,11 +88,9 @@ class OrtSession:
         self._tokens.reset(batch, capacity)
         self._state = {state.input: _value(self._zeros(state)) for state in self.manifest.states}
 
-    def _zeros(self, state: StateInfo) -> Array:
-        length = self._tokens.capacity if state.shared else 0
-        named = {"batch": self._tokens.batch, "past_sequence": length}
-        sizes = [named[d] if isinstance(d, str) else d for d in state.input_shape]
-        return np.zeros(sizes, dtype=np.dtype(state.dtype))
+    def _zeros(self, state: State) -> Array:
+        room = self._tokens.capacity if state.shared else 0
+        return np.zeros(state.shape(self._tokens.batch, room), dtype=state.dtype)
 
     def fork(self) -> OrtSession:
         """See ``Session.fork``; ONNX Runtime's own session has no state."""

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
+from ingot.graphs.state import State
 from ingot.runtime.session import Ids, SessionError
-
-
-class State(Protocol):
-    """What is asked of a state here: the axis that grows by each call's tokens, if any."""
-
-    @property
-    def axis(self) -> int | None: ...
 
 
 class TokenInputs:

@@ -20,7 +20,8 @@ from typing import Any
 
 import click
 
-from ingot.export.ingot import MANIFEST, SIZES, EngineInfo, Manifest, StateInfo, sha256, staged
+from ingot.export.ingot import MANIFEST, SIZES, EngineInfo, Manifest, sha256, staged
+from ingot.graphs.state import State
 from ingot.plugins.errors import IngotError
 
 SCHEMA_VERSION = 1
@@ -45,6 +46,8 @@ CARRIED = (
     "ingot/__init__.py",
     "ingot/export/__init__.py",
     "ingot/export/ingot.py",
+    "ingot/graphs/__init__.py",
+    "ingot/graphs/state.py",
     "ingot/plugins/__init__.py",
     "ingot/plugins/errors.py",
     "ingot/runtime/__init__.py",
@@ -415,7 +418,7 @@ def _dims(shape: tuple[int | str, ...], variable: int) -> str:
     return ", ".join(str(d if isinstance(d, int) else variable) for d in shape[1:])
 
 
-def _state(state: StateInfo, capacity: int) -> dict[str, Any]:
+def _state(state: State, capacity: int) -> dict[str, Any]:
     """A state as the config has it; see the comments in ``graph.config.pbtxt.jinja``."""
     first = capacity if state.shared else 1
     return {

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ingot.export.ingot import ENGINE, GRAPH, SIZES, EngineInfo, Manifest, StateInfo, sha256
+from ingot.export.ingot import ENGINE, GRAPH, SIZES, EngineInfo, Manifest, sha256
 from ingot.plugins import device as gpu
 from ingot.plugins.library import PATH as KERNELS
 from ingot.runtime.cuda import Device
@@ -230,16 +230,12 @@ class TrtSession:
         self._calls: dict[int, int] = {}
         self._drop_graphs()
         for state in self.manifest.states:
-            size = self._bytes(state.dtype, self._shape(state, capacity))
+            size = self._bytes(state.dtype, state.shape(batch, capacity))
             before, _ = (self._room(f"{state.input}/{turn}", size) for turn in self._turns())
             # A cache that grows holds nothing yet, and the other buffer is written first.
             if state.axis is None:
                 self._memory.zero(before, size)
         self._tokens.lost = False
-
-    def _shape(self, state: StateInfo, length: int) -> tuple[int, ...]:
-        named = {"batch": self._tokens.batch, "past_sequence": length}
-        return tuple(named[d] if isinstance(d, str) else d for d in state.input_shape)
 
     def _bytes(self, dtype: str, shape: tuple[int, ...]) -> int:
         return SIZES[dtype] * int(np.prod(shape, dtype=np.int64))
@@ -277,7 +273,7 @@ class TrtSession:
             self._bind(context, name, array.shape, address)
         for state in self.manifest.states:
             before, after = (self._buffers[f"{state.input}/{t}"] for t in self._turns())
-            self._bind(context, state.input, self._shape(state, seen), before.address)
+            self._bind(context, state.input, state.shape(batch, seen), before.address)
             context.set_tensor_address(state.output, after.address)
         main = self._outputs[self.manifest.main_output]
         named = {"batch": batch, "sequence": tokens}
@@ -340,7 +336,7 @@ class TrtSession:
         return {
             state.output: self._download(
                 state.dtype,
-                self._shape(state, self._tokens.seen),
+                state.shape(self._tokens.batch, self._tokens.seen),
                 self._buffers[f"{state.input}/{self._turn}"].address,
             )
             for state in self.manifest.states

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ingot.export.ingot import Manifest, StateInfo, TensorInfo
+from ingot.export.ingot import Manifest, TensorInfo
+from ingot.graphs.state import State
 from ingot.runtime.session import Floats, Ids
 from ingot.validate.truth.inputs import Inputs
 from ingot.validate.truth.recording import Layout
@@ -39,8 +40,8 @@ def manifest(*, classifier: bool = False) -> Manifest:
     """Of a graph with a cache and a state of fixed size, or of one without state."""
     cache = ("batch", 2, "total_sequence", 3)
     states = (
-        StateInfo("key", "past.0.key", KEY, "float32", cache, cache, 2, False),
-        StateInfo("ssm", "past.0.ssm", SSM, "float32", ("batch", 4), ("batch", 4), None, False),
+        State("key", "past.0.key", KEY, "float32", cache, cache, 2, False),
+        State("ssm", "past.0.ssm", SSM, "float32", ("batch", 4), ("batch", 4), None, False),
     )
     shape = ("batch", 5) if classifier else ("batch", "sequence", 5)
     return Manifest(

@@ -28,12 +28,12 @@ from ingot.export.ingot import (
     FileInfo,
     Manifest,
     ManifestError,
-    StateInfo,
     TensorInfo,
     check_destination,
     file_infos,
     staged,
 )
+from ingot.graphs.state import State
 from ingot.runtime.session import SessionError, load
 
 LONGEST_WAIT = 120.0
@@ -61,7 +61,7 @@ def _example() -> Manifest:
         main_output="logits",
         inputs=(TensorInfo("input_ids", "int64", ("batch", "sequence")),),
         outputs=(TensorInfo("logits", "float32", ("batch", "sequence", 512)),),
-        states=(StateInfo("key", "past.0", "present.0", "float32", shape, shape, 2, True),),
+        states=(State("key", "past.0", "present.0", "float32", shape, shape, 2, True),),
         vocab_size=512,
         source={"checkpoint": "émile", "revision": None, "sha256": "0" * 64},
         generation={"eos_token_ids": [2], "pad_token_id": 1, "context_length": 64},

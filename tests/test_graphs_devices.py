@@ -13,7 +13,6 @@ import torch
 
 from ingot.graphs.family import FAMILIES, find_family
 from ingot.graphs.preset import preset_config
-from ingot.graphs.state import BATCH
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 CASES: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in FAMILIES]
@@ -31,10 +30,11 @@ def test_makes_no_tensor_on_the_cpu(name: str, changes: dict[str, Any]) -> None:
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device="meta")
 
-    def sizes(shape: tuple[int | str, ...]) -> list[int]:
-        return [batch if d == BATCH else past if isinstance(d, str) else d for d in shape]
-
-    caches = tuple(zeros(*sizes(s.input_shape), dtype=s.dtype(torch.bfloat16)) for s in states)
+    dtypes = [getattr(torch, state.cast("bfloat16").dtype) for state in states]
+    caches = tuple(
+        zeros(*state.shape(batch, past), dtype=dtype)
+        for state, dtype in zip(states, dtypes, strict=True)
+    )
     seen = past + tokens if any(s.axis is not None for s in states) else tokens
     with torch.no_grad():
         out = model(zeros(batch, tokens), zeros(batch, seen), zeros(batch, tokens), caches)

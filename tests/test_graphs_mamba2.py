@@ -40,12 +40,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, Mamba2ForCausalLM, Mamba2Model
 from transformers import Mamba2Config as OracleConfig
 
-from ingot.export.ingot import Manifest, StateInfo, TensorInfo
+from ingot.export.ingot import Manifest, TensorInfo
 from ingot.graphs.checkpoint import Checkpoint, CheckpointError, load_parameters
 from ingot.graphs.config import ConfigError
 from ingot.graphs.mamba2 import FAMILY, Mamba2Config
 from ingot.graphs.preset import preset_config, random_weight
-from ingot.graphs.state import StateSpec
+from ingot.graphs.state import Kind, State
 from ingot.runtime.generate import generate
 from ingot.runtime.session import Floats, Ids, load
 from ingot.validate.run import validate_ingot
@@ -204,7 +204,7 @@ def assert_close(want: Arrays, found: Arrays, where: Any = "") -> None:
 
 
 def zeros(
-    states: tuple[StateSpec, ...], batch: int, dtype: torch.dtype = torch.float32
+    states: tuple[State, ...], batch: int, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, ...]:
     """The states before the first token; a scan's is float32 whatever the weights are."""
     dtypes = {"conv": dtype, "ssm": torch.float32}
@@ -389,12 +389,12 @@ def test_ids_of_padding_do_not_matter_at_all(subject: Subject, way: str) -> None
 def test_takes_and_gives_what_the_contract_says(subject: Subject, target: str) -> None:
     c = subject.oracle.config
     channels = c.expand * c.hidden_size + 2 * c.n_groups * c.state_size
-    shapes = {
+    shapes: dict[Kind, tuple[int | str, ...]] = {
         "conv": ("batch", channels, c.conv_kernel - 1),
         "ssm": ("batch", c.num_heads, c.head_dim, c.state_size),
     }
     layers = range(c.num_hidden_layers)
-    kinds = [(layer, kind) for layer in layers for kind in ("conv", "ssm")]
+    kinds = [(layer, kind) for layer in layers for kind in shapes]
     inputs = {
         "input_ids": ("batch", "sequence"),
         "attention_mask": ("batch", "sequence"),
@@ -411,7 +411,7 @@ def test_takes_and_gives_what_the_contract_says(subject: Subject, target: str) -
     )
     assert manifest.outputs == tuple(TensorInfo(n, "float32", s) for n, s in outputs.items())
     assert manifest.states == tuple(
-        StateInfo(
+        State(
             kind=kind,
             input=f"past_states.{layer}.{kind}",
             output=f"present_states.{layer}.{kind}",

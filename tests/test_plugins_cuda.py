@@ -15,7 +15,6 @@ from oracle import relative_rms, tokens
 
 from ingot.graphs.checkpoint import Checkpoint, load_parameters
 from ingot.graphs.family import family_of
-from ingot.graphs.state import BATCH
 from ingot.plugins import cuda
 from ingot.plugins.causal_conv import causal_conv
 from ingot.plugins.library import Library, LibraryError
@@ -295,12 +294,8 @@ def test_an_eager_graph_on_the_gpu_computes_the_same(
         load_parameters(model, checkpoint, found.weight_map(model, checkpoint, "generate"))
         model = model.cuda()
         past = tuple(
-            torch.zeros(
-                [len(ids) if d == BATCH else 0 if isinstance(d, str) else d for d in s.input_shape],
-                dtype=s.dtype(compute),
-                device="cuda",
-            )
-            for s in model.states
+            torch.zeros(s.shape(len(ids), 0), dtype=getattr(torch, s.dtype), device="cuda")
+            for s in (state.cast(str(compute).removeprefix("torch.")) for state in model.states)
         )
         with switched(on=on_kernels, device_type="cuda"), torch.no_grad():
             main: torch.Tensor = model(ids, mask, positions, past).main[mask != 0]

@@ -19,7 +19,7 @@ from ingot.graphs.checkpoint import set_parameter, stack_height
 from ingot.graphs.family import Family
 from ingot.graphs.layers import ModelOutput
 from ingot.graphs.preset import random_weight
-from ingot.graphs.state import BATCH, StateSpec
+from ingot.graphs.state import State
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -57,24 +57,16 @@ class Decoder:
 
     def __init__(self, model: Any, dtype: torch.dtype, device: str) -> None:
         self.model, self.dtype, self.device = model, dtype, device
-        self.states: Sequence[StateSpec] = model.states
+        name = str(dtype).removeprefix("torch.")
+        self.states: Sequence[State] = [state.cast(name) for state in model.states]
         self.grows = any(state.axis is not None for state in self.states)
         self.past: Tensors = self.empty(0)
         self.seen = 0
 
     def empty(self, room: int) -> Tensors:
         """States of one sequence, zero, with room for so many tokens where they grow."""
-
-        def size(dimension: int | str) -> int:
-            named = 1 if dimension == BATCH else room
-            return named if isinstance(dimension, str) else dimension
-
         return tuple(
-            torch.zeros(
-                [size(d) for d in state.input_shape],
-                dtype=state.dtype(self.dtype),
-                device=self.device,
-            )
+            torch.zeros(state.shape(1, room), dtype=getattr(torch, state.dtype), device=self.device)
             for state in self.states
         )
 

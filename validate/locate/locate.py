@@ -25,7 +25,6 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnxruntime
-import torch
 from onnx import helper
 
 from ingot.export.capture import Captured, capture
@@ -36,7 +35,6 @@ from ingot.export.request import EXTRA_OUTPUTS
 from ingot.export.weights import weights_of
 from ingot.graphs.checkpoint import Checkpoint, block_reader
 from ingot.graphs.family import family_of
-from ingot.graphs.state import BATCH
 from ingot.plugins.errors import IngotError
 from ingot.validate.judge.metrics import relative_error
 from ingot.validate.result import Location
@@ -92,8 +90,7 @@ def locate(
         )
     captured = _captured(manifest, checkpoint)
     reference, actual = _reference(captured.model), _ingot(folder)
-    dtype: torch.dtype = getattr(torch, manifest.precision)
-    known = _Calls(captured, inputs, manifest.vocab_size, dtype, calls)
+    known = _Calls(captured, inputs, manifest.vocab_size, manifest.precision, calls)
     positions, there = _positions(reference), _positions(actual)
     anchors = _anchors(reference)
     for position in sorted(set(positions.values())):
@@ -279,12 +276,11 @@ class _Calls:
         captured: Captured,
         inputs: Inputs,
         vocab_size: int,
-        precision: torch.dtype,
+        precision: str,
         most: int | None,
     ) -> None:
         self._most = most
-        self.states = captured.states
-        self._precision = precision
+        self.states = tuple(state.cast(precision) for state in captured.states)
         self._batch = inputs.input_ids.shape[0]
         self.known = self._begin(inputs)
         self.padded: list[Values] = []
@@ -299,12 +295,7 @@ class _Calls:
         steps = inputs.steps[: self._most]
         known: list[Values] = [dict(inputs.feeds(at, cached=cached)) for _, at in steps]
         for state in self.states:
-            sizes = [
-                self._batch if d == BATCH else 0 if isinstance(d, str) else d
-                for d in state.input_shape
-            ]
-            zeros = torch.zeros(sizes, dtype=state.dtype(self._precision))
-            known[0][state.input] = zeros.numpy()
+            known[0][state.input] = np.zeros(state.shape(self._batch, 0), dtype=state.dtype)
         return known
 
     def keep(self, known: list[Values], call: int, found: Values, kept: Collection[str]) -> None:

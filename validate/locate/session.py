@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from ingot.export.ingot import GRAPH, Manifest, StateInfo
+from ingot.export.ingot import GRAPH, Manifest
+from ingot.graphs.state import State
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Ids, Session
 from ingot.validate.judge.metrics import relative_error
@@ -130,12 +131,10 @@ class _Plain:
         return values
 
 
-def _empty(state: StateInfo, inputs: Inputs) -> Array:
+def _empty(state: State, inputs: Inputs) -> Array:
     """A state before the first call: zeros, and a cache of no tokens or with room for all."""
     batch, capacity = inputs.input_ids.shape
-    sizes = {"batch": batch, "past_sequence": capacity if state.shared else 0}
-    shape = [sizes[d] if isinstance(d, str) else d for d in state.input_shape]
-    return np.zeros(shape, dtype=np.dtype(state.dtype))
+    return np.zeros(state.shape(batch, capacity if state.shared else 0), dtype=state.dtype)
 
 
 def _real(values: Values, manifest: Manifest, inputs: Inputs, columns: slice) -> Values:

@@ -16,7 +16,7 @@ from ingot.export.request import EXTRA_OUTPUTS
 from ingot.graphs.checkpoint import Checkpoint, WeightMap, assemble, load_parameters, set_parameter
 from ingot.graphs.family import family_of, parameter_bytes
 from ingot.graphs.layers import ModelOutput
-from ingot.graphs.state import BATCH, StateSpec
+from ingot.graphs.state import State
 from ingot.runtime.session import Floats, Ids
 
 
@@ -56,7 +56,9 @@ class EagerSession:
             _stream_weights(self.model, checkpoint, weight_map)
         else:
             load_parameters(self.model, checkpoint, weight_map, advance=advance)
-        self.states: tuple[StateSpec, ...] = getattr(self.model, "states")
+        declared: tuple[State, ...] = getattr(self.model, "states")
+        name = str(precision).removeprefix("torch.")
+        self.states = tuple(state.cast(name) for state in declared)
         self._cached = any(state.axis is not None for state in self.states)
         self.tapped: dict[str, Floats] = {}
         self.reset(1, 0)
@@ -65,13 +67,7 @@ class EagerSession:
         """See ``runtime.session.Session.reset``."""
         self._mask: Ids = np.zeros((batch, 0), dtype=np.int64)
         self._past = tuple(
-            torch.zeros(
-                [
-                    batch if d == BATCH else 0 if isinstance(d, str) else d
-                    for d in state.input_shape
-                ],
-                dtype=state.dtype(self.precision),
-            )
+            torch.zeros(state.shape(batch, 0), dtype=getattr(torch, state.dtype))
             for state in self.states
         )
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ingot.export.ingot import Manifest, StateInfo
-from ingot.graphs.state import StateSpec
+from ingot.export.ingot import Manifest
+from ingot.graphs.state import State
 from ingot.runtime.session import Floats, Ids
 from ingot.validate.truth.cache import Recording
 from ingot.validate.truth.inputs import Inputs
@@ -69,9 +69,9 @@ class Layout:
         states: of the eager graph; a damaged ingot may lack some, and have others.
     """
 
-    def __init__(self, manifest: Manifest, states: Iterable[StateSpec]) -> None:
+    def __init__(self, manifest: Manifest, states: Iterable[State]) -> None:
         self.main_output = manifest.main_output
-        known: list[StateInfo | StateSpec] = [*manifest.states, *states]
+        known: list[State] = [*manifest.states, *states]
         self._axes = {state.output: state.axis for state in known}
         self._kinds = {state.output: str(state.kind) for state in known}
         self._kinds[self.main_output] = "logits" if self.main_output == "logits" else "hidden"

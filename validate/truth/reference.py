@@ -14,7 +14,7 @@ import torch
 from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import family_of
-from ingot.graphs.state import StateSpec
+from ingot.graphs.state import State
 from ingot.validate.truth.cache import Cache, Recording, code_digest, inputs_digest, key
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import Inputs
@@ -78,7 +78,7 @@ class Reference:
         self.chunk_size: int = getattr(config, "chunk_size", 0)
         self.top_k: int = getattr(config, "num_experts_per_tok", 0)
         self.layers: int = config.num_hidden_layers
-        self.states: tuple[StateSpec, ...] = getattr(self._model, "states")
+        self.states: tuple[State, ...] = getattr(self._model, "states")
 
     @property
     def against(self) -> str:
