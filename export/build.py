@@ -31,7 +31,7 @@ from ingot.export.lower_ort import lower_ort, shares_buffers
 from ingot.export.lower_trt import lower_trt
 from ingot.export.progress import Stages
 from ingot.export.request import PRECISIONS, ExportRequest
-from ingot.export.weights import weight_bytes, write_weights
+from ingot.export.write_weights import weight_bytes, write_weights
 from ingot.graphs.checkpoint import Checkpoint, block_reader
 from ingot.graphs.family import (
     FAMILIES,

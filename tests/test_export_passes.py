@@ -18,7 +18,7 @@ from ingot.export.capture import Captured, capture
 from ingot.export.passes.attention import AttentionToGroupQueryAttention
 from ingot.export.passes.moe import MoeDispatchToMoE
 from ingot.export.passes.tied import TiedHeadToFusedMatMul
-from ingot.export.weights import weights_of, write_weights
+from ingot.export.write_weights import weights_of, write_weights
 from ingot.graphs.checkpoint import Checkpoint, block_reader
 from ingot.graphs.family import family_of
 

@@ -20,7 +20,7 @@ import ingot.graphs.layers
 from ingot.export.capture import Captured
 from ingot.export.ingot import GRAPH, Manifest
 from ingot.export.progress import Stages
-from ingot.export.weights import write_weights
+from ingot.export.write_weights import write_weights
 from ingot.graphs.checkpoint import Checkpoint, block_reader
 from ingot.graphs.family import Family
 from ingot.graphs.layers import ModelOutput

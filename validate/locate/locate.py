@@ -32,7 +32,7 @@ from ingot.export.ingot import GRAPH, Manifest
 from ingot.export.lower_ort import lower_ort
 from ingot.export.lower_trt import lower_trt
 from ingot.export.request import EXTRA_OUTPUTS
-from ingot.export.weights import weights_of
+from ingot.export.write_weights import weights_of
 from ingot.graphs.checkpoint import Checkpoint, block_reader
 from ingot.graphs.family import family_of
 from ingot.plugins.errors import IngotError
