@@ -105,7 +105,7 @@ SCHEMA = OpSchema(
 def translate(x: Any, state: Any, weight: Any, bias: Any, activation: str) -> Any:
     """Entry of the torch exporter's translation table: one FX call becomes standard operators.
 
-    They stand as ``export.passes.convolution.match_causal_conv`` knows them. Every size comes from
+    They stand as ``export.passes.match.match_causal_conv`` knows them. Every size comes from
     the weight, so B and T stay symbolic.
     """
     from onnxscript import opset23 as op

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from one_node import one_node, session, weight
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ingot.export.passes.convolution import match_causal_conv
+from ingot.export.passes.match import match_causal_conv
 from ingot.plugins import causal_conv as op
 
 # x, state, weight and, or None, bias.

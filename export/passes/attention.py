@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
+
 import onnx_ir as ir
 
-from ingot.export.passes.constants import constant, integers
+from ingot.export.passes.constants import integers
+from ingot.export.passes.match import only_reader, producer, transposes
+from ingot.export.passes.nodes import Nodes, additive_bias
 from ingot.export.passes.replace import take_place
 
 SWAP_HEADS = (0, 2, 1, 3)
+
+
+@dataclass(frozen=True)
+class _CachedAttention:
+    """The nodes of what ``graphs.layers.attention`` captures to.
+
+    Attributes:
+        attention: over query, key, value and mask.
+        mask: bool.
+        sources: queries, new keys and new values before their transposes, each ``[B, T, h, D]``.
+        caches: the Concat of past and new keys, and that of values.
+        back: -> ``[B, T, Hq, D]``.
+        merge: the Reshape behind it.
+    """
+
+    attention: ir.Node
+    mask: ir.Value
+    sources: list[ir.Value]
+    caches: list[ir.Node]
+    back: ir.Node
+    merge: ir.Node
 
 
 class AttentionToGroupQueryAttention(ir.passes.InPlacePass):
@@ -29,148 +53,105 @@ class AttentionToGroupQueryAttention(ir.passes.InPlacePass):
         self.attention_mask = attention_mask
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        nodes = [node for node in model.graph if node.op_type == "Attention"]
-        if not nodes or not all(_matches(node) for node in nodes):
+        found = [_match(node) for node in model.graph if node.op_type == "Attention"]
+        matches = [match for match in found if match is not None]
+        if not matches or len(matches) < len(found):
             return ir.passes.PassResult(model, modified=False)
-        lengths = self._lengths(model, nodes[0])
+        lengths = self._lengths(model, matches[0].attention)
         biases: dict[ir.Value, ir.Value] = {}
-        for node in nodes:
-            self._swap(model, node, lengths, biases)
+        for match in matches:
+            _swap(model, match, lengths, biases)
         model.opset_imports["com.microsoft"] = 1
         return ir.passes.PassResult(model, modified=True)
 
     def _lengths(self, model: ir.Model, before: ir.Node) -> list[ir.Value]:
         """``seqlens_k [B]`` = S - 1 for every row, and ``total_sequence_length [1]`` = S, int32."""
         mask = next(v for v in model.graph.inputs if v.name == self.attention_mask)
-        batch = ir.node("Shape", [mask], attributes={"start": 0, "end": 1})
-        total = ir.node("Shape", [mask], attributes={"start": 1, "end": 2})
-        last = ir.node("Sub", [total.outputs[0], integers(model, [1])])
-        rows = ir.node("Expand", [last.outputs[0], batch.outputs[0]])
-        int32 = {"to": ir.DataType.INT32.value}
-        seqlens = ir.node("Cast", [rows.outputs[0]], attributes=int32)
-        total32 = ir.node("Cast", [total.outputs[0]], attributes=int32)
-        model.graph.insert_before(before, [batch, total, last, rows, seqlens, total32])
-        return [seqlens.outputs[0], total32.outputs[0]]
-
-    def _swap(
-        self,
-        model: ir.Model,
-        node: ir.Node,
-        lengths: list[ir.Value],
-        biases: dict[ir.Value, ir.Value],
-    ) -> None:
-        query, key, value, mask = node.inputs[:4]
-        assert query is not None and key is not None and value is not None and mask is not None
-        flat, heads = [], []
-        for new in (query, _appended(key), _appended(value)):
-            source = _untransposed(new)
-            assert source.shape is not None
-            count, size = source.shape[2], source.shape[3]
-            assert isinstance(count, int) and isinstance(size, int)
-            reshape = ir.node("Reshape", [source, integers(model, [0, 0, count * size])])
-            model.graph.insert_before(node, reshape)
-            flat.append(reshape.outputs[0])
-            heads.append(count)
-        if mask not in biases:
-            bias = additive_bias(model, mask)
-            model.graph.insert_before(node, bias)
-            biases[mask] = bias.outputs[0]
-        pasts = [_producer(cache).inputs[0] for cache in (key, value)]
-        attributes: dict[str, int | float] = {"num_heads": heads[0], "kv_num_heads": heads[1]}
-        if "scale" in node.attributes:
-            attributes["scale"] = node.attributes["scale"].as_float()
-        # Inputs 7 to 9 are cos_cache, sin_cache and position_ids: the rotation is done already.
-        inputs = [*flat, *pasts, *lengths, None, None, None, biases[mask]]
-        swapped = ir.node(
-            "GroupQueryAttention",
-            inputs,
-            domain="com.microsoft",
-            num_outputs=3,
-            attributes=attributes,
-        )
-        model.graph.insert_before(node, swapped)
-        back, merge = _consumers(node)
-        done = [back, node, _producer(key), _producer(value)]
-        if _rank(merge.outputs[0]) == 3:
-            take_place(merge.outputs[0], swapped.outputs[0])
-            done.insert(0, merge)
-        else:
-            # Not merely [B, T, h*D]: the elements lie in the same order, so it stays.
-            merge.replace_input_with(0, swapped.outputs[0])
-        for old, new in zip((key, value), swapped.outputs[1:], strict=True):
-            take_place(old, new)
-        model.graph.remove(done, safe=True)
+        nodes = Nodes()
+        batch = nodes.add("Shape", mask, start=0, end=1)
+        total = nodes.add("Shape", mask, start=1, end=2)
+        last = nodes.add("Sub", total, integers(model, [1]))
+        rows = nodes.add("Expand", last, batch)
+        lengths = [nodes.add("Cast", size, to=int(ir.DataType.INT32)) for size in (rows, total)]
+        model.graph.insert_before(before, nodes)
+        return lengths
 
 
-def additive_bias(model: ir.Model, mask: ir.Value) -> ir.Node:
-    """A node, not yet in the graph, that turns a bool mask into what is added to the scores."""
-    zero = constant(model, "bias_visible", np.array(0, dtype=np.float32))
-    # The lowest float, not -inf: a row without any key must not become NaN.
-    lowest = constant(model, "bias_hidden", np.array(np.finfo(np.float32).min, dtype=np.float32))
-    return ir.node("Where", [mask, zero, lowest])
-
-
-def _rank(value: ir.Value) -> int | None:
-    return None if value.shape is None else len(value.shape)
-
-
-def _producer(value: ir.Value | None) -> ir.Node:
-    assert value is not None
-    node = value.producer()
-    assert node is not None
-    return node
-
-
-def _is_swap(node: ir.Node | None) -> bool:
-    return (
-        node is not None
-        and node.op_type == "Transpose"
-        and tuple(node.attributes["perm"].as_ints()) == SWAP_HEADS
-    )
-
-
-def _untransposed(value: ir.Value) -> ir.Value:
-    source = _producer(value).inputs[0]
-    assert source is not None
-    return source
-
-
-def _appended(cache: ir.Value) -> ir.Value:
-    """The new tokens' part of a concatenated cache."""
-    new = _producer(cache).inputs[1]
-    assert new is not None
-    return new
-
-
-def _consumers(node: ir.Node) -> tuple[ir.Node, ir.Node]:
-    """The Transpose back to ``[B, T, h, D]`` and the Reshape behind it."""
-    back = next(iter(node.outputs[0].uses())).node
-    merge = next(iter(back.outputs[0].uses())).node
-    return back, merge
-
-
-def _matches(node: ir.Node) -> bool:
-    query, key, value, mask = (*node.inputs, None, None, None, None)[:4]
-    if query is None or key is None or value is None or mask is None:
-        return False
-    if mask.dtype != ir.DataType.BOOL or not _is_swap(query.producer()):
-        return False
+def _match(attention: ir.Node) -> _CachedAttention | None:
+    """An attention and the nodes around it; None where the kernel cannot run it."""
+    query, key, value, mask = (*attention.inputs, None, None, None, None)[:4]
+    if mask is None or mask.dtype != ir.DataType.BOOL or len(attention.outputs) != 1:
+        return None
+    swaps, caches = [producer(query, "Transpose")], []
     for cache in (key, value):
-        concat = cache.producer()
-        if concat is None or concat.op_type != "Concat" or len(concat.inputs) != 2:
-            return False
-        past, new = concat.inputs
-        if past is None or not past.is_graph_input() or new is None:
-            return False
-        # A cache read by anything else would see a shared buffer's spare room.
-        if len(past.uses()) != 1 or len(cache.uses()) != 1 or not _is_swap(new.producer()):
-            return False
-    size = query.shape[3] if query.shape is not None else None
-    if not isinstance(size, int) or size % 8:
+        concat = producer(cache, "Concat")
+        if concat is None or not _appends(concat):
+            return None
+        caches.append(concat)
+        swaps.append(producer(concat.inputs[1], "Transpose"))
+    sources = []
+    for swap in swaps:
+        source = swap.inputs[0] if swap is not None and transposes(swap, SWAP_HEADS) else None
+        if source is None:
+            return None
+        sources.append(source)
+    sizes = [source.shape[3] if source.shape is not None else None for source in sources]
+    if not all(isinstance(size, int) and size % 8 == 0 for size in sizes):
+        return None
+    back = only_reader(attention)
+    merge = only_reader(back) if back is not None and transposes(back, SWAP_HEADS) else None
+    if back is None or merge is None or merge.op_type != "Reshape":
+        return None
+    return _CachedAttention(attention, mask, sources, caches, back, merge)
+
+
+def _appends(concat: ir.Node) -> bool:
+    """Whether it makes a cache of a past and new tokens that nothing else reads."""
+    if len(concat.inputs) != 2 or concat.inputs[0] is None:
         return False
-    if len(node.outputs) != 1 or len(node.outputs[0].uses()) != 1:
-        return False
-    back = next(iter(node.outputs[0].uses())).node
-    if not _is_swap(back) or len(back.outputs[0].uses()) != 1:
-        return False
-    return next(iter(back.outputs[0].uses())).node.op_type == "Reshape"
+    past, cache = concat.inputs[0], concat.outputs[0]
+    # Anything else would see a shared buffer's spare room.
+    return past.is_graph_input() and len(past.uses()) == 1 and len(cache.uses()) == 1
+
+
+def _swap(
+    model: ir.Model,
+    match: _CachedAttention,
+    lengths: list[ir.Value],
+    biases: dict[ir.Value, ir.Value],
+) -> None:
+    nodes = Nodes()
+    flat, heads = [], []
+    for source in match.sources:
+        assert source.shape is not None
+        count, size = source.shape[2], source.shape[3]
+        assert isinstance(count, int) and isinstance(size, int)
+        flat.append(nodes.add("Reshape", source, integers(model, [0, 0, count * size])))
+        heads.append(count)
+    if match.mask not in biases:
+        biases[match.mask] = additive_bias(model, nodes, match.mask)
+    pasts = [cache.inputs[0] for cache in match.caches]
+    attributes: dict[str, int | float] = {"num_heads": heads[0], "kv_num_heads": heads[1]}
+    if "scale" in match.attention.attributes:
+        attributes["scale"] = match.attention.attributes["scale"].as_float()
+    # Inputs 7 to 9 are cos_cache, sin_cache and position_ids: the rotation is done already.
+    inputs = [*flat, *pasts, *lengths, None, None, None, biases[match.mask]]
+    swapped = ir.node(
+        "GroupQueryAttention",
+        inputs,
+        domain="com.microsoft",
+        num_outputs=3,
+        attributes=attributes,
+    )
+    model.graph.insert_before(match.attention, [*nodes, swapped])
+    done = [match.back, match.attention, *match.caches]
+    merged = match.merge.outputs[0]
+    if merged.shape is not None and len(merged.shape) == 3:
+        take_place(merged, swapped.outputs[0])
+        done.insert(0, match.merge)
+    else:
+        # Not merely [B, T, h*D]: the elements lie in the same order, so it stays.
+        match.merge.replace_input_with(0, swapped.outputs[0])
+    for cache, new in zip(match.caches, swapped.outputs[1:], strict=True):
+        take_place(cache.outputs[0], new)
+    model.graph.remove(done, safe=True)

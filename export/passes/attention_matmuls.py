@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ingot.export.passes.attention import additive_bias
 from ingot.export.passes.constants import constant, integers
+from ingot.export.passes.nodes import Nodes, additive_bias
 from ingot.export.passes.replace import take_place
 
 
@@ -41,29 +41,25 @@ def _take_apart(model: ir.Model, node: ir.Node, biases: dict[ir.Value, ir.Value]
     assert query.shape is not None and key.shape is not None
     heads, size, groups = query.shape[1], query.shape[3], key.shape[1]
     assert isinstance(heads, int) and isinstance(size, int) and isinstance(groups, int)
-    made: list[ir.Node] = []
-
-    def add(op_type: str, *inputs: ir.Value, **attributes: int | list[int]) -> ir.Value:
-        made.append(ir.node(op_type, inputs, attributes=attributes))
-        return made[-1].outputs[0]
-
+    nodes = Nodes()
     if mask not in biases:
-        made.append(additive_bias(model, mask))
-        biases[mask] = made[-1].outputs[0]
+        biases[mask] = additive_bias(model, nodes, mask)
     bias = biases[mask]
     if heads != groups:
         one, two = integers(model, [1]), integers(model, [2])
-        query = add("Reshape", query, integers(model, [0, groups, heads // groups, -1, size]))
-        key, value = add("Unsqueeze", key, two), add("Unsqueeze", value, two)
-        bias = add("Unsqueeze", bias, one)
-    swap = [0, 1, 3, 2] if heads == groups else [0, 1, 2, 4, 3]
+        apart = integers(model, [0, groups, heads // groups, -1, size])
+        query = nodes.add("Reshape", query, apart)
+        key, value = nodes.add("Unsqueeze", key, two), nodes.add("Unsqueeze", value, two)
+        bias = nodes.add("Unsqueeze", bias, one)
+    swap = (0, 1, 3, 2) if heads == groups else (0, 1, 2, 4, 3)
     scale = node.attributes["scale"].as_float() if "scale" in node.attributes else size**-0.5
     factor = constant(model, f"attention_scale_{scale!r}", np.array(scale, dtype=np.float32))
-    scores = add("MatMul", add("Mul", query, factor), add("Transpose", key, perm=swap))
-    weights = add("Softmax", add("Add", scores, bias), axis=-1)
-    result = add("MatMul", weights, value)
+    scaled = nodes.add("Mul", query, factor)
+    scores = nodes.add("MatMul", scaled, nodes.add("Transpose", key, perm=swap))
+    weights = nodes.add("Softmax", nodes.add("Add", scores, bias), axis=-1)
+    result = nodes.add("MatMul", weights, value)
     if heads != groups:
-        result = add("Reshape", result, integers(model, [0, heads, -1, size]))
-    model.graph.insert_before(node, made)
+        result = nodes.add("Reshape", result, integers(model, [0, heads, -1, size]))
+    model.graph.insert_before(node, nodes)
     take_place(node.outputs[0], result)
     model.graph.remove(node, safe=True)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ingot.export.passes.constants import constant
-from ingot.export.passes.convolution import CausalConv, match_causal_conv
+from ingot.export.passes.match import CausalConv, match_causal_conv
 from ingot.export.passes.replace import take_place
 from ingot.plugins.causal_conv import DOMAIN, NAME
 
@@ -21,7 +21,7 @@ class CausalConvToOperator(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in list(model.graph):
-            match = match_causal_conv(node) if node.op_type == "Conv" else None
+            match = match_causal_conv(node)
             if match is not None:
                 _gather(model, match)
                 modified = True

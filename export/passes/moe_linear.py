@@ -11,6 +11,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from ingot.export.passes.constants import constant, integers
+from ingot.export.passes.nodes import Nodes
 from ingot.export.passes.replace import take_place
 from ingot.export.passes.weights import ReadBlock, Weight
 from ingot.plugins.moe_linear import DOMAIN, NAME
@@ -95,27 +96,25 @@ def _transposed(read: ReadBlock, expert: int, out: int, _block: int) -> np.ndarr
 
 def _sort(model: ir.Model, before: ir.Node, expert_ids: ir.Value, experts: int) -> _Order:
     """Order the choices by expert, then by token; the nodes go in front of ``before``."""
-
-    def emit(op_type: str, *inputs: ir.Value, **attributes: int | list[int]) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes=attributes)
-        model.graph.insert_before(before, node)
-        return node.outputs[0]
-
+    nodes = Nodes()
     all_experts = constant(
         model, f"experts_{experts}", np.arange(experts, dtype=np.int64).reshape(-1, 1, 1)
     )
-    is_expert = emit("Equal", all_experts, expert_ids)
+    is_expert = nodes.add("Equal", all_experts, expert_ids)
     # NonZero lists [expert, token, place] in row-major order: this is the sort.
-    found = emit("NonZero", is_expert)
-    token = emit("Gather", found, constant(model, "int64_scalar_1", np.array(1)), axis=0)
-    pair = emit("Slice", found, integers(model, [1]), integers(model, [3]), integers(model, [0]))
-    choice = emit("Transpose", pair, perm=[1, 0])
-    hits = emit("Cast", is_expert, to=int(ir.DataType.INT64))
-    counts = emit("ReduceSum", hits, integers(model, [1, 2]), keepdims=0)
+    found = nodes.add("NonZero", is_expert)
+    token = nodes.add("Gather", found, constant(model, "int64_scalar_1", np.array(1)), axis=0)
+    pair = nodes.add(
+        "Slice", found, integers(model, [1]), integers(model, [3]), integers(model, [0])
+    )
+    choice = nodes.add("Transpose", pair, perm=(1, 0))
+    hits = nodes.add("Cast", is_expert, to=int(ir.DataType.INT64))
+    counts = nodes.add("ReduceSum", hits, integers(model, [1, 2]), keepdims=0)
     zero, one = (constant(model, f"int64_scalar_{n}", np.array(n)) for n in (0, 1))
-    places = emit("Range", zero, emit("Size", expert_ids), one)
+    places = nodes.add("Range", zero, nodes.add("Size", expert_ids), one)
     # Every element is overwritten, so the ids serve as any tensor of that shape would.
-    inverse = emit("ScatterND", expert_ids, choice, places)
+    inverse = nodes.add("ScatterND", expert_ids, choice, places)
+    model.graph.insert_before(before, nodes)
     return _Order(token, choice, counts, inverse)
 
 

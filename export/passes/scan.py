@@ -10,19 +10,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from ingot.export.passes.constants import constant, integers
+from ingot.export.passes.nodes import Nodes
 from ingot.export.passes.replace import take_place
 from ingot.plugins.mamba2_scan import DOMAIN, NAME
 
 SWAP_STATE = (0, 1, 3, 2)
-
-
-class _Nodes(list[ir.Node]):
-    """Nodes in the making, in their order."""
-
-    def add(self, op_type: str, *inputs: ir.Value | None, **attributes: int) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes=attributes)
-        self.append(node)
-        return node.outputs[0]
 
 
 @dataclass(frozen=True)
@@ -108,7 +100,7 @@ def _swap(
     x, dt, a, b, c, d, dt_bias, state, mask = node.inputs
     assert b is not None and c is not None and state is not None and mask is not None
     heads, head_size, _, _ = sizes
-    nodes = _Nodes()
+    nodes = Nodes()
     if mask not in masks:
         tokens = nodes.add("Shape", mask, start=1, end=2)
         masks[mask] = _Mask(
@@ -147,10 +139,10 @@ def _limit(model: ir.Model, node: ir.Node, name: str) -> ir.Value | None:
     return constant(model, f"float_{limit!r}", np.array(limit, dtype=np.float32))
 
 
-def _one_token(model: ir.Model, r: _Recurrence) -> tuple[_Nodes, ir.Value, ir.Value]:
+def _one_token(model: ir.Model, r: _Recurrence) -> tuple[Nodes, ir.Value, ir.Value]:
     """T = 1 -> the nodes, ``y [B, 1, Hm, Pm]`` without D x, and the new state."""
     heads, head_size, groups, states = r.sizes
-    nodes = _Nodes()
+    nodes = Nodes()
     b = r.b
     if groups < heads:
         b = nodes.add("Unsqueeze", b, integers(model, [3]))
@@ -165,26 +157,20 @@ def _one_token(model: ir.Model, r: _Recurrence) -> tuple[_Nodes, ir.Value, ir.Va
     return nodes, nodes.add("Reshape", y, integers(model, [0, 1, heads, head_size])), state
 
 
-def _many_tokens(model: ir.Model, r: _Recurrence) -> tuple[_Nodes, ir.Value, ir.Value]:
+def _many_tokens(model: ir.Model, r: _Recurrence) -> tuple[Nodes, ir.Value, ir.Value]:
     """Any T -> the nodes, ``y [B, T, Hm, Pm]`` without D x, and the new state."""
     heads, head_size, groups, states = r.sizes
-    nodes = _Nodes()
+    nodes = Nodes()
     packed = integers(model, [0, 0, groups * states])
     b, c = nodes.add("Reshape", r.b, packed), nodes.add("Reshape", r.c, packed)
-    state = _transposed(nodes, r.state)
+    state = nodes.add("Transpose", r.state, perm=SWAP_STATE)
     y, state = _linear_attention(nodes, groups, heads, c, b, r.scaled, state, r.decay)
     y = nodes.add("Reshape", y, integers(model, [0, 0, heads, head_size]))
-    return nodes, y, _transposed(nodes, state)
-
-
-def _transposed(nodes: _Nodes, state: ir.Value) -> ir.Value:
-    node = ir.node("Transpose", [state], attributes={"perm": SWAP_STATE})
-    nodes.append(node)
-    return node.outputs[0]
+    return nodes, y, nodes.add("Transpose", state, perm=SWAP_STATE)
 
 
 def _linear_attention(
-    nodes: _Nodes, query_heads: int, heads: int, *inputs: ir.Value
+    nodes: Nodes, query_heads: int, heads: int, *inputs: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
     """Query, key, value, state and decay -> y and the new state."""
     node = ir.node(
@@ -203,7 +189,7 @@ def _linear_attention(
     return node.outputs[0], node.outputs[1]
 
 
-def _branch(scan: ir.Node, name: str, nodes: _Nodes, y: ir.Value, new_state: ir.Value) -> ir.Graph:
+def _branch(scan: ir.Node, name: str, nodes: Nodes, y: ir.Value, new_state: ir.Value) -> ir.Graph:
     """A branch's graph; its values get names that no other graph of the model has."""
     for result, value in zip((y, new_state), scan.outputs, strict=True):
         result.type, result.shape = value.type, value.shape
