@@ -30,7 +30,7 @@ from ingot.export.passes.scales import FoldScales, NoteFactors
 from ingot.export.passes.weights import FoldWeightTransposes, WeightsToInitializers
 from ingot.export.request import EXTRA_OUTPUTS
 from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL, Dimension, State
-from ingot.plugins import causal_conv, mamba2_scan, moe_dispatch, moe_linear
+from ingot.plugins import causal_conv, experts, mamba2_scan, moe_dispatch, moe_linear
 
 OPSET = 23
 WEIGHT_PREFIX = "weight."
@@ -44,7 +44,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.ingot.moe_dispatch.default: moe_dispatch.translate,
     torch.ops.ingot.mamba2_scan.default: mamba2_scan.translate,
     torch.ops.ingot.moe_linear.default: moe_linear.translate,
-    torch.ops.ingot.choose_experts.default: moe_linear.translate_choose_experts,
+    torch.ops.ingot.choose_experts.default: experts.translate_choose_experts,
 }
 
 

@@ -9,6 +9,7 @@ them into weights and attention scales, so they cost nothing at run time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ingot.graphs.family import Family
 from ingot.graphs.layers import HIDDEN_ACT, CausalLM, ModelOutput, RMSNorm, attention, causal_mask
 from ingot.graphs.rope import RopeParameters, RotaryEmbedding, rotate
 from ingot.graphs.state import State, key_value_states
-from ingot.plugins.moe_dispatch import ACTIVATIONS
+from ingot.plugins.activations import activate
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class GraniteAttention(nn.Module):
 class GraniteMLP(nn.Module):
     def __init__(self, config: GraniteConfig) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[config.hidden_act]
+        self.act = partial(activate, config.hidden_act)
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = nn.Linear(hidden, inner, bias=bias)
         self.up_proj = nn.Linear(hidden, inner, bias=bias)

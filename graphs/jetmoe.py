@@ -28,8 +28,9 @@ from ingot.graphs.layers import (
 )
 from ingot.graphs.rope import RopeParameters, RotaryEmbedding, rotate
 from ingot.graphs.state import State, key_value_states
+from ingot.plugins.experts import choose_experts
 from ingot.plugins.moe_dispatch import moe_dispatch
-from ingot.plugins.moe_linear import choose_experts, moe_linear
+from ingot.plugins.moe_linear import moe_linear
 
 # The released layers take this whatever `rms_norm_eps` says; the field is the final norm's alone.
 LAYER_NORM_EPS = 1e-6

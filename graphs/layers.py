@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ingot.graphs.state import State
-from ingot.plugins.moe_dispatch import route
+from ingot.plugins.experts import route
 
 # Hugging Face's `hidden_act` names -> the names the custom operators use.
 HIDDEN_ACT = {

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from onnx.defs import OpSchema
 
-from ingot.plugins.moe_dispatch import ACTIVATIONS, activation_body
+from ingot.plugins.activations import ACTIVATIONS, activate, activation_body
 
 DOMAIN = "ingot"
 NAME = "CausalConv"
@@ -49,7 +49,7 @@ def causal_conv(
         state: the W-1 columns before the first token, ``[B, C, W-1]`` of x's dtype.
         weight: ``[C, 1, W]`` of x's dtype; W is at least 2.
         bias: ``[C]`` of x's dtype, or None.
-        activation: a key of ``plugins.moe_dispatch.ACTIVATIONS``, or ``identity``.
+        activation: a key of ``plugins.activations.ACTIVATIONS``.
 
     Returns:
         ``y [B, T, C]`` and the last W-1 columns, ``[B, C, W-1]``, both of x's dtype and contiguous,
@@ -62,8 +62,7 @@ def causal_conv(
     if tokens == 0:
         return x.new_empty(x.shape), new_state
     y = F.conv1d(window, weight, bias, groups=channels)
-    if activation != "identity":
-        y = ACTIVATIONS[activation](y)
+    y = activate(activation, y)
     return y.transpose(1, 2).contiguous(), new_state
 
 
@@ -94,11 +93,7 @@ SCHEMA = OpSchema(
         OpSchema.FormalParameter("new_state", "T", "[B, C, W-1]"),
     ],
     type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
-    attributes=[
-        OpSchema.Attribute(
-            "activation", OpSchema.AttrType.STRING, ", ".join((*ACTIVATIONS, "identity"))
-        )
-    ],
+    attributes=[OpSchema.Attribute("activation", OpSchema.AttrType.STRING, ", ".join(ACTIVATIONS))],
 )
 
 
@@ -140,7 +135,7 @@ def function_body(activation: str, channels: int, width: int) -> onnx.FunctionPr
     serves one shape and one activation.
 
     Args:
-        activation: a key of ``plugins.moe_dispatch.ACTIVATIONS``, or ``identity``.
+        activation: a key of ``plugins.activations.ACTIVATIONS``.
         channels: C.
         width: W.
     """

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ingot.plugins import library as c
+from ingot.plugins.activations import ACTIVATIONS
 from ingot.plugins.causal_conv import causal_conv as causal_conv_op
 from ingot.plugins.library import Library, LibraryError
 from ingot.plugins.mamba2_scan import mamba2_scan as mamba2_scan_op
@@ -154,7 +155,7 @@ def moe_dispatch(
     experts, hidden, intermediate = down.shape
     parameters = c.MoeDispatch(
         dtype=_dtype(x),
-        activation=c.ACTIVATIONS[activation],
+        activation=ACTIVATIONS[activation].number,
         normalize=int(normalize),
         top_k=top_k,
         experts=experts,
@@ -263,7 +264,7 @@ def causal_conv(
     new_state = _output(wanted, state)
     parameters = c.CausalConv(
         dtype=_dtype(x),
-        activation=c.ACTIVATIONS[activation],
+        activation=ACTIVATIONS[activation].number,
         batch=batch,
         tokens=tokens,
         channels=channels,

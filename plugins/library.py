@@ -27,7 +27,6 @@ PATH = Path(__file__).resolve().parent / "lib" / "libingot_kernels.so"
 
 # ONNX's and PyTorch's name of an element type -> the interface's number.
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "identity": 4}
 
 
 class LibraryError(IngotError):

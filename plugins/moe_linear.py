@@ -23,7 +23,7 @@ import onnx.parser
 import torch
 from onnx.defs import OpSchema
 
-from ingot.plugins import moe_dispatch
+from ingot.plugins.tiles import TILES_BODY
 
 DOMAIN = "ingot"
 NAME = "MoeLinear"
@@ -57,29 +57,6 @@ def _(x: torch.Tensor, expert_ids: torch.Tensor, weight: torch.Tensor) -> torch.
     return x.new_empty(*expert_ids.shape, weight.shape[1])
 
 
-@torch.library.custom_op("ingot::choose_experts", mutates_args=())
-def choose_experts(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The ids of the K largest logits of each token; among equal logits the lower id comes first.
-
-    ``torch.topk`` leaves ties open, and the exporter cannot translate a stable ``torch.sort``.
-    ONNX's ``TopK`` has the order wanted here, so this operator becomes that node.
-
-    Args:
-        router_logits: ``[N, E]``, float32 or float64.
-        top_k: K, between 1 and E.
-
-    Returns:
-        Ids ``[N, K]`` int64, in descending order of logit.
-    """
-    ids, _ = moe_dispatch.route(router_logits, top_k, normalize=False)
-    return ids.contiguous()
-
-
-@choose_experts.register_fake
-def _(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    return router_logits.new_empty(router_logits.shape[0], top_k, dtype=torch.int64)
-
-
 SCHEMA = OpSchema(
     NAME,
     DOMAIN,
@@ -109,19 +86,10 @@ def translate(x: Any, expert_ids: Any, weight: Any) -> Any:
     return Opset(DOMAIN, VERSION).MoeLinear(x, expert_ids, weight)
 
 
-def translate_choose_experts(router_logits: Any, top_k: int) -> Any:
-    """Entry of the translation table: ``choose_experts`` becomes a standard ``TopK``."""
-    from onnxscript import opset23
-
-    k: Any = opset23.Constant(value_ints=[top_k])
-    _, ids = opset23.TopK(router_logits, k, axis=-1, largest=1, sorted=1)
-    return ids
-
-
 def function_body() -> onnx.FunctionProto:
     """The operator in standard ONNX operators, for runtimes without a kernel of its own.
 
-    A Loop runs over tiles of rows of one expert (``moe_dispatch.TILES_BODY``), gathers that
+    A Loop runs over tiles of rows of one expert (``TILES_BODY``), gathers that
     expert's weight and the tile's rows, and hands out the tile; afterwards each choice gathers its
     row. All sizes follow from shapes, as TensorRT wants it. ``moe_dispatch.function_body`` says why
     the products stand as they do and how the Loop ends.
@@ -138,7 +106,7 @@ def function_body() -> onnx.FunctionProto:
         scalar_one = Constant <value_int: int = 1> ()
         ids = Identity (expert_ids)
         experts = Shape <start = 0, end = 1> (weight)
-        {moe_dispatch.TILES_BODY}
+        {TILES_BODY}
 
         rows_if_any = Shape <start = 1, end = -1> (x)
         rows_or_one = Concat <axis = 0> (rows_if_any, one)

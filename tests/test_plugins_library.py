@@ -9,8 +9,9 @@ from ctypes import Structure, sizeof
 import pytest
 
 from ingot.plugins import library
+from ingot.plugins.activations import ACTIVATIONS
 from ingot.plugins.kernels.host import SOURCES
-from ingot.plugins.library import ACTIVATIONS, CALLS, DTYPES, Tuning
+from ingot.plugins.library import CALLS, DTYPES, Tuning
 
 HEADER = SOURCES / "ingot_kernels.h"
 
@@ -61,6 +62,6 @@ def test_every_field_of_the_header_is_mirrored() -> None:
 
 def test_constants_are_those_of_the_header(laid_out: dict[str, int]) -> None:
     assert laid_out["INGOT_KERNELS_VERSION"] == library.VERSION
-    for table in (DTYPES, ACTIVATIONS):
-        for name, value in table.items():
-            assert laid_out[f"INGOT_{name.upper()}"] == value
+    numbers = {name: activation.number for name, activation in ACTIVATIONS.items()}
+    for name, value in {**DTYPES, **numbers}.items():
+        assert laid_out[f"INGOT_{name.upper()}"] == value

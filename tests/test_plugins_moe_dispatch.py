@@ -18,6 +18,8 @@ from one_node import one_node, session, weight
 
 from ingot.export.passes.moe import MoeDispatchToMoE
 from ingot.plugins import moe_dispatch as op
+from ingot.plugins.activations import ACTIVATIONS
+from ingot.plugins.experts import route
 
 FLOAT = ir.DataType.FLOAT
 
@@ -39,6 +41,7 @@ def plain_loop(
             0.5 * v * (1 + np.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
         ),
         "relu": lambda v: np.maximum(v, 0),
+        "identity": lambda v: v,
     }
     act = acts[activation]
     y = np.zeros(x.shape)
@@ -109,7 +112,7 @@ def run(ort: onnxruntime.InferenceSession, arrays: tuple[np.ndarray, ...]) -> np
     every_expert=st.booleans(),
     inner=st.sampled_from([1, 6, 16]),
     normalize=st.booleans(),
-    activation=st.sampled_from(sorted(op.ACTIVATIONS)),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
     ties=st.sampled_from(["none", "some", "all", "one expert"]),
     seed=st.integers(0, 2**31),
 )
@@ -171,7 +174,7 @@ def test_other_dtypes_accumulate_in_float32_or_wider(dtype: torch.dtype) -> None
 
 def test_ties_go_to_the_lower_expert() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
-    ids, weights = op.route(logits, 2, normalize=True)
+    ids, weights = route(logits, 2, normalize=True)
     assert ids.tolist() == [[1, 2], [0, 1]]
     torch.testing.assert_close(weights, torch.full((2, 2), 0.5))
 
@@ -204,7 +207,7 @@ def nodes(graph: Any) -> Iterator[onnx.NodeProto]:
                 yield from nodes(attribute.g)
 
 
-@pytest.mark.parametrize("activation", sorted(op.ACTIVATIONS))
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_every_size_in_the_function_body_follows_from_shapes(activation: str) -> None:
     # TensorRT cannot build the sizes that these give.
     sized_by_data = {"NonZero", "Unique", "Compress", "NonMaxSuppression"}

@@ -18,6 +18,7 @@ from one_node import one_node, session, weight
 from ingot.export.passes.moe_linear import MoeLinearToMatMuls
 from ingot.export.passes.weights import Weight
 from ingot.plugins import moe_linear as op
+from ingot.plugins.experts import choose_experts, translate_choose_experts
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -173,7 +174,7 @@ def test_half_precision_keeps_its_body_which_accumulates_in_float32(
 def test_passes_opcheck(tokens: int, row_per_choice: bool) -> None:
     arrays = arguments(tokens, 2, 4, 8, 6, row_per_choice=row_per_choice, ids="any", seed=2)
     torch.library.opcheck(op.moe_linear, tuple(map(torch.from_numpy, arrays)))
-    torch.library.opcheck(op.choose_experts, (torch.randn(tokens, 4), 2))
+    torch.library.opcheck(choose_experts, (torch.randn(tokens, 4), 2))
 
 
 @pytest.mark.parametrize("row_per_choice", [False, True])
@@ -337,7 +338,7 @@ class Routed(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, logits: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = op.choose_experts(logits, self.top_k)
+        ids = choose_experts(logits, self.top_k)
         return ids, op.moe_linear(x, ids, weights)
 
 
@@ -348,8 +349,8 @@ def stable_choice(logits: np.ndarray, top_k: int) -> list[list[int]]:
 
 def test_choose_experts_gives_ties_to_the_lower_id() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
-    assert op.choose_experts(logits, 2).tolist() == [[1, 2], [0, 1]]
-    assert op.choose_experts(logits[:0], 2).shape == (0, 2)
+    assert choose_experts(logits, 2).tolist() == [[1, 2], [0, 1]]
+    assert choose_experts(logits[:0], 2).shape == (0, 2)
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (64, 32)])
@@ -365,7 +366,7 @@ def test_exports_to_one_node_and_topk_with_the_same_ties(experts: int, top_k: in
         opset_version=23,
         custom_translation_table={
             torch.ops.ingot.moe_linear.default: op.translate,
-            torch.ops.ingot.choose_experts.default: op.translate_choose_experts,
+            torch.ops.ingot.choose_experts.default: translate_choose_experts,
         },
         verbose=False,
     )

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-import ingot.plugins.moe_dispatch
+import ingot.plugins.experts
 from ingot.graphs.checkpoint import Checkpoint
-from ingot.plugins.moe_dispatch import route
+from ingot.plugins.experts import route
 from ingot.runtime.session import Floats
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import QUICK, make_inputs
@@ -311,7 +311,7 @@ def test_forcing_others_computes_what_a_router_that_chose_them_would(
             weights = weights / weights.sum(-1, keepdim=True)
         return torch.from_numpy(ids), weights
 
-    monkeypatch.setattr(ingot.plugins.moe_dispatch, "route", told)
+    monkeypatch.setattr(ingot.plugins.experts, "route", told)
     expected = list(steps(eager))
     assert next(waiting, None) is None
     for number, (want, found) in enumerate(zip(expected, forced, strict=True)):

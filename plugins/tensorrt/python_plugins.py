@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ingot.plugins import library
+from ingot.plugins.activations import ACTIVATIONS
 from ingot.plugins.library import Library
 from ingot.plugins.tensorrt.table import (
     KERNELS_FIELD,
@@ -68,10 +69,10 @@ class Node:
         if missing:
             raise PluginError(f"{plugin.name} lacks {', '.join(missing)}; set every attribute.")
         activation = values.get("activation", "silu")
-        if activation not in library.ACTIVATIONS:
+        if activation not in ACTIVATIONS:
             raise PluginError(
                 f"{plugin.name} has no activation {activation!r}; use one of "
-                f"{', '.join(library.ACTIVATIONS)}."
+                f"{', '.join(ACTIVATIONS)}."
             )
         self.plugin = plugin
         self.values = {field.name: values[field.name] for field in plugin.fields}
@@ -99,7 +100,7 @@ class Node:
             name: value for name, value in self.values.items() if name in members
         }
         if "activation" in members:
-            values["activation"] = library.ACTIVATIONS[values["activation"]]
+            values["activation"] = ACTIVATIONS[values["activation"]].number
         if "per_choice" in members:
             values["per_choice"] = int(first_rank == 3)
         values["dtype"] = library.DTYPES[dtype]

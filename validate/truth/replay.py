@@ -19,8 +19,8 @@ import torch
 from onnx import helper
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import ingot.plugins.moe_dispatch
-import ingot.plugins.moe_linear  # noqa: F401  (both register their operators)
+import ingot.plugins.experts
+import ingot.plugins.moe_dispatch  # noqa: F401  (both register their operators)
 from ingot.validate.truth.recording import ROUTER_LOGITS
 
 Array = npt.NDArray[Any]
