@@ -14,9 +14,10 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from ingot.export.capture import OPSET, Captured, capture
+from ingot.export.capture import OPSET, Captured
 from ingot.export.eligibility import eligibility, require
 from ingot.export.engine import make_engine, plan_engine, profiles, trtexec_options
+from ingot.export.graph import Capture, Recipe
 from ingot.export.ingot import (
     GRAPH,
     TRTEXEC,
@@ -27,23 +28,20 @@ from ingot.export.ingot import (
     file_infos,
     staged,
 )
-from ingot.export.lower_ort import lower_ort, shares_buffers
-from ingot.export.lower_trt import lower_trt
+from ingot.export.lower_ort import shares_buffers
 from ingot.export.progress import Stages
-from ingot.export.request import PRECISIONS, ExportRequest
+from ingot.export.request import PRECISIONS, ExportError, ExportRequest
 from ingot.export.write_weights import weight_bytes, write_weights
-from ingot.graphs.checkpoint import Checkpoint, block_reader
+from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import (
     FAMILIES,
     Family,
     active_parameters,
-    family_of,
     find_family,
     parameter_bytes,
 )
 from ingot.graphs.hub import describe, resolve
 from ingot.graphs.preset import preset_config, write_checkpoint
-from ingot.plugins.errors import IngotError
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -70,10 +68,6 @@ TOOLS = (
 )
 
 
-class ExportError(IngotError):
-    """An export that cannot begin."""
-
-
 # Given the staged folder, the opened checkpoint and the progress; returns ingot.json's summary.
 Validate = Callable[[Path, Checkpoint, Stages], dict[str, Any]]
 
@@ -86,13 +80,20 @@ class Result:
     checkpoint: Path
 
 
-def build(request: ExportRequest, stages: Stages, validate: Validate | None) -> Result:
+def build(
+    request: ExportRequest,
+    stages: Stages,
+    validate: Validate | None,
+    *,
+    capture: Capture | None = None,
+) -> Result:
     """Export, validate and put the ingot in place.
 
     Args:
         request: what to export.
         stages: shows and measures the steps.
         validate: runs before the folder appears; None skips it and says so in ``ingot.json``.
+        capture: traces the eager graph, ``export.capture.capture`` by default.
 
     Raises:
         IngotError: anything wrong with the request, the checkpoint or the destination; nothing is
@@ -105,31 +106,18 @@ def build(request: ExportRequest, stages: Stages, validate: Validate | None) -> 
             "are float32."
         )
     builder = plan_engine(request) if request.for_tensorrt else None
-    dtype: torch.dtype = getattr(torch, PRECISIONS[request.precision])
     checkpoint = Checkpoint.open(_checkpoint_folder(request, stages))
-    family = family_of(checkpoint)
-    for name in request.extra_outputs:
-        if name not in family.extra_outputs:
-            raise ExportError(
-                f"{family.model_type} has no {name}; it has: {', '.join(family.extra_outputs)}."
-            )
-    model = family.build(checkpoint.config, request.task, dtype)
-    weight_map = family.weight_map(model, checkpoint, request.task)
-    weight_size = parameter_bytes(model)
+    precision = PRECISIONS[request.precision]
+    recipe = Recipe(request.target, request.task, precision, request.extra_outputs)
+    eager = recipe.eager(checkpoint)
+    weight_size = parameter_bytes(eager.model)
     # An engine holds its weights once more.
     _check_space(request.out, weight_size * (2 if builder else 1))
-    read = block_reader(checkpoint, weight_map, model)
     with staged(request.out) as folder:
-        with stages.stage("capture graph"):
-            captured = capture(model, read, precision=dtype, extra_outputs=request.extra_outputs)
-        if request.target == "ort":
-            with stages.stage("lower to ONNX Runtime"):
-                lower_ort(captured.model)
-        elif request.for_tensorrt:
-            with stages.stage("lower to TensorRT"):
-                lower_trt(captured.model)
-            rows = eligibility(captured.model, PRECISIONS[request.precision])
-            stages.table(f"{family.model_type} on TensorRT", rows)
+        captured = recipe.graph(eager, stages, capture)
+        if request.for_tensorrt:
+            rows = eligibility(captured.model, precision)
+            stages.table(f"{eager.family.model_type} on TensorRT", rows)
             require(rows)
         size = weight_bytes(captured.model)
         with stages.stage("write weights", size) as advance:
@@ -138,7 +126,7 @@ def build(request: ExportRequest, stages: Stages, validate: Validate | None) -> 
         for name in TOKENIZER_FILES:
             if (checkpoint.path / name).is_file():
                 shutil.copyfile(checkpoint.path / name, folder / name)
-        manifest = _manifest(request, family, checkpoint, model, captured)
+        manifest = _manifest(request, eager.family, checkpoint, eager.model, captured)
         if request.for_tensorrt:
             made = profiles(manifest.inputs, manifest.states, request.limits)
             (folder / TRTEXEC).write_text(trtexec_options(made), encoding="utf-8")

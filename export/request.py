@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ingot.plugins.errors import IngotError
+
 TARGETS = ("onnx", "ort", "trt", "trt-rtx")
 EXTRA_OUTPUTS = ("router_logits", "hidden_states")
 TASKS = ("generate", "features", "classify")
@@ -12,6 +14,10 @@ PRESETS = ("tiny", "small", "full")
 # As on the command line -> as in the manifest, which has ONNX's and PyTorch's names.
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BUILDERS = ("auto", "tensorrt", "tensorrt-rtx", "none")
+
+
+class ExportError(IngotError):
+    """An export that cannot begin."""
 
 
 @dataclass(frozen=True)

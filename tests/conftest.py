@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from ingot.export.build import build
+from ingot.export.graph import Capture
 from ingot.export.progress import Stages
 from ingot.export.request import ExportRequest
 from ingot.graphs.family import find_family
@@ -60,11 +61,14 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
 
 @pytest.fixture(scope="session")
 def make_ingot(tmp_path_factory: pytest.TempPathFactory) -> MakeIngot:
-    """``make(checkpoint, target, **request)``: a new ingot, not validated."""
+    """``make(checkpoint, target, capture=..., **request)``: a new ingot, not validated."""
 
-    def make(checkpoint: Path, target: str, **request: Any) -> Path:
+    def make(
+        checkpoint: Path, target: str, *, capture: Capture | None = None, **request: Any
+    ) -> Path:
         out = tmp_path_factory.mktemp("ingot") / target
-        build(ExportRequest(str(checkpoint), target, out, **request), Stages(), None)
+        asked = ExportRequest(str(checkpoint), target, out, **request)
+        build(asked, Stages(), None, capture=capture)
         return out
 
     return make

@@ -54,9 +54,8 @@ class Subject:
         # from_pretrained returns a model in evaluation mode.
         self.oracle: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         # Tracing costs seconds, and both targets start from the same canonical graph.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ingot.export.build.capture", capture_once())
-            self.ingots = {target: make_ingot(folder, target) for target in ("onnx", "ort")}
+        once = capture_once()
+        self.ingots = {target: make_ingot(folder, target, capture=once) for target in TARGETS}
         self.sessions: dict[str, Session | EagerSession] = {
             "eager": EagerSession(Checkpoint.open(folder), "generate"),
             **{target: load(ingot) for target, ingot in self.ingots.items()},

@@ -68,10 +68,9 @@ class Lowered:
     def __init__(self, family: str, folder: Path, make_ingot: MakeIngot) -> None:
         self.family = family
         self.folder = folder
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ingot.export.build.capture", capture_once())
-            self.canonical = make_ingot(folder, "onnx")
-            self.lowered = make_ingot(folder, "trt", builder="none", precision="fp32")
+        once = capture_once()
+        self.canonical = make_ingot(folder, "onnx", capture=once)
+        self.lowered = make_ingot(folder, "trt", capture=once, builder="none", precision="fp32")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

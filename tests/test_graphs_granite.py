@@ -27,8 +27,8 @@ from oracle import (
 from transformers import GraniteConfig as OracleConfig
 from transformers import GraniteModel
 
-from ingot.export.build import ExportError
 from ingot.export.passes.scales import FoldScales
+from ingot.export.request import ExportError
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.config import ConfigError
 from ingot.graphs.granite import FAMILY, GraniteConfig

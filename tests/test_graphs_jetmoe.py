@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,14 +81,6 @@ def subject(
     return Subject(request.param, folder, make_ingot)
 
 
-@pytest.fixture
-def one_capture() -> Iterator[None]:
-    """Both targets of a test start from one captured graph; tracing it again costs seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ingot.export.build.capture", capture_once())
-        yield
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_logits_and_caches_equal_transformers(subject: Subject, way: str) -> None:
     check_logits_and_caches(subject, way)
@@ -162,7 +153,6 @@ def _torch_inputs(ids: np.ndarray, mask: np.ndarray) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("one_capture")
 def test_router_logits_and_hidden_states_equal_transformers(
     make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
 ) -> None:
@@ -175,8 +165,11 @@ def test_router_logits_and_hidden_states_equal_transformers(
     for index, logits in enumerate(_once_each(want.router_logits)):
         expected[f"router_logits.{index}"] = logits.numpy().reshape(*ids.shape, -1)
     assert len(expected) == (LAYERS + 1) + 2 * LAYERS
+    once = capture_once()
     for target in TARGETS:
-        out = make_ingot(folder, target, extra_outputs=("router_logits", "hidden_states"))
+        out = make_ingot(
+            folder, target, capture=once, extra_outputs=("router_logits", "hidden_states")
+        )
         session = onnxruntime.InferenceSession(out / "model.onnx")
         states = Manifest.read(out).states
         feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
@@ -229,7 +222,6 @@ def test_aux_loss_equals_transformers(
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("one_capture")
 def test_bare_model_equals_transformers(
     make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
 ) -> None:
@@ -237,8 +229,9 @@ def test_bare_model_equals_transformers(
     oracle: Any = JetMoeModel.from_pretrained(folder, dtype=torch.float32)
     ids, mask = tokens(512)
     want = oracle(**_torch_inputs(ids, mask)).last_hidden_state.numpy()
+    once = capture_once()
     for target in TARGETS:
-        session = load(make_ingot(folder, target, task="features"))
+        session = load(make_ingot(folder, target, capture=once, task="features"))
         assert session.manifest.main_output == "last_hidden_state"
         session.reset(len(ids), ids.shape[1])
         found = session.step(ids, mask)
@@ -388,9 +381,10 @@ def classifier(
     config = CLASSIFIERS[request.param]
     folder = _write_classifier(tmp_path_factory.mktemp("classifier"), **config)
     oracle = JetMoeForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ingot.export.build.capture", capture_once())
-        ingots = {target: make_ingot(folder, target, task="classify") for target in TARGETS}
+    once = capture_once()
+    ingots = {
+        target: make_ingot(folder, target, capture=once, task="classify") for target in TARGETS
+    }
     sessions: dict[str, Session | EagerSession] = {
         "eager": EagerSession(Checkpoint.open(folder), "classify"),
         **{target: load(ingot) for target, ingot in ingots.items()},

@@ -144,14 +144,6 @@ def subject(request: pytest.FixtureRequest, subjects: Callable[[str], Subject]) 
     return subjects(request.param)
 
 
-@pytest.fixture
-def one_capture() -> Iterator[None]:
-    """Both targets of a test start from one captured graph; tracing it again costs seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ingot.export.build.capture", capture_once())
-        yield
-
-
 def states_of(cache: Any, kernel: int) -> Arrays:
     """transformers' states by our names."""
     found = {}
@@ -461,7 +453,6 @@ def test_generates_without_a_longest_context(subjects: Callable[[str], Subject])
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("one_capture")
 def test_bare_model_and_hidden_states_equal_transformers(
     make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
 ) -> None:
@@ -488,8 +479,11 @@ def test_bare_model_and_hidden_states_equal_transformers(
     found |= {s.output: t.numpy() for s, t in zip(eager.states, out.present, strict=True)}
     runs = {"eager": found}
 
+    once = capture_once()
     for target in TARGETS:
-        folder_out = make_ingot(folder, target, task="features", extra_outputs=("hidden_states",))
+        folder_out = make_ingot(
+            folder, target, capture=once, task="features", extra_outputs=("hidden_states",)
+        )
         manifest = Manifest.read(folder_out)
         assert (manifest.task, manifest.main_output) == ("features", "last_hidden_state")
         session = onnxruntime.InferenceSession(folder_out / "model.onnx")

@@ -58,8 +58,7 @@ def _one_trace() -> Iterator[None]:
         return replace(made[key], model=made[key].model.clone())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ingot.export.build.capture", capture)
-        patch.setattr("ingot.validate.locate.locate.capture", capture)
+        patch.setattr("ingot.export.graph.trace", capture)
         yield
 
 

@@ -129,9 +129,7 @@ class Exports:
             return self._export(subject, target, tracer), subject
 
     def _export(self, subject: Subject, target: str, tracer: Tracer) -> Path:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ingot.export.build.capture", tracer)
-            return self._make_ingot(subject.folder, target)
+        return self._make_ingot(subject.folder, target, capture=tracer)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +140,7 @@ def exports(make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> Exports:
 def examined(ingot: Path, subject: Subject) -> Report:
     """The path of ``python -m validate``, without the second trace."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ingot.validate.locate.locate.capture", subject.right)
+        patch.setattr("ingot.export.graph.trace", subject.right)
         return examine(ingot, subject.reference, Stages(), plan=QUICK)
 
 
@@ -179,7 +177,7 @@ def of_weights(change: Callable[[Read, str, int], torch.Tensor]) -> Fault:
             right = block_reader(*arguments)
             return lambda name, block: change(right, name, block)
 
-        patch.setattr("ingot.export.build.block_reader", reader)
+        patch.setattr("ingot.export.graph.block_reader", reader)
 
     return apply
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -18,6 +19,7 @@ from oracle import capture_once
 
 from ingot.export.capture import Captured
 from ingot.export.ingot import GRAPH, MANIFEST, WEIGHTS
+from ingot.export.request import PRECISIONS
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.validate.locate.locate import LocateError, locate
 from ingot.validate.result import Location
@@ -26,10 +28,14 @@ from ingot.validate.truth.inputs import Inputs, make_inputs
 Array = np.ndarray[Any, np.dtype[Any]]
 Change = Callable[[Path], None]
 TARGETS = ("onnx", "ort", "trt")
-FAMILIES = ("granite", "mamba2", "olmoe")
+FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
+HALVES = ("fp16", "bf16")
+# By safetensors' name.
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 # The parameters of the middle one of three layers.
 LAYER = {
     "granite": "model.layers.1.",
+    "jetmoe": "model.layers.1.",
     "mamba2": "backbone.layers.1.mixer.",
     "olmoe": "model.layers.1.",
 }
@@ -41,23 +47,28 @@ class Subjects:
     def __init__(self, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> None:
         self._make_checkpoint, self._make_ingot = make_checkpoint, make_ingot
         self._checkpoints: dict[str, Path] = {}
-        self._ingots: dict[tuple[str, str], Path] = {}
+        self._ingots: dict[tuple[str, str, str], Path] = {}
         # Tracing costs seconds. That it gives the same graph each time is a test of its own.
-        self.captures: dict[str, Callable[..., Captured]] = {f: capture_once() for f in FAMILIES}
+        self.captures: dict[tuple[str, str], Callable[..., Captured]] = {
+            (family, precision): capture_once() for family in FAMILIES for precision in PRECISIONS
+        }
 
     def checkpoint(self, family: str) -> Path:
         if family not in self._checkpoints:
             self._checkpoints[family] = self._make_checkpoint(family, num_hidden_layers=3)
         return self._checkpoints[family]
 
-    def ingot(self, family: str, target: str) -> Path:
-        if (family, target) not in self._ingots:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("ingot.export.build.capture", self.captures[family])
-                self._ingots[family, target] = self._make_ingot(
-                    self.checkpoint(family), target, builder="none"
-                )
-        return self._ingots[family, target]
+    def ingot(self, family: str, target: str, precision: str) -> Path:
+        key = family, target, precision
+        if key not in self._ingots:
+            self._ingots[key] = self._make_ingot(
+                self.checkpoint(family),
+                target,
+                capture=self.captures[family, precision],
+                precision=precision,
+                builder="none",
+            )
+        return self._ingots[key]
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +80,8 @@ Find = Callable[..., Location | None]
 
 
 @pytest.fixture
-def find(subjects: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Find:
-    """``find(family, target, change, inputs, calls)``: where a copy that is changed goes wrong."""
+def find(subjects: Subjects, tmp_path: Path) -> Find:
+    """``find(family, target, change, ...)``: where a copy that is changed goes wrong."""
 
     def find_in_copy(
         family: str,
@@ -78,14 +89,15 @@ def find(subjects: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         change: Change,
         inputs: Inputs | None = None,
         calls: int | None = None,
+        precision: str = "fp32",
     ) -> Location | None:
         copy = tmp_path / "copy"
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(subjects.ingot(family, target), copy)
+        shutil.copytree(subjects.ingot(family, target, precision), copy)
         change(copy)
-        monkeypatch.setattr("ingot.validate.locate.locate.capture", subjects.captures[family])
         checkpoint = Checkpoint.open(subjects.checkpoint(family))
-        return locate(copy, checkpoint, inputs or make_inputs(512), calls)
+        capture = subjects.captures[family, precision]
+        return locate(copy, checkpoint, inputs or make_inputs(512), calls, capture=capture)
 
     return find_in_copy
 
@@ -99,7 +111,7 @@ def weight(name: str, change: Callable[[Array], Array]) -> Change:
             size = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(size))[name]
         begin = 8 + size + entry["data_offsets"][0]
-        array = np.memmap(path, np.float32, "r+", begin, tuple(entry["shape"]))
+        array = np.memmap(path, DTYPES[entry["dtype"]], "r+", begin, tuple(entry["shape"]))
         before = np.array(array)
         array[...] = change(before.copy())
         array.flush()
@@ -237,7 +249,7 @@ def rescale_experts(graph: onnx.GraphProto) -> None:
     flag.i = 1
 
 
-OLMOE, GRANITE, MAMBA2 = LAYER["olmoe"], LAYER["granite"], LAYER["mamba2"]
+GRANITE, JETMOE, MAMBA2, OLMOE = (LAYER[family] for family in FAMILIES)
 # What a user reads where a target has an operator of its own.
 LOWERED = {("ort", "MoeDispatch"): "MoE", ("ort", "Concat"): "GroupQueryAttention"}
 

@@ -51,9 +51,7 @@ def ingot(make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> GetIngot:
             if family not in checkpoints:
                 checkpoints[family] = make_checkpoint(family)
                 captures[family] = capture_once()
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("ingot.export.build.capture", captures[family])
-                made[family, target] = make_ingot(checkpoints[family], target)
+            made[family, target] = make_ingot(checkpoints[family], target, capture=captures[family])
         return made[family, target]
 
     return get

@@ -57,9 +57,10 @@ def subjects(
             ingots = {target: request.getfixturevalue(f"tiny_{target}") for target in TARGETS}
         else:
             folder = make_checkpoint(family)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("ingot.export.build.capture", capture_once())
-                ingots = {target: make_ingot(folder, target, task=task) for target in TARGETS}
+            once = capture_once()
+            ingots = {
+                target: make_ingot(folder, target, capture=once, task=task) for target in TARGETS
+            }
         made[key] = Subject(folder, ingots, task)
         return made[key]
 

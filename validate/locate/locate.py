@@ -27,14 +27,12 @@ import onnx_ir as ir
 import onnxruntime
 from onnx import helper
 
-from ingot.export.capture import Captured, capture
+from ingot.export.capture import Captured
+from ingot.export.graph import Capture, Recipe
 from ingot.export.ingot import GRAPH, Manifest
-from ingot.export.lower_ort import lower_ort
-from ingot.export.lower_trt import lower_trt
 from ingot.export.request import EXTRA_OUTPUTS
 from ingot.export.write_weights import weights_of
-from ingot.graphs.checkpoint import Checkpoint, block_reader
-from ingot.graphs.family import family_of
+from ingot.graphs.checkpoint import Checkpoint
 from ingot.plugins.errors import IngotError
 from ingot.validate.judge.metrics import relative_error
 from ingot.validate.result import Location
@@ -63,7 +61,12 @@ class LocateError(IngotError):
 
 
 def locate(
-    folder: Path, checkpoint: Checkpoint, inputs: Inputs, calls: int | None = None
+    folder: Path,
+    checkpoint: Checkpoint,
+    inputs: Inputs,
+    calls: int | None = None,
+    *,
+    capture: Capture | None = None,
 ) -> Location | None:
     """Name the first layer and the first node of an ingot beyond the floor.
 
@@ -74,6 +77,7 @@ def locate(
         inputs: for which its numbers are wrong; two or more calls show a fault in decode.
         calls: only the first so many of ``inputs.steps``, where it is known that one of them fails;
             every layer is run for every call.
+        capture: traces the eager graph, ``export.capture.capture`` by default.
 
     Returns:
         The first bad value, by layer, then by call, then in the order of computation. Where all
@@ -88,7 +92,7 @@ def locate(
         raise LocateError(
             f"{folder} is {manifest.precision}; only graphs in {' or '.join(FLOORS)} are located."
         )
-    captured = _captured(manifest, checkpoint)
+    captured = _captured(manifest, checkpoint, capture)
     reference, actual = _reference(captured.model), _ingot(folder)
     known = _Calls(captured, inputs, manifest.vocab_size, manifest.precision, calls)
     positions, there = _positions(reference), _positions(actual)
@@ -138,22 +142,14 @@ def _location(
     return Location(layer, node.op_type, value, ratio)
 
 
-def _captured(manifest: Manifest, checkpoint: Checkpoint) -> Captured:
+def _captured(manifest: Manifest, checkpoint: Checkpoint, capture: Capture | None) -> Captured:
     """The graph as the export makes it, lowered for the ingot's target."""
-    family = family_of(checkpoint)
-    model = family.build(checkpoint.config, manifest.task)
-    weight_map = family.weight_map(model, checkpoint, manifest.task)
-    read = block_reader(checkpoint, weight_map, model)
     # A factor is folded over a hidden state only where that is no output, and what is folded
     # shifts the names behind it, so the reference has the outputs that the ingot has.
     named = {output.name.partition(".")[0] for output in manifest.outputs}
     extra = tuple(name for name in EXTRA_OUTPUTS if name in named)
-    captured = capture(model, read, extra_outputs=extra)
-    if manifest.target == "ort":
-        lower_ort(captured.model)
-    elif manifest.target != "onnx":
-        lower_trt(captured.model)
-    return captured
+    recipe = Recipe(manifest.target, manifest.task, manifest.precision, extra)
+    return recipe.graph(recipe.eager(checkpoint), capture=capture)
 
 
 class _Graph:

@@ -1,0 +1,116 @@
+"""One recipe from a checkpoint to the graph of a target.
+
+The export writes this graph, and a validation holds an ingot's graph against it. So both go through
+here: what one of them did otherwise would look like a fault of the ingot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from ingot.export.capture import Captured
+from ingot.export.capture import capture as trace
+from ingot.export.lower_ort import lower_ort
+from ingot.export.lower_trt import lower_trt
+from ingot.export.progress import Stages
+from ingot.export.request import ExportError
+from ingot.graphs.checkpoint import Checkpoint, block_reader
+from ingot.graphs.family import Family, family_of
+
+# Of the signature of ``ingot.export.capture.capture``.
+Capture = Callable[..., Captured]
+
+
+class Lowering(NamedTuple):
+    """Passes for one target: the name of what runs them, and the change of a graph in place."""
+
+    runtime: str
+    lower: Callable[[ir.Model], None]
+
+
+# By target and execution provider; a graph of any other target is the canonical one.
+LOWERINGS = {
+    ("ort", "cpu"): Lowering("ONNX Runtime", lower_ort),
+    ("trt", ""): Lowering("TensorRT", lower_trt),
+    ("trt-rtx", ""): Lowering("TensorRT", lower_trt),
+}
+
+
+class Eager(NamedTuple):
+    """An eager graph on the meta device, its family, and the reader of its weights by block."""
+
+    family: Family
+    model: nn.Module
+    read: Callable[[str, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides a graph, beside the checkpoint.
+
+    Attributes:
+        target: of ``export.request.TARGETS``.
+        task: of ``export.request.TASKS``.
+        precision: of the weights and activations, by PyTorch's name.
+        extra_outputs: of ``export.request.EXTRA_OUTPUTS``.
+    """
+
+    target: str
+    task: str
+    precision: str
+    extra_outputs: tuple[str, ...] = ()
+
+    @property
+    def provider(self) -> str:
+        """ONNX Runtime's execution provider; empty for a target without a choice of them."""
+        return "cpu" if self.target == "ort" else ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision, for PyTorch."""
+        dtype: torch.dtype = getattr(torch, self.precision)
+        return dtype
+
+    def eager(self, checkpoint: Checkpoint) -> Eager:
+        """The eager graph that is captured; no weight is read.
+
+        Raises:
+            IngotError: a config or a task that the family does not implement, an output that it
+                does not have, or tensors that are missing, extra or misshapen.
+        """
+        family = family_of(checkpoint)
+        for name in self.extra_outputs:
+            if name not in family.extra_outputs:
+                raise ExportError(
+                    f"{family.model_type} has no {name}; it has: {', '.join(family.extra_outputs)}."
+                )
+        model = family.build(checkpoint.config, self.task, self.dtype)
+        weight_map = family.weight_map(model, checkpoint, self.task)
+        return Eager(family, model, block_reader(checkpoint, weight_map, model))
+
+    def graph(
+        self, eager: Eager, stages: Stages | None = None, capture: Capture | None = None
+    ) -> Captured:
+        """The graph, lowered for the target, its weights unread.
+
+        Args:
+            eager: of ``eager``.
+            stages: shows the steps.
+            capture: traces the eager graph, ``export.capture.capture`` by default.
+        """
+        stages = stages or Stages()
+        with stages.stage("capture graph"):
+            captured = (capture or trace)(
+                eager.model, eager.read, precision=self.dtype, extra_outputs=self.extra_outputs
+            )
+        lowering = LOWERINGS.get((self.target, self.provider))
+        if lowering is not None:
+            with stages.stage(f"lower to {lowering.runtime}"):
+                lowering.lower(captured.model)
+        return captured
