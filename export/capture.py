@@ -30,7 +30,8 @@ from ingot.export.passes.scales import FoldScales, NoteFactors
 from ingot.export.passes.weights import FoldWeightTransposes, WeightsToInitializers
 from ingot.export.request import EXTRA_OUTPUTS
 from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL, Dimension, State
-from ingot.plugins import causal_conv, experts, mamba2_scan, moe_dispatch, moe_linear
+from ingot.plugins import causal_conv, experts
+from ingot.plugins.registry import OPERATORS
 
 OPSET = 23
 WEIGHT_PREFIX = "weight."
@@ -38,12 +39,11 @@ POSITIONS = "position_ids"
 # input_ids, attention_mask and position_ids come before the states.
 TOKEN_INPUTS = 3
 
-# FX overload of each custom op -> the function that emits its node, or its standard operators.
+# FX overload of each custom op -> the function that emits its node; or standard operators, where
+# every runtime has them.
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.ingot.causal_conv.default: causal_conv.translate,
-    torch.ops.ingot.moe_dispatch.default: moe_dispatch.translate,
-    torch.ops.ingot.mamba2_scan.default: mamba2_scan.translate,
-    torch.ops.ingot.moe_linear.default: moe_linear.translate,
+    **{operator.overload: operator.translate for operator in OPERATORS.values()},
+    causal_conv.causal_conv.overload: causal_conv.translate,
     torch.ops.ingot.choose_experts.default: experts.translate_choose_experts,
 }
 

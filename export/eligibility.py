@@ -6,16 +6,15 @@ One row an operator: a plugin, TensorRT's own layer, or refused with the reason 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ingot.plugins import causal_conv, mamba2_scan, moe_dispatch, moe_linear
 from ingot.plugins.errors import IngotError
 from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES
-
-HALVES = ("float16", "bfloat16")
+from ingot.plugins.operator import DOMAIN, Operator
+from ingot.plugins.registry import OPERATORS
 
 
 class EligibilityError(IngotError):
@@ -53,13 +52,15 @@ def eligibility(model: ir.Model, precision: str) -> list[Eligibility]:
     """
     rows = []
     counts = Counter((node.domain, node.op_type) for node in model.graph)
-    for name, (check, wide) in PLUGINS.items():
-        count = counts.pop((moe_dispatch.DOMAIN, name), 0)
+    for name, operator in OPERATORS.items():
+        count = counts.pop((DOMAIN, name), 0)
         if not count:
             continue
         nodes = (node for node in model.graph if node.op_type == name)
-        reasons = [reason for node in nodes if (reason := check(node, precision))]
-        text = precision if precision == "float32" else f"{precision}; {wide}float32 sums"
+        sizes = (_sizes(operator, node) for node in nodes)
+        reasons = [reason for each in sizes if (reason := operator.refusal(each, precision))]
+        wide = f"{operator.wide} and float32 sums" if operator.wide else "float32 sums"
+        text = precision if precision == "float32" else f"{precision}; {wide}"
         state = "refused" if reasons else "plugin"
         note = reasons[0] if reasons else ""
         rows.append(Eligibility(name, count, state, text, COMPUTE_CAPABILITIES, note))
@@ -83,62 +84,16 @@ def require(rows: Sequence[Eligibility]) -> None:
         raise EligibilityError("; ".join(refused))
 
 
-def _sizes(node: ir.Node, index: int) -> list[int]:
-    value = node.inputs[index]
-    assert value is not None and value.shape is not None
-    return [d if isinstance(d, int) else 0 for d in value.shape]
-
-
-def _multiples(sizes: dict[str, int], precision: str) -> str:
-    """The kernels load 16 bytes at a time, which in half precision are 8 numbers."""
-    for name, size in sizes.items():
-        if precision in HALVES and size % 8:
-            return f"{name} {size} is not a multiple of 8: pad it, or use --precision fp32"
-    return ""
-
-
-def _moe_dispatch(node: ir.Node, precision: str) -> str:
-    experts, hidden, intermediate = _sizes(node, 3)
-    top_k = node.attributes["top_k"].as_int()
-    if experts > MOST_EXPERTS or top_k > MOST_CHOSEN:
-        return (
-            f"{top_k} of {experts} experts; the kernels choose up to {MOST_CHOSEN} of up to "
-            f"{MOST_EXPERTS}: export for --target ort"
-        )
-    return _multiples({"hidden size": hidden, "intermediate size": intermediate}, precision)
-
-
-def _moe_linear(node: ir.Node, precision: str) -> str:
-    _, out_features, in_features = _sizes(node, 2)
-    return _multiples({"input size": in_features, "output size": out_features}, precision)
-
-
-def _mamba2_scan(node: ir.Node, _precision: str) -> str:
-    _, _, head_size, states = _sizes(node, 7)
-    if max(head_size, states) > MOST_STATES:
-        return (
-            f"head size {head_size} and state size {states}; the kernels take up to "
-            f"{MOST_STATES} of each: export for --target ort"
-        )
-    return ""
-
-
-def _causal_conv(node: ir.Node, _precision: str) -> str:
-    width = _sizes(node, 2)[2]
-    if width > MOST_WIDTH:
-        return f"width {width}; the kernel takes up to {MOST_WIDTH}: export for --target ort"
-    return ""
-
-
-# Limits of the kernels (plugins/csrc); a test holds both sides together.
-MOST_EXPERTS, MOST_CHOSEN = 1024, 64
-MOST_STATES = 256
-MOST_WIDTH = 8
-
-# Operator -> its check, and what is float32 beside the sums.
-PLUGINS: dict[str, tuple[Callable[[ir.Node, str], str], str]] = {
-    moe_dispatch.NAME: (_moe_dispatch, "routing and "),
-    moe_linear.NAME: (_moe_linear, ""),
-    mamba2_scan.NAME: (_mamba2_scan, "time step, state and "),
-    causal_conv.NAME: (_causal_conv, ""),
-}
+def _sizes(operator: Operator, node: ir.Node) -> dict[str, int]:
+    """Sizes of the dimensions, as far as they are fixed, and integer attributes, by their names."""
+    sizes = {
+        attribute.name: node.attributes[attribute.name].as_int()
+        for attribute in operator.attributes
+        if attribute.kind == "int"
+    }
+    for tensor, value in zip(operator.inputs, node.inputs, strict=True):
+        if value is not None and value.shape is not None:
+            form = tensor.shapes[tensor.ranks.index(len(value.shape))]
+            found = zip(form, value.shape, strict=True)
+            sizes |= {letter: size for letter, size in found if isinstance(size, int)}
+    return sizes

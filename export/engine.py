@@ -29,7 +29,7 @@ from ingot.plugins.device import compute_capability, has_gpu
 from ingot.plugins.errors import IngotError
 from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES, runs_on
 from ingot.plugins.library import PATH as KERNEL_LIBRARY
-from ingot.plugins.moe_dispatch import DOMAIN
+from ingot.plugins.operator import DOMAIN
 
 TENSORRT, RTX = "tensorrt", "tensorrt-rtx"
 MODULES = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx"}

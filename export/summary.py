@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ingot.export.ingot import EngineInfo, Manifest
 from ingot.export.progress import Stages
+from ingot.plugins.registry import OPERATORS
 
 
 def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stages) -> None:
@@ -62,17 +63,13 @@ def _engine_rows(engine: EngineInfo) -> list[tuple[str, str]]:
     return rows
 
 
-NOTABLE = (
+# Operators that are no more than arithmetic are not counted.
+NOTABLE = {
     "Attention",
-    "CausalConv",
-    "CausalConvWithState",
     "GroupQueryAttention",
-    "LinearAttention",
-    "Mamba2Scan",
-    "MoE",
-    "MoeDispatch",
-    "MoeLinear",
-)
+    *OPERATORS,
+    *(operator.onnx_runtime for operator in OPERATORS.values() if operator.onnx_runtime),
+}
 
 
 def _verdict_rows(manifest: Manifest) -> list[tuple[str, str]]:

@@ -16,25 +16,23 @@ Shape letters: B batch, T tokens, C channels, W width.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-import onnx
-import onnx.parser
-import torch
-import torch.nn.functional as F
-from onnx.defs import OpSchema
+from ingot.plugins.activations import activate, activation_body
+from ingot.plugins.operator import BODY_OPSET, DOMAIN, Attribute, Operator, tensor
 
-from ingot.plugins.activations import ACTIVATIONS, activate, activation_body
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+    import torch
 
-DOMAIN = "ingot"
-NAME = "CausalConv"
-VERSION = 1
-BODY_OPSET = 23
+# Limit of the kernel.
+MOST_WIDTH = 8
 INT64_MAX = 2**63 - 1
 
 
-@torch.library.custom_op("ingot::causal_conv", mutates_args=())
-def causal_conv(
+def eager(
     x: torch.Tensor,
     state: torch.Tensor,
     weight: torch.Tensor,
@@ -55,6 +53,9 @@ def causal_conv(
         ``y [B, T, C]`` and the last W-1 columns, ``[B, C, W-1]``, both of x's dtype and contiguous,
         as the kernel writes them.
     """
+    import torch
+    import torch.nn.functional as F
+
     tokens, channels = x.shape[1:]
     window = torch.cat((state, x.transpose(1, 2)), dim=-1)
     new_state = window[..., tokens:].contiguous()
@@ -64,37 +65,6 @@ def causal_conv(
     y = F.conv1d(window, weight, bias, groups=channels)
     y = activate(activation, y)
     return y.transpose(1, 2).contiguous(), new_state
-
-
-@causal_conv.register_fake
-def _(
-    x: torch.Tensor,
-    state: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), state.new_empty(state.shape)
-
-
-SCHEMA = OpSchema(
-    NAME,
-    DOMAIN,
-    VERSION,
-    doc=__doc__ or "",
-    inputs=[
-        OpSchema.FormalParameter("x", "T", "[B, T, C]"),
-        OpSchema.FormalParameter("state", "T", "[B, C, W-1]"),
-        OpSchema.FormalParameter("weight", "T", "[C, 1, W]"),
-        OpSchema.FormalParameter("bias", "T", "[C]"),
-    ],
-    outputs=[
-        OpSchema.FormalParameter("y", "T", "[B, T, C]"),
-        OpSchema.FormalParameter("new_state", "T", "[B, C, W-1]"),
-    ],
-    type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
-    attributes=[OpSchema.Attribute("activation", OpSchema.AttrType.STRING, ", ".join(ACTIVATIONS))],
-)
 
 
 def translate(x: Any, state: Any, weight: Any, bias: Any, activation: str) -> Any:
@@ -139,9 +109,11 @@ def function_body(activation: str, channels: int, width: int) -> onnx.FunctionPr
         channels: C.
         width: W.
     """
+    import onnx.parser
+
     text = f"""
     <opset_import: ["" : {BODY_OPSET}], domain: "{DOMAIN}">
-    {NAME} <activation> (x, state, weight, bias) => (y, new_state)
+    CausalConv <activation> (x, state, weight, bias) => (y, new_state)
     {{
         columns = Transpose <perm = [0, 2, 1]> (x)
         window = Concat <axis = 2> (state, columns)
@@ -155,3 +127,37 @@ def function_body(activation: str, channels: int, width: int) -> onnx.FunctionPr
     }}
     """
     return onnx.parser.parse_function(text)
+
+
+def body(node: ir.Node) -> onnx.FunctionProto:
+    """``function_body`` of a node, whose weight has a shape."""
+    weight = node.inputs[2]
+    assert weight is not None and weight.shape is not None
+    channels, _, width = weight.shape.numpy()
+    return function_body(node.attributes["activation"].as_string(), channels, width)
+
+
+def refusal(sizes: Mapping[str, int], dtype: str) -> str:
+    """Why the kernel does not take these sizes, and the way out; empty where it does."""
+    if sizes["W"] > MOST_WIDTH:
+        return f"width {sizes['W']}; the kernel takes up to {MOST_WIDTH}: export for --target ort"
+    return ""
+
+
+causal_conv = Operator(
+    "CausalConv",
+    doc=__doc__ or "",
+    eager=eager,
+    body=body,
+    refusal=refusal,
+    inputs=(
+        tensor("x", "T", "B T C"),
+        tensor("state", "T", "B C W-1"),
+        tensor("weight", "T", "C 1 W", draw="scaled"),
+        tensor("bias", "T", "C", optional=True),
+    ),
+    outputs=(tensor("y", "T", "B T C"), tensor("new_state", "T", "B C W-1")),
+    attributes=(Attribute("activation", "activation"),),
+    call="activation batch=B tokens=T channels=C width=W",
+    workspace=False,
+)

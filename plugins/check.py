@@ -196,7 +196,7 @@ def moe_dispatch_case(
     return Case(
         f"MoeDispatch {sizes} {activation}{notes}",
         dtype,
-        lambda: (cuda.moe_dispatch(library, x, logits, gate_up, down, *options),),
+        lambda: (cuda.call(moe_dispatch, library, x, logits, gate_up, down, *options),),
         lambda outputs: (outputs[0][kept],),
         lambda: (moe_dispatch(*wide(x[kept], logits[kept], gate_up, down), *options),),
     )
@@ -256,7 +256,7 @@ def moe_linear_case(
     return Case(
         f"MoeLinear {form} {sizes}{' skewed' * skewed}",
         dtype,
-        lambda: (cuda.moe_linear(library, x, ids, weight),),
+        lambda: (cuda.call(moe_linear, library, x, ids, weight),),
         lambda outputs: (outputs[0][kept],),
         lambda: (moe_linear(x[kept].double(), ids[kept], weight.double()),),
     )
@@ -323,7 +323,7 @@ def mamba2_scan_case(
     return Case(
         f"Mamba2Scan {sizes}{' padded' if padding else ''}",
         dtype,
-        lambda: cuda.mamba2_scan(library, x, dt, A, B, C, D, dt_bias, state, mask, *limits),
+        lambda: cuda.call(mamba2_scan, library, *inputs, 1, *limits),
         lambda outputs: (outputs[0][row][:, :, head], outputs[1][row][:, head]),
         reference,
     )
@@ -367,7 +367,7 @@ def causal_conv_case(
     return Case(
         f"CausalConv B {batch} T {tokens} C {channels} W {width} {activation}",
         dtype,
-        lambda: cuda.causal_conv(library, x, state, weight, bias, activation),
+        lambda: cuda.call(causal_conv, library, x, state, weight, bias, activation),
         lambda outputs: (outputs[0][:, :, kept], outputs[1][:, kept]),
         reference,
     )

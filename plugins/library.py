@@ -1,6 +1,7 @@
 """The library of GPU kernels, ``libingot_kernels.so``, found, version-checked and called by ctypes.
 
-Each structure mirrors one of ``plugins/csrc/ingot_kernels.h``, which says what the fields mean.
+An operator's call is given its ``Operator.structure``, which mirrors that of
+``plugins/csrc/ingot_kernels.h``; there it says what the members mean.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from ctypes import (
     Structure,
     byref,
     c_char_p,
-    c_float,
-    c_int,
     c_int32,
     c_int64,
     c_size_t,
@@ -21,92 +20,18 @@ from ctypes import (
 from pathlib import Path
 
 from ingot.plugins.errors import IngotError
+from ingot.plugins.operator import Operator
+from ingot.plugins.registry import OPERATORS
 
 VERSION = 2
 PATH = Path(__file__).resolve().parent / "lib" / "libingot_kernels.so"
 
-# ONNX's and PyTorch's name of an element type -> the interface's number.
-DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+# The structure of a call -> its operator.
+CALLS: dict[type[Structure], Operator] = {each.structure: each for each in OPERATORS.values()}
 
 
 class LibraryError(IngotError):
     """The kernels are not built, do not fit this machine, or refuse a call."""
-
-
-class MoeDispatch(Structure):
-    _fields_ = (
-        ("dtype", c_int),
-        ("activation", c_int),
-        ("normalize", c_int32),
-        ("top_k", c_int32),
-        ("experts", c_int32),
-        ("tokens", c_int32),
-        ("hidden", c_int32),
-        ("intermediate", c_int32),
-        ("x", c_void_p),
-        ("router_logits", c_void_p),
-        ("gate_up", c_void_p),
-        ("down", c_void_p),
-        ("y", c_void_p),
-    )
-
-
-class MoeLinear(Structure):
-    _fields_ = (
-        ("dtype", c_int),
-        ("per_choice", c_int32),
-        ("top_k", c_int32),
-        ("experts", c_int32),
-        ("tokens", c_int32),
-        ("in_features", c_int32),
-        ("out_features", c_int32),
-        ("x", c_void_p),
-        ("expert_ids", c_void_p),
-        ("weight", c_void_p),
-        ("y", c_void_p),
-    )
-
-
-class Mamba2Scan(Structure):
-    _fields_ = (
-        ("dtype", c_int),
-        ("batch", c_int32),
-        ("tokens", c_int32),
-        ("heads", c_int32),
-        ("head_size", c_int32),
-        ("groups", c_int32),
-        ("states", c_int32),
-        ("dt_min", c_float),
-        ("dt_max", c_float),
-        ("x", c_void_p),
-        ("dt", c_void_p),
-        ("a", c_void_p),
-        ("b", c_void_p),
-        ("c", c_void_p),
-        ("d", c_void_p),
-        ("dt_bias", c_void_p),
-        ("state", c_void_p),
-        ("mask", c_void_p),
-        ("y", c_void_p),
-        ("new_state", c_void_p),
-    )
-
-
-class CausalConv(Structure):
-    _fields_ = (
-        ("dtype", c_int),
-        ("activation", c_int),
-        ("batch", c_int32),
-        ("tokens", c_int32),
-        ("channels", c_int32),
-        ("width", c_int32),
-        ("x", c_void_p),
-        ("state", c_void_p),
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("y", c_void_p),
-        ("new_state", c_void_p),
-    )
 
 
 class Tuning(Structure):
@@ -119,15 +44,6 @@ class Tuning(Structure):
         ("slice_tokens", c_int32),
         ("scan_bytes", c_int64),
     )
-
-
-# Structure -> its call in the library, and whether that call takes a workspace.
-CALLS: dict[type[Structure], tuple[str, bool]] = {
-    MoeDispatch: ("ingot_moe_dispatch", True),
-    MoeLinear: ("ingot_moe_linear", True),
-    Mamba2Scan: ("ingot_mamba2_scan", True),
-    CausalConv: ("ingot_causal_conv", False),
-}
 
 
 class Library:
@@ -157,11 +73,12 @@ class Library:
         self._library.ingot_last_error.restype = c_char_p
         self._library.ingot_use_driver.argtypes = [c_char_p]
         self._library.ingot_tune.argtypes = [POINTER(Tuning)]
-        for structure, (call, workspace) in CALLS.items():
-            between = [c_void_p, c_size_t] if workspace else []
-            getattr(self._library, call).argtypes = [POINTER(structure), *between, c_void_p]
-            if workspace:
-                size = getattr(self._library, f"{call}_workspace")
+        for structure, operator in CALLS.items():
+            between = [c_void_p, c_size_t] if operator.workspace else []
+            call = getattr(self._library, operator.c_call)
+            call.argtypes = [POINTER(structure), *between, c_void_p]
+            if operator.workspace:
+                size = getattr(self._library, f"{operator.c_call}_workspace")
                 size.argtypes = [POINTER(structure), POINTER(c_size_t)]
 
     def _check(self, status: int) -> None:
@@ -235,11 +152,11 @@ class Library:
         Raises:
             LibraryError: what the library refuses about the sizes.
         """
-        call, workspace = CALLS[type(parameters)]
+        operator = CALLS[type(parameters)]
         size = c_size_t()
-        if workspace:
-            status = getattr(self._library, f"{call}_workspace")(byref(parameters), byref(size))
-            self._check(status)
+        if operator.workspace:
+            call = getattr(self._library, f"{operator.c_call}_workspace")
+            self._check(call(byref(parameters), byref(size)))
         return size.value
 
     def run(
@@ -260,6 +177,7 @@ class Library:
         Raises:
             LibraryError: what the library refused, in a sentence.
         """
-        call, takes_workspace = CALLS[type(parameters)]
-        between = [workspace, workspace_bytes] if takes_workspace else []
-        self._check(getattr(self._library, call)(byref(parameters), *between, stream))
+        operator = CALLS[type(parameters)]
+        between = [workspace, workspace_bytes] if operator.workspace else []
+        call = getattr(self._library, operator.c_call)
+        self._check(call(byref(parameters), *between, stream))

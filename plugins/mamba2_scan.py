@@ -21,22 +21,20 @@ and B batch, which in the formulas is the input matrix.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import onnx
-import onnx.parser
-import torch
-import torch.nn.functional as F
-from onnx.defs import OpSchema
+from ingot.plugins.operator import BODY_OPSET, DOMAIN, Attribute, Operator, tensor
 
-DOMAIN = "ingot"
-NAME = "Mamba2Scan"
-VERSION = 1
-BODY_OPSET = 23
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+# Limit of the kernels: head size and state size.
+MOST_STATES = 256
 
 
-@torch.library.custom_op("ingot::mamba2_scan", mutates_args=())
-def mamba2_scan(
+def eager(
     x: torch.Tensor,
     dt: torch.Tensor,
     A: torch.Tensor,
@@ -70,6 +68,9 @@ def mamba2_scan(
         ``y [B, T, Hm, Pm]`` of x's dtype, rounded to it at the end, and the state after the last
         token, ``[B, Hm, Pm, Ns]`` of the state's dtype.
     """
+    import torch
+    import torch.nn.functional as F
+
     compute = torch.promote_types(x.dtype, torch.float32)
     batch, tokens, heads, head_size = x.shape
     group_of_head = torch.arange(heads, device=x.device) // (heads // B.shape[2])
@@ -78,7 +79,7 @@ def mamba2_scan(
     decay = torch.exp(step * A)
     # x meets the step before B does: 0 * x * B is 0 where x * B alone could be infinite.
     scaled = step[..., None] * wide
-    S = state.clone()
+    S = state.clone(memory_format=torch.contiguous_format)
     y = x.new_empty((batch, tokens, heads, head_size), dtype=compute)
     for t in range(tokens):
         B_t, C_t = B[:, t, group_of_head], C[:, t, group_of_head]
@@ -87,93 +88,6 @@ def mamba2_scan(
         y[:, t] = (S @ C_t[..., None]).squeeze(-1)
     y += D[:, None] * wide
     return y.to(x.dtype), S
-
-
-@mamba2_scan.register_fake
-def _(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    dt_bias: torch.Tensor,
-    state: torch.Tensor,
-    mask: torch.Tensor,
-    chunk_size: int,
-    dt_min: float,
-    dt_max: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), torch.empty_like(state)
-
-
-SCHEMA = OpSchema(
-    NAME,
-    DOMAIN,
-    VERSION,
-    doc=__doc__ or "",
-    inputs=[
-        OpSchema.FormalParameter("x", "T", "[B, T, Hm, Pm]"),
-        OpSchema.FormalParameter("dt", "T", "raw time steps [B, T, Hm]"),
-        OpSchema.FormalParameter("A", "tensor(float)", "negative, [Hm]"),
-        OpSchema.FormalParameter("B", "T", "[B, T, G, Ns]"),
-        OpSchema.FormalParameter("C", "T", "[B, T, G, Ns]"),
-        OpSchema.FormalParameter("D", "tensor(float)", "[Hm]"),
-        OpSchema.FormalParameter("dt_bias", "tensor(float)", "[Hm]"),
-        OpSchema.FormalParameter("state", "tensor(float)", "[B, Hm, Pm, Ns]"),
-        OpSchema.FormalParameter("mask", "T", "1 token, 0 padding, [B, T]"),
-    ],
-    outputs=[
-        OpSchema.FormalParameter("y", "T", "[B, T, Hm, Pm]"),
-        OpSchema.FormalParameter("new_state", "tensor(float)", "[B, Hm, Pm, Ns]"),
-    ],
-    type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
-    attributes=[
-        OpSchema.Attribute("chunk_size", OpSchema.AttrType.INT, "at least 1", required=True),
-        OpSchema.Attribute("dt_min", OpSchema.AttrType.FLOAT, "may be 0", required=True),
-        OpSchema.Attribute("dt_max", OpSchema.AttrType.FLOAT, "may be infinite", required=True),
-    ],
-)
-
-
-def register_schema() -> None:
-    """Make the operator known to onnx's registry, once; exporters look it up there."""
-    if not onnx.defs.has(NAME, DOMAIN):
-        onnx.defs.register_schema(SCHEMA)
-
-
-def translate(
-    x: Any,
-    dt: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any,
-    dt_bias: Any,
-    state: Any,
-    mask: Any,
-    chunk_size: int,
-    dt_min: float,
-    dt_max: float,
-) -> Any:
-    """Entry of the torch exporter's translation table: one FX call becomes one ONNX node."""
-    from onnxscript.values import Opset
-
-    register_schema()
-    return Opset(DOMAIN, VERSION).Mamba2Scan(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        dt_bias,
-        state,
-        mask,
-        chunk_size=chunk_size,
-        dt_min=dt_min,
-        dt_max=dt_max,
-    )
 
 
 def function_body() -> onnx.FunctionProto:
@@ -187,9 +101,11 @@ def function_body() -> onnx.FunctionProto:
     a difference of two sums that start at the chunk's first token: those grow large and would
     cancel. Every exponent is at most 0.
     """
+    import onnx.parser
+
     text = f"""
     <opset_import: ["" : {BODY_OPSET}], domain: "{DOMAIN}">
-    {NAME} <chunk_size, dt_min, dt_max>
+    Mamba2Scan <chunk_size, dt_min, dt_max>
         (x, dt, A, B, C, D, dt_bias, state, mask) => (y, new_state)
     {{
         zero = Constant <value_ints: ints = [0]> ()
@@ -319,3 +235,44 @@ def function_body() -> onnx.FunctionProto:
     }}
     """
     return onnx.parser.parse_function(text)
+
+
+def refusal(sizes: Mapping[str, int], dtype: str) -> str:
+    """Why the kernels do not take these sizes, and the way out; empty where they do."""
+    if max(sizes["Pm"], sizes["Ns"]) > MOST_STATES:
+        return (
+            f"head size {sizes['Pm']} and state size {sizes['Ns']}; the kernels take up to "
+            f"{MOST_STATES} of each: export for --target ort"
+        )
+    return ""
+
+
+mamba2_scan = Operator(
+    "Mamba2Scan",
+    doc=__doc__ or "",
+    eager=eager,
+    body=lambda _: function_body(),
+    refusal=refusal,
+    inputs=(
+        tensor("x", "T", "B T Hm Pm"),
+        tensor("dt", "T", "B T Hm"),
+        # Memories long and short, as a model has them.
+        tensor("A", "float32", "Hm", draw="uniform -16 -1"),
+        tensor("B", "T", "B T G Ns"),
+        tensor("C", "T", "B T G Ns", draw="scaled"),
+        tensor("D", "float32", "Hm", draw="uniform 0.5 1.5"),
+        tensor("dt_bias", "float32", "Hm", draw="uniform -6 -1"),
+        tensor("state", "float32", "B Hm Pm Ns"),
+        tensor("mask", "T", "B T", draw="ones"),
+    ),
+    outputs=(tensor("y", "T", "B T Hm Pm"), tensor("new_state", "float32", "B Hm Pm Ns")),
+    attributes=(
+        Attribute("chunk_size", "int"),
+        Attribute("dt_min", "float"),
+        Attribute("dt_max", "float"),
+    ),
+    # The kernels choose their own chunks, which changes no result.
+    call="batch=B tokens=T heads=Hm head_size=Pm groups=G states=Ns dt_min dt_max",
+    wide="time step, state",
+    onnx_runtime="LinearAttention",
+)

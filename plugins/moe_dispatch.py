@@ -17,25 +17,29 @@ Shape letters: N tokens, H hidden size, E experts, K experts per token, I interm
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import onnx
-import onnx.parser
-import torch
-from onnx.defs import OpSchema
-
-from ingot.plugins import experts
 from ingot.plugins.activations import activate, activation_body
+from ingot.plugins.operator import (
+    BODY_OPSET,
+    DOMAIN,
+    Attribute,
+    Operator,
+    not_multiple_of_8,
+    tensor,
+)
 from ingot.plugins.tiles import TILES_BODY
 
-DOMAIN = "ingot"
-NAME = "MoeDispatch"
-VERSION = 1
-BODY_OPSET = 23
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+# Limits of the kernels.
+MOST_EXPERTS, MOST_CHOSEN = 1024, 64
 
 
-@torch.library.custom_op("ingot::moe_dispatch", mutates_args=())
-def moe_dispatch(
+def eager(
     x: torch.Tensor,
     router_logits: torch.Tensor,
     gate_up: torch.Tensor,
@@ -58,6 +62,10 @@ def moe_dispatch(
     Returns:
         ``[N, H]`` of x's dtype, accumulated in float32 or wider.
     """
+    import torch
+
+    from ingot.plugins import experts
+
     compute = torch.promote_types(x.dtype, torch.float32)
     ids, weights = experts.route(router_logits.to(compute), top_k, normalize)
     y = torch.zeros(x.shape, dtype=compute, device=x.device)
@@ -68,70 +76,6 @@ def moe_dispatch(
         # A token meets an expert at most once, so no index repeats inside this addition.
         y[token] += weights[token, slot, None] * out
     return y.to(x.dtype)
-
-
-@moe_dispatch.register_fake
-def _(
-    x: torch.Tensor,
-    router_logits: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    top_k: int,
-    normalize: bool,
-    activation: str,
-) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-SCHEMA = OpSchema(
-    NAME,
-    DOMAIN,
-    VERSION,
-    doc=__doc__ or "",
-    inputs=[
-        OpSchema.FormalParameter("x", "T", "tokens [N, H]"),
-        OpSchema.FormalParameter("router_logits", "tensor(float)", "[N, E]"),
-        OpSchema.FormalParameter("gate_up", "T", "[E, 2I, H]"),
-        OpSchema.FormalParameter("down", "T", "[E, H, I]"),
-    ],
-    outputs=[OpSchema.FormalParameter("y", "T", "[N, H]")],
-    type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
-    attributes=[
-        OpSchema.Attribute("top_k", OpSchema.AttrType.INT, "K", required=True),
-        OpSchema.Attribute("normalize", OpSchema.AttrType.INT, "0 or 1", required=True),
-        OpSchema.Attribute("activation", OpSchema.AttrType.STRING, "silu, gelu or relu"),
-    ],
-)
-
-
-def register_schema() -> None:
-    """Make the operator known to onnx's registry, once; exporters look it up there."""
-    if not onnx.defs.has(NAME, DOMAIN):
-        onnx.defs.register_schema(SCHEMA)
-
-
-def translate(
-    x: Any,
-    router_logits: Any,
-    gate_up: Any,
-    down: Any,
-    top_k: int,
-    normalize: bool,
-    activation: str,
-) -> Any:
-    """Entry of the torch exporter's translation table: one FX call becomes one ONNX node."""
-    from onnxscript.values import Opset
-
-    register_schema()
-    return Opset(DOMAIN, VERSION).MoeDispatch(
-        x,
-        router_logits,
-        gate_up,
-        down,
-        top_k=top_k,
-        normalize=int(normalize),
-        activation=activation,
-    )
 
 
 def function_body(activation: str) -> onnx.FunctionProto:
@@ -146,6 +90,8 @@ def function_body(activation: str) -> onnx.FunctionProto:
     Args:
         activation: a key of ``plugins.activations.ACTIVATIONS``.
     """
+    import onnx.parser
+
     # The condition stops ONNX Runtime after the last tile. TensorRT's scan output is `trips` long
     # whatever the condition says, and its older parsers take no notice of it: `expert_of_tile` is
     # valid there too, and nothing reads the surplus.
@@ -157,7 +103,7 @@ def function_body(activation: str) -> onnx.FunctionProto:
     # result is the scan output.
     text = f"""
     <opset_import: ["" : {BODY_OPSET}], domain: "{DOMAIN}">
-    {NAME} <top_k, normalize, activation> (x, router_logits, gate_up, down) => (y)
+    MoeDispatch <top_k, normalize, activation> (x, router_logits, gate_up, down) => (y)
     {{
         one = Constant <value_ints: ints = [1]> ()
         zero = Constant <value_ints: ints = [0]> ()
@@ -217,3 +163,37 @@ def function_body(activation: str) -> onnx.FunctionProto:
     }}
     """
     return onnx.parser.parse_function(text)
+
+
+def refusal(sizes: Mapping[str, int], dtype: str) -> str:
+    """Why the kernels do not take these sizes, and the way out; empty where they do."""
+    if sizes["E"] > MOST_EXPERTS or sizes["top_k"] > MOST_CHOSEN:
+        return (
+            f"{sizes['top_k']} of {sizes['E']} experts; the kernels choose up to {MOST_CHOSEN} of "
+            f"up to {MOST_EXPERTS}: export for --target ort"
+        )
+    return not_multiple_of_8({"hidden size": sizes["H"], "intermediate size": sizes["I"]}, dtype)
+
+
+moe_dispatch = Operator(
+    "MoeDispatch",
+    doc=__doc__ or "",
+    eager=eager,
+    body=lambda node: function_body(node.attributes["activation"].as_string()),
+    refusal=refusal,
+    inputs=(
+        tensor("x", "T", "N H"),
+        tensor("router_logits", "float32", "N E", draw="logits"),
+        tensor("gate_up", "T", "E 2I H", draw="scaled"),
+        tensor("down", "T", "E H I", draw="scaled"),
+    ),
+    outputs=(tensor("y", "T", "N H"),),
+    attributes=(
+        Attribute("top_k", "int"),
+        Attribute("normalize", "bool"),
+        Attribute("activation", "activation"),
+    ),
+    call="activation normalize top_k experts=E tokens=N hidden=H intermediate=I",
+    wide="routing",
+    onnx_runtime="MoE",
+)

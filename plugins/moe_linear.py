@@ -16,23 +16,18 @@ Shape letters: N tokens, E experts, K experts per token, Kin input size, O outpu
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import onnx
-import onnx.parser
-import torch
-from onnx.defs import OpSchema
-
+from ingot.plugins.operator import BODY_OPSET, DOMAIN, Operator, not_multiple_of_8, tensor
 from ingot.plugins.tiles import TILES_BODY
 
-DOMAIN = "ingot"
-NAME = "MoeLinear"
-VERSION = 1
-BODY_OPSET = 23
+if TYPE_CHECKING:
+    import onnx
+    import torch
 
 
-@torch.library.custom_op("ingot::moe_linear", mutates_args=())
-def moe_linear(x: torch.Tensor, expert_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def eager(x: torch.Tensor, expert_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Eager reference of the operator; the module docstring has the formula.
 
     Args:
@@ -43,6 +38,8 @@ def moe_linear(x: torch.Tensor, expert_ids: torch.Tensor, weight: torch.Tensor) 
     Returns:
         ``[N, K, O]`` of x's dtype, accumulated in float32 or wider.
     """
+    import torch
+
     compute = torch.promote_types(x.dtype, torch.float32)
     y = torch.empty(*expert_ids.shape, weight.shape[1], dtype=compute, device=x.device)
     for expert in torch.unique(expert_ids).tolist():
@@ -50,40 +47,6 @@ def moe_linear(x: torch.Tensor, expert_ids: torch.Tensor, weight: torch.Tensor) 
         rows = x[token] if x.dim() == 2 else x[token, choice]
         y[token, choice] = rows.to(compute) @ weight[expert].to(compute).T
     return y.to(x.dtype)
-
-
-@moe_linear.register_fake
-def _(x: torch.Tensor, expert_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(*expert_ids.shape, weight.shape[1])
-
-
-SCHEMA = OpSchema(
-    NAME,
-    DOMAIN,
-    VERSION,
-    doc=__doc__ or "",
-    inputs=[
-        OpSchema.FormalParameter("x", "T", "[N, Kin] or [N, K, Kin]"),
-        OpSchema.FormalParameter("expert_ids", "tensor(int64)", "[N, K]"),
-        OpSchema.FormalParameter("weight", "T", "[E, O, Kin]"),
-    ],
-    outputs=[OpSchema.FormalParameter("y", "T", "[N, K, O]")],
-    type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
-)
-
-
-def register_schema() -> None:
-    """Make the operator known to onnx's registry, once; exporters look it up there."""
-    if not onnx.defs.has(NAME, DOMAIN):
-        onnx.defs.register_schema(SCHEMA)
-
-
-def translate(x: Any, expert_ids: Any, weight: Any) -> Any:
-    """Entry of the torch exporter's translation table: one FX call becomes one ONNX node."""
-    from onnxscript.values import Opset
-
-    register_schema()
-    return Opset(DOMAIN, VERSION).MoeLinear(x, expert_ids, weight)
 
 
 def function_body() -> onnx.FunctionProto:
@@ -94,9 +57,11 @@ def function_body() -> onnx.FunctionProto:
     row. All sizes follow from shapes, as TensorRT wants it. ``moe_dispatch.function_body`` says why
     the products stand as they do and how the Loop ends.
     """
+    import onnx.parser
+
     text = f"""
     <opset_import: ["" : {BODY_OPSET}], domain: "{DOMAIN}">
-    {NAME} (x, expert_ids, weight) => (y)
+    MoeLinear (x, expert_ids, weight) => (y)
     {{
         one = Constant <value_ints: ints = [1]> ()
         zero = Constant <value_ints: ints = [0]> ()
@@ -143,3 +108,24 @@ def function_body() -> onnx.FunctionProto:
     }}
     """
     return onnx.parser.parse_function(text)
+
+
+def refusal(sizes: Mapping[str, int], dtype: str) -> str:
+    """Why the kernels do not take these sizes, and the way out; empty where they do."""
+    return not_multiple_of_8({"input size": sizes["Kin"], "output size": sizes["O"]}, dtype)
+
+
+moe_linear = Operator(
+    "MoeLinear",
+    doc=__doc__ or "",
+    eager=eager,
+    body=lambda _: function_body(),
+    refusal=refusal,
+    inputs=(
+        tensor("x", "T", "N Kin", "N K Kin"),
+        tensor("expert_ids", "int64", "N K", draw="ids"),
+        tensor("weight", "T", "E O Kin", draw="scaled"),
+    ),
+    outputs=(tensor("y", "T", "N K O"),),
+    call="per_choice=form top_k=K experts=E tokens=N in_features=Kin out_features=O",
+)

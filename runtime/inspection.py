@@ -20,16 +20,16 @@ import click
 from ingot.export.ingot import SIZES, WEIGHTS, Manifest
 from ingot.graphs.state import State
 from ingot.plugins.errors import IngotError
+from ingot.plugins.registry import OPERATORS
 
 # The operators of Ingot's own, as a canonical graph and a lowered one have them: what runs each.
 _IN_GRAPH = {
-    "MoeDispatch": "function body of standard operators",
-    "MoeLinear": "function body of standard operators",
-    "Mamba2Scan": "function body of standard operators",
-    "CausalConv": "function body of standard operators",
-    "MoE": "ONNX Runtime's kernel, for MoeDispatch",
-    "LinearAttention": "ONNX Runtime's kernel, for Mamba2Scan",
-    "CausalConvWithState": "ONNX Runtime's kernel, for the convolution with its state",
+    **dict.fromkeys(OPERATORS, "function body of standard operators"),
+    **{
+        operator.onnx_runtime: f"ONNX Runtime's kernel, for {name}"
+        for name, operator in OPERATORS.items()
+        if operator.onnx_runtime
+    },
     "GroupQueryAttention": "ONNX Runtime's kernel, for Attention and its caches",
 }
 _PLUGIN = "TensorRT plugin"

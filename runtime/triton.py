@@ -23,6 +23,7 @@ import click
 from ingot.export.ingot import MANIFEST, SIZES, EngineInfo, Manifest, sha256, staged
 from ingot.graphs.state import State
 from ingot.plugins.errors import IngotError
+from ingot.plugins.registry import OPERATORS
 
 SCHEMA_VERSION = 1
 RECORD = "triton.json"
@@ -58,13 +59,17 @@ CARRIED = (
     "ingot/runtime/triton_model.py",
 )
 CARRIED_FOR_ENGINES = (
+    "ingot/plugins/activations.py",
     "ingot/plugins/device.py",
     "ingot/plugins/library.py",
+    "ingot/plugins/operator.py",
+    "ingot/plugins/registry.py",
     "ingot/plugins/tensorrt/__init__.py",
     "ingot/plugins/tensorrt/python_plugins.py",
-    "ingot/plugins/tensorrt/table.py",
+    "ingot/plugins/tiles.py",
     "ingot/runtime/cuda.py",
     "ingot/runtime/trt.py",
+    *(f"ingot/plugins/{operator.snake}.py" for operator in OPERATORS.values()),
 )
 
 

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ingot.export.eligibility import MOST_CHOSEN, MOST_EXPERTS, MOST_STATES, MOST_WIDTH
-from ingot.plugins.library import CausalConv, LibraryError, Mamba2Scan, MoeDispatch, MoeLinear
+from ingot.plugins.causal_conv import MOST_WIDTH, causal_conv
+from ingot.plugins.library import LibraryError
+from ingot.plugins.mamba2_scan import MOST_STATES, mamba2_scan
+from ingot.plugins.moe_dispatch import MOST_CHOSEN, MOST_EXPERTS, moe_dispatch
+from ingot.plugins.moe_linear import moe_linear
 
 if TYPE_CHECKING:
     from ingot.plugins.kernels.interpret import InterpretedLibrary
@@ -26,23 +29,25 @@ def accepts(device: InterpretedLibrary, parameters: Structure) -> bool:
 
 
 def dispatch(experts: int = 8, top_k: int = 2, width: int = 16, dtype: int = BF16) -> Structure:
-    return MoeDispatch(
+    return moe_dispatch.structure(
         dtype=dtype, top_k=top_k, experts=experts, tokens=0, hidden=16, intermediate=width
     )
 
 
 def linear(width: int = 16, dtype: int = BF16) -> Structure:
-    return MoeLinear(dtype=dtype, top_k=2, experts=8, tokens=0, in_features=16, out_features=width)
+    return moe_linear.structure(
+        dtype=dtype, top_k=2, experts=8, tokens=0, in_features=16, out_features=width
+    )
 
 
 def scan(head_size: int = 16, states: int = 16) -> Structure:
-    return Mamba2Scan(
+    return mamba2_scan.structure(
         dtype=BF16, batch=0, tokens=1, heads=4, head_size=head_size, groups=2, states=states
     )
 
 
 def conv(width: int) -> Structure:
-    return CausalConv(dtype=BF16, batch=0, tokens=1, channels=24, width=width)
+    return causal_conv.structure(dtype=BF16, batch=0, tokens=1, channels=24, width=width)
 
 
 @pytest.mark.parametrize(

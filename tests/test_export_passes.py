@@ -189,7 +189,7 @@ def test_the_graph_carries_no_trace_of_this_machine(canonical: ir.Model) -> None
 def test_the_model_passes_the_onnx_checker(tiny_onnx: Path) -> None:
     import onnx
 
-    from ingot.plugins import moe_dispatch
+    from ingot.plugins.moe_dispatch import moe_dispatch
 
     moe_dispatch.register_schema()
     onnx.checker.check_model(str(tiny_onnx / "model.onnx"), full_check=True)

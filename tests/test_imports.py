@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "ingot.plugins.device",
         "ingot.plugins.errors",
         "ingot.plugins.library",
+        "ingot.plugins.registry",
         "ingot.plugins.tensorrt",
         "ingot.export.ingot",
     ),

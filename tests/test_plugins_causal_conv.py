@@ -92,7 +92,7 @@ def translated() -> ir.Model:
         dynamic_shapes=(sizes,),
         dynamo=True,
         opset_version=23,
-        custom_translation_table={torch.ops.ingot.causal_conv.default: op.translate},
+        custom_translation_table={op.causal_conv.overload: op.translate},
         verbose=False,
     )
     assert program is not None
@@ -200,7 +200,9 @@ def test_the_state_carries_a_sequence_on() -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 2, 6])
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], KINDS[-1]])
 def test_passes_opcheck(kind: Kind, tokens: int, dtype: torch.dtype) -> None:
-    torch.library.opcheck(op.causal_conv, (*tensors(arguments(kind, 2, tokens), dtype), kind[2]))
+    torch.library.opcheck(
+        op.causal_conv.custom_op, (*tensors(arguments(kind, 2, tokens), dtype), kind[2])
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

@@ -14,6 +14,7 @@ import torch
 
 from ingot.plugins import cuda
 from ingot.plugins.library import Library, LibraryError
+from ingot.plugins.moe_linear import moe_linear
 
 if TYPE_CHECKING:
     from ingot.plugins.kernels.interpret import InterpretedLibrary
@@ -42,7 +43,7 @@ def loads(library: InterpretedLibrary) -> int:
 def call(library: Library) -> None:
     """A call of one launch, with its result checked."""
     x, weight = torch.eye(4)[:1], torch.arange(16.0).reshape(1, 4, 4)
-    y = cuda.moe_linear(library, x, torch.zeros(1, 1, dtype=torch.int64), weight)
+    y = cuda.call(moe_linear, library, x, torch.zeros(1, 1, dtype=torch.int64), weight)
     assert y.flatten().tolist() == [0, 4, 8, 12]
 
 

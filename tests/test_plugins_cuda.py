@@ -19,7 +19,11 @@ from ingot.graphs.family import family_of
 from ingot.plugins import cuda
 from ingot.plugins.causal_conv import causal_conv
 from ingot.plugins.library import Library, LibraryError
+from ingot.plugins.mamba2_scan import mamba2_scan
+from ingot.plugins.moe_dispatch import moe_dispatch
 from ingot.plugins.moe_linear import moe_linear
+from ingot.plugins.operator import Operator
+from ingot.plugins.registry import OPERATORS
 from ingot.validate.truth.eager import EagerSession
 
 if TYPE_CHECKING:
@@ -41,8 +45,8 @@ def registered(device: InterpretedLibrary) -> InterpretedLibrary:
 @contextlib.contextmanager
 def switched(*, on: bool, device_type: str = "cpu") -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for operator in cuda.OPERATORS:
-            stack.enter_context(operator.set_kernel_enabled(device_type, on))
+        for operator in OPERATORS.values():
+            stack.enter_context(operator.custom_op.set_kernel_enabled(device_type, on))
         yield
 
 
@@ -144,22 +148,26 @@ def calls(library: Library) -> dict[str, tuple[Call, list[torch.Tensor]]]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=random)
 
+    def on_kernels(operator: Operator, *mixed: Any, new_state: torch.Tensor | None = None) -> Any:
+        attributes, tensors = mixed[: len(operator.attributes)], mixed[len(operator.attributes) :]
+        return cuda.call(operator, library, *tensors, *attributes, new_state=new_state)
+
     ids = torch.tensor([[0, 1], [1, 0], [1, 1]])
     a, d, dt_bias = -torch.rand(2, generator=random), normal(2), normal(2)
     scanned = [normal(1, 3, 2, 5), normal(1, 3, 2), a, normal(1, 3, 1, 6), normal(1, 3, 1, 6)]
     scanned += [d, dt_bias, normal(1, 2, 5, 6), torch.ones(1, 3)]
     return {
         "moe_dispatch": (
-            partial(cuda.moe_dispatch, library, top_k=2, normalize=True, activation="silu"),
+            partial(on_kernels, moe_dispatch, 2, True, "silu"),
             [normal(3, 5), normal(3, 4), normal(4, 14, 5), normal(4, 5, 7)],
         ),
         "moe_linear": (
-            partial(cuda.moe_linear, library),
+            partial(on_kernels, moe_linear),
             [normal(3, 5), ids, normal(2, 7, 5)],
         ),
-        "mamba2_scan": (partial(cuda.mamba2_scan, library, dt_min=0.0, dt_max=9.0), scanned),
+        "mamba2_scan": (partial(on_kernels, mamba2_scan, 1, 0.0, 9.0), scanned),
         "causal_conv": (
-            partial(cuda.causal_conv, library, activation="silu"),
+            partial(on_kernels, causal_conv, "silu"),
             [normal(1, 3, 5), normal(1, 5, 3), normal(5, 1, 4), normal(5)],
         ),
     }

@@ -18,7 +18,8 @@ from ingot.plugins.kernels import build
 from ingot.plugins.kernels.build import Resources, all_forms, report
 from ingot.plugins.kernels.host import Compiled, argument_letters
 from ingot.plugins.kernels.table import Form
-from ingot.plugins.library import Library, LibraryError, MoeLinear
+from ingot.plugins.library import Library, LibraryError
+from ingot.plugins.moe_linear import moe_linear
 
 if TYPE_CHECKING:
     from ingot.plugins.kernels.interpret import InterpretedLibrary
@@ -89,7 +90,7 @@ def test_says_in_one_sentence_that_there_is_no_driver(built: Path) -> None:
     message = r"the CUDA driver cannot be opened \(libcuda.so.1: .*\); install NVIDIA's driver\."
     with pytest.raises(LibraryError, match=message):
         library.prepare()
-    tokens = MoeLinear(
+    tokens = moe_linear.structure(
         dtype=0, top_k=1, experts=2, tokens=1, in_features=4, out_features=4, x=16, expert_ids=16
     )
     tokens.weight = tokens.y = 16

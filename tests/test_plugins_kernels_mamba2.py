@@ -19,7 +19,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ingot.plugins import cuda
-from ingot.plugins.library import CausalConv, Library, LibraryError, Mamba2Scan
+from ingot.plugins.causal_conv import causal_conv
+from ingot.plugins.library import Library, LibraryError
+from ingot.plugins.mamba2_scan import mamba2_scan
 
 if TYPE_CHECKING:
     from ingot.plugins.kernels.interpret import InterpretedLibrary
@@ -123,8 +125,9 @@ def scan(
     new_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     device.launches.clear()
-    dt_min, dt_max = limits
-    return cuda.mamba2_scan(device, **a, dt_min=dt_min, dt_max=dt_max, new_state=new_state)
+    tensors = [a[each.name] for each in mamba2_scan.inputs]
+    y, state = cuda.call(mamba2_scan, device, *tensors, 1, *limits, new_state=new_state)
+    return y, state
 
 
 def launched(device: InterpretedLibrary) -> list[str]:
@@ -485,7 +488,9 @@ def test_refusals(device: InterpretedLibrary, change: dict[str, Any], message: s
         ("x", "dt", "a", "b", "c", "d", "dt_bias", "state", "mask", "y", "new_state"), 16
     )
     sizes = {"batch": 2, "tokens": 3, "heads": 4, "head_size": 8, "groups": 2, "states": 16}
-    parameters = Mamba2Scan(**{**pointers, **sizes, "dt_min": 0.0, "dt_max": 1.0, **change})
+    parameters = mamba2_scan.structure(
+        **{**pointers, **sizes, "dt_min": 0.0, "dt_max": 1.0, **change}
+    )
     with pytest.raises(LibraryError) as caught:
         device.run(parameters, None, 0, None)
     assert message in str(caught.value)
@@ -531,7 +536,7 @@ def assert_conv_right(
     activation: str,
 ) -> None:
     device.launches.clear()
-    y, new_state = cuda.causal_conv(device, x, state, weight, bias, activation)
+    y, new_state = cuda.call(causal_conv, device, x, state, weight, bias, activation)
     expected_y, expected_state = conv_loop(x, state, weight, bias, activation)
     assert y.dtype == new_state.dtype == x.dtype
     positive_bias = None if bias is None else bias.abs()
@@ -591,10 +596,10 @@ def test_conv_in_place_token_by_token_equals_one_call(
     device: InterpretedLibrary, width: int
 ) -> None:
     x, state, weight, bias = conv_arguments(2, 11, 32, width, torch.bfloat16)
-    y, new_state = cuda.causal_conv(device, x, state, weight, bias, "silu")
+    y, new_state = cuda.call(causal_conv, device, x, state, weight, bias, "silu")
     steps = [
-        cuda.causal_conv(device, x[:, t : t + 1], state, weight, bias, "silu", state)[0]
-        for t in range(11)
+        cuda.call(causal_conv, device, x_t, state, weight, bias, "silu", new_state=state)[0]
+        for x_t in torch.split(x, 1, dim=1)
     ]
     assert torch.equal(torch.cat(steps, 1), y)
     assert torch.equal(state, new_state)
@@ -605,7 +610,7 @@ def test_conv_of_large_numbers(device: InterpretedLibrary) -> None:
     for activation in ACTIVATIONS:
         x, state, weight, bias = conv_arguments(1, 3, 16, 1, torch.float32)
         x[0, 0], x[0, 1], x[0, 2] = 1e30, -1e30, math.nan
-        y, _ = cuda.causal_conv(device, x, state, weight.fill_(1), bias.zero_(), activation)
+        y, _ = cuda.call(causal_conv, device, x, state, weight.fill_(1), bias.zero_(), activation)
         low = -1e30 if activation == "identity" else 0.0
         assert torch.equal(y[0, 0], torch.full((16,), 1e30))
         assert torch.equal(y[0, 1], torch.full((16,), low)), activation
@@ -632,7 +637,7 @@ def test_conv_refusals(device: InterpretedLibrary, change: dict[str, Any], messa
     pointers = {"x": 16, "state": 16, "weight": 16, "bias": None, "y": 16, "new_state": 32}
     sizes = {"batch": 2, "tokens": 3, "channels": 16, "width": 4}
     with pytest.raises(LibraryError) as caught:
-        device.run(CausalConv(**{**pointers, **sizes, **change}), None, 0, None)
+        device.run(causal_conv.structure(**{**pointers, **sizes, **change}), None, 0, None)
     assert message in str(caught.value)
 
 
@@ -648,20 +653,22 @@ def test_every_form_is_reached(device: InterpretedLibrary) -> None:
                 reached |= set(launched(device))
             for width in (4, 5):
                 device.launches.clear()
-                cuda.causal_conv(device, *conv_arguments(1, tokens, 16, width, dtype), "silu")
+                cuda.call(causal_conv, device, *conv_arguments(1, tokens, 16, width, dtype), "silu")
                 reached |= set(launched(device))
     from ingot.plugins.kernels import mamba2
 
     assert reached == {form.name for form in mamba2.forms()}
 
 
-def scan_parameters(**sizes: Any) -> Mamba2Scan:
+def scan_parameters(**sizes: Any) -> Structure:
     """A call with addresses that are read by no kernel."""
     names = ("x", "dt", "a", "b", "c", "d", "dt_bias", "state", "mask", "y", "new_state")
-    return Mamba2Scan(**{"dtype": 2, "dt_max": 1.0, **dict.fromkeys(names, 4096), **sizes})
+    return mamba2_scan.structure(
+        **{"dtype": 2, "dt_max": 1.0, **dict.fromkeys(names, 4096), **sizes}
+    )
 
 
-def needed(device: InterpretedLibrary, parameters: Mamba2Scan) -> int:
+def needed(device: InterpretedLibrary, parameters: Structure) -> int:
     """What the refusal of an empty workspace says that a call needs."""
     with pytest.raises(LibraryError) as caught:
         device.run(parameters, 4096, 0, None)
@@ -761,7 +768,7 @@ def test_a_workspace_is_enough_for_every_device_and_fewer_tokens(
     found: list[int] = []
     try:
         for tokens in (2, 63, 64, 65, 128, 129, 255, 300, 512, 1000, 4096):
-            parameters = Mamba2Scan(
+            parameters = mamba2_scan.structure(
                 dtype=2,
                 batch=2,
                 tokens=tokens,

@@ -6,6 +6,7 @@ import ctypes
 import math
 import re
 from collections.abc import Iterator
+from ctypes import Structure
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ingot.plugins import cuda
-from ingot.plugins.library import LibraryError, MoeDispatch, MoeLinear
+from ingot.plugins.library import LibraryError
+from ingot.plugins.moe_dispatch import moe_dispatch
+from ingot.plugins.moe_linear import moe_linear
 
 if TYPE_CHECKING:
     from ingot.plugins.kernels.interpret import InterpretedLibrary
@@ -132,7 +135,7 @@ def check_dispatch(
 ) -> list[str]:
     """Compare with the loop; returns the forms that ran."""
     device.launches.clear()
-    found = cuda.moe_dispatch(device, *arguments, top_k, normalize, activation)
+    found = cuda.call(moe_dispatch, device, *arguments, top_k, normalize, activation)
     assert found.dtype == arguments[0].dtype
     assert_close(found, dispatch_loop(*arguments, top_k, normalize, activation))
     return [launched.form for launched in device.launches]
@@ -143,7 +146,7 @@ def check_linear(
 ) -> list[str]:
     """Compare with the loop; returns the forms that ran."""
     device.launches.clear()
-    found = cuda.moe_linear(device, x, ids, weight)
+    found = cuda.call(moe_linear, device, x, ids, weight)
     assert found.dtype == x.dtype
     assert_close(found, linear_loop(x, ids, weight))
     return [launched.form for launched in device.launches]
@@ -269,9 +272,9 @@ def test_minus_infinity_masks_an_expert(device: InterpretedLibrary, tokens: int)
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_nan_logits_spoil_their_own_token_only(device: InterpretedLibrary, tokens: int) -> None:
     arguments = dispatch_arguments(tokens, 6, 16, 16)
-    whole = cuda.moe_dispatch(device, *arguments, 6, False, "silu")
+    whole = cuda.call(moe_dispatch, device, *arguments, 6, False, "silu")
     arguments[1][0] = math.nan
-    spoilt = cuda.moe_dispatch(device, *arguments, 6, False, "silu")
+    spoilt = cuda.call(moe_dispatch, device, *arguments, 6, False, "silu")
     assert spoilt[0].isnan().all()
     torch.testing.assert_close(spoilt[1:], whole[1:], rtol=0, atol=0)
 
@@ -307,7 +310,9 @@ def test_dispatch_equals_the_loop(
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 def test_results_repeat_bit_by_bit(device: InterpretedLibrary, tokens: int) -> None:
     arguments = dispatch_arguments(tokens, 8, 48, 40, torch.bfloat16)
-    first, second = (cuda.moe_dispatch(device, *arguments, 4, False, "silu") for _ in range(2))
+    first, second = (
+        cuda.call(moe_dispatch, device, *arguments, 4, False, "silu") for _ in range(2)
+    )
     assert torch.equal(first, second)
 
 
@@ -386,17 +391,17 @@ def test_linear_equals_the_loop(
     check_linear(device, *arguments)
 
 
-def dispatch_parameters(**changes: int | None) -> MoeDispatch:
+def dispatch_parameters(**changes: int | None) -> Structure:
     """A call of sizes that are accepted, with addresses that are read by no kernel."""
     sizes = {"top_k": 2, "experts": 4, "tokens": 1, "hidden": 16, "intermediate": 16}
     pointers = dict.fromkeys(("x", "router_logits", "gate_up", "down", "y"), 4096)
-    return MoeDispatch(**{"dtype": 1, "activation": 0, **sizes, **pointers, **changes})
+    return moe_dispatch.structure(**{"dtype": 1, "activation": 0, **sizes, **pointers, **changes})
 
 
-def linear_parameters(**changes: int | None) -> MoeLinear:
+def linear_parameters(**changes: int | None) -> Structure:
     sizes = {"top_k": 2, "experts": 4, "tokens": 1, "in_features": 16, "out_features": 16}
     pointers = dict.fromkeys(("x", "expert_ids", "weight", "y"), 4096)
-    return MoeLinear(**{"dtype": 1, **sizes, **pointers, **changes})
+    return moe_linear.structure(**{"dtype": 1, **sizes, **pointers, **changes})
 
 
 @pytest.mark.parametrize(
@@ -445,10 +450,8 @@ def linear_parameters(**changes: int | None) -> MoeLinear:
         (linear_parameters(tokens=20), "workspace is null; pass its device address."),
     ],
 )
-def test_refusals(
-    device: InterpretedLibrary, parameters: MoeDispatch | MoeLinear, message: str
-) -> None:
-    workspace = 4096 if isinstance(parameters, MoeDispatch) else None
+def test_refusals(device: InterpretedLibrary, parameters: Structure, message: str) -> None:
+    workspace = 4096 if isinstance(parameters, moe_dispatch.structure) else None
     device.launches.clear()
     with pytest.raises(LibraryError) as caught:
         device.run(parameters, workspace, 1 << 40, None)
@@ -461,7 +464,7 @@ def test_kernels_stay_in_the_workspace(device: InterpretedLibrary, tokens: int) 
     # With 15 experts and 200 tokens the table of tiles is just over a unit of the workspace.
     x, logits, gate_up, down = dispatch_arguments(tokens, 15, 20, 12)
     y = torch.empty_like(x)
-    parameters = MoeDispatch(
+    parameters = moe_dispatch.structure(
         dtype=0,
         activation=0,
         normalize=0,
@@ -499,7 +502,7 @@ def poisoned(
 ) -> torch.Tensor:
     """MoeDispatch in a workspace that begins as NaN and is no larger than the call needs."""
 
-    def run(library: InterpretedLibrary, parameters: MoeDispatch, x: torch.Tensor) -> None:
+    def run(library: InterpretedLibrary, parameters: Structure, x: torch.Tensor) -> None:
         size = needed(library, parameters)
         assert size <= library.workspace_bytes(parameters)
         workspace = torch.full((size + 4096,), 255, dtype=torch.uint8)
@@ -507,10 +510,11 @@ def poisoned(
         assert bool((workspace[size:] == 255).all()), "written behind the workspace"
 
     monkeypatch.setattr(cuda, "_run", run)
-    return cuda.moe_dispatch(device, *arguments, 2, True, "silu")
+    y: torch.Tensor = cuda.call(moe_dispatch, device, *arguments, 2, True, "silu")
+    return y
 
 
-def needed(device: InterpretedLibrary, parameters: MoeDispatch | MoeLinear) -> int:
+def needed(device: InterpretedLibrary, parameters: Structure) -> int:
     """What the refusal of an empty workspace says that a call needs."""
     with pytest.raises(LibraryError) as caught:
         device.run(parameters, 4096, 0, None)
@@ -545,7 +549,7 @@ def test_many_tokens_are_dispatched_in_slices(
 def test_slices_are_nearly_equal(sliced: InterpretedLibrary) -> None:
     sliced.tune(slice_tokens=64)
     sliced.launches.clear()
-    cuda.moe_dispatch(sliced, *dispatch_arguments(130, 3, 8, 8), 1, False, "silu")
+    cuda.call(moe_dispatch, sliced, *dispatch_arguments(130, 3, 8, 8), 1, False, "silu")
     grids = [each.grid[0] for each in sliced.launches if each.form == "moe_route_e64"]
     assert grids == [48, 48, 34]
 
@@ -568,7 +572,7 @@ def test_the_workspace_of_olmoe_is_that_of_a_slice(device: InterpretedLibrary, t
 
 @pytest.mark.parametrize("name", ["dispatch", "linear"])
 def test_a_refused_size_is_no_workspace_of_0(device: InterpretedLibrary, name: str) -> None:
-    call: MoeDispatch | MoeLinear = dispatch_parameters(hidden=100)
+    call: Structure = dispatch_parameters(hidden=100)
     message = "hidden is 100; the kernels need a multiple of 8"
     if name == "linear":
         call, message = linear_parameters(tokens=2**30), "split the call into smaller ones"
@@ -618,8 +622,8 @@ def test_a_workspace_is_enough_for_fewer_tokens_on_another_device(
 
 
 def test_structures_are_as_wide_as_in_c() -> None:
-    assert ctypes.sizeof(MoeDispatch) == 8 * 4 + 5 * 8
-    assert ctypes.sizeof(MoeLinear) == 7 * 4 + 4 + 4 * 8
+    assert ctypes.sizeof(moe_dispatch.structure) == 8 * 4 + 5 * 8
+    assert ctypes.sizeof(moe_linear.structure) == 7 * 4 + 4 + 4 * 8
 
 
 @pytest.mark.parametrize("dtype", [0, 2])
@@ -631,7 +635,7 @@ def test_a_workspace_is_enough_for_every_device_and_fewer_tokens(
     found: dict[str, list[int]] = {"dispatch": [], "linear": []}
     try:
         for tokens in (1, 2, 15, 16, 17, 32, 33, 128, 500, 4096):
-            dispatch = MoeDispatch(
+            dispatch = moe_dispatch.structure(
                 dtype=dtype,
                 top_k=top_k,
                 experts=experts,
@@ -639,7 +643,7 @@ def test_a_workspace_is_enough_for_every_device_and_fewer_tokens(
                 hidden=2048,
                 intermediate=1024,
             )
-            linear = MoeLinear(
+            linear = moe_linear.structure(
                 dtype=dtype,
                 top_k=top_k,
                 experts=experts,

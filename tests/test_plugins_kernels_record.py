@@ -13,8 +13,11 @@ import torch
 
 from benchmarks.on_gpu import shapes
 from ingot.plugins import check, cuda
+from ingot.plugins.causal_conv import causal_conv
 from ingot.plugins.kernels.build import all_forms
-from ingot.plugins.library import CausalConv, Mamba2Scan, MoeDispatch, MoeLinear
+from ingot.plugins.mamba2_scan import mamba2_scan
+from ingot.plugins.moe_dispatch import moe_dispatch
+from ingot.plugins.moe_linear import moe_linear
 
 if TYPE_CHECKING:
     from ingot.plugins.kernels.record import Launch, RecordingLibrary
@@ -44,7 +47,7 @@ def test_every_small_case_launches_what_its_kernels_are_written_for(
 def test_an_empty_convolution_passes_its_state_on(recorder: RecordingLibrary) -> None:
     x, state = torch.zeros(2, 0, 16), torch.zeros(2, 16, 3)
     recorder.launches.clear()
-    cuda.causal_conv(recorder, x, state, torch.zeros(16, 1, 4), None, "silu")
+    cuda.call(causal_conv, recorder, x, state, torch.zeros(16, 1, 4), None, "silu")
     assert len(recorder.launches) == 1
 
 
@@ -131,13 +134,15 @@ def _released(dtype: int) -> Iterator[Structure]:
     """Calls at the sizes of released models, up to 16 rows of 8192 tokens."""
     for tokens in (1, 2, 16, 17, 300, 4096, 8192, 16 * 8192):
         for moe in shapes.moe("full"):
-            yield MoeDispatch(dtype=dtype, tokens=tokens, **moe.sizes)
+            yield moe_dispatch.structure(dtype=dtype, tokens=tokens, **moe.sizes)
         for linear in shapes.linear("full"):
-            yield MoeLinear(dtype=dtype, tokens=tokens, **linear.sizes)
+            yield moe_linear.structure(dtype=dtype, tokens=tokens, **linear.sizes)
     for batch, tokens in ((1, 1), (16, 1), (1, 129), (1, 8192), (16, 8192), (1, 1 << 20)):
         for scan in shapes.scans("full"):
-            yield Mamba2Scan(dtype=dtype, batch=batch, tokens=tokens, dt_max=1.0, **scan.sizes)
-            yield CausalConv(
+            yield mamba2_scan.structure(
+                dtype=dtype, batch=batch, tokens=tokens, dt_max=1.0, **scan.sizes
+            )
+            yield causal_conv.structure(
                 dtype=dtype, batch=batch, tokens=tokens, channels=scan.channels, width=scan.width
             )
 

@@ -1,4 +1,4 @@
-"""The ctypes mirror against the header it mirrors, as the C compiler lays it out."""
+"""The structures of the calls against the header they mirror, as the C compiler lays it out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from ingot.plugins import library
 from ingot.plugins.activations import ACTIVATIONS
 from ingot.plugins.kernels.host import SOURCES
-from ingot.plugins.library import CALLS, DTYPES, Tuning
+from ingot.plugins.library import CALLS, Tuning
+from ingot.plugins.operator import DTYPES
 
 HEADER = SOURCES / "ingot_kernels.h"
 
@@ -20,7 +21,7 @@ STRUCTURES: tuple[type[Structure], ...] = (*CALLS, Tuning)
 
 
 def c_name(structure: type[Structure]) -> str:
-    return "ingot_tuning" if structure is Tuning else CALLS[structure][0] + "_params"
+    return "ingot_tuning" if structure is Tuning else CALLS[structure].c_call + "_params"
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
 )
 
 from ingot.plugins import mamba2_scan as op
+from ingot.plugins.operator import DOMAIN, VERSION
 
 Arrays = dict[str, np.ndarray]
 Pair = tuple[np.ndarray, np.ndarray]
@@ -117,13 +118,13 @@ def body_model(
     chunk_size: int, dt_min: float, dt_max: float, element: int = TensorProto.FLOAT
 ) -> onnx.ModelProto:
     """One node with the function body; float32 outside, ``element`` inside, for every shape."""
-    op.register_schema()
+    op.mamba2_scan.register_schema()
     inside = {name: f"{name}_T" if name in OF_TYPE_T else name for name in SHAPES}
     node = helper.make_node(
-        op.NAME,
+        op.mamba2_scan.name,
         list(inside.values()),
         ["y_T", "new_state"],
-        domain=op.DOMAIN,
+        domain=DOMAIN,
         chunk_size=chunk_size,
         dt_min=dt_min,
         dt_max=dt_max,
@@ -141,7 +142,7 @@ def body_model(
             helper.make_tensor_value_info("new_state", TensorProto.FLOAT, SHAPES["state"]),
         ],
     )
-    imports = [helper.make_opsetid("", 23), helper.make_opsetid(op.DOMAIN, op.VERSION)]
+    imports = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(
         graph, functions=[op.function_body()], opset_imports=imports, ir_version=10
     )
@@ -428,11 +429,11 @@ def test_passes_opcheck(tokens: int, dtype: torch.dtype) -> None:
     for name in OF_TYPE_T:
         sample[name] = sample[name].to(dtype)
     limits = (4, 0.05, 0.3)
-    torch.library.opcheck(op.mamba2_scan, (*sample.values(), *limits))
+    torch.library.opcheck(op.mamba2_scan.custom_op, (*sample.values(), *limits))
     # As the projections' slices arrive: not contiguous.
     sample["x"] = sample["x"].transpose(1, 2).contiguous().transpose(1, 2)
     sample["state"] = sample["state"].transpose(2, 3).contiguous().transpose(2, 3)
-    torch.library.opcheck(op.mamba2_scan, (*sample.values(), *limits))
+    torch.library.opcheck(op.mamba2_scan.custom_op, (*sample.values(), *limits))
 
 
 def test_the_function_body_means_the_same_to_onnx() -> None:
@@ -498,14 +499,14 @@ def test_the_exporter_emits_one_node_with_two_outputs() -> None:
         traced,
         dynamo=True,
         opset_version=23,
-        custom_translation_table={torch.ops.ingot.mamba2_scan.default: op.translate},
+        custom_translation_table={op.mamba2_scan.overload: op.mamba2_scan.translate},
         optimize=False,
         verbose=False,
     )
     assert program is not None
     model = program.model_proto
     (node,) = model.graph.node
-    assert (node.domain, node.op_type) == (op.DOMAIN, op.NAME)
+    assert (node.domain, node.op_type) == (DOMAIN, op.mamba2_scan.name)
     names = [value.name for value in model.graph.input]
     inputs = dict(zip((*weights, *tokens, "state"), names, strict=True))
     assert list(node.input) == [inputs[name] for name in SHAPES]

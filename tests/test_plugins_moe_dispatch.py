@@ -77,7 +77,7 @@ def arguments(
 
 def built(arrays: tuple[np.ndarray, ...], top_k: int, normalize: bool, activation: str) -> ir.Model:
     """The operator as a model; the experts are its weights, the rest its inputs."""
-    op.register_schema()
+    op.moe_dispatch.register_schema()
     _, _, gate_up, down = arrays
     inputs = [
         ir.val("x", FLOAT, ["n", "h"]),
@@ -183,7 +183,7 @@ def test_ties_go_to_the_lower_expert() -> None:
 def test_passes_opcheck(tokens: int) -> None:
     arrays = arguments(tokens, 8, 4, 4, seed=2, ties="none")
     sample: tuple[Any, ...] = (*(torch.from_numpy(a) for a in arrays), 2, True, "silu")
-    torch.library.opcheck(op.moe_dispatch, sample)
+    torch.library.opcheck(op.moe_dispatch.custom_op, sample)
 
 
 def test_the_function_body_computes_only_the_experts_hit() -> None:

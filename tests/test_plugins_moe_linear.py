@@ -19,6 +19,7 @@ from ingot.export.passes.moe_linear import MoeLinearToMatMuls
 from ingot.export.passes.weights import Weight
 from ingot.plugins import moe_linear as op
 from ingot.plugins.experts import choose_experts, translate_choose_experts
+from ingot.plugins.operator import DOMAIN
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -61,7 +62,7 @@ def arguments(
 
 def built(x: np.ndarray, weights: ir.Value, *unused: ir.Value) -> ir.Model:
     """The operator as a model with inputs ``x`` (of the array's rank) and ``expert_ids``."""
-    op.register_schema()
+    op.moe_linear.register_schema()
     dtype = weights.dtype
     x_shape = ["n", "size"] if x.ndim == 2 else ["n", "k", "size"]
     inputs = [ir.val("x", dtype, x_shape), ir.val("expert_ids", INT64, ["n", "k"]), weights]
@@ -173,7 +174,7 @@ def test_half_precision_keeps_its_body_which_accumulates_in_float32(
 @pytest.mark.parametrize("row_per_choice", [False, True])
 def test_passes_opcheck(tokens: int, row_per_choice: bool) -> None:
     arrays = arguments(tokens, 2, 4, 8, 6, row_per_choice=row_per_choice, ids="any", seed=2)
-    torch.library.opcheck(op.moe_linear, tuple(map(torch.from_numpy, arrays)))
+    torch.library.opcheck(op.moe_linear.custom_op, tuple(map(torch.from_numpy, arrays)))
     torch.library.opcheck(choose_experts, (torch.randn(tokens, 4), 2))
 
 
@@ -266,7 +267,7 @@ def layer() -> tuple[ir.Model, dict[str, np.ndarray], dict[str, np.ndarray], lis
     for name, ids_value in (("out", shared), ("other", other)):
         stack = value(name)
         graph.register_initializer(stack)
-        node = ir.node(op.NAME, [y, ids_value, stack], domain=op.DOMAIN)
+        node = ir.node(op.moe_linear.name, [y, ids_value, stack], domain=DOMAIN)
         y = node.outputs[0]
         y.name, y.type, y.shape = f"y_{name}", ir.TensorType(FLOAT), ir.Shape(["n", "k", None])
         graph.append(node)
@@ -320,7 +321,7 @@ def test_lowering_keeps_a_body_that_another_node_uses() -> None:
     graph.register_initializer(half)
     narrow = ir.node("CastLike", [graph.inputs[0], half])
     narrow.outputs[0].shape = graph.inputs[0].shape
-    node = ir.node(op.NAME, [narrow.outputs[0], graph.inputs[1], half], domain=op.DOMAIN)
+    node = ir.node(op.moe_linear.name, [narrow.outputs[0], graph.inputs[1], half], domain=DOMAIN)
     graph.extend([narrow, node])
     assert MoeLinearToMatMuls()(model).modified
     assert [n for n in graph if n.op_type == "MoeLinear"] == [node]
@@ -365,7 +366,7 @@ def test_exports_to_one_node_and_topk_with_the_same_ties(experts: int, top_k: in
         dynamo=True,
         opset_version=23,
         custom_translation_table={
-            torch.ops.ingot.moe_linear.default: op.translate,
+            op.moe_linear.overload: op.moe_linear.translate,
             torch.ops.ingot.choose_experts.default: translate_choose_experts,
         },
         verbose=False,

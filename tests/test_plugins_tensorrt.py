@@ -1,4 +1,4 @@
-"""TensorRT plugins: Python, C++, the ONNX schemas and a real builder against the one table."""
+"""TensorRT plugins: Python, C++ and a real builder against the operators' declarations."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ import pytest
 import torch
 from onnx import helper
 
-from ingot.plugins import causal_conv, cuda, library, mamba2_scan, moe_dispatch, moe_linear
+from ingot.plugins import cuda, library
 from ingot.plugins.errors import IngotError
 from ingot.plugins.kernels.host import SOURCES, run_compiler
 from ingot.plugins.library import Library, LibraryError
+from ingot.plugins.operator import Operator, OperatorError
+from ingot.plugins.registry import OPERATORS
 from ingot.plugins.tensorrt import build, rtx
-from ingot.plugins.tensorrt.python_plugins import Node, creator, register
-from ingot.plugins.tensorrt.table import NAMESPACE, PLUGINS, VERSION, Plugin, PluginError
-
-SCHEMAS = {
-    module.NAME: module.SCHEMA for module in (moe_dispatch, moe_linear, mamba2_scan, causal_conv)
-}
+from ingot.plugins.tensorrt.python_plugins import (
+    NAMESPACE,
+    PLUGIN_VERSION,
+    Node,
+    creator,
+    register,
+)
 
 ATTRIBUTES: dict[str, dict[str, Any]] = {
     "MoeDispatch": {"top_k": 2, "normalize": 1, "activation": "gelu_tanh"},
@@ -56,94 +59,65 @@ ONNX_TYPES = {
     "int64": onnx.TensorProto.INT64,
 }
 
-# A plugin, and which of its first input's forms.
+# An operator, and which of its first input's forms.
 FORMS = [
-    (name, form) for name, plugin in PLUGINS.items() for form in range(len(plugin.inputs[0].shapes))
+    (name, form)
+    for name, operator in OPERATORS.items()
+    for form in range(len(operator.inputs[0].shapes))
 ]
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def dims(plugin: Plugin, form: int) -> list[tuple[str, ...]]:
+def dims(operator: Operator, form: int) -> list[tuple[str, ...]]:
     """Names of the dimensions of each input and output."""
-    return [each.shapes[min(form, len(each.shapes) - 1)] for each in plugin.tensors]
+    return [each.shapes[min(form, len(each.shapes) - 1)] for each in operator.tensors]
 
 
-def sized(plugin: Plugin, form: int, **changed: int) -> list[list[int]]:
+def sized(operator: Operator, form: int, **changed: int) -> list[list[int]]:
     """The shape of each input and output."""
-    sizes = {**SIZES[plugin.name], **changed}
+    sizes = {**SIZES[operator.name], **changed}
     derived = {"1": 1, "2I": 2 * sizes.get("I", 0), "W-1": sizes.get("W", 0) - 1}
-    return [[{**sizes, **derived}[dim] for dim in each] for each in dims(plugin, form)]
+    return [[{**sizes, **derived}[dim] for dim in each] for each in dims(operator, form)]
 
 
-# The table against the operators' schemas and the kernels' interface.
-
-
-@pytest.mark.parametrize("name", PLUGINS)
-def test_table_is_the_onnx_schema(name: str) -> None:
-    plugin, schema = PLUGINS[name], SCHEMAS[name]
-    onnx_types = {"T": "T", "float32": "tensor(float)", "int64": "tensor(int64)"}
-    for ours, theirs in ((plugin.inputs, schema.inputs), (plugin.outputs, schema.outputs)):
-        assert [(each.name, onnx_types[each.dtype]) for each in ours] == [
-            (each.name, each.type_str) for each in theirs
-        ]
-        for each, parameter in zip(ours, theirs, strict=True):
-            shapes = re.findall(r"\[(.*?)\]", parameter.description)
-            assert [", ".join(shape) for shape in each.shapes] == shapes
-    kinds = {"INT": "int32", "FLOAT": "float32", "STRING": "char"}
-    assert {field.name: field.kind for field in plugin.fields} == {
-        attribute.name: kinds[attribute.type.name] for attribute in schema.attributes.values()
-    }
-
-
-@pytest.mark.parametrize("name", PLUGINS)
-def test_table_fills_the_whole_call(name: str) -> None:
-    plugin = PLUGINS[name]
-    members = {member for member, *_ in plugin.structure._fields_}
-    ours = {
-        *plugin.sizes,
-        *(tensor.name.lower() for tensor in plugin.tensors),
-        *(field.name for field in plugin.fields),
-    }
-    # What no dimension is, and what no kernel takes.
-    assert members - ours <= {"dtype", "per_choice"}
-    assert ours - members <= {"chunk_size"}
+# Shapes.
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_output_shapes_are_those_of_the_letters(name: str, form: int) -> None:
-    plugin = PLUGINS[name]
-    shapes = sized(plugin, form)
-    by_name = dict(zip((each.name for each in plugin.inputs), shapes, strict=False))
+    operator = OPERATORS[name]
+    shapes = sized(operator, form)
+    by_name = dict(zip((each.name for each in operator.inputs), shapes, strict=False))
     outputs = [
-        [by_name[tensor][axis] for tensor, axis in plugin.references(each)]
-        for each in plugin.outputs
+        [by_name[tensor][axis] for tensor, axis in operator.references(each)]
+        for each in operator.outputs
     ]
-    assert outputs == shapes[len(plugin.inputs) :]
+    assert outputs == shapes[len(operator.inputs) :]
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_tensors_that_disagree_are_refused(name: str, form: int) -> None:
-    plugin = PLUGINS[name]
-    shapes = sized(plugin, form)[: len(plugin.inputs)]
-    assert plugin.bind(shapes).items() >= SIZES[name].items()
+    operator = OPERATORS[name]
+    shapes = sized(operator, form)[: len(operator.inputs)]
+    assert operator.bind(shapes).items() >= SIZES[name].items()
     for tensor in range(len(shapes)):
-        for axis, dim in enumerate(dims(plugin, form)[tensor]):
-            alone = sum(each.count(dim) for each in dims(plugin, form)[: len(shapes)]) == 1
+        for axis, dim in enumerate(dims(operator, form)[tensor]):
+            alone = sum(each.count(dim) for each in dims(operator, form)[: len(shapes)]) == 1
             if alone and dim not in ("1", "2I", "W-1", "W", "I"):
                 continue
             wrong = [list(each) for each in shapes]
             wrong[tensor][axis] += 1
-            with pytest.raises(PluginError, match=rf"{name} got \d+ for dimension"):
-                plugin.bind(wrong)
-        with pytest.raises(PluginError, match="of rank 9; it is"):
-            plugin.bind([*shapes[:tensor], [1] * 9, *shapes[tensor + 1 :]])
+            with pytest.raises(OperatorError, match=rf"{name} got \d+ for dimension"):
+                operator.bind(wrong)
+        with pytest.raises(OperatorError, match="of rank 9; it is"):
+            operator.bind([*shapes[:tensor], [1] * 9, *shapes[tensor + 1 :]])
 
 
 def test_limits_that_disagree_give_the_larger() -> None:
-    plugin = PLUGINS["MoeDispatch"]
-    shapes = sized(plugin, 0)[:4]
+    operator = OPERATORS["MoeDispatch"]
+    shapes = sized(operator, 0)[:4]
     shapes[1][0] = 100
-    assert plugin.bound(shapes)["N"] == 100
+    assert operator.bound(shapes)["N"] == 100
 
 
 # Calls of the kernels.
@@ -200,10 +174,10 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def seen(stub: Path, plugin: Plugin, *, forget: bool = False) -> dict[str, Any]:
+def seen(stub: Path, operator: Operator, *, forget: bool = False) -> dict[str, Any]:
     """The members of the last call."""
     memory = (ctypes.c_char * 256).in_dll(ctypes.CDLL(str(stub)), "seen")
-    structure = plugin.structure.from_buffer_copy(memory)
+    structure = operator.structure.from_buffer_copy(memory)
     if forget:
         ctypes.memset(memory, 0, 256)
     return {member: getattr(structure, member) for member, *_ in structure._fields_}
@@ -214,26 +188,17 @@ def seen_bytes(stub: Path) -> int:
     return ctypes.c_size_t.in_dll(ctypes.CDLL(str(stub)), "seen_bytes").value
 
 
-def repeated(plugin: Plugin, form: int) -> Iterator[tuple[list[list[int]], list[int]]]:
+def repeated(operator: Operator, form: int) -> Iterator[tuple[list[list[int]], list[int]]]:
     """Shapes and addresses of calls that follow each other: what changes, and what stays."""
-    letter = next(iter(SIZES[plugin.name]))
+    letter = next(iter(SIZES[operator.name]))
     for size, first in ((3, 4096), (3, 8192), (9, 8192)):
-        shapes = sized(plugin, form, **{letter: size})[: len(plugin.inputs)]
-        yield shapes, [first + 16 * i for i in range(len(plugin.tensors))]
+        shapes = sized(operator, form, **{letter: size})[: len(operator.inputs)]
+        yield shapes, [first + 16 * i for i in range(len(operator.tensors))]
 
 
 def call_from_torch(stub: Path, name: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What ``plugins.cuda`` calls for the same node; its outputs."""
-    fields = {**ATTRIBUTES[name]}
-    # The kernels choose their own chunks.
-    fields.pop("chunk_size", None)
-    call: Any = {
-        "MoeDispatch": cuda.moe_dispatch,
-        "MoeLinear": cuda.moe_linear,
-        "Mamba2Scan": cuda.mamba2_scan,
-        "CausalConv": cuda.causal_conv,
-    }[name]
-    outputs = call(Library(stub), *tensors, **fields)
+    outputs = cuda.call(OPERATORS[name], Library(stub), *tensors, *ATTRIBUTES[name].values())
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
@@ -242,21 +207,21 @@ def call_from_torch(stub: Path, name: str, tensors: Sequence[torch.Tensor]) -> l
 def test_python_calls_the_kernels_as_torch_does(
     name: str, form: int, dtype: str, stub: Path
 ) -> None:
-    plugin = PLUGINS[name]
-    shapes = sized(plugin, form)[: len(plugin.inputs)]
+    operator = OPERATORS[name]
+    shapes = sized(operator, form)[: len(operator.inputs)]
     tensors = [
         torch.zeros(shape, dtype=getattr(torch, dtype if each.dtype == "T" else each.dtype))
-        for each, shape in zip(plugin.inputs, shapes, strict=True)
+        for each, shape in zip(operator.inputs, shapes, strict=True)
     ]
     outputs = call_from_torch(stub, name, tensors)
-    by_torch = seen(stub, plugin)
-    node = Node(plugin, ATTRIBUTES[name], library.VERSION)
+    by_torch = seen(stub, operator)
+    node = Node(operator, ATTRIBUTES[name], library.VERSION)
     addresses = [each.data_ptr() for each in (*tensors, *outputs)]
     node.run(stub, dtype, shapes, addresses, 4096, 77)
-    assert seen(stub, plugin) == by_torch
+    assert seen(stub, operator) == by_torch
     handle = ctypes.CDLL(str(stub))
     assert ctypes.c_void_p.in_dll(handle, "seen_stream").value == 77
-    takes_workspace = library.CALLS[plugin.structure][1]
+    takes_workspace = operator.workspace
     workspace = ctypes.c_void_p.in_dll(handle, "seen_workspace").value
     assert workspace == (4096 if takes_workspace else None)
     expected = 1000 + (SIZES[name].get("N") or SIZES[name]["T"]) if takes_workspace else 0
@@ -266,34 +231,33 @@ def test_python_calls_the_kernels_as_torch_does(
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_a_later_call_has_its_own_shapes_and_addresses(name: str, form: int, stub: Path) -> None:
-    plugin = PLUGINS[name]
-    node = Node(plugin, ATTRIBUTES[name], library.VERSION)
-    for shapes, addresses in repeated(plugin, form):
+    operator = OPERATORS[name]
+    node = Node(operator, ATTRIBUTES[name], library.VERSION)
+    for shapes, addresses in repeated(operator, form):
         node.run(stub, "bfloat16", shapes, addresses, 4096, 77)
-        found = seen(stub, plugin, forget=True)
-        fresh = Node(plugin, ATTRIBUTES[name], library.VERSION)
+        found = seen(stub, operator, forget=True)
+        fresh = Node(operator, ATTRIBUTES[name], library.VERSION)
         fresh.run(stub, "bfloat16", shapes, addresses, 4096, 77)
-        assert found == seen(stub, plugin)
-        assert [found[each.name.lower()] for each in plugin.tensors] == addresses
+        assert found == seen(stub, operator)
+        assert [found[each.name.lower()] for each in operator.tensors] == addresses
 
 
 def test_without_kernels_building_works_and_running_does_not(stub: Path, tmp_path: Path) -> None:
-    plugin = PLUGINS["MoeLinear"]
-    *shapes, _ = sized(plugin, 0)
+    operator = OPERATORS["MoeLinear"]
+    *shapes, _ = sized(operator, 0)
     nowhere = tmp_path / "libingot_kernels.so"
-    node = Node(plugin, {}, 0)
+    node = Node(operator, {}, 0)
     assert node.workspace_bytes(nowhere, "float32", shapes) == 0
     with pytest.raises(LibraryError, match="make plugins"):
         node.run(nowhere, "float32", shapes, [0] * 4, 0, 0)
     # Nor where there are kernels: its engine reserved no workspace.
-    with pytest.raises(PluginError, match=r"built for other GPU kernels \(none\)"):
+    with pytest.raises(OperatorError, match=r"built for other GPU kernels \(none\)"):
         node.run(stub, "float32", shapes, [0] * 4, 0, 0)
 
 
 def test_sizes_past_int32_are_refused() -> None:
-    node = Node(PLUGINS["MoeLinear"], {}, 1)
-    with pytest.raises(PluginError, match="2147483648 for N"):
-        node.parameters("float32", {**SIZES["MoeLinear"], "N": 2**31}, 2)
+    with pytest.raises(OperatorError, match="2147483648 for N"):
+        OPERATORS["MoeLinear"].parameters("float32", {**SIZES["MoeLinear"], "N": 2**31}, 2, {})
 
 
 # A real builder.
@@ -317,25 +281,25 @@ class Network:
         types: Sequence[str],
         attributes: Mapping[str, Any],
     ) -> None:
-        plugin = PLUGINS[name]
+        operator = OPERATORS[name]
         node = helper.make_node(
             name,
-            [each.name for each in plugin.inputs],
-            [each.name for each in plugin.outputs],
+            [each.name for each in operator.inputs],
+            [each.name for each in operator.outputs],
             domain="ingot",
             plugin_namespace=NAMESPACE,
-            plugin_version=VERSION,
+            plugin_version=PLUGIN_VERSION,
             **attributes,
         )
         infos = [
             helper.make_tensor_value_info(each.name, ONNX_TYPES[dtype], shape)
-            for each, dtype, shape in zip(plugin.tensors, types, shapes, strict=True)
+            for each, dtype, shape in zip(operator.tensors, types, shapes, strict=True)
         ]
-        count = len(plugin.inputs)
+        count = len(operator.inputs)
         graph = helper.make_graph([node], "one_node", infos[:count], infos[count:])
         opsets = [helper.make_opsetid("", 23), helper.make_opsetid("ingot", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-        self.trt, self.plugin = trt, plugin
+        self.trt, self.operator = trt, operator
         self.builder = trt.Builder(logger(trt))
         self.network = self.builder.create_network(0)
         parser = trt.OnnxParser(self.network, self.builder.logger)
@@ -350,7 +314,7 @@ class Network:
         config = self.builder.create_builder_config()
         if profile:
             ranges = self.builder.create_optimization_profile()
-            for tensor, *shapes in zip(self.plugin.inputs, *profile, strict=True):
+            for tensor, *shapes in zip(self.operator.inputs, *profile, strict=True):
                 ranges.set_shape(tensor.name, *shapes)
             config.add_optimization_profile(ranges)
         return self.builder.build_serialized_network(self.network, config)
@@ -365,22 +329,22 @@ def trt() -> Any:
     return module
 
 
-def types_of(plugin: Plugin, dtype: str) -> list[str]:
-    return [dtype if each.dtype == "T" else each.dtype for each in plugin.tensors]
+def types_of(operator: Operator, dtype: str) -> list[str]:
+    return [dtype if each.dtype == "T" else each.dtype for each in operator.tensors]
 
 
-def dynamic(plugin: Plugin, form: int) -> list[list[int | str]]:
-    shapes = zip(dims(plugin, form), sized(plugin, form), strict=True)
+def dynamic(operator: Operator, form: int) -> list[list[int | str]]:
+    shapes = zip(dims(operator, form), sized(operator, form), strict=True)
     return [
         [dim if dim in DYNAMIC else size for dim, size in zip(*each, strict=True)]
         for each in shapes
     ]
 
 
-def profile(plugin: Plugin, form: int) -> list[list[list[int]]]:
+def profile(operator: Operator, form: int) -> list[list[list[int]]]:
     return [
-        sized(plugin, form, **dict.fromkeys(DYNAMIC & SIZES[plugin.name].keys(), size))[
-            : len(plugin.inputs)
+        sized(operator, form, **dict.fromkeys(DYNAMIC & SIZES[operator.name].keys(), size))[
+            : len(operator.inputs)
         ]
         for size in (1, 4, 32)
     ]
@@ -391,52 +355,52 @@ def profile(plugin: Plugin, form: int) -> list[list[list[int]]]:
 def test_rtx_builds_an_engine_of_the_plugin_alone(
     trt: Any, name: str, form: int, dtype: str
 ) -> None:
-    plugin = PLUGINS[name]
-    types = types_of(plugin, dtype)
-    made = Network(trt, name, dynamic(plugin, form), types, ATTRIBUTES[name])
+    operator = OPERATORS[name]
+    types = types_of(operator, dtype)
+    made = Network(trt, name, dynamic(operator, form), types, ATTRIBUTES[name])
     assert made.parsed
     layers = [made.network.get_layer(i) for i in range(made.network.num_layers)]
     assert [layer.type for layer in layers] == [trt.LayerType.PLUGIN_V3]
-    count = len(plugin.inputs)
+    count = len(operator.inputs)
     assert made.outputs() == [
         ([-1 if isinstance(dim, str) else dim for dim in shape], getattr(trt, each))
-        for shape, each in zip(dynamic(plugin, form)[count:], types[count:], strict=True)
+        for shape, each in zip(dynamic(operator, form)[count:], types[count:], strict=True)
     ]
-    engine = made.engine(*profile(plugin, form))
+    engine = made.engine(*profile(operator, form))
     assert engine is not None
     assert name.encode() in bytes(engine)
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_rtx_infers_the_shape_of_the_letters(trt: Any, name: str, form: int) -> None:
-    plugin = PLUGINS[name]
-    shapes = sized(plugin, form)
-    made = Network(trt, name, shapes, types_of(plugin, "float32"), ATTRIBUTES[name])
-    assert [shape for shape, _ in made.outputs()] == shapes[len(plugin.inputs) :]
+    operator = OPERATORS[name]
+    shapes = sized(operator, form)
+    made = Network(trt, name, shapes, types_of(operator, "float32"), ATTRIBUTES[name])
+    assert [shape for shape, _ in made.outputs()] == shapes[len(operator.inputs) :]
 
 
-@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_rtx_refuses_any_other_dtype(trt: Any, name: str) -> None:
-    plugin = PLUGINS[name]
-    for position in range(1, len(plugin.inputs)):
-        types = types_of(plugin, "float16")
-        types[position] = "float32" if plugin.inputs[position].dtype == "T" else "float16"
-        made = Network(trt, name, sized(plugin, 0), types, ATTRIBUTES[name])
+    operator = OPERATORS[name]
+    for position in range(1, len(operator.inputs)):
+        types = types_of(operator, "float16")
+        types[position] = "float32" if operator.inputs[position].dtype == "T" else "float16"
+        made = Network(trt, name, sized(operator, 0), types, ATTRIBUTES[name])
         assert not made.parsed or made.engine() is None
 
 
 def test_rtx_refuses_a_dtype_that_no_kernel_has(trt: Any) -> None:
-    plugin = PLUGINS["CausalConv"]
-    types = ["int64"] * len(plugin.tensors)
-    made = Network(trt, "CausalConv", sized(plugin, 0), types, ATTRIBUTES["CausalConv"])
+    operator = OPERATORS["CausalConv"]
+    types = ["int64"] * len(operator.tensors)
+    made = Network(trt, "CausalConv", sized(operator, 0), types, ATTRIBUTES["CausalConv"])
     assert not made.parsed or made.engine() is None
 
 
 def test_rtx_refuses_a_wrong_rank(trt: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    plugin = PLUGINS["MoeDispatch"]
-    shapes = sized(plugin, 0)
+    operator = OPERATORS["MoeDispatch"]
+    shapes = sized(operator, 0)
     shapes[0].append(1)
-    types = types_of(plugin, "float32")
+    types = types_of(operator, "float32")
     assert not Network(trt, "MoeDispatch", shapes, types, ATTRIBUTES["MoeDispatch"]).parsed
     assert "MoeDispatch got x of rank 3; it is [N, H]." in capfd.readouterr().err
 
@@ -454,9 +418,9 @@ def test_rtx_refuses_wrong_attributes(
     message: str,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    plugin = PLUGINS["MoeDispatch"]
-    types = types_of(plugin, "float32")
-    assert not Network(trt, "MoeDispatch", sized(plugin, 0), types, attributes).parsed
+    operator = OPERATORS["MoeDispatch"]
+    types = types_of(operator, "float32")
+    assert not Network(trt, "MoeDispatch", sized(operator, 0), types, attributes).parsed
     assert message in capfd.readouterr().err
 
 
@@ -469,14 +433,16 @@ class Described:
         self.dims = self.max = shape
 
 
-@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_only_these_formats_and_types_combine(trt: Any, name: str) -> None:
-    plugin = PLUGINS[name]
-    instance = creator(trt, plugin).create_plugin("", fields_of(trt, name), trt.TensorRTPhase.BUILD)
+    operator = OPERATORS[name]
+    instance = creator(trt, operator).create_plugin(
+        "", fields_of(trt, name), trt.TensorRTPhase.BUILD
+    )
     all_types = list(trt.DataType.__members__.values())
     linear, other = trt.TensorFormat.LINEAR, trt.TensorFormat.HWC8
     for dtype in DTYPES:
-        types = [getattr(trt, each) for each in types_of(plugin, dtype)]
+        types = [getattr(trt, each) for each in types_of(operator, dtype)]
         for position in range(len(types)):
             before = [Described(each, linear) for each in types[:position]]
             accepted = {
@@ -484,7 +450,7 @@ def test_only_these_formats_and_types_combine(trt: Any, name: str) -> None:
                 for found in all_types
                 for form in (linear, other)
                 if instance.supports_format_combination(
-                    position, [*before, Described(found, form)], len(plugin.inputs)
+                    position, [*before, Described(found, form)], len(operator.inputs)
                 )
             }
             expected = {types[position]} if position else {getattr(trt, each) for each in DTYPES}
@@ -493,15 +459,15 @@ def test_only_these_formats_and_types_combine(trt: Any, name: str) -> None:
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_the_class_for_rtx_hands_its_calls_on(trt: Any, name: str, form: int, stub: Path) -> None:
-    plugin = PLUGINS[name]
-    shapes, addresses = next(repeated(plugin, form))
-    node = Node(plugin, ATTRIBUTES[name], library.VERSION)
+    operator = OPERATORS[name]
+    shapes, addresses = next(repeated(operator, form))
+    node = Node(operator, ATTRIBUTES[name], library.VERSION)
     node.run(stub, "float16", shapes, addresses, 4096, 77)
-    expected = seen(stub, plugin, forget=True)
-    made = creator(trt, plugin, stub).create_plugin(
+    expected = seen(stub, operator, forget=True)
+    made = creator(trt, operator, stub).create_plugin(
         "", fields_of(trt, name), trt.TensorRTPhase.RUNTIME
     )
-    types = [getattr(trt, each) for each in types_of(plugin, "float16")]
+    types = [getattr(trt, each) for each in types_of(operator, "float16")]
     inputs = [
         Described(each, trt.TensorFormat.LINEAR, shape)
         for each, shape in zip(types, shapes, strict=False)
@@ -512,7 +478,7 @@ def test_the_class_for_rtx_hands_its_calls_on(trt: Any, name: str, form: int, st
     assert prepared.value == before + 1
     count = len(inputs)
     attached.enqueue(inputs, [], addresses[:count], addresses[count:], 4096, 77)
-    assert seen(stub, plugin) == expected
+    assert seen(stub, operator) == expected
     assert made.get_workspace_size(inputs, []) == node.workspace_bytes(stub, "float16", shapes)
     assert made.get_output_data_types(types[:count]) == types[count:]
 
@@ -525,17 +491,17 @@ TOO_MANY = 2001
 def test_a_profile_that_the_kernels_refuse_is_no_configuration(
     trt: Any, name: str, form: int, stub: Path
 ) -> None:
-    plugin = PLUGINS[name]
-    made = creator(trt, plugin, stub).create_plugin(
+    operator = OPERATORS[name]
+    made = creator(trt, operator, stub).create_plugin(
         "", fields_of(trt, name), trt.TensorRTPhase.BUILD
     )
     dynamic_dims = dict.fromkeys(DYNAMIC & SIZES[name].keys(), TOO_MANY)
-    types = [getattr(trt, each) for each in types_of(plugin, "float16")]
+    types = [getattr(trt, each) for each in types_of(operator, "float16")]
     inputs = [
         Described(each, trt.TensorFormat.LINEAR, shape)
-        for each, shape in zip(types, sized(plugin, form, **dynamic_dims), strict=False)
-    ][: len(plugin.inputs)]
-    if library.CALLS[plugin.structure][1]:
+        for each, shape in zip(types, sized(operator, form, **dynamic_dims), strict=False)
+    ][: len(operator.inputs)]
+    if operator.workspace:
         with pytest.raises(LibraryError, match=r"too many tokens: split them\."):
             made.configure_plugin(inputs, [])
     else:
@@ -547,10 +513,10 @@ def build_by_most(kernels: str, most: str) -> str:
     trt = importlib.import_module("tensorrt_rtx")
     rtx.ensure_parser_can_load_plugins()
     register(trt, Path(kernels))
-    plugin = PLUGINS["MoeDispatch"]
-    types = types_of(plugin, "bfloat16")
-    network = Network(trt, plugin.name, dynamic(plugin, 0), types, ATTRIBUTES[plugin.name])
-    shapes = [sized(plugin, 0, N=size)[:4] for size in (1, 4, int(most))]
+    operator = OPERATORS["MoeDispatch"]
+    types = types_of(operator, "bfloat16")
+    network = Network(trt, operator.name, dynamic(operator, 0), types, ATTRIBUTES[operator.name])
+    shapes = [sized(operator, 0, N=size)[:4] for size in (1, 4, int(most))]
     return "built" if network.engine(*shapes) is not None else "refused"
 
 
@@ -583,29 +549,29 @@ KEPT: list[np.ndarray] = []
 def fields_of(trt: Any, name: str) -> Any:
     """A node's fields as the parser gives them, strings with a zero byte at their end."""
     fields = []
-    for field in PLUGINS[name].fields:
+    for field in OPERATORS[name].attributes:
         value = ATTRIBUTES[name][field.name]
         if isinstance(value, str):
             data, kind = np.frombuffer(value.encode() + b"\0", np.int8), trt.PluginFieldType.CHAR
         else:
-            data = np.array([value], field.kind)
-            kind = getattr(trt.PluginFieldType, field.kind.upper())
+            data = np.array([value], field.type.tensorrt)
+            kind = getattr(trt.PluginFieldType, field.type.tensorrt.upper())
         KEPT.append(data)
         fields.append(trt.PluginField(field.name, data, kind))
     return trt.PluginFieldCollection(fields)
 
 
-@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_fields_survive_an_engine(trt: Any, name: str, stub: Path, tmp_path: Path) -> None:
-    plugin = PLUGINS[name]
+    operator = OPERATORS[name]
     for path, kernels in ((stub, library.VERSION), (tmp_path / "none.so", 0)):
-        made = creator(trt, plugin, path).create_plugin(
+        made = creator(trt, operator, path).create_plugin(
             "", fields_of(trt, name), trt.TensorRTPhase.BUILD
         )
         written = made.clone().get_fields_to_serialize()
         gc.collect()
         # The runtime may have kernels where the builder had none; what counts is the builder.
-        read = creator(trt, plugin, stub).create_plugin("", written, trt.TensorRTPhase.RUNTIME)
+        read = creator(trt, operator, stub).create_plugin("", written, trt.TensorRTPhase.RUNTIME)
         assert read.node.values == ATTRIBUTES[name]
         assert (made.node.kernels, read.node.kernels) == (kernels, kernels)
         again = read.get_fields_to_serialize()
@@ -715,18 +681,18 @@ class Cpp:
     """A C++ plugin of a node, called through the harness."""
 
     def __init__(self, harness: Path, name: str, kernels: int | None = None) -> None:
-        self.plugin = PLUGINS[name]
+        self.operator = OPERATORS[name]
         self.library = ctypes.CDLL(str(harness))
         for call in ("create", "attach", "serialize", "workspace"):
             getattr(self.library, call).restype = ctypes.c_void_p
         values: list[tuple[str, Any, int, int]] = []
-        for field in self.plugin.fields:
+        for field in self.operator.attributes:
             value = ATTRIBUTES[name][field.name]
             if isinstance(value, str):
                 text = ctypes.create_string_buffer(value.encode())
                 values.append((field.name, text, CHAR, len(value) + 1))
             else:
-                number, kind = C_KINDS[field.kind]
+                number, kind = C_KINDS[field.type.tensorrt]
                 values.append((field.name, kind(value), number, 1))
         if kernels is not None:
             values.append(("kernels", ctypes.c_int32(kernels), C_KINDS["int32"][0], 1))
@@ -764,11 +730,11 @@ class Cpp:
     def supports(self, position: int, types: Sequence[int], tensor_format: int) -> bool:
         tensors = (TensorDesc * 16)(*(TensorDesc(Dims(), each, 0) for each in types))
         tensors[position].format = tensor_format
-        count = len(self.plugin.inputs), len(self.plugin.outputs)
+        count = len(self.operator.inputs), len(self.operator.outputs)
         return bool(self.library.supports(self.handle, position, tensors, *count))
 
     def descs(self, dtype: str, shapes: Sequence[Sequence[int]]) -> Any:
-        types = types_of(self.plugin, dtype)
+        types = types_of(self.operator, dtype)
         return (TensorDesc * 16)(
             *(
                 TensorDesc(Dims(len(shape), (ctypes.c_int64 * 8)(*shape)), C_TYPES[each])
@@ -785,7 +751,7 @@ class Cpp:
         return int(self.library.configure(self.handle, descs, len(shapes)))
 
     def enqueue(self, dtype: str, shapes: Sequence[Sequence[int]], addresses: Sequence[int]) -> int:
-        count = len(self.plugin.inputs)
+        count = len(self.operator.inputs)
         inputs = (ctypes.c_void_p * count)(*addresses[:count])
         outputs = (ctypes.c_void_p * 4)(*addresses[count:])
         descs = self.descs(dtype, shapes)
@@ -831,28 +797,28 @@ def harness(cpp_library: Path) -> Path:
 def test_cpp_calls_the_kernels_as_python_does(
     name: str, form: int, dtype: str, stub: Path, harness: Path
 ) -> None:
-    plugin = PLUGINS[name]
+    operator = OPERATORS[name]
     with Cpp(harness, name) as cpp:
-        for shapes, addresses in repeated(plugin, form):
-            node = Node(plugin, ATTRIBUTES[name], library.VERSION)
+        for shapes, addresses in repeated(operator, form):
+            node = Node(operator, ATTRIBUTES[name], library.VERSION)
             node.run(stub, dtype, shapes, addresses, 4096, 77)
-            by_python = seen(stub, plugin, forget=True)
+            by_python = seen(stub, operator, forget=True)
             bytes_by_python = seen_bytes(stub)
             assert cpp.enqueue(dtype, shapes, addresses) == 0
-            assert seen(stub, plugin) == by_python
+            assert seen(stub, operator) == by_python
             assert seen_bytes(stub) == bytes_by_python
             assert cpp.workspace_bytes(dtype, shapes) == node.workspace_bytes(stub, dtype, shapes)
 
 
 def test_cpp_refuses_what_python_does(harness: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    plugin = PLUGINS["CausalConv"]
-    shapes = sized(plugin, 0)[: len(plugin.inputs)]
-    addresses = [4096] * len(plugin.tensors)
+    operator = OPERATORS["CausalConv"]
+    shapes = sized(operator, 0)[: len(operator.inputs)]
+    addresses = [4096] * len(operator.tensors)
     for tensor, axis in ((0, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 0)):
         wrong = [list(each) for each in shapes]
         wrong[tensor][axis] += 1
-        with pytest.raises(PluginError):
-            plugin.bind(wrong)
+        with pytest.raises(OperatorError):
+            operator.bind(wrong)
         with Cpp(harness, "CausalConv") as cpp:
             assert cpp.enqueue("float32", wrong, addresses) == -1
         assert "by its other inputs that is" in capfd.readouterr().err
@@ -861,27 +827,27 @@ def test_cpp_refuses_what_python_does(harness: Path, capfd: pytest.CaptureFixtur
     assert "build it again" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_cpp_refuses_the_same_profiles(
     name: str, harness: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    plugin = PLUGINS[name]
-    takes_workspace = library.CALLS[plugin.structure][1]
+    operator = OPERATORS[name]
+    takes_workspace = operator.workspace
     with Cpp(harness, name) as cpp:
         for size in (2000, TOO_MANY):
             dynamic_dims = dict.fromkeys(DYNAMIC & SIZES[name].keys(), size)
-            shapes = sized(plugin, 0, **dynamic_dims)[: len(plugin.inputs)]
+            shapes = sized(operator, 0, **dynamic_dims)[: len(operator.inputs)]
             refused = takes_workspace and size == TOO_MANY
             assert cpp.configure("float16", shapes) == (-1 if refused else 0)
             assert capfd.readouterr().err == ("too many tokens: split them.\n" if refused else "")
 
 
-@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_cpp_combines_the_same_types(name: str, harness: Path) -> None:
-    plugin = PLUGINS[name]
+    operator = OPERATORS[name]
     with Cpp(harness, name) as cpp:
         for dtype in DTYPES:
-            types = [C_TYPES[each] for each in types_of(plugin, dtype)]
+            types = [C_TYPES[each] for each in types_of(operator, dtype)]
             for position in range(len(types)):
                 accepted = {
                     (found, form)
@@ -893,11 +859,11 @@ def test_cpp_combines_the_same_types(name: str, harness: Path) -> None:
                 assert accepted == {(each, 0) for each in expected}
 
 
-@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_cpp_and_python_write_the_same_engine(
     trt: Any, name: str, stub: Path, harness: Path
 ) -> None:
-    made = creator(trt, PLUGINS[name], stub).create_plugin(
+    made = creator(trt, OPERATORS[name], stub).create_plugin(
         "", fields_of(trt, name), trt.TensorRTPhase.BUILD
     )
     ours = {
@@ -914,20 +880,20 @@ def rtx_with_cpp(cpp_library: str) -> str:
     registry = trt.get_plugin_registry()
     loaded = registry.load_library(cpp_library)
     found: dict[str, Any] = {"loaded": loaded is not None}
-    for name, plugin in PLUGINS.items():
-        made = registry.get_creator(name, VERSION, NAMESPACE)
-        python = creator(trt, plugin)
+    for name, operator in OPERATORS.items():
+        made = registry.get_creator(name, PLUGIN_VERSION, NAMESPACE)
+        python = creator(trt, operator)
         both = [
             [each.name, each.plugin_version, each.plugin_namespace]
             + [[field.name, str(field.type)] for field in each.field_names]
             for each in (made, python)
         ]
         outputs, built = [], []
-        for form in range(len(plugin.inputs[0].shapes)):
-            types = types_of(plugin, "bfloat16")
-            network = Network(trt, name, dynamic(plugin, form), types, ATTRIBUTES[name])
-            built.append(network.engine(*profile(plugin, form)) is not None)
-            static = Network(trt, name, sized(plugin, form), types, ATTRIBUTES[name])
+        for form in range(len(operator.inputs[0].shapes)):
+            types = types_of(operator, "bfloat16")
+            network = Network(trt, name, dynamic(operator, form), types, ATTRIBUTES[name])
+            built.append(network.engine(*profile(operator, form)) is not None)
+            static = Network(trt, name, sized(operator, form), types, ATTRIBUTES[name])
             outputs.append([shape for shape, _ in static.outputs()])
         found[name] = {"creators": both, "outputs": outputs, "built": built}
     return json.dumps(found)
@@ -938,16 +904,17 @@ def test_rtx_finds_the_same_plugins_in_the_cpp_library(trt: Any, cpp_library: Pa
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["loaded"]
-    for name, plugin in PLUGINS.items():
+    for name, operator in OPERATORS.items():
         by_cpp, by_python = found[name]["creators"]
         assert by_cpp == by_python
         kinds = {"int32": "INT32", "float32": "FLOAT32", "char": "CHAR"}
-        assert by_cpp == [name, VERSION, NAMESPACE] + [
-            [field.name, f"PluginFieldType.{kinds[field.kind]}"] for field in plugin.fields
+        assert by_cpp == [name, PLUGIN_VERSION, NAMESPACE] + [
+            [field.name, f"PluginFieldType.{kinds[field.type.tensorrt]}"]
+            for field in operator.attributes
         ]
-        forms = range(len(plugin.inputs[0].shapes))
+        forms = range(len(operator.inputs[0].shapes))
         assert found[name]["outputs"] == [
-            sized(plugin, form)[len(plugin.inputs) :] for form in forms
+            sized(operator, form)[len(operator.inputs) :] for form in forms
         ]
         assert all(found[name]["built"])
 

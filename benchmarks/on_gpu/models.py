@@ -28,6 +28,7 @@ from ingot.graphs.family import Family, find_family
 from ingot.graphs.preset import preset_config
 from ingot.plugins import cuda
 from ingot.plugins.check import relative_rms
+from ingot.plugins.registry import OPERATORS
 
 BF16 = torch.bfloat16
 FAMILIES = ("olmoe", "mamba2")
@@ -51,8 +52,8 @@ def kernels(bench: Bench, *, on: bool) -> Iterator[None]:
     """The eager graph's operators by the kernels, or by their references."""
     with contextlib.ExitStack() as stack:
         if not on:
-            for operator in cuda.OPERATORS:
-                stack.enter_context(operator.set_kernel_enabled(bench.device.name, False))
+            for operator in OPERATORS.values():
+                stack.enter_context(operator.custom_op.set_kernel_enabled(bench.device.name, False))
             # cuDNN makes a plan for every length of a cache that grows, each in part of a second.
             flag: Any = torch.backends.cuda
             stack.callback(flag.enable_cudnn_sdp, flag.cudnn_sdp_enabled())

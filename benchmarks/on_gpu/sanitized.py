@@ -15,8 +15,9 @@ import torch
 
 from benchmarks.on_gpu.runner import die_with_parent
 from ingot.plugins import check
-from ingot.plugins import library as c
-from ingot.plugins.library import Library, LibraryError
+from ingot.plugins.library import PATH, Library, LibraryError
+from ingot.plugins.moe_linear import moe_linear
+from ingot.plugins.operator import DTYPES
 
 FINISHED = "=== every case ran"
 PLANTED = "=== a write past the end follows"
@@ -26,7 +27,7 @@ FEW = 3
 
 
 @click.command()
-@click.option("--library", type=click.Path(path_type=Path), default=c.PATH)
+@click.option("--library", type=click.Path(path_type=Path), default=PATH)
 @click.option("--rehearse", type=click.Path(path_type=Path), help="Folder of the rehearsal.")
 @click.option("--plant", is_flag=True, help="Write past the end of an output behind the cases.")
 def main(library: Path, rehearse: Path | None, plant: bool) -> None:
@@ -65,8 +66,8 @@ def write_past_the_end(library: Library, device: str) -> None:
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
     weight = torch.ones(1, 2048, 16, dtype=torch.bfloat16, device=device)
     short = torch.empty(16, dtype=torch.bfloat16, device=device)
-    parameters = c.MoeLinear(
-        dtype=c.DTYPES["bfloat16"],
+    parameters = moe_linear.structure(
+        dtype=DTYPES["bfloat16"],
         top_k=1,
         experts=1,
         tokens=1,

@@ -19,6 +19,7 @@ from benchmarks.on_gpu.bench import Bench
 from benchmarks.on_gpu.devices import Seconds
 from benchmarks.on_gpu.runner import Found, Item, Refused
 from ingot.plugins import cuda
+from ingot.plugins.causal_conv import causal_conv
 from ingot.plugins.check import (
     Inputs,
     causal_conv_inputs,
@@ -28,6 +29,8 @@ from ingot.plugins.check import (
 )
 from ingot.plugins.library import Library
 from ingot.plugins.mamba2_scan import mamba2_scan
+from ingot.plugins.moe_dispatch import moe_dispatch
+from ingot.plugins.moe_linear import moe_linear
 
 BF16 = torch.bfloat16
 # Sets of weights or states, enough to be several times the second-level cache together.
@@ -167,7 +170,7 @@ def moe(bench: Bench, library: Library, shape: shapes.Moe, tokens: int) -> Timed
     loop = peers.CublasLoop(logits, shape.top_k)
     options = (shape.top_k, shape.normalize, "silu")
     return Timed(
-        [partial(cuda.moe_dispatch, library, *each, *options) for each in sets],
+        [partial(cuda.call, moe_dispatch, library, *each, *options) for each in sets],
         moved,
         2.0 * of_expert * tokens * shape.top_k,
         {
@@ -190,7 +193,7 @@ def linear(bench: Bench, library: Library, shape: shapes.Linear, tokens: int) ->
     moved = 2.0 * (len(torch.unique(ids)) * of_expert + of_tokens)
     sets = [first, *(make() for _ in _sets(bench, moved)[1:])]
     return Timed(
-        [partial(cuda.moe_linear, library, *each) for each in sets],
+        [partial(cuda.call, moe_linear, library, *each) for each in sets],
         moved,
         2.0 * of_expert * choices,
         {"grouped_mm": [partial(peers.grouped_linear, *each) for each in sets]},
@@ -210,7 +213,7 @@ def scan(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens:
     if tokens <= MOST_EAGER_TOKENS:
         beside["eager"] = [partial(mamba2_scan, *inputs, 1, *limits) for inputs in sets[:1]]
     return Timed(
-        [partial(cuda.mamba2_scan, library, *inputs, *limits) for inputs in sets],
+        [partial(cuda.call, mamba2_scan, library, *inputs, 1, *limits) for inputs in sets],
         moved,
         4.0 * tokens * state,
         beside,
@@ -224,7 +227,7 @@ def conv(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens:
     moved = 4.0 * batch * channels * (tokens + past) + 2.0 * channels * (shape.width + 1)
     sets = [causal_conv_inputs(bench.device.name, BF16, *sizes) for _ in _sets(bench, moved)]
     return Timed(
-        [partial(cuda.causal_conv, library, *each, "silu") for each in sets],
+        [partial(cuda.call, causal_conv, library, *each, "silu") for each in sets],
         moved,
         2.0 * batch * tokens * channels * shape.width,
         {"conv1d": [partial(peers.conv1d, *each) for each in sets]},

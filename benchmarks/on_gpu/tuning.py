@@ -15,6 +15,8 @@ from ingot.plugins import cuda
 from ingot.plugins.check import mamba2_scan_inputs, moe_dispatch_inputs, relative_rms
 from ingot.plugins.kernels.build import TUNE_PATH
 from ingot.plugins.library import Library, LibraryError
+from ingot.plugins.mamba2_scan import mamba2_scan
+from ingot.plugins.moe_dispatch import moe_dispatch
 
 BF16 = torch.bfloat16
 # Of the built-in result: candidates add up in another order.
@@ -92,7 +94,7 @@ def tiles(bench: Bench, library: Library, tokens: int) -> Found:
 
     def call(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x, logits, gate_up, down = tensors
-        return (cuda.moe_dispatch(library, x, logits, gate_up, down, *options),)
+        return (cuda.call(moe_dispatch, library, x, logits, gate_up, down, *options),)
 
     choices = {
         f"{rows}x{columns} {variant}".strip(): partial(
@@ -113,7 +115,8 @@ def chunks(bench: Bench, library: Library, tokens: int) -> Found:
     inputs = mamba2_scan_inputs(bench.device.name, BF16, 1, tokens, **shape.sizes)
 
     def call() -> tuple[torch.Tensor, ...]:
-        return cuda.mamba2_scan(library, *inputs, 0.0, math.inf)
+        y, state = cuda.call(mamba2_scan, library, *inputs, 1, 0.0, math.inf)
+        return y, state
 
     choices = {
         f"{chunk} {variant}".strip(): partial(library.tune, chunk=chunk, scan_variant=variant)

@@ -8,7 +8,8 @@ import onnx_ir as ir
 from ingot.export.passes.constants import constant
 from ingot.export.passes.match import CausalConv, match_causal_conv
 from ingot.export.passes.replace import take_place
-from ingot.plugins.causal_conv import DOMAIN, NAME
+from ingot.plugins.causal_conv import causal_conv
+from ingot.plugins.operator import DOMAIN
 
 
 class CausalConvToOperator(ir.passes.InPlacePass):
@@ -37,7 +38,7 @@ def _gather(model: ir.Model, match: CausalConv) -> None:
         bias = constant(model, f"no_bias_{channels}", zeros)
     inputs = [match.inward.inputs[0], match.concat.inputs[0], weight, bias]
     made = ir.node(
-        NAME,
+        causal_conv.name,
         inputs,
         domain=DOMAIN,
         num_outputs=2,

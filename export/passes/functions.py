@@ -2,31 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import onnx
 import onnx_ir as ir
 
-from ingot.plugins import causal_conv, mamba2_scan, moe_dispatch, moe_linear
-
-DOMAIN, VERSION = moe_dispatch.DOMAIN, moe_dispatch.VERSION
-
-# A function cannot branch on a string, so a body may depend on the node's attributes.
-BODIES: dict[str, Callable[[ir.Node], onnx.FunctionProto]] = {
-    causal_conv.NAME: lambda node: _causal_conv(node),
-    mamba2_scan.NAME: lambda _: mamba2_scan.function_body(),
-    moe_dispatch.NAME: lambda node: moe_dispatch.function_body(
-        node.attributes["activation"].as_string()
-    ),
-    moe_linear.NAME: lambda _: moe_linear.function_body(),
-}
-
-
-def _causal_conv(node: ir.Node) -> onnx.FunctionProto:
-    weight = node.inputs[2]
-    assert weight is not None and weight.shape is not None
-    channels, _, width = weight.shape.numpy()
-    return causal_conv.function_body(node.attributes["activation"].as_string(), channels, width)
+from ingot.plugins.operator import DOMAIN, VERSION
+from ingot.plugins.registry import OPERATORS
 
 
 class AttachFunctionBodies(ir.passes.InPlacePass):
@@ -40,7 +19,7 @@ class AttachFunctionBodies(ir.passes.InPlacePass):
         for node in model.graph:
             if node.domain != DOMAIN or node.op_identifier() in model.functions:
                 continue
-            function = ir.serde.deserialize_function(BODIES[node.op_type](node))
+            function = ir.serde.deserialize_function(OPERATORS[node.op_type].body(node))
             model.functions[function.identifier()] = function
             modified = True
         if modified:

@@ -11,7 +11,8 @@ from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from ingot.export.passes.constants import constant, integers
 from ingot.export.passes.weights import ReadBlock, rearrange
-from ingot.plugins.moe_dispatch import DOMAIN, NAME
+from ingot.plugins.moe_dispatch import moe_dispatch
+from ingot.plugins.operator import DOMAIN
 
 INT64_MIN = np.iinfo(np.int64).min
 
@@ -40,7 +41,7 @@ class MoeDispatchToMoE(ir.passes.InPlacePass):
         modified = False
         always: ir.Value | None = None
         for node in list(model.graph):
-            silu = node.domain == DOMAIN and node.op_type == NAME
+            silu = node.domain == DOMAIN and node.op_type == moe_dispatch.name
             if not silu or node.attributes["activation"].as_string() != "silu":
                 continue
             always = always or self._always(model)

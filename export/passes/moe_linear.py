@@ -14,7 +14,8 @@ from ingot.export.passes.constants import constant, integers
 from ingot.export.passes.nodes import Nodes
 from ingot.export.passes.replace import take_place
 from ingot.export.passes.weights import ReadBlock, Weight
-from ingot.plugins.moe_linear import DOMAIN, NAME
+from ingot.plugins.moe_linear import moe_linear
+from ingot.plugins.operator import DOMAIN
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class MoeLinearToMatMuls(ir.passes.InPlacePass):
         orders: dict[ir.Value, _Order] = {}
         modified = False
         for node in list(model.graph):
-            if node.domain != DOMAIN or node.op_type != NAME:
+            if node.domain != DOMAIN or node.op_type != moe_linear.name:
                 continue
             _, expert_ids, weight = node.inputs
             assert expert_ids is not None and weight is not None

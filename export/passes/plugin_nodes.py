@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ingot.plugins.moe_dispatch import DOMAIN, VERSION
+from ingot.plugins.operator import DOMAIN, VERSION
 
 NAMESPACE, PLUGIN_VERSION = "plugin_namespace", "plugin_version"
 

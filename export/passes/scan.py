@@ -12,7 +12,8 @@ from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 from ingot.export.passes.constants import constant, integers
 from ingot.export.passes.nodes import Nodes
 from ingot.export.passes.replace import take_place
-from ingot.plugins.mamba2_scan import DOMAIN, NAME
+from ingot.plugins.mamba2_scan import mamba2_scan
+from ingot.plugins.operator import DOMAIN
 
 SWAP_STATE = (0, 1, 3, 2)
 
@@ -68,7 +69,7 @@ class Mamba2ScanToLinearAttention(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         masks: dict[ir.Value, _Mask] = {}
         for node in list(model.graph):
-            if node.domain != DOMAIN or node.op_type != NAME:
+            if node.domain != DOMAIN or node.op_type != mamba2_scan.name:
                 continue
             sizes = _sizes(node)
             if sizes is not None:

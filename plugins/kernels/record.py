@@ -16,8 +16,8 @@ from typing import Any
 from ingot.plugins.errors import IngotError
 from ingot.plugins.kernels.interpret import InterpretedLibrary
 from ingot.plugins.kernels.table import Form
-from ingot.plugins.library import DTYPES
-from ingot.plugins.tensorrt.table import PLUGINS, Plugin
+from ingot.plugins.library import CALLS
+from ingot.plugins.operator import DTYPES, Operator, size_of
 
 Grid = tuple[int, int, int]
 
@@ -58,7 +58,7 @@ class RecordingLibrary(InterpretedLibrary):
         workspace_bytes: int,
         stream: int | None,
     ) -> None:
-        self._plugin = next(p for p in PLUGINS.values() if p.structure is type(parameters))
+        self._operator = CALLS[type(parameters)]
         self._parameters = parameters
         self._workspace = (workspace or 0, workspace_bytes)
         super().run(parameters, workspace, workspace_bytes, stream)
@@ -70,7 +70,7 @@ class RecordingLibrary(InterpretedLibrary):
         sizes = {name: value for name, value in numbers.items() if isinstance(value, int)}
         launch = Launch(form, grid, sizes, dict(form.constants), values, pointers)
         check_grid(launch)
-        check_pointers(launch, [*_tensors(self._plugin, self._parameters), self._workspace])
+        check_pointers(launch, [*_tensors(self._operator, self._parameters), self._workspace])
 
 
 def read_arguments(form: Form, arguments: Any) -> tuple[dict[str, int], dict[str, int]]:
@@ -124,25 +124,16 @@ def check_pointers(launch: Launch, regions: list[tuple[int, int]]) -> None:
             raise RecordError(f"{launch.form.name} got {pointer:#x} for {name}, outside its call.")
 
 
-def _tensors(plugin: Plugin, parameters: ctypes.Structure) -> Iterator[tuple[int, int]]:
-    """Address and bytes of every tensor of a call, as the plugins' table has its shape."""
-    letters = {dim: getattr(parameters, member) for member, dim in plugin.sizes.items()}
-    # The table knows K of MoeDispatch's choices by no tensor, and the first of two forms first.
+def _tensors(operator: Operator, parameters: ctypes.Structure) -> Iterator[tuple[int, int]]:
+    """Address and bytes of every tensor of a call, as the operator declares its shape."""
+    letters = {dim: getattr(parameters, member) for member, dim in operator.sizes.items()}
     per_choice = getattr(parameters, "per_choice", 0)
     item = 4 if parameters.dtype == DTYPES["float32"] else 2
     widths = {"T": item, "float32": 4, "int64": 8}
-    for tensor in plugin.tensors:
+    for tensor in operator.tensors:
         shape = tensor.shapes[-1 if per_choice else 0]
-        count = math.prod(_size(dim, letters) for dim in shape)
+        count = math.prod(size_of(dim, letters) for dim in shape)
         yield getattr(parameters, tensor.name.lower()) or 0, count * widths[tensor.dtype]
-
-
-def _size(dim: str, letters: dict[str, int]) -> int:
-    if dim in letters:
-        return letters[dim]
-    if dim.isdigit():
-        return int(dim)
-    return letters[dim[1:]] * int(dim[0]) if dim[0].isdigit() else letters[dim[0]] - int(dim[2:])
 
 
 def _tiles(size: int, tile: int) -> int:

@@ -17,20 +17,24 @@ import numpy as np
 from ingot.plugins import library
 from ingot.plugins.activations import ACTIVATIONS
 from ingot.plugins.library import Library
-from ingot.plugins.tensorrt.table import (
-    KERNELS_FIELD,
-    NAMESPACE,
-    PLUGINS,
+from ingot.plugins.operator import (
+    DOMAIN,
     VERSION,
-    Field,
-    Plugin,
-    PluginError,
+    Attribute,
+    AttributeValue,
+    Operator,
+    OperatorError,
     T,
 )
+from ingot.plugins.registry import OPERATORS
 
-INT32_MAX = 2**31 - 1
+# As the parser looks a node's plugin up.
+NAMESPACE, PLUGIN_VERSION = DOMAIN, str(VERSION)
 
-FieldValue = int | float | str
+# Written into an engine beside the fields: the interface version of the kernels whose workspace it
+# reserved, 0 where there were none. With too little workspace the kernels would overwrite other
+# tensors.
+KERNELS_FIELD = "kernels"
 
 
 def register(trt: Any, path: Path = library.PATH) -> None:
@@ -47,83 +51,59 @@ def register(trt: Any, path: Path = library.PATH) -> None:
     there = {
         (each.name, each.plugin_version, each.plugin_namespace) for each in registry.all_creators
     }
-    for plugin in PLUGINS.values():
-        if (plugin.name, VERSION, NAMESPACE) not in there:
-            registry.register_creator(creator(trt, plugin, path), NAMESPACE)
+    for operator in OPERATORS.values():
+        if (operator.name, PLUGIN_VERSION, NAMESPACE) not in there:
+            registry.register_creator(creator(trt, operator, path), NAMESPACE)
 
 
 class Node:
     """What a node of the graph says, and the call that it becomes.
 
     Args:
-        plugin: its entry in the table.
+        operator: of the node.
         values: its fields; others are ignored.
         kernels: the interface version of the kernels that its engine is for, 0 for none.
 
     Raises:
-        PluginError: a field is missing, or is an activation that no kernel has.
+        OperatorError: a field is missing, or is an activation that no kernel has.
     """
 
-    def __init__(self, plugin: Plugin, values: Mapping[str, FieldValue], kernels: int) -> None:
-        missing = [field.name for field in plugin.fields if field.name not in values]
+    def __init__(
+        self, operator: Operator, values: Mapping[str, AttributeValue], kernels: int
+    ) -> None:
+        missing = [each.name for each in operator.attributes if each.name not in values]
         if missing:
-            raise PluginError(f"{plugin.name} lacks {', '.join(missing)}; set every attribute.")
+            raise OperatorError(f"{operator.name} lacks {', '.join(missing)}; set every attribute.")
         activation = values.get("activation", "silu")
         if activation not in ACTIVATIONS:
-            raise PluginError(
-                f"{plugin.name} has no activation {activation!r}; use one of "
+            raise OperatorError(
+                f"{operator.name} has no activation {activation!r}; use one of "
                 f"{', '.join(ACTIVATIONS)}."
             )
-        self.plugin = plugin
-        self.values = {field.name: values[field.name] for field in plugin.fields}
+        self.operator = operator
+        self.values = {each.name: values[each.name] for each in operator.attributes}
         self.kernels = kernels
         # TensorRT keeps only the addresses of what an engine is to hold.
         self.serialized = {
-            **{field.name: _array(field, self.values[field.name]) for field in plugin.fields},
+            **{each.name: _array(each, self.values[each.name]) for each in operator.attributes},
             KERNELS_FIELD: np.array([kernels], np.int32),
         }
-        self._pointers = [tensor.name.lower() for tensor in plugin.tensors]
         # The shapes of the last call and what they became: a generation repeats them.
         self._last: tuple[object, ctypes.Structure, int] | None = None
-
-    def parameters(self, dtype: str, sizes: Mapping[str, int], first_rank: int) -> ctypes.Structure:
-        """What the kernel library is called with, but for the addresses.
-
-        Args:
-            dtype: of T.
-            sizes: of the dimensions.
-            first_rank: of the first input.
-        """
-        plugin = self.plugin
-        members = {member for member, *_ in plugin.structure._fields_}
-        values: dict[str, Any] = {
-            name: value for name, value in self.values.items() if name in members
-        }
-        if "activation" in members:
-            values["activation"] = ACTIVATIONS[values["activation"]].number
-        if "per_choice" in members:
-            values["per_choice"] = int(first_rank == 3)
-        values["dtype"] = library.DTYPES[dtype]
-        for member, dim in plugin.sizes.items():
-            if sizes[dim] > INT32_MAX:
-                raise PluginError(
-                    f"{plugin.name} got {sizes[dim]} for {dim}; it takes up to {INT32_MAX}."
-                )
-            values[member] = sizes[dim]
-        return plugin.structure(**values)
 
     def workspace_bytes(self, path: Path, dtype: str, most: Sequence[Sequence[int]]) -> int:
         """Bytes for inputs of up to these shapes; 0 without kernels.
 
         Raises:
-            PluginError: a size past int32.
+            OperatorError: a size past int32.
             LibraryError: one that the kernels refuse.
         """
         kernels = _library(path)
         if kernels is None:
             return 0
-        sizes = self.plugin.bound(most)
-        return kernels.workspace_bytes(self.parameters(dtype, sizes, len(most[0])))
+        sizes = self.operator.bound(most)
+        parameters = self.operator.parameters(dtype, sizes, len(most[0]), self.values)
+        return kernels.workspace_bytes(parameters)
 
     def run(
         self,
@@ -145,35 +125,34 @@ class Node:
             stream: a ``CUstream``.
 
         Raises:
-            PluginError: the engine was built for other kernels, or the shapes disagree.
+            OperatorError: the engine was built for other kernels, or the shapes disagree.
             LibraryError: there are no kernels here, or they refuse the call.
         """
         kernels = _library(path) or Library(path)
         if self.kernels != library.VERSION:
             built_for = f"version {self.kernels}" if self.kernels else "none"
-            raise PluginError(
+            raise OperatorError(
                 f"the engine was built for other GPU kernels ({built_for}) than those of "
                 f"{path} (version {library.VERSION}); build it again."
             )
         # The contexts of an engine share this and may run in several threads, hence the copies.
         last, key = self._last, (dtype, *map(tuple, shapes))
         if last is None or last[0] != key:
-            sizes = self.plugin.bind(shapes)
-            parameters = self.parameters(dtype, sizes, len(shapes[0]))
+            sizes = self.operator.bind(shapes)
+            parameters = self.operator.parameters(dtype, sizes, len(shapes[0]), self.values)
             # TensorRT does not say how much it reserved. It serialises a plugin for one profile
             # before it asks what the next needs, so the engine cannot say either. But it asked for
             # the profile's largest sizes, whose bytes are no fewer than those of any in it.
             last = self._last = key, parameters, kernels.workspace_bytes(parameters)
-        call = self.plugin.structure.from_buffer_copy(last[1])
-        for pointer, address in zip(self._pointers, addresses, strict=True):
-            setattr(call, pointer, address)
+        call = self.operator.structure.from_buffer_copy(last[1])
+        self.operator.point(call, addresses)
         kernels.run(call, workspace, last[2], stream)
 
 
-def _array(field: Field, value: FieldValue) -> np.ndarray:
+def _array(attribute: Attribute, value: AttributeValue) -> np.ndarray:
     if isinstance(value, str):
         return np.frombuffer(value.encode(), np.int8)
-    return np.array([value], field.kind)
+    return np.array([value], attribute.type.tensorrt)
 
 
 def _library(path: Path) -> Library | None:
@@ -185,8 +164,8 @@ def _open(path: Path) -> Library:
     return Library(path)
 
 
-def creator(trt: Any, plugin: Plugin, path: Path = library.PATH) -> Any:
-    """A creator of this plugin, which TensorRT's registry takes."""
+def creator(trt: Any, operator: Operator, path: Path = library.PATH) -> Any:
+    """A creator of the operator's plugin, which TensorRT's registry takes."""
     field_types = {
         "int32": trt.PluginFieldType.INT32,
         "float32": trt.PluginFieldType.FLOAT32,
@@ -209,10 +188,10 @@ def creator(trt: Any, plugin: Plugin, path: Path = library.PATH) -> Any:
         def __init__(self, node: Node) -> None:
             for base in IngotPlugin.__bases__:
                 base.__init__(self)
-            self.plugin_name = plugin.name
-            self.plugin_version = VERSION
+            self.plugin_name = operator.name
+            self.plugin_version = PLUGIN_VERSION
             self.plugin_namespace = NAMESPACE
-            self.num_outputs = len(plugin.outputs)
+            self.num_outputs = len(operator.outputs)
             self.node = node
 
         def get_capability_interface(self, kind: Any) -> Any:
@@ -224,23 +203,23 @@ def creator(trt: Any, plugin: Plugin, path: Path = library.PATH) -> Any:
         def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
             return [
                 input_types[0] if output.dtype == "T" else data_types[output.dtype]
-                for output in plugin.outputs
+                for output in operator.outputs
             ]
 
         def get_output_shapes(
             self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any
         ) -> list[Any]:
-            plugin.check_ranks([len(shape) for shape in inputs])
-            by_name = dict(zip((each.name for each in plugin.inputs), inputs, strict=True))
+            operator.check_ranks([len(shape) for shape in inputs])
+            by_name = dict(zip((each.name for each in operator.inputs), inputs, strict=True))
             return [
-                trt.DimsExprs([by_name[name][axis] for name, axis in plugin.references(output)])
-                for output in plugin.outputs
+                trt.DimsExprs([by_name[name][axis] for name, axis in operator.references(output)])
+                for output in operator.outputs
             ]
 
         def supports_format_combination(
             self, position: int, tensors: Sequence[Any], inputs: int
         ) -> bool:
-            found, expected = tensors[position].desc, plugin.tensors[position].dtype
+            found, expected = tensors[position].desc, operator.tensors[position].dtype
             if found.format != trt.TensorFormat.LINEAR:
                 return False
             if expected != "T":
@@ -261,8 +240,8 @@ def creator(trt: Any, plugin: Plugin, path: Path = library.PATH) -> Any:
             data = self.node.serialized
             return trt.PluginFieldCollection(
                 [
-                    trt.PluginField(each.name, data[each.name], field_types[each.kind])
-                    for each in (*plugin.fields, Field(KERNELS_FIELD, "int32"))
+                    trt.PluginField(each.name, data[each.name], field_types[each.type.tensorrt])
+                    for each in (*operator.attributes, Attribute(KERNELS_FIELD, "int"))
                 ]
             )
 
@@ -295,13 +274,15 @@ def creator(trt: Any, plugin: Plugin, path: Path = library.PATH) -> Any:
     class IngotCreator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.name = plugin.name
-            self.plugin_version = VERSION
+            self.name = operator.name
+            self.plugin_version = PLUGIN_VERSION
             self.plugin_namespace = NAMESPACE
             self.field_names = trt.PluginFieldCollection(
                 [
-                    trt.PluginField(each.name, np.array([], np.int8), field_types[each.kind])
-                    for each in plugin.fields
+                    trt.PluginField(
+                        each.name, np.array([], np.int8), field_types[each.type.tensorrt]
+                    )
+                    for each in operator.attributes
                 ]
             )
 
@@ -314,6 +295,6 @@ def creator(trt: Any, plugin: Plugin, path: Path = library.PATH) -> Any:
                 else:
                     values[each.name] = each.data.item()
             here = library.VERSION if path.is_file() else 0
-            return IngotPlugin(Node(plugin, values, int(values.get(KERNELS_FIELD, here))))
+            return IngotPlugin(Node(operator, values, int(values.get(KERNELS_FIELD, here))))
 
     return IngotCreator()

@@ -19,8 +19,8 @@ import torch
 from onnx import helper
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import ingot.plugins.experts
-import ingot.plugins.moe_dispatch  # noqa: F401  (both register their operators)
+import ingot.plugins.experts  # noqa: F401  (registers its operator)
+from ingot.plugins.registry import OPERATORS
 from ingot.validate.truth.recording import ROUTER_LOGITS
 
 Array = npt.NDArray[Any]
@@ -35,8 +35,13 @@ NUDGE = 2.0**-20
 
 # The operators that choose, and the place of the router's logits among their arguments.
 _ROUTED: dict[Any, int] = {
-    torch.ops.ingot.moe_dispatch.default: 1,
     torch.ops.ingot.choose_experts.default: 0,
+    **{
+        operator.overload: place
+        for operator in OPERATORS.values()
+        for place, tensor in enumerate(operator.inputs)
+        if tensor.name == "router_logits"
+    },
 }
 
 
