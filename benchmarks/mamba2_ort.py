@@ -23,6 +23,7 @@ from ingot.export.passes import scan
 from ingot.export.passes.convolution import CausalConvToBlocked
 from ingot.export.passes.scan import Mamba2ScanToLinearAttention
 from ingot.plugins import mamba2_scan
+from ingot.runtime.onnxruntime_session import open_session, ort_value
 
 THREADS = 2
 SECONDS_PER_CELL = 1.0
@@ -187,16 +188,9 @@ def parsed(text: str, weights: dict[str, np.ndarray]) -> ir.Model:
 
 
 def opened(model: ir.Model) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    options.log_severity_level = 3
+    graph = ir.serde.serialize_model(model).SerializeToString()
     # The threads of one form would take the processor from the next one's.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(
-        ir.serde.serialize_model(model).SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-    )
+    return open_session(graph, threads=THREADS, spinning=False)
 
 
 def calls(
@@ -210,7 +204,7 @@ def calls(
     for item in some.get_inputs():
         size = [named[d] if isinstance(d, str) else d for d in item.shape]
         array = np.ones(size) if item.name == "mask" else random.normal(size=size)
-        values[item.name] = onnxruntime.OrtValue.ortvalue_from_numpy(array.astype(np.float32))
+        values[item.name] = ort_value(array.astype(np.float32))
     return {name: bound(session, values) for name, session in sessions.items()}
 
 

@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from ingot.export.ingot import GRAPH, MANIFEST, Manifest
 from ingot.graphs.state import State
+from ingot.runtime.onnxruntime_session import open_session, ort_value
 from ingot.runtime.session import Floats, Ids, SessionError
 from ingot.runtime.tokens import TokenInputs
 
 Array = npt.NDArray[Any]
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class OrtSession:
@@ -53,24 +52,13 @@ class OrtSession:
         self.fed: dict[str, Ids] = {}
         self.tapped: dict[str, Array] = {}
         self._taps = list(taps)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Warnings about unused constants of the function bodies are of no use to a user.
-        options.log_severity_level = 3
-        options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
-        source = str(folder / GRAPH) if graph is None else graph
-        try:
-            self._session = onnxruntime.InferenceSession(
-                source, options, providers=["CPUExecutionProvider"]
-            )
-        # ONNX Runtime's exceptions share no public base class.
-        except Exception as error:
-            version = onnxruntime.__version__
-            made_with = manifest.tools.get("onnxruntime", "another version")
-            raise SessionError(
-                f"ONNX Runtime {version} cannot load {folder / GRAPH} (made with {made_with}): "
-                f"{error}"
-            ) from error
+        made_with = manifest.tools.get("onnxruntime", "another version")
+        self._session = open_session(
+            folder / GRAPH if graph is None else graph,
+            name=f"{folder / GRAPH} (made with {made_with})",
+            threads=threads,
+            weights_folder=folder,
+        )
         has = {item.name for item in (*self._session.get_inputs(), *self._session.get_outputs())}
         named = {manifest.main_output, *(item.name for item in manifest.inputs)}
         missing = sorted((named | {state.output for state in manifest.states}) - has)
@@ -86,7 +74,7 @@ class OrtSession:
     def reset(self, batch: int, capacity: int) -> None:
         """See ``Session.reset``."""
         self._tokens.reset(batch, capacity)
-        self._state = {state.input: _value(self._zeros(state)) for state in self.manifest.states}
+        self._state = {state.input: ort_value(self._zeros(state)) for state in self.manifest.states}
 
     def _zeros(self, state: State) -> Array:
         room = self._tokens.capacity if state.shared else 0
@@ -118,7 +106,7 @@ class OrtSession:
         feeds = self._tokens.append(input_ids, attention_mask)
         self.fed = {name: array for name, array in feeds.items() if name in self._inputs}
         binding = self._session.io_binding()
-        held = {name: _value(array) for name, array in {**self.fed, **self.given}.items()}
+        held = {name: ort_value(array) for name, array in {**self.fed, **self.given}.items()}
         for name, value in {**held, **self._state}.items():
             binding.bind_ortvalue_input(name, value)
         main = self.manifest.main_output
@@ -151,7 +139,3 @@ class OrtSession:
                 array = array.take(range(seen), axis=state.axis)
             result[state.output] = array.astype(np.float32)
         return result
-
-
-def _value(array: Array) -> onnxruntime.OrtValue:
-    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))

@@ -5,7 +5,6 @@ Shape letters: B batch, T new tokens, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -15,10 +14,6 @@ import numpy.typing as npt
 
 from ingot.export.ingot import Manifest
 from ingot.plugins.errors import IngotError
-
-# ONNX Runtime's wheel (1.31) otherwise keeps a database of its use in the home folder to report it.
-# It looks when it is imported, which every way to a session does after this module.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

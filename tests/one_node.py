@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from ingot.export.passes.weights import Weight
+from ingot.runtime.onnxruntime_session import open_session
 
 OPSET = 23
 
@@ -73,11 +74,4 @@ def session(model: ir.Model, *passes: ir.passes.PassBase) -> onnxruntime.Inferen
     """Apply ``passes`` in place and open the result, on two threads."""
     for change in passes:
         change(model)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 2
-    return onnxruntime.InferenceSession(
-        ir.serde.serialize_model(model).SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-    )
+    return open_session(ir.serde.serialize_model(model).SerializeToString(), threads=2)

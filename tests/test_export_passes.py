@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from conftest import MakeCheckpoint
 
@@ -21,6 +20,7 @@ from ingot.export.passes.tied import TiedHeadToFusedMatMul
 from ingot.export.write_weights import weights_of, write_weights
 from ingot.graphs.checkpoint import Checkpoint, block_reader
 from ingot.graphs.family import family_of
+from ingot.runtime.onnxruntime_session import open_session
 
 Change = Callable[[ir.Model], object]
 
@@ -45,9 +45,7 @@ def run(found: Captured, folder: Path) -> list[np.ndarray]:
     folder.mkdir()
     write_weights(found.model, folder, "weights.safetensors", lambda _bytes: None)
     ir.save(found.model, folder / "model.onnx")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(folder / "model.onnx", options)
+    session = open_session(folder / "model.onnx")
     random = np.random.default_rng(5)
     ids = random.integers(0, 512, (3, 11))
     mask = np.ones_like(ids)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
@@ -49,6 +48,7 @@ from ingot.graphs.layers import load_balancing_loss
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.plugins.errors import IngotError
 from ingot.runtime.generate import generate
+from ingot.runtime.onnxruntime_session import open_session
 from ingot.runtime.session import Floats, Ids, Session, SessionError, load
 from ingot.validate.run import validate_ingot
 from ingot.validate.truth.eager import EagerSession
@@ -170,7 +170,7 @@ def test_router_logits_and_hidden_states_equal_transformers(
         out = make_ingot(
             folder, target, capture=once, extra_outputs=("router_logits", "hidden_states")
         )
-        session = onnxruntime.InferenceSession(out / "model.onnx")
+        session = open_session(out / "model.onnx")
         states = Manifest.read(out).states
         feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
         feeds |= {s.input: np.zeros((len(ids), 2, 0, 16), dtype=np.float32) for s in states}

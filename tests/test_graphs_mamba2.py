@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,6 +46,7 @@ from ingot.graphs.mamba2 import FAMILY, Mamba2Config
 from ingot.graphs.preset import preset_config, random_weight
 from ingot.graphs.state import Kind, State
 from ingot.runtime.generate import generate
+from ingot.runtime.onnxruntime_session import open_session
 from ingot.runtime.session import Floats, Ids, load
 from ingot.validate.run import validate_ingot
 from ingot.validate.truth.eager import EagerSession
@@ -486,7 +486,7 @@ def test_bare_model_and_hidden_states_equal_transformers(
         )
         manifest = Manifest.read(folder_out)
         assert (manifest.task, manifest.main_output) == ("features", "last_hidden_state")
-        session = onnxruntime.InferenceSession(folder_out / "model.onnx")
+        session = open_session(folder_out / "model.onnx")
         feeds = {"input_ids": ids, "attention_mask": mask}
         feeds |= {s.input: p.numpy() for s, p in zip(eager.states, past, strict=True)}
         names = [output.name for output in session.get_outputs()]

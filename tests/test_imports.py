@@ -39,6 +39,9 @@ STANDARD_LIBRARY_AND: dict[str, tuple[str, ...]] = {
     "ingot.validate.judge.metrics": ("numpy",),
 }
 
+# Options, provider and telemetry are decided where a session is opened, and so in one place.
+OPENER = "ingot.runtime.onnxruntime_session"
+
 
 def _dotted(node: ast.expr) -> str | None:
     if isinstance(node, ast.Name):
@@ -104,6 +107,8 @@ def offences(module: str, source: str) -> list[str]:
             problems.append(f"{module} imports {name}; it is the tests' oracle only")
         if _within(name, ("torch.onnx",)) and module != "ingot.export.capture":
             problems.append(f"{module} uses torch.onnx; only export.capture may")
+        if top == "onnxruntime" and folder in OURS and module != OPENER:
+            problems.append(f"{module} imports {name}; only {OPENER} may")
         if top == "torch" and folder == "ingot.runtime":
             problems.append(f"{module} imports {name}; the runtime works without PyTorch")
         if module == "ingot.plugins.errors":
@@ -223,6 +228,8 @@ def test_finds_the_uses_it_must_find_in_the_real_sources() -> None:
         ("ingot.graphs.olmoe", "from graphs.state import BATCH", "graphs.state.BATCH"),
         ("ingot.runtime.ort", "__import__('ingot.validate.run')", "ingot.validate.run"),
         ("ingot.runtime.ort", "from .session import load", ".session.load"),
+        ("ingot.runtime.ort", "import onnxruntime", "onnxruntime"),
+        ("ingot.validate.locate.locate", "from onnxruntime import InferenceSession", "onnxruntime"),
         ("ingot.validate.judge.metrics", "import torch", "torch"),
         ("ingot.validate.run", "import transformers", "transformers"),
     ],
@@ -253,7 +260,8 @@ def test_reports_a_forbidden_import(module: str, source: str, named: str) -> Non
             "ingot.runtime.trt",
             "from ingot.plugins import errors, library\nfrom ingot.export import ingot",
         ),
-        ("ingot.runtime.ort", "import onnxruntime\nx = 'import torch'  # import torch"),
+        ("ingot.runtime.ort", "import numpy\nx = 'import torch'  # import torch"),
+        ("ingot.runtime.onnxruntime_session", "import os\nimport onnxruntime"),
         ("ingot.validate.run", "import torch\nfrom ingot.export.ingot import Manifest"),
     ],
 )

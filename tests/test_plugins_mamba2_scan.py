@@ -27,6 +27,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
 
 from ingot.plugins import mamba2_scan as op
 from ingot.plugins.operator import DOMAIN, VERSION
+from ingot.runtime.onnxruntime_session import open_session
 
 Arrays = dict[str, np.ndarray]
 Pair = tuple[np.ndarray, np.ndarray]
@@ -158,14 +159,8 @@ def body_session(
 
 
 def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 2
     # Threads that spin between runs would slow down the eager half of the tests.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return open_session(model.SerializeToString(), threads=2, spinning=False)
 
 
 def body(

@@ -37,6 +37,7 @@ from ingot.plugins.errors import IngotError
 from ingot.runtime import triton
 from ingot.runtime.cli import main as runtime_command
 from ingot.runtime.generate import Sampling, generate
+from ingot.runtime.onnxruntime_session import open_session
 from ingot.runtime.session import SessionError, load
 from ingot.runtime.triton import (
     CARRIED,
@@ -125,7 +126,7 @@ class Sequence:
     def __init__(self, folder: Path) -> None:
         self.config = _parsed(folder / "config.pbtxt")
         path = folder / "1" / self.config.default_model_filename
-        self.session = onnxruntime.InferenceSession(str(path))
+        self.session = open_session(path)
         self.states = list(self.config.sequence_batching.state)
         self.values = {}
         for state in self.states:

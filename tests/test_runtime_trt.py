@@ -19,7 +19,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
@@ -32,6 +31,7 @@ from ingot.export.request import Limits
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.plugins.device import compute_capability
 from ingot.plugins.library import PATH as KERNEL_LIBRARY
+from ingot.runtime.onnxruntime_session import open_session
 from ingot.runtime.session import SessionError, load
 from ingot.runtime.trt import Engine, TrtSession, check_engine
 from ingot.validate.truth.eager import EagerSession
@@ -54,9 +54,7 @@ class StandIn:
     device_memory_size_v2 = max(ACTIVATIONS.values())
 
     def __init__(self, folder: Path, cuda: HostCuda) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(folder / GRAPH, options)
+        self.session = open_session(folder / GRAPH)
         self.cuda = cuda
         self.profiles = profiles_of(Manifest.read(folder))
         self.contexts: list[Context] = []

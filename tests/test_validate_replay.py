@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx.reference
-import onnxruntime
 import pytest
 import torch
 from conftest import MakeCheckpoint
@@ -22,6 +21,7 @@ from onnx import helper
 import ingot.plugins.experts
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.plugins.experts import route
+from ingot.runtime.onnxruntime_session import open_session
 from ingot.runtime.session import Floats
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import QUICK, make_inputs
@@ -172,9 +172,7 @@ def replay_model() -> onnx.ModelProto:
 
 @functools.cache
 def on_ort() -> Callable[[Array, Chosen], Array]:
-    session = onnxruntime.InferenceSession(
-        replay_model().SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    session = open_session(replay_model().SerializeToString())
     return lambda logits, chosen: session.run(None, {"logits": logits, "chosen": chosen})[0]
 
 

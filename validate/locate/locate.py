@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
-import onnxruntime
 from onnx import helper
 
 from ingot.export.capture import Captured
@@ -34,6 +33,7 @@ from ingot.export.request import EXTRA_OUTPUTS
 from ingot.export.write_weights import weights_of
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.plugins.errors import IngotError
+from ingot.runtime.onnxruntime_session import open_session, ort_value
 from ingot.validate.judge.metrics import relative_error
 from ingot.validate.result import Location
 from ingot.validate.truth.inputs import Inputs
@@ -387,11 +387,8 @@ class _Part:
         self.values = list(values)
         self.inputs = [name for name in given if name in read]
         weights = [name for name in graph.initializers if name in read and graph.is_weight(name)]
-        # ONNX Runtime uses these arrays as they are; they must outlive the session.
-        self._weights = [onnxruntime.OrtValue.ortvalue_from_numpy(graph.read(n)) for n in weights]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.add_external_initializers(weights, self._weights)
+        # They must outlive the session.
+        self._weights = {name: ort_value(graph.read(name)) for name in weights}
         model = onnx.ModelProto(
             ir_version=graph.model.ir_version,
             opset_import=graph.model.opset_import,
@@ -406,9 +403,7 @@ class _Part:
         )
         self._session: Any = None
         if values:
-            self._session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = open_session(model.SerializeToString(), weights=self._weights)
 
     def run(self, known: Values) -> Values:
         """Every value asked for, by name."""

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from ingot.export.ingot import GRAPH, Manifest
 from ingot.graphs.state import State
+from ingot.runtime.onnxruntime_session import open_session
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Ids, Session
 from ingot.validate.judge.metrics import relative_error
@@ -108,12 +108,7 @@ class _Plain:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, inputs: Inputs) -> None:
-        options = onnxruntime.SessionOptions()
-        # As in ``runtime.ort``.
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            str(folder / GRAPH), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = open_session(folder / GRAPH)
         self._manifest = manifest
         self._taken = {item.name for item in self._session.get_inputs()}
         self._states = {state.input: _empty(state, inputs) for state in manifest.states}

@@ -1,0 +1,90 @@
+"""ONNX Runtime's sessions: where every graph is opened, and the only import of the package.
+
+A session's options, its provider and what ONNX Runtime leaves behind on a disk are decided here
+once, for an ingot's session and for what is run beside it in a validation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ingot.runtime.session import SessionError
+
+# ONNX Runtime's wheel (1.31) otherwise keeps a database of its use in the home folder to report it.
+# It looks when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime
+
+CPU = "CPUExecutionProvider"
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+_SPINNING = "session.intra_op.allow_spinning"
+
+
+def open_session(
+    graph: Path | bytes,
+    *,
+    name: str = "",
+    threads: int = 0,
+    spinning: bool = True,
+    provider: str = CPU,
+    weights_folder: Path | None = None,
+    weights: Mapping[str, onnxruntime.OrtValue] | None = None,
+    libraries: Sequence[Path] = (),
+) -> onnxruntime.InferenceSession:
+    """ONNX Runtime's session of one graph.
+
+    Args:
+        graph: an ONNX file, which finds its weights beside it, or the bytes of one.
+        name: of the graph in a refusal; by default its path.
+        threads: of one operator; 0 lets ONNX Runtime choose.
+        spinning: whether threads wait for the next run busily. Where sessions take turns, they
+            would take the processor from each other.
+        provider: of the kernels.
+        weights_folder: where the graph's external data lies; bytes have no place of their own.
+        weights: initializers by name, in place of their external data. The session reads them where
+            they are, so the caller keeps them for as long as it runs.
+        libraries: shared libraries with custom operators of the graph.
+
+    Raises:
+        SessionError: a provider that this ONNX Runtime does not have, or a graph it cannot load.
+    """
+    has = onnxruntime.get_available_providers()
+    if provider not in has:
+        # ONNX Runtime itself would warn, and run on another.
+        raise SessionError(
+            f"ONNX Runtime {onnxruntime.__version__} has no {provider} here, but {', '.join(has)}; "
+            "install a build that has it."
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Warnings about unused constants of the function bodies are of no use to a user.
+    options.log_severity_level = 3
+    if not spinning:
+        options.add_session_config_entry(_SPINNING, "0")
+    if weights_folder is not None:
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights_folder))
+    if weights is not None:
+        options.add_external_initializers(list(weights), list(weights.values()))
+    source = graph if isinstance(graph, bytes) else str(graph)
+    try:
+        for library in libraries:
+            options.register_custom_ops_library(str(library))
+        return onnxruntime.InferenceSession(source, options, providers=[provider])
+    # ONNX Runtime's exceptions share no public base class.
+    except Exception as error:
+        name = name or ("the graph" if isinstance(graph, bytes) else str(graph))
+        raise SessionError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {error}"
+        ) from error
+
+
+def ort_value(array: npt.NDArray[Any]) -> onnxruntime.OrtValue:
+    """An array as a session binds it; a contiguous one is not copied and must outlive the value."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
