@@ -27,7 +27,8 @@ from ingot.export.progress import Stages
 from ingot.export.request import ExportRequest
 from ingot.graphs.family import find_family
 from ingot.graphs.preset import preset_config, write_checkpoint
-from ingot.runtime.session import Session, load
+from ingot.runtime.loading import load
+from ingot.runtime.session import Session
 
 REPETITIONS = 7
 

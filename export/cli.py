@@ -196,7 +196,7 @@ def _validate(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str,
 
 def _preview(folder: Path, vocab_size: int) -> None:
     from ingot.runtime.generate import generate
-    from ingot.runtime.session import load
+    from ingot.runtime.loading import load
 
     prompt = [token % vocab_size for token in range(2, 10)]
     session = load(folder, verify=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ingot.runtime.session import load
+    from ingot.runtime.loading import load
 
 __all__ = ["load"]
 
@@ -18,6 +18,6 @@ def __getattr__(name: str) -> Any:
     # At its first use, since a session needs numpy and `--help` does not.
     if name != "load":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ingot.runtime.session import load
+    from ingot.runtime.loading import load
 
     return load

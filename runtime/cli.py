@@ -46,7 +46,7 @@ def _load(folder: Path, threads: int, *, verify: bool, allow_failed: bool) -> Se
     from rich.console import Console
     from rich.progress import Progress
 
-    from ingot.runtime.session import load
+    from ingot.runtime.loading import load
 
     console = Console(stderr=True)
     # Elsewhere than on a terminal, Progress would leave an empty line.

@@ -53,6 +53,7 @@ CARRIED = (
     "ingot/plugins/errors.py",
     "ingot/runtime/__init__.py",
     "ingot/runtime/generate.py",
+    "ingot/runtime/loading.py",
     "ingot/runtime/onnxruntime_session.py",
     "ingot/runtime/ort.py",
     "ingot/runtime/session.py",

@@ -24,7 +24,8 @@ import triton_python_backend_utils as pb_utils
 
 from ingot.plugins.errors import IngotError
 from ingot.runtime.generate import Sampling, generate
-from ingot.runtime.session import Session, SessionError, load
+from ingot.runtime.loading import load
+from ingot.runtime.session import Session, SessionError
 
 
 @dataclass(frozen=True)

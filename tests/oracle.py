@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from ingot.export.capture import Captured, capture
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.runtime.generate import generate
-from ingot.runtime.session import Session, load
+from ingot.runtime.loading import load
+from ingot.runtime.session import Session
 from ingot.validate.truth.eager import EagerSession
 
 WAYS = ("eager", "onnx", "ort")

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from ingot.export.cli import export_command, main
 from ingot.export.ingot import GRAPH, MANIFEST, WEIGHTS, Manifest
 from ingot.graphs.family import FAMILIES
-from ingot.runtime.session import SessionError, load
+from ingot.runtime.loading import load
+from ingot.runtime.session import SessionError
 from ingot.validate.judge.limits import LIMITS
 
 Tensors = dict[str, torch.Tensor]

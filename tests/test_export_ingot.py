@@ -34,7 +34,8 @@ from ingot.export.ingot import (
     staged,
 )
 from ingot.graphs.state import State
-from ingot.runtime.session import SessionError, load
+from ingot.runtime.loading import load
+from ingot.runtime.session import SessionError
 
 LONGEST_WAIT = 120.0
 

@@ -19,7 +19,8 @@ from ingot.export.engine import RTX, Builder, custom_nodes, layers, profiles, tr
 from ingot.export.ingot import ENGINE, GRAPH, TRTEXEC, Manifest, TensorInfo, sha256
 from ingot.export.request import PRECISIONS, Limits
 from ingot.graphs.checkpoint import Checkpoint
-from ingot.runtime.session import Session, load
+from ingot.runtime.loading import load
+from ingot.runtime.session import Session
 from ingot.validate.truth.eager import EagerSession
 
 FAMILIES = ("olmoe", "jetmoe", "granite", "mamba2")

@@ -48,8 +48,9 @@ from ingot.graphs.layers import load_balancing_loss
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.plugins.errors import IngotError
 from ingot.runtime.generate import generate
+from ingot.runtime.loading import load
 from ingot.runtime.onnxruntime_session import open_session
-from ingot.runtime.session import Floats, Ids, Session, SessionError, load
+from ingot.runtime.session import Floats, Ids, Session, SessionError
 from ingot.validate.run import validate_ingot
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.recording import Stepper

@@ -46,8 +46,9 @@ from ingot.graphs.mamba2 import FAMILY, Mamba2Config
 from ingot.graphs.preset import preset_config, random_weight
 from ingot.graphs.state import Kind, State
 from ingot.runtime.generate import generate
+from ingot.runtime.loading import load
 from ingot.runtime.onnxruntime_session import open_session
-from ingot.runtime.session import Floats, Ids, load
+from ingot.runtime.session import Floats, Ids
 from ingot.validate.run import validate_ingot
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import make_inputs

@@ -28,8 +28,8 @@ from transformers import OlmoeForCausalLM, OlmoeModel
 
 from ingot.export.ingot import Manifest
 from ingot.graphs.checkpoint import Checkpoint
+from ingot.runtime.loading import load
 from ingot.runtime.onnxruntime_session import open_session
-from ingot.runtime.session import load
 from ingot.validate.truth.eager import EagerSession
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}

@@ -251,7 +251,7 @@ def test_reports_a_forbidden_import(module: str, source: str, named: str) -> Non
         ("ingot.export.capture", "import torch\ntorch.onnx.export(m)"),
         (
             "ingot.export.cli",
-            "from ingot.validate.run import x\nfrom ingot.runtime.session import load",
+            "from ingot.validate.run import x\nfrom ingot.runtime.loading import load",
         ),
         ("ingot.export.ingot", "import json\nfrom ingot.plugins.errors import IngotError"),
         ("ingot.export.ingot", "from ingot.graphs.state import State"),

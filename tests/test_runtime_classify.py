@@ -19,7 +19,8 @@ from ingot.graphs.family import find_family
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.runtime.classify import classify, probabilities
 from ingot.runtime.cli import classify_command
-from ingot.runtime.session import SessionError, load
+from ingot.runtime.loading import load
+from ingot.runtime.session import SessionError
 
 PROMPTS = [[11, 205, 7, 300, 42], [8, 99], [501, 3, 17, 250]]
 NAMES = {"0": "no", "1": "yes", "2": "perhaps"}

@@ -18,7 +18,8 @@ from conftest import MakeCheckpoint, MakeIngot
 
 from ingot.export.ingot import MANIFEST
 from ingot.runtime.generate import generate
-from ingot.runtime.session import Session, load
+from ingot.runtime.loading import load
+from ingot.runtime.session import Session
 
 BUILD = Path(os.environ.get("INGOT_CPP", "/nowhere"))
 EXAMPLE = BUILD / "ingot_generate"

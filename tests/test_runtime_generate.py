@@ -24,7 +24,8 @@ from transformers import OlmoeForCausalLM
 from ingot.export.ingot import MANIFEST
 from ingot.runtime.cli import main
 from ingot.runtime.generate import Sampling, choose, generate, pad_left
-from ingot.runtime.session import Floats, Session, SessionError, load
+from ingot.runtime.loading import load
+from ingot.runtime.session import Floats, Session, SessionError
 
 PROMPTS = [[17, 300, 5, 44, 101, 256, 7], [411], [9, 8, 207]]
 NEW = 32

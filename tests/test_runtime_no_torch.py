@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ingot.runtime.generate import generate
-from ingot.runtime.session import load
+from ingot.runtime.loading import load
 
 PROMPTS = [[3, 14, 15], [9, 2, 6, 5, 3]]
 BLOCKED = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript")

@@ -12,8 +12,9 @@ import onnxruntime
 import pytest
 
 from ingot.export.ingot import Manifest
+from ingot.runtime.loading import load
 from ingot.runtime.ort import OrtSession
-from ingot.runtime.session import Floats, Ids, Session, SessionError, load
+from ingot.runtime.session import Floats, Ids, Session, SessionError
 
 TOKENS = 9
 

@@ -37,8 +37,9 @@ from ingot.plugins.errors import IngotError
 from ingot.runtime import triton
 from ingot.runtime.cli import main as runtime_command
 from ingot.runtime.generate import Sampling, generate
+from ingot.runtime.loading import load
 from ingot.runtime.onnxruntime_session import open_session
-from ingot.runtime.session import SessionError, load
+from ingot.runtime.session import SessionError
 from ingot.runtime.triton import (
     CARRIED,
     CARRIED_FOR_ENGINES,

@@ -21,7 +21,7 @@ from triton_server import Server
 
 from ingot.export.ingot import Manifest
 from ingot.runtime.generate import generate
-from ingot.runtime.session import load
+from ingot.runtime.loading import load
 from ingot.runtime.triton import Settings, grows, write_repository
 
 grpc = pytest.importorskip("tritonclient.grpc")

@@ -19,7 +19,7 @@ from conftest import MakeCheckpoint, MakeIngot
 from triton_server import Server
 
 from ingot.runtime.generate import Sampling, generate
-from ingot.runtime.session import load
+from ingot.runtime.loading import load
 from ingot.runtime.triton import Settings, write_repository
 
 grpc = pytest.importorskip("tritonclient.grpc")

@@ -31,8 +31,9 @@ from ingot.export.request import Limits
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.plugins.device import compute_capability
 from ingot.plugins.library import PATH as KERNEL_LIBRARY
+from ingot.runtime.loading import load
 from ingot.runtime.onnxruntime_session import open_session
-from ingot.runtime.session import SessionError, load
+from ingot.runtime.session import SessionError
 from ingot.runtime.trt import Engine, TrtSession, check_engine
 from ingot.validate.truth.eager import EagerSession
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from ingot.export.cli import main
 from ingot.export.ingot import SCHEMA_VERSION, Manifest
 from ingot.runtime.generate import generate
-from ingot.runtime.session import load
+from ingot.runtime.loading import load
 
 DATA = Path(__file__).parent / "data"
 INGOTS = sorted(path.parent for path in DATA.glob("schema*/*/ingot.json"))

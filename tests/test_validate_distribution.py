@@ -15,7 +15,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 
-from ingot.runtime.session import Floats, Ids, load
+from ingot.runtime.loading import load
+from ingot.runtime.session import Floats, Ids
 from ingot.validate.gate import KL_FLOOR
 from ingot.validate.judge.distribution import (
     Doubles,

@@ -20,8 +20,9 @@ from oracle import capture_once
 from ingot.export.ingot import MANIFEST, Manifest
 from ingot.graphs.family import find_family
 from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.runtime.loading import load
 from ingot.runtime.ort import OrtSession
-from ingot.runtime.session import Floats, Ids, Session, load
+from ingot.runtime.session import Floats, Ids, Session
 from ingot.runtime.tokens import TokenInputs
 from ingot.validate.locate.session import locate_session
 from ingot.validate.result import Location

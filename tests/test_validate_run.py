@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from ingot.export.ingot import Manifest
 from ingot.graphs.checkpoint import Checkpoint
-from ingot.runtime.session import Floats, Ids, load
+from ingot.runtime.loading import load
+from ingot.runtime.session import Floats, Ids
 from ingot.validate.judge.judge import CACHES
 from ingot.validate.run import validate_ingot
 from ingot.validate.truth.eager import EagerSession

@@ -12,7 +12,8 @@ from oracle import TARGETS, capture_once, relative_rms
 
 from ingot.export.ingot import Manifest
 from ingot.graphs.checkpoint import Checkpoint
-from ingot.runtime.session import Floats, load
+from ingot.runtime.loading import load
+from ingot.runtime.session import Floats
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import QUICK, make_inputs
 from ingot.validate.truth.recording import Stepper

@@ -13,7 +13,8 @@ from pathlib import Path
 from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
 from ingot.plugins.device import has_gpu
-from ingot.runtime.session import Ids, Session, load
+from ingot.runtime.loading import load
+from ingot.runtime.session import Ids, Session
 from ingot.validate.judge import totals
 from ingot.validate.judge.distribution import negative_log_likelihoods, perplexities
 from ingot.validate.judge.judge import Judge, Observed

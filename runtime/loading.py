@@ -1,0 +1,63 @@
+"""From an ingot's folder to the session that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ingot.export.ingot import Manifest
+from ingot.runtime.session import Session, SessionError
+
+TARGETS = ("onnx", "ort", "trt", "trt-rtx")
+# ONNX Runtime hangs when asked for more threads than the system gives.
+MOST_THREADS = 1024
+
+
+def load(
+    path: Path | str,
+    *,
+    threads: int = 0,
+    verify: bool = True,
+    allow_failed: bool = False,
+    graph_only: bool = False,
+    advance: Callable[[int], None] = lambda _bytes: None,
+) -> Session:
+    """Open an ingot.
+
+    Args:
+        path: the ingot folder.
+        threads: of the backend; 0 lets it choose.
+        verify: compare the SHA-256 of every file with the manifest, not only sizes.
+        allow_failed: open an ingot whose validation failed.
+        graph_only: run the graph on ONNX Runtime, also where the ingot holds an engine.
+        advance: told the bytes compared; gigabytes of weights take a while.
+
+    Raises:
+        IngotError: not an ingot, a damaged one, or one that failed its validation.
+    """
+    if not 0 <= threads <= MOST_THREADS:
+        raise SessionError(f"threads is {threads}; it must be 0 to {MOST_THREADS}.")
+    folder = Path(path)
+    manifest = Manifest.read(folder)
+    manifest.check_files(folder, hashes=verify, advance=advance)
+    if manifest.verdict == "failed" and not allow_failed:
+        raise SessionError(
+            f"{folder} failed its validation, so its numbers are wrong; see {folder / 'report'}. "
+            "Export it again, or give --allow-failed to run it all the same."
+        )
+    if manifest.target not in TARGETS:
+        raise SessionError(
+            f"{folder} is for {manifest.target}; this version runs {', '.join(TARGETS)}."
+        )
+    if manifest.engine is not None and not graph_only:
+        from ingot.runtime.trt import TrtSession
+
+        return TrtSession(folder, manifest, hashed=verify)
+    if manifest.precision == "bfloat16":
+        raise SessionError(
+            f"{folder} holds a bfloat16 graph and no engine, and ONNX Runtime's CPU provider "
+            "computes no bfloat16; export with --precision fp32 to run it here."
+        )
+    from ingot.runtime.ort import OrtSession
+
+    return OrtSession(folder, manifest, threads=threads)
