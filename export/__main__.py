@@ -2,4 +2,4 @@
 
 from ingot.export.cli import export_command
 
-export_command(prog_name="python -m export")
+export_command(prog_name=f"python -m {__package__}")

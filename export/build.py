@@ -42,6 +42,7 @@ from ingot.graphs.family import (
 )
 from ingot.graphs.hub import describe, resolve
 from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.version import __version__
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -283,7 +284,7 @@ def _labels(checkpoint: Checkpoint, task: str, config: Any) -> tuple[str, ...]:
 
 
 def _tool_versions() -> dict[str, str]:
-    versions = {"ingot": _version("ingot") or "0 (not installed)"}
+    versions = {"ingot": __version__}
     for name in TOOLS:
         found = _version(name)
         if found is not None:

@@ -1,7 +1,7 @@
 """The command line: ``python -m export``, and the ``ingot`` group.
 
-Only this file joins the folders together. Heavy packages are imported when a command runs, so
-that ``--help`` answers at once and works without them.
+Only this file and ``export/api.py`` join the folders together. Heavy packages are imported when a
+command runs, so that ``--help`` answers at once and works without them.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import click
 
@@ -23,15 +22,19 @@ from ingot.export.request import (
     PRESETS,
     TARGETS,
     TASKS,
-    ExportRequest,
+    Builder,
+    ExtraOutput,
     Limits,
+    Precision,
+    Preset,
+    Target,
+    Task,
 )
 from ingot.plugins.errors import IngotError
+from ingot.version import __version__
 
 if TYPE_CHECKING:
     from ingot.export.ingot import Manifest
-    from ingot.export.progress import Stages
-    from ingot.graphs.checkpoint import Checkpoint
 
 PREVIEW_TOKENS = 16
 
@@ -109,15 +112,15 @@ def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an ingot that is at --out.")
 def export_command(
     model: str,
-    target: str,
+    target: Target,
     out: Path | None,
-    task: str,
-    preset: str | None,
+    task: Task,
+    preset: Preset | None,
     revision: str | None,
     seed: int,
-    extra_outputs: tuple[str, ...],
-    precision: str | None,
-    builder: str,
+    extra_outputs: tuple[ExtraOutput, ...],
+    precision: Precision | None,
+    builder: Builder,
     max_batch: int,
     max_seq: int,
     opt_seq: int,
@@ -131,84 +134,66 @@ def export_command(
     Exit status: 0 the ingot is there and passed, 1 it is there and failed its validation, 2 it
     could not be made and nothing was left behind.
     """
+    from ingot.export.progress import RichStages
+
     signal.signal(signal.SIGTERM, _on_terminate)
+    name = Path(model).name + (f"-{preset}" if preset else "")
+    folder = out or Path(f"{name}-{target}")
     try:
-        name = Path(model).name + (f"-{preset}" if preset else "")
-        request = ExportRequest(
-            model=model,
+        stages = RichStages()
+        with stages.stage("load PyTorch and the exporter"):
+            from ingot.export.api import export
+            from ingot.export.summary import print_summary
+        result = export(
+            model,
+            folder,
             target=target,
-            out=out or Path(f"{name}-{target}"),
             task=task,
+            precision=precision,
             preset=preset,
             revision=revision,
             seed=seed,
-            extra_outputs=tuple(dict.fromkeys(extra_outputs)),
-            overwrite=overwrite,
-            precision=precision or ("bf16" if target.startswith("trt") else "fp32"),
+            extra_outputs=extra_outputs,
             builder=builder,
-            limits=Limits(max_batch, max_seq, opt_seq),
+            max_batch=max_batch,
+            max_seq=max_seq,
+            opt_seq=opt_seq,
             embed_plugins=embed_plugins,
+            validate=not no_validate,
+            overwrite=overwrite,
+            stages=stages,
         )
-        manifest = _export(request, validate=not no_validate, preview=preview)
+        print_summary(folder, result.checkpoint, result.manifest, stages)
+        if preview:
+            _preview(folder, result.manifest)
     except IngotError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         click.echo("interrupted; nothing was left behind", err=True)
         sys.exit(130)
-    sys.exit(1 if manifest.verdict == "failed" else 0)
+    sys.exit(1 if result.manifest.verdict == "failed" else 0)
 
 
-def _export(request: ExportRequest, *, validate: bool, preview: bool) -> Manifest:
-    from ingot.export.progress import RichStages
-
-    stages = RichStages()
-    with stages.stage("load PyTorch and the exporter"):
-        from ingot.export.build import build
-        from ingot.export.summary import print_summary
-    result = build(request, stages, _validate if validate else None)
-    print_summary(request.out, result.checkpoint, result.manifest, stages)
-    runs_here = result.manifest.target in ("onnx", "ort") and request.task == "generate"
-    if preview and runs_here and result.manifest.verdict != "failed":
-        _preview(request.out, result.manifest.vocab_size)
-    return result.manifest
-
-
-def _validate(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str, Any]:
-    from ingot.export.ingot import REPORT, Manifest
-    from ingot.validate.report.files import write_json
-    from ingot.validate.run import cannot_compare, examine
-    from ingot.validate.truth.cache import default_cache
-    from ingot.validate.truth.reference import Reference
-
-    manifest = Manifest.read(folder)
-    reason = cannot_compare(manifest)
-    if reason is not None:
-        return {"verdict": "skipped", "reason": reason}
-    reference = Reference(checkpoint, manifest.task, manifest.precision, default_cache())
-    # The folder still has a temporary name, and two exports are to be equal byte by byte.
-    name = f"{manifest.model_type}-{manifest.target}"
-    report = examine(folder, reference, stages, verify=False, name=name)
-    # The manifest has the versions; nothing in an ingot depends on the machine or the day.
-    write_json(replace(report, environment={}, seconds=0.0), folder / REPORT)
-    return report.summary()
-
-
-def _preview(folder: Path, vocab_size: int) -> None:
+def _preview(folder: Path, manifest: Manifest) -> None:
+    """Print a few tokens of an ingot that can generate here."""
     from ingot.runtime.generate import generate
     from ingot.runtime.loading import load
 
-    prompt = [token % vocab_size for token in range(2, 10)]
+    runs_here = manifest.target in ("onnx", "ort") and manifest.task == "generate"
+    if not runs_here or manifest.verdict == "failed":
+        return
+    prompt = [token % manifest.vocab_size for token in range(2, 10)]
     session = load(folder, verify=False)
     steps = generate(session, [prompt], max_new_tokens=PREVIEW_TOKENS, stop_ids=())
     tokens = [str(token) for (token,) in steps]
     click.echo(f"prompt ids:    {' '.join(map(str, prompt))}")
     click.echo(f"generated ids: {' '.join(tokens)}")
     ids = ",".join(map(str, prompt))
-    click.echo(f"more: python -m runtime generate {folder} --prompt-ids {ids}")
+    click.echo(f"more: ingot generate {folder} --prompt-ids {ids}")
 
 
 @click.group(cls=LazyGroup)
-@click.version_option(package_name="ingot")
+@click.version_option(__version__)
 def main() -> None:
     """Ahead-of-time export of sparse and state-space language models."""

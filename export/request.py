@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from ingot.plugins.errors import IngotError
 
-TARGETS = ("onnx", "ort", "trt", "trt-rtx")
-EXTRA_OUTPUTS = ("router_logits", "hidden_states")
-TASKS = ("generate", "features", "classify")
-PRESETS = ("tiny", "small", "full")
+Target = Literal["onnx", "ort", "trt", "trt-rtx"]
+ExtraOutput = Literal["router_logits", "hidden_states"]
+Task = Literal["generate", "features", "classify"]
+Preset = Literal["tiny", "small", "full"]
+Precision = Literal["fp32", "fp16", "bf16"]
+Builder = Literal["auto", "tensorrt", "tensorrt-rtx", "none"]
+
+TARGETS: tuple[Target, ...] = get_args(Target)
+EXTRA_OUTPUTS: tuple[ExtraOutput, ...] = get_args(ExtraOutput)
+TASKS: tuple[Task, ...] = get_args(Task)
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 # As on the command line -> as in the manifest, which has ONNX's and PyTorch's names.
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-BUILDERS = ("auto", "tensorrt", "tensorrt-rtx", "none")
+BUILDERS: tuple[Builder, ...] = get_args(Builder)
 
 
 class ExportError(IngotError):

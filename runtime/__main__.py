@@ -2,4 +2,4 @@
 
 from ingot.runtime.cli import main
 
-main(prog_name="python -m runtime")
+main(prog_name=f"python -m {__package__}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from ingot.runtime.loading import load
 from ingot.runtime.session import Floats, Ids, Session, SessionError
 
 
@@ -91,17 +93,18 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Ids, Ids]:
 
 
 def generate(
-    session: Session,
+    ingot: Session | Path | str,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int = 64,
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] | None = None,
 ) -> Iterator[list[int | None]]:
     """Generate for all prompts together.
 
     Args:
-        session: a ``generate`` ingot; its state is reset.
+        ingot: a session of a ``generate`` ingot, whose state is reset; or the ingot's folder, which
+            is opened for this one call.
         prompts: token ids, any lengths; shorter ones are padded on the left.
         max_new_tokens: at most so many for each prompt.
         sampling: greedy where absent.
@@ -113,7 +116,9 @@ def generate(
 
     Raises:
         SessionError: an ingot without logits, an empty prompt, or a prompt that does not fit.
+        IngotError: a folder that ``load`` refuses.
     """
+    session = load(ingot) if isinstance(ingot, str | Path) else ingot
     manifest = session.manifest
     if manifest.task != "generate":
         raise SessionError(

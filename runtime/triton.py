@@ -45,6 +45,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 # What `runtime.triton_model` imports of ours; a test runs it with nothing else.
 CARRIED = (
     "ingot/__init__.py",
+    "ingot/version.py",
     "ingot/export/__init__.py",
     "ingot/export/ingot.py",
     "ingot/graphs/__init__.py",

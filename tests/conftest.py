@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 
 # Before anything imports Triton, as transformers does: its kernels run on the CPU here.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -17,8 +18,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="ingot-tests-cache-")
     os.environ["INGOT_CACHE"] = _cache.name
 
+# Programs that tests start import the tree that is tested, wherever they run.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")])
+)
+
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest

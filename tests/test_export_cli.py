@@ -26,6 +26,7 @@ from ingot.runtime.loading import load
 from ingot.runtime.session import SessionError
 from ingot.validate.judge.limits import LIMITS
 
+ROOT = Path(__file__).resolve().parent.parent
 Tensors = dict[str, torch.Tensor]
 
 
@@ -124,7 +125,7 @@ def test_refuses_a_bad_checkpoint_and_leaves_nothing(copy: Path, out: Path, bad:
 def test_refuses_a_bad_checkpoint_as_a_module(copy: Path, out: Path) -> None:
     damage, named = BAD["truncated"]
     damage(copy)
-    done = _module("export", "--model", copy, "--out", out, cwd=copy.parent)
+    done = _module("ingot.export", "--model", copy, "--out", out, cwd=copy.parent)
     assert done.returncode == 2
     _refused(done.stderr, named)
     assert "Traceback" not in done.stdout + done.stderr
@@ -206,7 +207,7 @@ HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime"
 def test_helps_without_loading_anything_heavy(
     tmp_path: Path, arguments: list[str], shown: list[str]
 ) -> None:
-    code = "from export.cli import main; main(prog_name='ingot')"
+    code = "from ingot.export.cli import main; main(prog_name='ingot')"
     command = [sys.executable, "-X", "importtime", "-c", code, *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -218,9 +219,10 @@ def test_helps_without_loading_anything_heavy(
 
 def test_helps_as_a_module(tmp_path: Path) -> None:
     for module in ("export", "runtime", "validate"):
-        done = _module(module, "--help", cwd=tmp_path)
-        assert done.returncode == 0
-        assert f"Usage: python -m {module}" in done.stdout
+        for name, folder in ((module, ROOT), (f"ingot.{module}", tmp_path)):
+            done = _module(name, "--help", cwd=folder)
+            assert done.returncode == 0
+            assert f"Usage: python -m {name} " in done.stdout
 
 
 def test_knows_no_other_command() -> None:
@@ -245,7 +247,7 @@ def test_works_beside_packages_of_its_folders_names(
 def test_repeats_an_export_to_the_last_byte(copy: Path, out: Path) -> None:
     # Of another process with another hash seed, so that no order of a set can decide anything.
     first = _module(
-        "export",
+        "ingot.export",
         "--model",
         copy,
         "--target",
@@ -268,7 +270,7 @@ def test_repeats_an_export_to_the_last_byte(copy: Path, out: Path) -> None:
     assert Manifest.read(out).verdict == "passed"
     (preview,) = re.findall(r"generated ids: ([\d ]+)\n", second.stdout)
     assert len(preview.split()) == 16
-    assert f"python -m runtime generate {out} --prompt-ids " in second.stdout
+    assert f"more: ingot generate {out} --prompt-ids " in second.stdout
 
 
 def test_keeps_an_ingot_that_fails_and_says_so(

@@ -478,11 +478,11 @@ def smallest(make_checkpoint: MakeCheckpoint) -> Path:
 
 
 class Export:
-    """``python -m export`` in a process of its own, watched."""
+    """``python -m ingot.export`` in a process of its own, watched."""
 
     def __init__(self, checkpoint: Path, out: Path) -> None:
         self.out = out
-        command = [sys.executable, "-m", "export", "--model", str(checkpoint)]
+        command = [sys.executable, "-m", "ingot.export", "--model", str(checkpoint)]
         command += ["--target", "onnx", "--out", str(out), "--no-validate"]
         # Text on standard error would be kept in a pipe that nobody empties; a file never blocks.
         self.log: IO[bytes] = (out.parent.parent / "log").open("wb")

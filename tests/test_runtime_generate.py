@@ -372,7 +372,7 @@ def test_answers_what_is_not_an_ingot_with_one_line(tiny: Path, tmp_path: Path) 
 
 def test_runs_as_a_module(tiny_ort: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "runtime", "generate", str(tiny_ort), *arguments]
+        command = [sys.executable, "-m", "ingot.runtime", "generate", str(tiny_ort), *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
 
     good = run("--prompt-ids", "1,2,3")

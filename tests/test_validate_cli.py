@@ -150,7 +150,7 @@ def _stages(result: Result) -> list[str]:
 
 
 def test_validates_again_and_passes(ingot: Path, checkpoint: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "validate", str(ingot), "--checkpoint", str(checkpoint)]
+    command = [sys.executable, "-m", "ingot.validate", str(ingot), "--checkpoint", str(checkpoint)]
     command.append("--quick")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

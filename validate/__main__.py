@@ -2,4 +2,4 @@
 
 from ingot.validate.cli import validate_command
 
-validate_command(prog_name="python -m validate")
+validate_command(prog_name=f"python -m {__package__}")

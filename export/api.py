@@ -1,0 +1,136 @@
+"""Exports from Python: the one function that does what ``ingot export`` does.
+
+Beside the command line, only this file joins the folders together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ingot.export.build import Result, build
+from ingot.export.progress import Stages
+from ingot.export.request import (
+    BUILDERS,
+    EXTRA_OUTPUTS,
+    PRECISIONS,
+    PRESETS,
+    TARGETS,
+    TASKS,
+    Builder,
+    ExportError,
+    ExportRequest,
+    ExtraOutput,
+    Limits,
+    Precision,
+    Preset,
+    Target,
+    Task,
+)
+from ingot.graphs.checkpoint import Checkpoint
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    *,
+    target: Target = "ort",
+    task: Task = "generate",
+    precision: Precision | None = None,
+    preset: Preset | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+    extra_outputs: Sequence[ExtraOutput] = (),
+    builder: Builder = "auto",
+    max_batch: int = Limits.max_batch,
+    max_seq: int = Limits.max_seq,
+    opt_seq: int = Limits.opt_seq,
+    embed_plugins: bool = False,
+    validate: bool = True,
+    overwrite: bool = False,
+    stages: Stages | None = None,
+) -> Result:
+    """An ingot of a Hugging Face checkpoint, as ``ingot export`` makes it.
+
+    Args:
+        model: a checkpoint folder, a family name such as ``olmoe``, or ``org/name`` on the hub.
+        out: the folder to make.
+        target: ``onnx``, ``ort``, ``trt`` or ``trt-rtx``.
+        task: ``generate``, ``features`` or ``classify``.
+        precision: of the weights and activations of a TensorRT target, ``bf16``, ``fp16`` or
+            ``fp32``; where absent ``bf16`` there, and ``fp32`` for the other targets.
+        preset: with a family name, first make a seeded random checkpoint of this shape: ``tiny``,
+            ``small`` or ``full``.
+        revision: branch, tag or commit on the hub.
+        seed: of a preset's weights.
+        extra_outputs: of ``router_logits`` and ``hidden_states``, each layer's tensor as a further
+            output.
+        builder: of a TensorRT engine, ``auto``, ``tensorrt`` or ``tensorrt-rtx``; ``none`` makes
+            the graph alone.
+        max_batch: most sequences of an engine's call.
+        max_seq: most tokens of an engine's sequence, past and new.
+        opt_seq: the length that an engine is tuned for.
+        embed_plugins: put the plugin library into the engine file.
+        validate: compare the ingot with eager PyTorch before it appears.
+        overwrite: replace an ingot that is at ``out``.
+        stages: shows the steps; where absent, nothing is shown.
+
+    Returns:
+        The manifest and the checkpoint's folder. ``manifest.verdict`` is ``passed``, ``skipped``
+        (nothing was compared) or ``failed``; an ingot that failed is there and does not load.
+
+    Raises:
+        IngotError: anything wrong with the arguments, the checkpoint or the destination; nothing is
+            left at ``out`` that was not there before.
+    """
+    for name, value, known in (
+        ("target", target, TARGETS),
+        ("task", task, TASKS),
+        ("precision", precision, (None, *PRECISIONS)),
+        ("preset", preset, (None, *PRESETS)),
+        ("builder", builder, BUILDERS),
+        *(("extra output", output, EXTRA_OUTPUTS) for output in extra_outputs),
+    ):
+        if value not in known:
+            names = ", ".join(filter(None, known))
+            raise ExportError(f"{value!r} is no {name}; give one of: {names}.")
+    request = ExportRequest(
+        model=str(model),
+        target=target,
+        out=Path(out),
+        task=task,
+        preset=preset,
+        revision=revision,
+        seed=seed,
+        extra_outputs=tuple(dict.fromkeys(extra_outputs)),
+        overwrite=overwrite,
+        precision=precision or ("bf16" if target.startswith("trt") else "fp32"),
+        builder=builder,
+        limits=Limits(max_batch, max_seq, opt_seq),
+        embed_plugins=embed_plugins,
+    )
+    return build(request, stages or Stages(), _compare if validate else None)
+
+
+def _compare(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str, Any]:
+    """What ``ingot.json`` says of the comparison of a staged ingot with eager PyTorch."""
+    # Here: an export that compares nothing needs no ONNX Runtime.
+    from ingot.export.ingot import REPORT, Manifest
+    from ingot.validate.report.files import write_json
+    from ingot.validate.run import cannot_compare, examine
+    from ingot.validate.truth.cache import default_cache
+    from ingot.validate.truth.reference import Reference
+
+    manifest = Manifest.read(folder)
+    reason = cannot_compare(manifest)
+    if reason is not None:
+        return {"verdict": "skipped", "reason": reason}
+    reference = Reference(checkpoint, manifest.task, manifest.precision, default_cache())
+    # The folder still has a temporary name, and two exports are to be equal byte by byte.
+    name = f"{manifest.model_type}-{manifest.target}"
+    report = examine(folder, reference, stages, verify=False, name=name)
+    # The manifest has the versions; nothing in an ingot depends on the machine or the day.
+    write_json(replace(report, environment={}, seconds=0.0), folder / REPORT)
+    return report.summary()

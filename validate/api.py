@@ -1,0 +1,109 @@
+"""Validations from Python: the one function that does what ``ingot validate`` does."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Literal
+
+from ingot.export.ingot import Manifest
+from ingot.export.progress import Stages
+from ingot.graphs.checkpoint import Checkpoint
+from ingot.plugins.errors import IngotError
+from ingot.runtime.session import Ids
+from ingot.validate.gate import save_baseline
+from ingot.validate.judge.distribution import read_text, read_tokens
+from ingot.validate.result import Report
+from ingot.validate.run import cannot_compare, examine, spread, validate_ingot
+from ingot.validate.truth.against import OtherReference, other_ingot
+from ingot.validate.truth.cache import default_cache
+from ingot.validate.truth.inputs import QUICK, STANDARD, THOROUGH
+from ingot.validate.truth.reference import Reference
+
+EAGER = "eager"
+PLANS = {"quick": QUICK, "standard": STANDARD, "thorough": THOROUGH}
+
+
+def validate(
+    ingot: str | Path,
+    checkpoint: str | Path,
+    *,
+    plan: Literal["quick", "standard", "thorough"] = "standard",
+    seed: int = 0,
+    against: str | Path = EAGER,
+    tokens: str | Path | None = None,
+    text: str | Path | None = None,
+    baseline: str | Path | None = None,
+    stages: Stages | None = None,
+) -> Report:
+    """A comparison of an ingot with eager PyTorch, as ``ingot validate`` makes it.
+
+    Args:
+        ingot: the ingot folder.
+        checkpoint: the checkpoint folder it was made from.
+        plan: how much is fed: ``quick`` 8 decode steps, ``standard`` 32, ``thorough`` 3 seeds of
+            128 each.
+        seed: of the token ids.
+        against: what the ingot is compared with: ``eager``, a target (``onnx``, ``ort``, ``trt`` or
+            ``trt-rtx``) or the folder of another ingot.
+        tokens: an ``.npy`` file of integer token ids ``[n]`` whose perplexity is measured.
+        text: a text file whose perplexity is measured, encoded by the ingot's tokenizer.
+        baseline: a file to remember the result in; the validation runs twice, to measure its
+            spread. What failed is no baseline, and writes none.
+        stages: shows the steps; where absent, nothing is shown.
+
+    Returns:
+        What was found: ``verdict`` is ``passed``, ``failed``, or ``skipped`` where only the graph
+        of an engine could run. ``ingot.validate.report.files.write`` makes files of it, and
+        ``ingot.validate.gate.gate`` compares it with a baseline.
+
+    Raises:
+        IngotError: a damaged ingot, one that cannot be compared on this machine, or another
+            checkpoint than it was made from.
+    """
+    if plan not in PLANS:
+        raise IngotError(f"{plan!r} is no plan; give one of: {', '.join(PLANS)}.")
+    folder, source = Path(ingot), Path(checkpoint)
+    stages = stages or Stages()
+    manifest = Manifest.read(folder)
+    words = _words(manifest, folder, tokens, text)
+    reason = cannot_compare(manifest)
+    if reason is not None:
+        raise IngotError(f"{folder} cannot be compared: {reason}.")
+    opened = Checkpoint.open(source)
+    reference = Reference(opened, manifest.task, manifest.precision, default_cache())
+    made_from, given = manifest.source.get("sha256"), reference.hash(stages)
+    if given != made_from:
+        raise IngotError(
+            f"{folder} was made from another checkpoint than {source}: its SHA-256 is "
+            f"{given[:12]}… and the ingot's {str(made_from)[:12]}…; give the "
+            "folder it was made from, or export again."
+        )
+    chosen = PLANS[plan]
+    with contextlib.ExitStack() as stack:
+        if str(against) != EAGER:
+            other, name = stack.enter_context(other_ingot(str(against), manifest, opened, stages))
+            reference = OtherReference(reference, other, name)
+        report = examine(folder, reference, stages, plan=chosen, seed=seed, text=words)
+        if baseline is not None and report.verdict != "failed":
+            again = validate_ingot(
+                folder, reference, stages, plan=chosen, seed=seed, verify=False, text=words
+            )
+            save_baseline(report, Path(baseline), spread(report, again))
+    return report
+
+
+def _words(
+    manifest: Manifest, ingot: Path, tokens: str | Path | None, text: str | Path | None
+) -> Ids | None:
+    """The tokens whose perplexity is asked for."""
+    if tokens is None and text is None:
+        return None
+    if tokens is not None and text is not None:
+        raise IngotError("--tokens and --text were both given; give one.")
+    if manifest.main_output != "logits" or not manifest.states:
+        raise IngotError(f"{ingot} predicts no tokens, so there is no perplexity to measure.")
+    if tokens is not None:
+        return read_tokens(Path(tokens), manifest.vocab_size)
+    assert text is not None
+    return read_text(Path(text), ingot, manifest.vocab_size)
