@@ -1,19 +1,29 @@
-"""The wheel: what it holds, and that its commands work where nothing else of Ingot is."""
+"""What is installed: one import name, and commands that work beside other packages' names."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
 
+import ingot
+
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("export", "graphs", "plugins", "runtime", "validate")
+# Files of the parts that only tests and benchmarks use.
+LEFT_OUT = {f"ingot/plugins/kernels/{name}.py" for name in ("interpret", "record")}
+KERNELS, CANDIDATES = "lib/libingot_kernels.so", "lib/tune/libingot_kernels.so"
+# All that a command needs to answer `--help`.
+LIGHT = ("click", "rich", "pygments", "markdown_it", "mdurl")
 
 
 def _run(*command: str | Path, cwd: Path) -> str:
@@ -25,32 +35,65 @@ def _run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy so that nothing is written into the repository."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    skipped = shutil.ignore_patterns(".*", "__pycache__", "out", "dist", "build")
-    shutil.copytree(ROOT, source, ignore=skipped, symlinks=True)
-    arguments = ["--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(source)]
-    _run(sys.executable, "-m", "build", *arguments, cwd=folder)
-    (built,) = (folder / "dist").iterdir()
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository, with stand-ins for compiled kernels; read only."""
+    folder = tmp_path_factory.mktemp("source") / "ingot"
+    skipped = shutil.ignore_patterns(
+        ".git", ".venv", ".*_cache", "__pycache__", "out", "build", "lib"
+    )
+    shutil.copytree(ROOT, folder, ignore=skipped, symlinks=True)
+    for library in (KERNELS, CANDIDATES):
+        (folder / "plugins" / library).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "plugins" / library).touch()
+    return folder
+
+
+def _build(kind: str, source: Path, out: Path) -> Path:
+    """The ``wheel`` or ``sdist`` of a source."""
+    _run(sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", out, cwd=source)
+    (built,) = out.iterdir()
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _build("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+def _environment(folder: Path, packages: Path, *wheels: Path) -> Path:
+    """``bin`` of a new environment that finds what lies in ``packages`` and holds the wheels."""
+    _run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+    place = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")}))
+    # The folder itself: what its own .pth files name, such as this repository, is not found.
+    (place / "packages.pth").write_text(f"{packages}\n")
+    for each in wheels:
+        _install(folder / "venv" / "bin", each)
+    return folder / "venv" / "bin"
+
+
+def _install(environment: Path, *what: str | Path) -> None:
+    pip = ("-m", "pip", "--python", environment / "python", "install", "--quiet", "--no-index")
+    _run(sys.executable, *pip, "--no-deps", "--no-build-isolation", *what, cwd=environment)
 
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``bin`` of a new environment that holds the wheel, click and rich, and nothing heavier."""
     folder = tmp_path_factory.mktemp("installed")
-    _run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
-    python = folder / "venv" / "bin" / "python"
-    install: list[str | Path] = [python, "-m", "pip", "install", "--quiet"]
-    _run(*install, "--no-deps", wheel, cwd=folder)
-    _run(*install, "click", "rich", cwd=folder)
-    return folder / "venv" / "bin"
+    (folder / "packages").mkdir()
+    for name in LIGHT:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None
+        (folder / "packages" / name).symlink_to(Path(spec.origin).parent)
+    return _environment(folder, folder / "packages", wheel)
+
+
+def _files(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_packs_exactly_one_package_and_every_source_of_it(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
+    names = _files(wheel)
     folders = {name.partition("/")[0] for name in names}
     metadata = {folder for folder in folders if folder.endswith(".dist-info")}
     assert folders - metadata == {"ingot"}
@@ -60,8 +103,42 @@ def test_packs_exactly_one_package_and_every_source_of_it(wheel: Path) -> None:
         for part in PARTS
         for file in (ROOT / part).rglob("*.py")
     }
-    assert sources <= set(names)
+    sources |= {f"ingot/{file.name}" for file in (ROOT / "ingot").glob("*.py")}
+    assert sources >= LEFT_OUT
+    assert sources - LEFT_OUT == {name for name in names if name.endswith(".py")}
+    assert "ingot/py.typed" in names
+    assert {"ingot/plugins/csrc/moe.cpp", "ingot/runtime/embed/CMakeLists.txt"} <= names
+    assert "ingot/runtime/templates/model.py.jinja" in names
     assert not [name for name in names if name.endswith((".pyc", ".pyo"))]
+
+
+def test_packs_the_kernels_and_no_candidates(wheel: Path) -> None:
+    libraries = {name for name in _files(wheel) if name.endswith(".so")}
+    assert libraries == {f"ingot/plugins/{KERNELS}"}
+
+
+def test_packs_the_same_from_a_source_distribution(
+    wheel: Path, source: Path, tmp_path: Path
+) -> None:
+    # Which has no links, and whose order of files is another.
+    archive = _build("sdist", source, tmp_path / "sdist")
+    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
+    (copy,) = (tmp_path / "unpacked").iterdir()
+    assert not [path for path in copy.rglob("*") if path.is_symlink()]
+    names = _files(_build("wheel", copy, tmp_path / "wheel"))
+    assert names == {name for name in _files(wheel) if not name.endswith(".so")}
+
+
+def test_names_itself_its_licence_and_its_version(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (n for n in archive.namelist() if n.endswith("dist-info/METADATA"))
+    metadata = Parser().parsestr(archive.read(name).decode())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert metadata["Name"] == project["name"] == "ingot-export"
+    assert metadata["Version"] == ingot.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    licence = archive.read(name.replace("METADATA", "licenses/LICENSE")).decode()
+    assert "Apache License\n" in licence and "END OF TERMS AND CONDITIONS" in licence
 
 
 def test_declares_both_commands(wheel: Path) -> None:
@@ -73,11 +150,13 @@ def test_declares_both_commands(wheel: Path) -> None:
 
 
 def test_answers_from_an_environment_of_its_own(installed: Path, tmp_path: Path) -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert version in _run(installed / "ingot", "--version", cwd=tmp_path)
+    assert ingot.__version__ in _run(installed / "ingot", "--version", cwd=tmp_path)
     assert "--target" in _run(installed / "export", "--help", cwd=tmp_path)
     assert "--target" in _run(installed / "ingot", "export", "--help", cwd=tmp_path)
     assert "--checkpoint" in _run(installed / "ingot", "validate", "--help", cwd=tmp_path)
+    for module in ("ingot", "ingot.export", "ingot.runtime", "ingot.validate"):
+        text = _run(installed / "python", "-m", module, "--help", cwd=tmp_path)
+        assert text.startswith(f"Usage: python -m {module} ")
 
 
 def test_imports_its_own_files_and_not_the_repository(installed: Path, tmp_path: Path) -> None:
@@ -90,3 +169,65 @@ def test_lists_its_commands_without_the_heavy_packages(installed: Path, tmp_path
     text = _run(installed / "ingot", "--help", cwd=tmp_path)
     for command in ("export", "generate", "validate"):
         assert command in text
+
+
+def _configobj(folder: Path) -> Path:
+    """A wheel with the top-level names of configobj, ``validate`` among them."""
+    made, metadata = folder / "configobj-5.0.9-py3-none-any.whl", "configobj-5.0.9.dist-info"
+    files = {
+        "configobj/__init__.py": "",
+        "validate/__init__.py": "MINE = 'configobj'\n",
+        f"{metadata}/METADATA": "Metadata-Version: 2.1\nName: configobj\nVersion: 5.0.9\n",
+        f"{metadata}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{metadata}/RECORD": "",
+    }
+    with zipfile.ZipFile(made, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return made
+
+
+@pytest.fixture
+def application(tmp_path: Path) -> Path:
+    """A program's folder, with a ``runtime`` and an ``export`` of its own."""
+    folder = tmp_path / "application"
+    (folder / "runtime").mkdir(parents=True)
+    (folder / "runtime" / "__init__.py").write_text("MINE = 'runtime'\n")
+    (folder / "export.py").write_text("MINE = 'export'\n")
+    (folder / "program.py").write_text(
+        "import sys, export, runtime, validate, ingot\n"
+        "assert (export.MINE, runtime.MINE, validate.MINE) == ('export', 'runtime', 'configobj')\n"
+        "print(*(step[0] for step in ingot.generate(sys.argv[1], [[1, 2]], max_new_tokens=4)))\n"
+    )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["ingot configobj", "configobj ingot", "configobj editable"])
+def test_works_beside_packages_of_the_same_names(
+    order: str, wheel: Path, source: Path, tiny: Path, application: Path, tmp_path: Path
+) -> None:
+    ways: dict[str, tuple[str | Path, ...]] = {
+        "ingot": (wheel,),
+        "configobj": (_configobj(tmp_path),),
+        "editable": ("--editable", source),
+    }
+    commands = _environment(tmp_path, Path(sysconfig.get_path("purelib")))
+    for word in order.split():
+        _install(commands, *ways[word])
+
+    def ran(command: str, *arguments: str | Path) -> str:
+        return _run(commands / command, *arguments, cwd=application)
+
+    find = "from importlib.util import find_spec; print(*map(find_spec, sys.argv[1:]))"
+    names = ("graphs", "plugins", "tests", "benchmarks")
+    assert ran("python", "-c", f"import sys; {find}", *names).split() == ["None"] * len(names)
+    assert "validate" in ran("ingot", "--help")
+    assert "passed" in ran("ingot", "export", "--model", tiny, "--out", "out")
+    generate = ("generate", "out", "--prompt-ids", "1,2", "--max-new-tokens", "4")
+    generated = ran("ingot", *generate).split()
+    assert len(generated) == 4
+    assert ran("python", "-m", "ingot", *generate).split() == generated
+    assert ran("python", "program.py", "out").split() == generated
+    ran("ingot", "triton", "out", "--out", "repository")
+    ran("ingot", "triton", "--check", "repository")
