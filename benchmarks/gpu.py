@@ -62,6 +62,7 @@ from benchmarks.on_gpu.runner import (  # noqa: E402
 )
 from benchmarks.on_gpu.table import closing  # noqa: E402
 from ingot.plugins.library import PATH, Library  # noqa: E402
+from ingot.plugins.whole import write_whole  # noqa: E402
 
 # In order of what matters most. What a phase leaves of its time goes to those behind it; ``load``
 # takes long only where it has to compile the kernels, and the last ones then have less.
@@ -168,9 +169,7 @@ class Run:
             "missing": self.missing,
             "phases": {name: asdict(outcome) for name, outcome in self.outcomes.items()},
         }
-        partial = self.out / f"{RESULTS}.partial"
-        partial.write_text(json.dumps(results, indent=1, default=str) + "\n")
-        partial.replace(self.out / RESULTS)
+        write_whole(self.out / RESULTS, json.dumps(results, indent=1, default=str) + "\n")
         self.written = time.monotonic()
 
     def close(self) -> None:

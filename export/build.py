@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +27,6 @@ from ingot.export.ingot import (
     TensorInfo,
     check_destination,
     file_infos,
-    staged,
 )
 from ingot.export.lower_ort import shares_buffers
 from ingot.export.progress import Stages
@@ -42,6 +42,7 @@ from ingot.graphs.family import (
 )
 from ingot.graphs.hub import describe, resolve
 from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.plugins.whole import TakenError, staged
 from ingot.version import __version__
 
 TOKENIZER_FILES = (
@@ -114,7 +115,7 @@ def build(
     weight_size = parameter_bytes(eager.model)
     # An engine holds its weights once more.
     _check_space(request.out, weight_size * (2 if builder else 1))
-    with staged(request.out) as folder:
+    with staged(request.out, replace=request.overwrite) as folder:
         captured = recipe.graph(eager, stages, capture)
         if request.for_tensorrt:
             rows = eligibility(captured.model, precision)
@@ -179,7 +180,12 @@ def _checkpoint_folder(request: ExportRequest, stages: Stages) -> Path:
     model = family.build(config, task)
     size = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
     _check_space(folder, size)
-    with stages.stage(f"make {request.preset} checkpoint", size) as advance, staged(folder) as made:
+    # Another export may have made it meanwhile, with the same bytes, and be reading it.
+    with (
+        suppress(TakenError),
+        stages.stage(f"make {request.preset} checkpoint", size) as advance,
+        staged(folder, replace=False) as made,
+    ):
         write_checkpoint(
             made, family, config, task=task, dtype=dtype, seed=request.seed, advance=advance
         )

@@ -21,7 +21,6 @@ from ingot.export.ingot import (
     EngineInfo,
     ProfileInfo,
     TensorInfo,
-    sha256,
 )
 from ingot.export.request import ExportRequest, Limits
 from ingot.graphs.state import State
@@ -30,6 +29,7 @@ from ingot.plugins.errors import IngotError
 from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES, runs_on
 from ingot.plugins.library import PATH as KERNEL_LIBRARY
 from ingot.plugins.operator import DOMAIN
+from ingot.plugins.whole import sha256
 
 TENSORRT, RTX = "tensorrt", "tensorrt-rtx"
 MODULES = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx"}

@@ -1,24 +1,19 @@
 """The ingot: one folder with a graph, its weights, its contract and the proof of its numbers.
 
-Standard library only, so that anything may read a manifest. A folder appears whole or not at all:
-it is made beside its destination under a temporary name and renamed when complete.
+Standard library only, so that anything may read a manifest.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ingot.graphs.state import State
 from ingot.plugins.errors import IngotError
+from ingot.plugins.whole import sha256
 
 # Bytes of an element, by the names that inputs, outputs and states have their dtypes under.
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
@@ -221,16 +216,6 @@ def _engine(item: dict[str, Any]) -> EngineInfo:
     return EngineInfo(**{**item, **tuples, "profiles": tuple(made)})
 
 
-def sha256(path: Path, advance: Callable[[int], None] = lambda _bytes: None) -> str:
-    """SHA-256 of a file, read in pieces."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            total.update(piece)
-            advance(len(piece))
-    return total.hexdigest()
-
-
 def file_infos(folder: Path, known: dict[str, str]) -> dict[str, FileInfo]:
     """Every file below a folder but the manifest, by relative name.
 
@@ -263,60 +248,3 @@ def check_destination(out: Path, overwrite: bool) -> None:
     empty = out.is_dir() and not any(out.iterdir())
     if not empty and not (out / MANIFEST).is_file():
         raise ManifestError(f"{out} exists and is not an ingot, so it is left alone.")
-
-
-@contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A temporary sibling of ``out`` that becomes ``out`` if the block ends well.
-
-    A process killed inside the block leaves ``out`` as it was; the next export to the same place
-    removes what that process left under the temporary name.
-    """
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
-    stage = out.parent / f".{out.name}.partial-{os.getpid()}"
-    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
-    try:
-        # Inside the block, so that a signal right after it still finds its way to the removal.
-        stage.mkdir()
-        yield stage
-        if out.exists():
-            out.rename(old)
-        stage.rename(out)
-    finally:
-        if not out.exists() and old.exists():
-            old.rename(out)
-        for path in (stage, old):
-            _remove(path)
-
-
-def _remove_abandoned(out: Path) -> None:
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.(partial|replaced)-(\d+)")
-    for path in out.parent.iterdir():
-        match = pattern.fullmatch(path.name)
-        if not match or _alive(int(match.group(2))):
-            continue
-        if match.group(1) == "replaced" and not out.exists():
-            # Killed between its two renames: what was there comes back.
-            path.rename(out)
-        else:
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    # A link that was replaced goes, and not what it points to.
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()

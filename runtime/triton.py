@@ -20,10 +20,11 @@ from typing import Any
 
 import click
 
-from ingot.export.ingot import MANIFEST, SIZES, EngineInfo, Manifest, sha256, staged
+from ingot.export.ingot import MANIFEST, SIZES, EngineInfo, Manifest
 from ingot.graphs.state import State
 from ingot.plugins.errors import IngotError
 from ingot.plugins.registry import OPERATORS
+from ingot.plugins.whole import sha256, staged
 
 SCHEMA_VERSION = 1
 RECORD = "triton.json"
@@ -52,6 +53,7 @@ CARRIED = (
     "ingot/graphs/state.py",
     "ingot/plugins/__init__.py",
     "ingot/plugins/errors.py",
+    "ingot/plugins/whole.py",
     "ingot/runtime/__init__.py",
     "ingot/runtime/generate.py",
     "ingot/runtime/loading.py",
@@ -257,7 +259,7 @@ def write_repository(
     manifest = Manifest.read(ingot)
     plan = make_plan(ingot, manifest, settings)
     manifest.check_files(ingot, advance=advance)
-    with staged(out) as stage:
+    with staged(out, replace=overwrite) as stage:
         place = ingot_place(plan)
         for file in (MANIFEST, *manifest.files):
             (stage / place / file).parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ingot.export.ingot import ENGINE, GRAPH, MANIFEST, Manifest, ManifestError, sha256
+from ingot.export.ingot import ENGINE, GRAPH, MANIFEST, Manifest, ManifestError
+from ingot.plugins.whole import sha256
 from ingot.runtime.triton import CONFIG, PLUGINS, RECORD, SCHEMA_VERSION, TYPES, TritonError, grows
 
 Shape = Sequence[int | str]

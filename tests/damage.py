@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ingot.export.ingot import MANIFEST, WEIGHTS, sha256
+from ingot.export.ingot import MANIFEST, WEIGHTS
+from ingot.plugins.whole import sha256
 
 
 def copied(ingot: Path, out: Path, **fields: Any) -> Path:

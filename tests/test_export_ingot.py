@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import linecache
-import os
 import shutil
 import signal
 import subprocess
@@ -14,13 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
 import pytest
 from conftest import MakeCheckpoint
 
-from ingot.export import ingot as manifest_file
 from ingot.export.ingot import (
     GRAPH,
     MANIFEST,
@@ -31,9 +26,9 @@ from ingot.export.ingot import (
     TensorInfo,
     check_destination,
     file_infos,
-    staged,
 )
 from ingot.graphs.state import State
+from ingot.plugins.whole import NEW
 from ingot.runtime.loading import load
 from ingot.runtime.session import SessionError
 
@@ -223,252 +218,9 @@ def test_never_overwrites_what_is_not_an_ingot(tmp_path: Path) -> None:
             check_destination(out, overwrite=True)
 
 
-def test_moves_a_finished_folder_into_place(tmp_path: Path) -> None:
-    out = tmp_path / "new" / "parents" / "out"
-    with staged(out) as folder:
-        (folder / "a").write_text("1")
-        assert not out.exists()
-        # The same file system, or the rename would not be atomic.
-        assert folder.parent == out.parent
-    assert (out / "a").read_text() == "1"
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_leaves_nothing_after_an_exception(tmp_path: Path, error: type[BaseException]) -> None:
-    def fail() -> None:
-        with staged(tmp_path / "out") as folder:
-            (folder / "a").write_text("1")
-            raise error
-
-    with pytest.raises(error):
-        fail()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_replaces_the_folder_that_was_there(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    for text in ("old", "new"):
-        with staged(out) as folder:
-            (folder / text).write_text(text)
-    assert [path.name for path in out.iterdir()] == ["new"]
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_keeps_the_folder_that_was_there_after_an_exception(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with staged(out) as folder:
-        (folder / "a").write_text("old")
-
-    def fail() -> None:
-        with staged(out) as folder:
-            (folder / "a").write_text("new")
-            raise ValueError("halfway")
-
-    with pytest.raises(ValueError, match="halfway"):
-        fail()
-    assert (out / "a").read_text() == "old"
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_keeps_the_folder_that_was_there_where_the_last_rename_fails(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with staged(out) as folder:
-        (folder / "a").write_text("old")
-
-    def fail() -> None:
-        with staged(out) as folder:
-            # The old folder has made room by the time this is noticed.
-            shutil.rmtree(folder)
-
-    with pytest.raises(FileNotFoundError):
-        fail()
-    assert (out / "a").read_text() == "old"
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) -> None:
-    real, out = tmp_path / "real", tmp_path / "out"
-    real.mkdir()
-    (real / "a").write_text("old")
-    out.symlink_to(real)
-    with staged(out) as folder:
-        (folder / "a").write_text("new")
-    assert (out / "a").read_text() == "new"
-    assert (real / "a").read_text() == "old"
-    assert sorted(tmp_path.iterdir()) == [out, real]
-
-
-def _staged_with_a_signal(out: Path, text: str, strike: int) -> str | None:
-    """Stage one file and be interrupted before the ``strike``-th line that ``staged`` runs.
-
-    Returns:
-        The line's text, or None where ``staged`` runs fewer lines.
-    """
-    seen: list[int] = []
-
-    # A signal's handler runs between two instructions; a trace function can raise there too.
-    def trace(frame: FrameType, event: str, _argument: Any) -> Any:
-        if frame.f_code.co_name != "staged":
-            return None
-        if event == "line":
-            seen.append(frame.f_lineno)
-            if len(seen) == strike:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        with staged(out) as folder:
-            (folder / "a").write_text(text)
-    except KeyboardInterrupt:
-        return linecache.getline(manifest_file.__file__, seen[-1]).strip()
-    finally:
-        sys.settrace(before)
-    return None
-
-
-@pytest.mark.parametrize("before", [None, "old"])
-def test_is_whole_or_as_it_was_wherever_a_signal_strikes(
-    tmp_path: Path, before: str | None
-) -> None:
-    struck: list[str] = []
-    while True:
-        out = tmp_path / str(len(struck)) / "out"
-        if before is not None:
-            with staged(out) as folder:
-                (folder / "a").write_text(before)
-        line = _staged_with_a_signal(out, "new", len(struck) + 1)
-        if line is None:
-            break
-        struck.append(line)
-        found = (out / "a").read_text() if out.exists() else None
-        assert found in ("new", before), line
-        # Only what strikes the cleaning itself can leave something; the next export removes it.
-        cleaning = "finally:" in inspect.getsource(staged).partition(line)[0]
-        siblings = {path.name for path in out.parent.iterdir()} if out.parent.exists() else set()
-        assert cleaning or siblings <= {"out"}, line
-        with staged(out) as folder:
-            (folder / "a").write_text("next")
-        assert list(out.parent.iterdir()) == [out], line
-    assert "stage.mkdir()" in struck and "stage.rename(out)" in struck
-
-
 def _interruptible() -> None:
     """A shell starts background jobs with SIGINT ignored, and their children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@pytest.fixture
-def dead_pid() -> int:
-    """A process id that no process has: of a child that ended and was waited for."""
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    return child.pid
-
-
-def test_removes_what_a_dead_process_left_and_nothing_else(tmp_path: Path, dead_pid: int) -> None:
-    living = os.getppid()
-    gone = [f".out.partial-{dead_pid}", f".out.replaced-{dead_pid}"]
-    kept = [
-        f".out.partial-{living}",
-        f".out2.partial-{dead_pid}",
-        f"out.partial-{dead_pid}",
-        f".out.partial-{dead_pid}.txt",
-        ".outXpartial-1",
-    ]
-    for name in [*gone, *kept]:
-        (tmp_path / name / "inside").mkdir(parents=True)
-    # An ingot is there, so nothing has to be brought back from `replaced`.
-    (tmp_path / "out").mkdir()
-    with staged(tmp_path / "out") as folder:
-        (folder / "a").write_text("1")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "out"])
-
-
-def test_brings_back_what_was_there_after_a_kill_between_the_two_renames(
-    tmp_path: Path, dead_pid: int
-) -> None:
-    out, replaced = tmp_path / "out", tmp_path / f".out.replaced-{dead_pid}"
-    replaced.mkdir()
-    (replaced / "a").write_text("old")
-
-    def fail() -> None:
-        with staged(out):
-            raise ValueError("halfway")
-
-    with pytest.raises(ValueError, match="halfway"):
-        fail()
-    assert (out / "a").read_text() == "old"
-    assert list(tmp_path.iterdir()) == [out]
-
-
-# One line on standard output at each moment; the process then waits until it is killed or told on.
-STEPS = """
-import signal, sys
-from pathlib import Path
-from ingot.export import cli
-from ingot.export import ingot as manifest_file
-from ingot.export.ingot import staged
-
-def pause(name):
-    print(name, flush=True)
-    sys.stdin.readline()
-
-signal.signal(signal.SIGTERM, cli._on_terminate)
-with staged(Path(sys.argv[1])) as folder:
-    pause("begun")
-    with (folder / "weights").open("wb") as file:
-        file.write(b"1" * 100000)
-        file.flush()
-        pause("half")
-        file.write(b"2" * 100000)
-    pause("whole")
-pause("placed")
-"""
-WHOLE = b"1" * 100000 + b"2" * 100000
-
-
-@pytest.mark.parametrize("moment", ["begun", "half", "whole", "placed"])
-@pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("before", [None, b"old"])
-def test_is_whole_or_as_it_was_when_killed(
-    tmp_path: Path, moment: str, killer: signal.Signals, before: bytes | None
-) -> None:
-    out = tmp_path / "out"
-    if before is not None:
-        out.mkdir()
-        (out / "weights").write_bytes(before)
-    command = [sys.executable, "-c", STEPS, str(out)]
-    process = subprocess.Popen(
-        preexec_fn=_interruptible,
-        args=command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    while process.stdout.readline().strip() != moment:
-        process.stdin.write("on\n")
-        process.stdin.flush()
-    process.send_signal(killer)
-    process.communicate(timeout=LONGEST_WAIT)
-    assert process.returncode != 0
-
-    expected = WHOLE if moment == "placed" else before
-    if expected is None:
-        assert not out.exists()
-    else:
-        assert (out / "weights").read_bytes() == expected
-    partial = [path for path in tmp_path.iterdir() if path != out]
-    assert len(partial) == (killer == signal.SIGKILL and moment != "placed")
-
-    with staged(out) as folder:
-        (folder / "weights").write_bytes(b"next")
-    assert (out / "weights").read_bytes() == b"next"
-    assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.fixture(scope="module")
@@ -494,7 +246,7 @@ class Export:
         return [path for path in self.out.parent.iterdir() if path != self.out]
 
     def has(self, name: str) -> bool:
-        return any((folder / name).exists() for folder in self.partials())
+        return any((folder / NEW / name).exists() for folder in self.partials())
 
     def watch(self) -> Iterator[None]:
         """Again and again until the process ends."""

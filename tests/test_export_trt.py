@@ -16,9 +16,10 @@ from conftest import MakeCheckpoint, MakeIngot
 from oracle import capture_once, relative_rms, tokens
 
 from ingot.export.engine import RTX, Builder, custom_nodes, layers, profiles, trtexec_options
-from ingot.export.ingot import ENGINE, GRAPH, TRTEXEC, Manifest, TensorInfo, sha256
+from ingot.export.ingot import ENGINE, GRAPH, TRTEXEC, Manifest, TensorInfo
 from ingot.export.request import PRECISIONS, Limits
 from ingot.graphs.checkpoint import Checkpoint
+from ingot.plugins.whole import sha256
 from ingot.runtime.loading import load
 from ingot.runtime.session import Session
 from ingot.validate.truth.eager import EagerSession

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ingot.export": ("ingot.graphs", "ingot.plugins"),
     "ingot.export.api": OURS,
     "ingot.export.cli": OURS,
-    "ingot.export.ingot": ("ingot.graphs.state", "ingot.plugins.errors"),
+    "ingot.export.ingot": ("ingot.graphs.state", "ingot.plugins.errors", "ingot.plugins.whole"),
     "ingot.runtime": (
         "ingot.graphs.state",
         "ingot.plugins.device",
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "ingot.plugins.library",
         "ingot.plugins.registry",
         "ingot.plugins.tensorrt",
+        "ingot.plugins.whole",
         "ingot.export.ingot",
     ),
     "ingot.validate": OURS,
@@ -37,8 +38,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 VERSION = "ingot.version.__version__"
 # Modules that leave the standard library for nothing but this.
 STANDARD_LIBRARY_AND: dict[str, tuple[str, ...]] = {
-    "ingot.export.ingot": ("ingot.graphs.state", "ingot.plugins.errors"),
+    "ingot.export.ingot": ("ingot.graphs.state", "ingot.plugins.errors", "ingot.plugins.whole"),
     "ingot.graphs.state": (),
+    "ingot.plugins.whole": ("ingot.plugins.errors",),
     "ingot.validate.judge.metrics": ("numpy",),
 }
 

@@ -285,14 +285,18 @@ def test_removes_nothing_that_is_not_its_own(cache: Cache) -> None:
     assert names == {*others, "folder", f"{KEYS[2]}.safetensors"}
 
 
-def test_what_a_killed_process_left_goes_after_a_day(cache: Cache) -> None:
-    for name, age in ((".part-old", 2 * 86400), (".part-new", 60)):
-        (cache.folder / name).mkdir(parents=True)
-        (cache.folder / name / "x").write_bytes(b"x")
-        os.utime(cache.folder / name, (time.time() - age,) * 2)
+def test_what_a_killed_process_left_goes(cache: Cache) -> None:
+    # Of one file system with locks and of one without; of this recording and of another.
+    left = {name: cache.folder / f".{name}.safetensors.partial-12ab" for name in KEYS[:3]}
+    for path in left.values():
+        path.mkdir(parents=True)
+        (path / "new").write_bytes(b"x")
+    (left[KEYS[1]] / "lock").touch()
+    for path in (left[KEYS[2]] / "new", left[KEYS[2]]):
+        os.utime(path, (time.time() - 2 * 86400,) * 2)
     cache.put(KEYS[0], [])
     names = {path.name for path in cache.folder.iterdir()}
-    assert names == {".part-new", f"{KEYS[0]}.safetensors"}
+    assert names == {left[KEYS[0]].name, f"{KEYS[0]}.safetensors"}
 
 
 def test_a_folder_below_a_file_keeps_nothing(tmp_path: Path) -> None:

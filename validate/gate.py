@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ingot.plugins.errors import IngotError
+from ingot.plugins.whole import write_whole
 from ingot.validate.judge.limits import SCORE_FLOOR
-from ingot.validate.report.files import write_whole
 from ingot.validate.report.texts import plain
 from ingot.validate.report.words import number
 from ingot.validate.result import Distribution, Report, TensorResult

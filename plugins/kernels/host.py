@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ingot.plugins.errors import IngotError
 from ingot.plugins.kernels.ptxas import minimum_driver
+from ingot.plugins.whole import staged_file
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 
@@ -133,11 +134,9 @@ def link(compiled: Sequence[Compiled], out: Path, folder: Path) -> None:
 
 def run_compiler(*arguments: str | Path, out: Path) -> None:
     """g++ to a shared library that appears whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    command = ["g++", *flags, *arguments, "-o", partial]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise IngotError(f"g++ could not build {out.name}:\n{done.stderr}")
-    partial.replace(out)
+    with staged_file(out) as part:
+        command = ["g++", *flags, *arguments, "-o", part]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise IngotError(f"g++ could not build {out.name}:\n{done.stderr}")

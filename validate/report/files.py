@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from ingot.plugins.errors import IngotError
+from ingot.plugins.whole import write_whole
 from ingot.validate.report.texts import json_text, junit_text, markdown_text
 from ingot.validate.result import Report
 
 
 class ReportError(IngotError):
-    """A place reports cannot be written to."""
+    """A report that cannot be made."""
 
 
 def write(report: Report, folder: Path) -> None:
@@ -42,17 +42,3 @@ def write(report: Report, folder: Path) -> None:
 def write_json(report: Report, folder: Path) -> None:
     """Write ``report.json`` alone, as an export does into its ingot."""
     write_whole(folder / "report.json", json_text(report))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it; its folder is made where missing."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_bytes(text.encode("utf-8"))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise ReportError(f"cannot write {path}: {error.strerror or error}.") from error

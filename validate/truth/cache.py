@@ -6,13 +6,12 @@ what cannot be written is not kept.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -23,6 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from ingot.plugins.whole import remove_abandoned, sha256, staged_file
 
 # One dict of arrays a call.
 Recording = list[dict[str, npt.NDArray[Any]]]
@@ -44,9 +45,6 @@ _CODE = (
 )
 _SUFFIX = ".safetensors"
 _KEY = re.compile(r"[0-9a-f]{64}")
-_PART = ".part-"
-# Seconds after which a write that never finished is one whose process was killed.
-_STALE = 24 * 60 * 60
 
 
 class _DamagedError(Exception):
@@ -114,27 +112,22 @@ class Cache:
         return self.folder / (key + _SUFFIX)
 
     def _write(self, path: Path, calls: Recording) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # A folder of its own: safetensors puts a temporary file of its own beside what it writes.
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=_PART) as temporary:
-            part = Path(temporary) / path.name
+        with staged_file(path) as part:
             save_file(_flat(calls), part, metadata=_metadata(calls))
             if part.stat().st_size > self.limit:
-                return
+                raise OSError(errno.EFBIG, "more than the whole cache may hold")
             _touch(part)
-            part.replace(path)
         self._shrink(keep=path)
 
     def _shrink(self, keep: Path) -> None:
         """Remove what was used longest ago until the rest is within the limit, but not ``keep``."""
+        remove_abandoned(self.folder, _KEY.pattern + re.escape(_SUFFIX))
         found = []
         for path in self.folder.iterdir():
             # Another process may have removed it since.
             with suppress(OSError):
                 status = path.stat()
-                if path.name.startswith(_PART) and status.st_mtime < time.time() - _STALE:
-                    shutil.rmtree(path, ignore_errors=True)
-                elif path.suffix == _SUFFIX and _KEY.fullmatch(path.stem):
+                if path.suffix == _SUFFIX and _KEY.fullmatch(path.stem):
                     found.append((path == keep, status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, _, size, _ in found)
         # ``keep`` is the last, and within the limit by itself.
@@ -201,8 +194,7 @@ def _source_files(root: Path) -> list[Path]:
 def _digest_files(root: Path, files: Iterable[Path]) -> str:
     total = hashlib.sha256()
     for file in files:
-        content = hashlib.sha256(file.read_bytes()).hexdigest()
-        total.update(f"{file.relative_to(root).as_posix()}:{content}\n".encode())
+        total.update(f"{file.relative_to(root).as_posix()}:{sha256(file)}\n".encode())
     return total.hexdigest()
 
 
