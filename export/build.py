@@ -32,15 +32,17 @@ from ingot.export.lower_ort import shares_buffers
 from ingot.export.progress import Stages
 from ingot.export.request import PRECISIONS, ExportError, ExportRequest
 from ingot.export.write_weights import weight_bytes, write_weights
+from ingot.graphs import names
 from ingot.graphs.checkpoint import Checkpoint
+from ingot.graphs.config import ModelConfig
 from ingot.graphs.family import (
-    FAMILIES,
     Family,
     active_parameters,
     find_family,
     parameter_bytes,
 )
 from ingot.graphs.hub import describe, resolve
+from ingot.graphs.layers import Model
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.plugins.whole import TakenError, staged
 from ingot.version import __version__
@@ -151,10 +153,11 @@ def build(
 
 def _checkpoint_folder(request: ExportRequest, stages: Stages) -> Path:
     """The folder to export: found, downloaded, or made from a preset beside the destination."""
-    if request.model not in FAMILIES:
+    if request.model not in names.FAMILIES:
         if request.preset is not None:
             raise ExportError(
-                f"--preset goes with a family name ({', '.join(FAMILIES)}), not {request.model!r}."
+                f"--preset goes with a family name ({', '.join(names.FAMILIES)}), not "
+                f"{request.model!r}."
             )
         return resolve(request.model, request.revision)
     family = find_family(request.model)
@@ -205,10 +208,10 @@ def _manifest(
     request: ExportRequest,
     family: Family,
     checkpoint: Checkpoint,
-    model: torch.nn.Module,
+    model: Model,
     captured: Captured,
 ) -> Manifest:
-    config = getattr(model, "config")
+    config = model.config
     total, active = active_parameters(model)
     shared = shares_buffers(captured.model)
     graph = captured.model.graph
@@ -263,9 +266,13 @@ def _tensor_info(value: ir.Value) -> TensorInfo:
     return TensorInfo(value.name, value.dtype.numpy().name, dimensions)
 
 
-def _generation(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
+def _generation(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
     """What ends, begins and pads a sequence; ``generation_config.json`` wins where it is there."""
-    raw = dict(checkpoint.config)
+    facts = config.facts
+    raw: dict[str, Any] = {
+        "eos_token_id": list(facts.eos_token_ids),
+        "pad_token_id": facts.pad_token_id,
+    }
     file = checkpoint.path / "generation_config.json"
     if file.is_file():
         given = json.loads(file.read_text(encoding="utf-8"))
@@ -277,16 +284,16 @@ def _generation(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
         "eos_token_ids": ends,
         # Padding is masked, so any id of the vocabulary serves.
         "pad_token_id": pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else 0,
-        "context_length": config.rope.context_length if hasattr(config, "rope") else None,
+        "context_length": facts.context_length,
     }
 
 
-def _labels(checkpoint: Checkpoint, task: str, config: Any) -> tuple[str, ...]:
+def _labels(checkpoint: Checkpoint, task: str, config: ModelConfig) -> tuple[str, ...]:
     """Names of the classes, by their number."""
     if task != "classify":
         return ()
     named = checkpoint.config.get("id2label") or {}
-    return tuple(str(named.get(str(n), f"LABEL_{n}")) for n in range(config.num_labels))
+    return tuple(str(named.get(str(n), f"LABEL_{n}")) for n in range(config.facts.num_labels))
 
 
 def _tool_versions() -> dict[str, str]:

@@ -29,6 +29,7 @@ from ingot.export.passes.reshapes import SimplifyReshapes, SizesFromTokens
 from ingot.export.passes.scales import FoldScales, NoteFactors
 from ingot.export.passes.weights import FoldWeightTransposes, WeightsToInitializers
 from ingot.export.request import EXTRA_OUTPUTS
+from ingot.graphs.layers import Model
 from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL, Dimension, State
 from ingot.plugins import causal_conv, experts
 from ingot.plugins.registry import OPERATORS
@@ -66,7 +67,7 @@ class Captured:
 class _Traced(nn.Module):
     """The model as a function of its weights, with outputs by their documented names."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         # Kept out of the module tree: its parameters must stay arguments of the call.
         object.__setattr__(self, "_model", model)
@@ -79,13 +80,12 @@ class _Traced(nn.Module):
         position_ids: torch.Tensor,
         past: tuple[torch.Tensor, ...],
     ) -> dict[str, torch.Tensor]:
-        model: nn.Module = self.__dict__["_model"]
+        model: Model = self.__dict__["_model"]
         arguments = (input_ids, attention_mask, position_ids, past)
         out = torch.func.functional_call(model, weights, arguments)
-        states: tuple[State, ...] = getattr(model, "states")
         return {
-            getattr(model, "main_output"): out.main,
-            **{state.output: each for state, each in zip(states, out.present, strict=True)},
+            model.main_output: out.main,
+            **{state.output: each for state, each in zip(model.states, out.present, strict=True)},
             **{
                 f"{name}.{index}": tensor
                 for name in EXTRA_OUTPUTS
@@ -95,7 +95,7 @@ class _Traced(nn.Module):
 
 
 def capture(
-    model: nn.Module,
+    model: Model,
     read_block: Callable[[str, int], torch.Tensor],
     *,
     precision: torch.dtype = torch.float32,
@@ -112,9 +112,8 @@ def capture(
             them; each one's i-th tensor becomes ``{name}.{i}``. The values have these names in
             every graph, so that a validation can find them.
     """
-    declared: tuple[State, ...] = getattr(model, "states")
-    states = tuple(state.cast(str(precision).removeprefix("torch.")) for state in declared)
-    main_output: str = getattr(model, "main_output")
+    states = tuple(state.cast(str(precision).removeprefix("torch.")) for state in model.states)
+    main_output = model.main_output
     weights = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
     inputs = _inputs(states)
     exported = _trace(_Traced(model), weights, inputs, states)

@@ -30,6 +30,7 @@ from ingot.export.request import (
     Target,
     Task,
 )
+from ingot.graphs.names import FAMILIES
 from ingot.plugins.errors import IngotError
 from ingot.version import __version__
 
@@ -72,7 +73,7 @@ def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
 @click.option(
     "--model",
     required=True,
-    help="granite, jetmoe, mamba2, olmoe, a checkpoint folder, or a hub name.",
+    help=f"{', '.join(FAMILIES)}, a checkpoint folder, or a hub name.",
 )
 @click.option("--target", type=click.Choice(TARGETS), default="ort", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="The folder to make.")

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 import torch
-from torch import nn
 
 from ingot.export.capture import Captured
 from ingot.export.capture import capture as trace
@@ -22,6 +21,7 @@ from ingot.export.progress import Stages
 from ingot.export.request import ExportError
 from ingot.graphs.checkpoint import Checkpoint, block_reader
 from ingot.graphs.family import Family, family_of
+from ingot.graphs.layers import Model
 
 # Of the signature of ``ingot.export.capture.capture``.
 Capture = Callable[..., Captured]
@@ -46,7 +46,7 @@ class Eager(NamedTuple):
     """An eager graph on the meta device, its family, and the reader of its weights by block."""
 
     family: Family
-    model: nn.Module
+    model: Model
     read: Callable[[str, int], torch.Tensor]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ingot.plugins.errors import IngotError
@@ -75,24 +76,61 @@ class ConfigError(IngotError):
     """``config.json`` asks for something this architecture's graph does not compute."""
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What the export and the validation must know of a model, beside its graph.
+
+    Attributes:
+        routers: how many each layer has.
+        experts_per_token: K of every router; 0 where there is none.
+        chunk_size: of a scan, whose state must be seen to carry over a boundary; 0 without one.
+        context_length: longest sequence the positions are meant for; None where nothing limits it.
+        num_labels: classes of a classifier.
+        eos_token_ids: each of which ends a sequence.
+        pad_token_id: fills up shorter rows.
+    """
+
+    routers: tuple[int, ...]
+    experts_per_token: int = 0
+    chunk_size: int = 0
+    context_length: int | None = None
+    num_labels: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The fields that every architecture's config has; each adds its own, by their own names."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    tie_word_embeddings: bool
+    facts: Facts
+
+
 class ConfigReader:
     """Takes fields out of a parsed ``config.json`` and refuses what is left over.
 
     Args:
         raw: the parsed JSON object.
         model_type: the architecture reading it, named in messages.
+
+    Attributes:
+        taken: by the name of each field read so far, its value or its default.
     """
 
     def __init__(self, raw: dict[str, Any], model_type: str) -> None:
         self.raw = raw
         self.model_type = model_type
-        self.taken: set[str] = set()
+        self.taken: dict[str, Any] = {}
 
     def take(self, name: str, kind: type[T], default: T) -> T:
         """A field of one type, or its default where the field is absent or null."""
-        self.taken.add(name)
         value = self.raw.get(name)
         if value is None:
+            self.taken[name] = default
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
@@ -104,6 +142,7 @@ class ConfigReader:
         # Python's JSON reader takes NaN and Infinity, which JSON itself does not have.
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"config.json: {name} is {value}; it must be finite.")
+        self.taken[name] = value
         return value
 
     def size(self, name: str, default: int) -> int:
@@ -112,6 +151,29 @@ class ConfigReader:
         if value < 1:
             raise ConfigError(f"config.json: {name} is {value}; it must be at least 1.")
         return value
+
+    def multiple(self, name: str, of: str) -> None:
+        """One field taken before must be a multiple of another."""
+        value, divisor = self.taken[name], self.taken[of]
+        if value % divisor:
+            raise ConfigError(f"config.json: {name} {value} is not a multiple of {of} {divisor}.")
+
+    def at_most(self, name: str, most: str) -> None:
+        """One field taken before must not be more than another."""
+        value, limit = self.taken[name], self.taken[most]
+        if value > limit:
+            raise ConfigError(f"config.json: {name} {value} is more than {most} {limit}.")
+
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        """Token ids: one, a list of them, or none where the field is absent or null."""
+        value = self.taken[name] = self.raw.get(name)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(type(token) is int for token in ids):
+            raise ConfigError(
+                f"config.json: {name} is {value!r}; {self.model_type} expects a token id or a "
+                "list of them."
+            )
+        return tuple(ids)
 
     def optional_float(self, name: str) -> float | None:
         """A float, or None where the field is absent or null."""
@@ -135,9 +197,13 @@ class ConfigReader:
             self.must_be("num_labels", len(named), f"id2label names {len(named)} classes")
         return len(named) or self.size("num_labels", 2)
 
+    def ignore(self, *names: str) -> None:
+        """Fields that change nothing of what this architecture computes, whatever they hold."""
+        self.taken.update((name, self.raw.get(name)) for name in names)
+
     def must_be(self, name: str, expected: Any, why: str) -> None:
         """A field that is accepted with one value only (or absent)."""
-        self.taken.add(name)
+        self.taken.setdefault(name, expected)
         value = self.raw.get(name)
         if value is not None and value != expected:
             raise ConfigError(

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import nn
 
+from ingot.graphs import names
 from ingot.graphs.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -18,15 +18,19 @@ from ingot.graphs.checkpoint import (
     check_weights,
     stack_height,
 )
+from ingot.graphs.config import ModelConfig
+from ingot.graphs.layers import Model
 from ingot.plugins.errors import IngotError
-
-# One file of this folder each, named after the Hugging Face `model_type`.
-FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
 
 
 def one_spelling(_name: str, _shape: tuple[int, ...]) -> tuple[Part, ...]:
     """``Family.other_spelling`` of an architecture whose tensors have one spelling only."""
     return ()
+
+
+def no_draw(_name: str, _normal: torch.Tensor, _generator: torch.Generator) -> torch.Tensor | None:
+    """``Family.draw`` of an architecture with weights of the usual kinds only."""
+    return None
 
 
 def no_gain(_name: str, _config: dict[str, Any]) -> float:
@@ -50,14 +54,16 @@ class Family:
         presets: config fields of the seeded checkpoints ``tiny``, ``small`` and ``full``.
         extra_outputs: what its graph returns a layer beside the main output and the states.
         keep_in_fp32: how the names of parameters end that are float32 whatever the precision.
+        draw: tensor name, normal numbers of its shape and their generator -> that seeded weight, or
+            None for one of the usual kinds: a norm, a bias, an embedding, a linear layer.
         preset_gain: tensor name and config -> factor on that seeded weight, for an architecture
             whose multipliers would otherwise take its activations away from 1.
     """
 
     model_type: str
     hub_name: str
-    read_config: Callable[[dict[str, Any]], Any]
-    tasks: Mapping[str, type[nn.Module]]
+    read_config: Callable[[dict[str, Any]], ModelConfig]
+    tasks: Mapping[str, type[Model]]
     other_spelling: Callable[[str, tuple[int, ...]], tuple[Part, ...]] = one_spelling
     prefix: str = "model."
     tied: Mapping[str, str] = field(default_factory=dict)
@@ -65,11 +71,12 @@ class Family:
     presets: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     extra_outputs: tuple[str, ...] = ("hidden_states",)
     keep_in_fp32: tuple[str, ...] = ()
+    draw: Callable[[str, torch.Tensor, torch.Generator], torch.Tensor | None] = no_draw
     preset_gain: Callable[[str, dict[str, Any]], float] = no_gain
 
     def build(
         self, raw_config: dict[str, Any], task: str, dtype: torch.dtype = torch.float32
-    ) -> nn.Module:
+    ) -> Model:
         """The eager graph on the meta device: shapes and dtypes, but no weights yet.
 
         Raises:
@@ -88,7 +95,7 @@ class Family:
                     parameter.data = parameter.data.to(dtype)
         return model
 
-    def weight_map(self, model: nn.Module, checkpoint: Checkpoint, task: str) -> WeightMap:
+    def weight_map(self, model: Model, checkpoint: Checkpoint, task: str) -> WeightMap:
         """Which tensors of the checkpoint make each parameter, checked to be all of them.
 
         A bare model saved on its own has names without the prefix, and a bare graph may be
@@ -97,8 +104,8 @@ class Family:
         Raises:
             CheckpointError: a missing, extra or misshapen tensor.
         """
-        names = checkpoint.entries
-        on_disk = self.prefix if any(name.startswith(self.prefix) for name in names) else ""
+        stored = checkpoint.entries
+        on_disk = self.prefix if any(name.startswith(self.prefix) for name in stored) else ""
         whole_model = self.prefix.rstrip(".") in dict(model.named_children())
         in_graph = self.prefix if whole_model else ""
 
@@ -112,10 +119,10 @@ class Family:
             shape = tuple(parameter.shape)
             whole = (Part(spelled(name), shape),)
             split = self.other_spelling(spelled(name), shape)
-            found = split and any(part.name in names for part in split)
+            found = split and any(part.name in stored for part in split)
             result[name] = split if found else whole
         tied = {}
-        if getattr(model, "config").tie_word_embeddings:
+        if model.config.tie_word_embeddings:
             for name, repeated in self.tied.items():
                 tied[name] = on_disk + repeated.removeprefix(self.prefix)
         unused = self.head_tensors if task == "features" else ()
@@ -129,9 +136,9 @@ def find_family(model_type: str) -> Family:
     Raises:
         CheckpointError: an architecture Ingot does not have.
     """
-    if model_type not in FAMILIES:
+    if model_type not in names.FAMILIES:
         raise CheckpointError(
-            f"config.json: model_type is {model_type!r}; supported: {', '.join(FAMILIES)}."
+            f"config.json: model_type is {model_type!r}; supported: {', '.join(names.FAMILIES)}."
         )
     return cast(Family, importlib.import_module(f"ingot.graphs.{model_type}").FAMILY)
 
@@ -144,22 +151,24 @@ def family_of(checkpoint: Checkpoint) -> Family:
     """
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str):
-        raise CheckpointError(f"config.json has no model_type; supported: {', '.join(FAMILIES)}.")
+        raise CheckpointError(
+            f"config.json has no model_type; supported: {', '.join(names.FAMILIES)}."
+        )
     return find_family(model_type)
 
 
-def active_parameters(model: nn.Module) -> tuple[int, int]:
+def active_parameters(model: Model) -> tuple[int, int]:
     """Parameters of a model in all, and those one token uses (K of E experts)."""
     total = active = 0
-    config = getattr(model, "config")
+    chosen = model.config.facts.experts_per_token
     for parameter in model.parameters():
         total += parameter.numel()
         experts = stack_height(tuple(parameter.shape))
-        share = config.num_experts_per_tok / experts if experts > 1 else 1.0
+        share = chosen / experts if experts > 1 else 1.0
         active += round(parameter.numel() * share)
     return total, active
 
 
-def parameter_bytes(model: nn.Module) -> int:
+def parameter_bytes(model: Model) -> int:
     """Bytes of a model's parameters, each in its own dtype."""
     return sum(p.numel() * p.element_size() for p in model.parameters())

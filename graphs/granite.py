@@ -15,22 +15,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from ingot.graphs.config import ConfigError, ConfigReader
+from ingot.graphs.config import ConfigReader, Facts, ModelConfig
 from ingot.graphs.family import Family
-from ingot.graphs.layers import HIDDEN_ACT, CausalLM, ModelOutput, RMSNorm, attention, causal_mask
-from ingot.graphs.rope import RopeParameters, RotaryEmbedding, rotate
-from ingot.graphs.state import State, key_value_states
+from ingot.graphs.layers import (
+    HIDDEN_ACT,
+    Attention,
+    CausalLM,
+    Decoder,
+    Layer,
+    Mixed,
+    ModelOutput,
+    RMSNorm,
+    Step,
+    causal_mask,
+)
+from ingot.graphs.rope import RopeParameters, RotaryEmbedding
+from ingot.graphs.state import State
 from ingot.plugins.activations import activate
 
 
 @dataclass(frozen=True)
-class GraniteConfig:
+class GraniteConfig(ModelConfig):
     """The fields of a Granite ``config.json`` that shape the result, by their own names."""
 
-    vocab_size: int
-    hidden_size: int
     intermediate_size: int
-    num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -42,7 +50,6 @@ class GraniteConfig:
     logits_scaling: float
     residual_multiplier: float
     attention_multiplier: float
-    tie_word_embeddings: bool
     rope: RopeParameters
 
     @classmethod
@@ -56,23 +63,17 @@ class GraniteConfig:
         hidden_size = config.size("hidden_size", 4096)
         heads = config.size("num_attention_heads", 32)
         key_value_heads = config.size("num_key_value_heads", heads)
-        if hidden_size % heads and raw.get("head_dim") is None:
-            raise ConfigError(
-                f"config.json: hidden_size {hidden_size} is not a multiple of "
-                f"num_attention_heads {heads}."
-            )
-        if heads % key_value_heads:
-            raise ConfigError(
-                f"config.json: num_attention_heads {heads} is not a multiple of "
-                f"num_key_value_heads {key_value_heads}."
-            )
+        if raw.get("head_dim") is None:
+            config.multiple("hidden_size", of="num_attention_heads")
+        config.multiple("num_attention_heads", of="num_key_value_heads")
         head_dim = config.size("head_dim", hidden_size // heads)
         rope = RopeParameters.read(config, head_dim, config.size("max_position_embeddings", 2048))
+        layers = config.size("num_hidden_layers", 32)
         result = cls(
             vocab_size=config.size("vocab_size", 32000),
             hidden_size=hidden_size,
             intermediate_size=config.size("intermediate_size", 11008),
-            num_hidden_layers=config.size("num_hidden_layers", 32),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=key_value_heads,
             head_dim=head_dim,
@@ -86,43 +87,15 @@ class GraniteConfig:
             attention_multiplier=config.take("attention_multiplier", float, 1.0),
             tie_word_embeddings=config.take("tie_word_embeddings", bool, False),
             rope=rope,
+            facts=Facts(
+                routers=(0,) * layers,
+                context_length=rope.context_length,
+                eos_token_ids=config.token_ids("eos_token_id"),
+                pad_token_id=config.take("pad_token_id", int, 0),
+            ),
         )
         config.finish()
         return result
-
-
-class GraniteAttention(nn.Module):
-    def __init__(self, config: GraniteConfig) -> None:
-        super().__init__()
-        self.config = config
-        hidden, bias = config.hidden_size, config.attention_bias
-        width = config.num_attention_heads * config.head_dim
-        shared = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden, width, bias=bias)
-        self.k_proj = nn.Linear(hidden, shared, bias=bias)
-        self.v_proj = nn.Linear(hidden, shared, bias=bias)
-        self.o_proj = nn.Linear(width, hidden, bias=bias)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor,
-        past_key: torch.Tensor,
-        past_value: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads = (-1, self.config.head_dim)
-        out, present_key, present_value = attention(
-            rotate(self.q_proj(x).unflatten(-1, heads), cos, sin),
-            rotate(self.k_proj(x).unflatten(-1, heads), cos, sin),
-            self.v_proj(x).unflatten(-1, heads),
-            past_key,
-            past_value,
-            mask,
-            self.config.attention_multiplier,
-        )
-        return self.o_proj(out), present_key, present_value
 
 
 class GraniteMLP(nn.Module):
@@ -139,40 +112,39 @@ class GraniteMLP(nn.Module):
         return y
 
 
-class GraniteDecoderLayer(nn.Module):
+class GraniteDecoderLayer(Layer):
     def __init__(self, config: GraniteConfig) -> None:
         super().__init__()
-        self.self_attn = GraniteAttention(config)
+        self.self_attn = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.attention_multiplier,
+            bias=config.attention_bias,
+        )
         self.mlp = GraniteMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.residual_multiplier = config.residual_multiplier
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor,
-        past_key: torch.Tensor,
-        past_value: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mixed, present_key, present_value = self.self_attn(
-            self.input_layernorm(x), cos, sin, mask, past_key, past_value
-        )
+    def states(self, index: int) -> tuple[State, ...]:
+        return self.self_attn.states(index)
+
+    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
+        mixed, present, _ = self.self_attn(self.input_layernorm(x), step, past)
         x = x + mixed * self.residual_multiplier
         x = x + self.mlp(self.post_attention_layernorm(x)) * self.residual_multiplier
-        return x, present_key, present_value
+        return Mixed(x, present)
 
 
-class GraniteModel(nn.Module):
+class GraniteModel(Decoder):
     """The bare model: ``last_hidden_state [B, T, H]`` after the final norm."""
 
-    main_output = "last_hidden_state"
+    config: GraniteConfig
 
     def __init__(self, config: GraniteConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             GraniteDecoderLayer(config) for _ in range(config.num_hidden_layers)
@@ -180,40 +152,22 @@ class GraniteModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config.rope)
 
-    @property
-    def states(self) -> tuple[State, ...]:
-        c = self.config
-        return tuple(
-            state
-            for layer in range(c.num_hidden_layers)
-            for state in key_value_states(layer, c.num_key_value_heads, c.head_dim)
-        )
-
-    def forward(
+    def begin(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        past: tuple[torch.Tensor, ...],
-    ) -> ModelOutput:
-        """One prefill or decode call; arguments as in ``graphs.olmoe.OlmoeModel.forward``."""
+    ) -> tuple[torch.Tensor, Step]:
         x = self.embed_tokens(input_ids) * self.config.embedding_multiplier
         cos, sin = (table.to(x.dtype) for table in self.rotary_emb(position_ids))
-        mask = causal_mask(attention_mask, input_ids.shape[1])
-        present: list[torch.Tensor] = []
-        hidden_states = [x]
-        for index, layer in enumerate(self.layers):
-            x, key, value = layer(x, cos, sin, mask, past[2 * index], past[2 * index + 1])
-            present += [key, value]
-            hidden_states.append(x)
-        hidden_states[-1] = x = self.norm(x)
-        return ModelOutput(x, tuple(present), hidden_states=tuple(hidden_states))
+        return x, Step(causal_mask(attention_mask, input_ids.shape[1]), cos=cos, sin=sin)
 
 
 class GraniteForCausalLM(CausalLM):
     """The bare model and a language-model head: ``logits [B, T, V]``."""
 
     bare = GraniteModel
+    config: GraniteConfig
 
     def forward(
         self,

@@ -15,13 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ingot.graphs.config import ConfigError, ConfigReader
+from ingot.graphs.config import ConfigReader, Facts, ModelConfig
 from ingot.graphs.family import Family
 from ingot.graphs.layers import (
     HIDDEN_ACT,
     CausalLM,
+    Decoder,
+    Layer,
+    Mixed,
+    Model,
     ModelOutput,
     RMSNorm,
+    Step,
     attention,
     causal_mask,
     load_balancing_loss,
@@ -37,21 +42,16 @@ LAYER_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class JetMoeConfig:
+class JetMoeConfig(ModelConfig):
     """The fields of a JetMoE ``config.json`` that shape the result, by their own names."""
 
-    vocab_size: int
-    hidden_size: int
     intermediate_size: int
-    num_hidden_layers: int
     num_key_value_heads: int
     kv_channels: int
     activation_function: str
     rms_norm_eps: float
     num_local_experts: int
     num_experts_per_tok: int
-    num_labels: int
-    tie_word_embeddings: bool
     rope: RopeParameters
 
     @classmethod
@@ -66,11 +66,7 @@ class JetMoeConfig:
         kv_channels = config.size("kv_channels", 128)
         experts = config.size("num_local_experts", 8)
         chosen = config.size("num_experts_per_tok", 2)
-        if chosen > experts:
-            raise ConfigError(
-                f"config.json: num_experts_per_tok {chosen} is more than num_local_experts "
-                f"{experts}."
-            )
+        config.at_most("num_experts_per_tok", "num_local_experts")
         config.must_be(
             "num_attention_heads",
             key_value_heads * chosen,
@@ -80,20 +76,29 @@ class JetMoeConfig:
         rope = RopeParameters.read(
             config, kv_channels, config.size("max_position_embeddings", 4096)
         )
+        layers = config.size("num_hidden_layers", 12)
         result = cls(
             vocab_size=config.size("vocab_size", 32000),
             hidden_size=config.size("hidden_size", 2048),
             intermediate_size=config.size("intermediate_size", 5632),
-            num_hidden_layers=config.size("num_hidden_layers", 12),
+            num_hidden_layers=layers,
             num_key_value_heads=key_value_heads,
             kv_channels=kv_channels,
             activation_function=config.choice("activation_function", HIDDEN_ACT, "silu"),
             rms_norm_eps=config.take("rms_norm_eps", float, 1e-6),
             num_local_experts=experts,
             num_experts_per_tok=chosen,
-            num_labels=config.labels(),
             tie_word_embeddings=config.take("tie_word_embeddings", bool, True),
             rope=rope,
+            facts=Facts(
+                # Of the attention, and then of the MLP.
+                routers=(2,) * layers,
+                experts_per_token=chosen,
+                context_length=rope.context_length,
+                num_labels=config.labels(),
+                eos_token_ids=config.token_ids("eos_token_id"),
+                pad_token_id=config.take("pad_token_id", int, 0),
+            ),
         )
         config.finish()
         return result
@@ -139,15 +144,10 @@ class JetMoeAttention(nn.Module):
         self.experts = JetMoeMoA(config)
         self.kv_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor,
-        past_key: torch.Tensor | None,
-        past_value: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def states(self, index: int) -> tuple[State, ...]:
+        return key_value_states(index, self.config.num_key_value_heads, self.config.kv_channels)
+
+    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
         c, experts = self.config, self.experts
         chosen, shared = c.num_experts_per_tok, c.num_key_value_heads
         batch, length, _ = x.shape
@@ -157,24 +157,23 @@ class JetMoeAttention(nn.Module):
         gates = router_logits.gather(-1, ids).softmax(-1).to(x.dtype)
 
         query = moe_linear(tokens, ids, experts.input_linear.weight)
-        query = rotate(query.view(batch, length, -1, c.kv_channels), cos, sin)
+        query = rotate(query.view(batch, length, -1, c.kv_channels), step.cos, step.sin)
         # The experts' heads come one expert after another; the K heads that share a key-value
         # head must be neighbours for grouped-query attention.
         query = query.view(batch, length, chosen, shared, c.kv_channels).transpose(2, 3)
         key, value = self.kv_proj(x).unflatten(-1, (-1, c.kv_channels)).chunk(2, dim=2)
-        out, present_key, present_value = attention(
+        out, present = attention(
             query.flatten(2, 3),
-            rotate(key, cos, sin),
+            rotate(key, step.cos, step.sin),
             value,
-            past_key,
-            past_value,
-            mask,
+            past,
+            step.visible,
             c.kv_channels**-0.5,
         )
         out = out.view(batch * length, shared, chosen, c.kv_channels).transpose(1, 2).flatten(2)
         y = moe_linear(out, ids, experts.output_linear.weight)
         y = (gates[..., None] * y).sum(1).view_as(x) + experts.bias
-        return y, present_key, present_value, router_logits
+        return Mixed(y, present, (router_logits,))
 
 
 class JetMoeMoE(nn.Module):
@@ -207,7 +206,7 @@ class JetMoeMoE(nn.Module):
         return y.view_as(x) + self.bias, router_logits
 
 
-class JetMoeDecoderLayer(nn.Module):
+class JetMoeDecoderLayer(Layer):
     def __init__(self, config: JetMoeConfig) -> None:
         super().__init__()
         self.self_attention = JetMoeAttention(config)
@@ -215,31 +214,21 @@ class JetMoeDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, LAYER_NORM_EPS)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, LAYER_NORM_EPS)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor,
-        past_key: torch.Tensor | None,
-        past_value: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        mixed, present_key, present_value, attention_logits = self.self_attention(
-            self.input_layernorm(x), cos, sin, mask, past_key, past_value
-        )
+    def states(self, index: int) -> tuple[State, ...]:
+        return self.self_attention.states(index)
+
+    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
+        mixed, present, attention_logits = self.self_attention(self.input_layernorm(x), step, past)
         x = x + mixed
         mixed, mlp_logits = self.mlp(self.post_attention_layernorm(x))
-        return x + mixed, present_key, present_value, attention_logits, mlp_logits
+        return Mixed(x + mixed, present, (*attention_logits, mlp_logits))
 
 
-class JetMoeModel(nn.Module):
+class JetMoeModel(Decoder):
     """The bare model: ``last_hidden_state [B, T, H]`` after the final norm."""
 
-    main_output = "last_hidden_state"
-
     def __init__(self, config: JetMoeConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             JetMoeDecoderLayer(config) for _ in range(config.num_hidden_layers)
@@ -247,41 +236,15 @@ class JetMoeModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config.rope)
 
-    @property
-    def states(self) -> tuple[State, ...]:
-        c = self.config
-        return tuple(
-            state
-            for layer in range(c.num_hidden_layers)
-            for state in key_value_states(layer, c.num_key_value_heads, c.kv_channels)
-        )
-
-    def forward(
+    def begin(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        past: tuple[torch.Tensor, ...],
-    ) -> ModelOutput:
-        """One prefill or decode call; arguments as in ``graphs.olmoe.OlmoeModel.forward``.
-
-        ``past`` may be empty for a call that stands alone. The router logits are the attention's
-        and then the MLP's, layer by layer.
-        """
+    ) -> tuple[torch.Tensor, Step]:
         x = self.embed_tokens(input_ids)
         cos, sin = (table.to(x.dtype) for table in self.rotary_emb(position_ids))
-        mask = causal_mask(attention_mask, input_ids.shape[1])
-        caches = past or (None,) * len(self.states)
-        present: list[torch.Tensor] = []
-        router_logits: list[torch.Tensor] = []
-        hidden_states = [x]
-        for layer, key, value in zip(self.layers, caches[::2], caches[1::2], strict=True):
-            x, new_key, new_value, *logits = layer(x, cos, sin, mask, key, value)
-            present += [new_key, new_value]
-            router_logits += logits
-            hidden_states.append(x)
-        hidden_states[-1] = x = self.norm(x)
-        return ModelOutput(x, tuple(present), tuple(router_logits), tuple(hidden_states))
+        return x, Step(causal_mask(attention_mask, input_ids.shape[1]), cos=cos, sin=sin)
 
 
 class JetMoeForCausalLM(CausalLM):
@@ -292,24 +255,26 @@ class JetMoeForCausalLM(CausalLM):
     def aux_loss(self, out: ModelOutput, attention_mask: torch.Tensor) -> torch.Tensor:
         """The load-balancing loss of a call without a past, over both kinds of router."""
         return load_balancing_loss(
-            out.router_logits, self.config.num_experts_per_tok, attention_mask
+            out.router_logits, self.config.facts.experts_per_token, attention_mask
         )
 
 
-class JetMoeForSequenceClassification(nn.Module):
+class JetMoeForSequenceClassification(Model):
     """The bare model and a classifier of the last token: ``logits [B, num_labels]``.
 
     It has no state: each call holds whole sequences, padded on either side.
     """
 
     main_output = "logits"
-    states: tuple[State, ...] = ()
 
     def __init__(self, config: JetMoeConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.model = JetMoeModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, config.facts.num_labels, bias=False)
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        return ()
 
     def forward(
         self,
@@ -333,6 +298,9 @@ def preset_gain(name: str, config: dict[str, Any]) -> float:
     """
     if "embed_tokens" in name and config.get("tie_word_embeddings", True):
         return 0.25
+    # A router's logits spread over several units, so that its top-k has margins.
+    if name.endswith("router.layer.weight"):
+        return 2.0
     return 1.4 if name.endswith(("experts.input_linear.weight", "kv_proj.weight")) else 1.0
 
 

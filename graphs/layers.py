@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ingot.graphs.state import State
+from ingot.graphs.config import ModelConfig
+from ingot.graphs.rope import rotate
+from ingot.graphs.state import State, key_value_states
 from ingot.plugins.experts import route
 
 # Hugging Face's `hidden_act` names -> the names the custom operators use.
@@ -20,6 +23,39 @@ HIDDEN_ACT = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+
+# What a step holds in place of what no layer of its model reads. Its shape fails whoever uses it,
+# where None for a mask would let every token see every other.
+ABSENT = torch.empty(0)
+
+
+class Step(NamedTuple):
+    """What every layer of one call is given.
+
+    Attributes:
+        visible: ``[B, 1, T, S]`` bool, which keys each new token may see.
+        real: ``[B, T]`` of the weights' dtype, 1 for tokens, 0 for padding.
+        cos: ``[B, T, 1, D]`` of the weights' dtype, as is ``sin``: the rotation of each position.
+    """
+
+    visible: torch.Tensor = ABSENT
+    real: torch.Tensor = ABSENT
+    cos: torch.Tensor = ABSENT
+    sin: torch.Tensor = ABSENT
+
+
+class Mixed(NamedTuple):
+    """What a layer returns, and what in it mixes the tokens.
+
+    Attributes:
+        x: ``[B, T, H]``.
+        present: the new states, in the order of the layer's ``states``.
+        router_logits: per router of the layer ``[B*T, E]`` float32.
+    """
+
+    x: torch.Tensor
+    present: tuple[torch.Tensor, ...]
+    router_logits: tuple[torch.Tensor, ...] = ()
 
 
 class ModelOutput(NamedTuple):
@@ -40,20 +76,131 @@ class ModelOutput(NamedTuple):
     hidden_states: tuple[torch.Tensor, ...] = ()
 
 
-class CausalLM(nn.Module):
+class Model(nn.Module):
+    """The eager graph of one task: what is exported, and what every target is compared with.
+
+    Args:
+        config: of the architecture.
+
+    Attributes:
+        main_output: ``logits`` or ``last_hidden_state``.
+    """
+
+    main_output: str
+    config: ModelConfig
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """The states that go from call to call, in the order of ``past``."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: tuple[torch.Tensor, ...],
+    ) -> ModelOutput:
+        """One prefill or decode call.
+
+        Args:
+            input_ids: ``[B, T]`` int64.
+            attention_mask: int64, 1 for tokens, 0 for padding: ``[B, S]``, the past included, where
+                a state grows, and otherwise ``[B, T]``.
+            position_ids: ``[B, T]`` int64.
+            past: the states, or none for a call that stands alone.
+        """
+        raise NotImplementedError
+
+
+class Layer(nn.Module):
+    """One layer of a decoder: mixes the tokens, then the channels of each."""
+
+    def states(self, index: int) -> tuple[State, ...]:
+        """The states of this layer, as the layer of that number."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
+        """``x [B, T, H]`` and the layer's states -> the same of after it."""
+        raise NotImplementedError
+
+
+class Decoder(Model):
+    """A bare model: ``last_hidden_state [B, T, H]`` after the final norm.
+
+    A subclass has ``layers``, each a ``Layer``, and a final ``norm``, and says how a call begins.
+    """
+
+    main_output = "last_hidden_state"
+    layers: nn.ModuleList
+    norm: nn.Module
+
+    def begin(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, Step]:
+        """What enters the first layer ``[B, T, H]``, and what all layers of a call are given."""
+        raise NotImplementedError
+
+    def end(
+        self, outputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """``last_hidden_state`` and the hidden states, as transformers orders them.
+
+        Args:
+            outputs: each ``[B, T, H]``: what entered the first layer, and every layer's output.
+        """
+        x = self.norm(outputs[-1])
+        return x, (*outputs[:-1], x)
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """Those of every layer in turn."""
+        layers = cast(Iterable[Layer], self.layers)
+        return tuple(state for i, layer in enumerate(layers) for state in layer.states(i))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: tuple[torch.Tensor, ...],
+    ) -> ModelOutput:
+        """See ``Model.forward``."""
+        x, step = self.begin(input_ids, attention_mask, position_ids)
+        outputs = [x]
+        present: tuple[torch.Tensor, ...] = ()
+        router_logits: tuple[torch.Tensor, ...] = ()
+        for index, layer in enumerate(cast(Iterable[Layer], self.layers)):
+            count = len(layer.states(index))
+            own, past = past[:count], past[count:]
+            x, new, logits = layer(x, step, own)
+            outputs.append(x)
+            present += new
+            router_logits += logits
+        main, hidden_states = self.end(tuple(outputs))
+        return ModelOutput(main, present, router_logits, hidden_states)
+
+
+class CausalLM(Model):
     """A bare model with a language-model head: ``logits [B, T, V]``.
 
     A subclass names the class of the bare model, and where checkpoints keep it and its embedding.
     """
 
     main_output = "logits"
-    bare: type[nn.Module]
+    bare: type[Decoder]
     base_model_prefix = "model"
     embeddings = "embed_tokens"
 
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
         setattr(self, self.base_model_prefix, self.bare(config))
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -119,17 +266,17 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    past_key: torch.Tensor | None,
-    past_value: torch.Tensor | None,
+    past: tuple[torch.Tensor, ...],
     mask: torch.Tensor,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Grouped-query attention over the cache and the new tokens.
 
     Args:
         query: ``[B, T, Hq, D]``.
         key: ``[B, T, Hkv, D]``, as is ``value``.
-        past_key: ``[B, Hkv, P, D]``, as is ``past_value``; None where there is no cache.
+        past: the caches of key and value, ``[B, Hkv, P, D]`` each; none for a call that stands
+            alone.
         mask: ``[B, 1, T, S]`` bool.
         scale: factor on the scores.
 
@@ -137,7 +284,8 @@ def attention(
         ``[B, T, Hq*D]`` and the new caches ``[B, Hkv, S, D]``.
     """
     key, value = key.transpose(1, 2), value.transpose(1, 2)
-    if past_key is not None and past_value is not None:
+    if past:
+        past_key, past_value = past
         key = torch.cat((past_key, key), dim=2)
         value = torch.cat((past_value, value), dim=2)
     # The torch exporter refuses grouped queries where the head counts are equal.
@@ -145,7 +293,56 @@ def attention(
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2), key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
     )
-    return out.transpose(1, 2).flatten(2), key, value
+    return out.transpose(1, 2).flatten(2), (key, value)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotated queries and keys, between linear projections.
+
+    Source: Ainslie et al. 2023, arXiv:2305.13245.
+
+    Args:
+        hidden_size: H.
+        heads: Hq.
+        key_value_heads: Hkv.
+        head_size: D.
+        scale: factor on the scores.
+        bias: whether the projections have one.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        key_value_heads: int,
+        head_size: int,
+        scale: float,
+        *,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.key_value_heads, self.head_size, self.scale = key_value_heads, head_size, scale
+        self.q_proj = nn.Linear(hidden_size, heads * head_size, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, key_value_heads * head_size, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, key_value_heads * head_size, bias=bias)
+        self.o_proj = nn.Linear(heads * head_size, hidden_size, bias=bias)
+
+    def states(self, index: int) -> tuple[State, ...]:
+        """The caches of the layer of that number."""
+        return key_value_states(index, self.key_value_heads, self.head_size)
+
+    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
+        """``[B, T, H]`` and the caches -> the same, without a residual."""
+        heads = (-1, self.head_size)
+        out, present = attention(
+            rotate(self.q_proj(x).unflatten(-1, heads), step.cos, step.sin),
+            rotate(self.k_proj(x).unflatten(-1, heads), step.cos, step.sin),
+            self.v_proj(x).unflatten(-1, heads),
+            past,
+            step.visible,
+            self.scale,
+        )
+        return Mixed(self.o_proj(out), present)
 
 
 def load_balancing_loss(

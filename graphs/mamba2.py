@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ingot.graphs.config import ConfigError, ConfigReader
+from ingot.graphs.config import ConfigError, ConfigReader, Facts, ModelConfig
 from ingot.graphs.family import Family
-from ingot.graphs.layers import HIDDEN_ACT, CausalLM, ModelOutput, RMSNorm
+from ingot.graphs.layers import HIDDEN_ACT, CausalLM, Decoder, Layer, Mixed, RMSNorm, Step
 from ingot.graphs.state import State, recurrent_states
 from ingot.plugins.causal_conv import causal_conv
 from ingot.plugins.mamba2_scan import mamba2_scan
@@ -37,12 +37,9 @@ INITIALISATION = (
 
 
 @dataclass(frozen=True)
-class Mamba2Config:
+class Mamba2Config(ModelConfig):
     """The fields of a Mamba2 ``config.json`` that shape the result, by their own names."""
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
     num_heads: int
     head_dim: int
     state_size: int
@@ -56,16 +53,23 @@ class Mamba2Config:
     residual_in_fp32: bool
     rms_norm: bool
     layer_norm_epsilon: float
-    tie_word_embeddings: bool
 
     @property
-    def intermediate_size(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def conv_dim(self) -> int:
-        """C, the channels of x, B and C together."""
-        return self.intermediate_size + 2 * self.n_groups * self.state_size
+    def mixer(self) -> MixerSizes:
+        return MixerSizes(
+            hidden_size=self.hidden_size,
+            heads=self.num_heads,
+            head_size=self.head_dim,
+            groups=self.n_groups,
+            state_size=self.state_size,
+            conv_width=self.conv_kernel,
+            chunk_size=self.chunk_size,
+            activation=self.hidden_act,
+            bias=self.use_bias,
+            conv_bias=self.use_conv_bias,
+            time_step_limit=self.time_step_limit,
+            norm_eps=self.layer_norm_epsilon if self.rms_norm else None,
+        )
 
     @classmethod
     def read(cls, raw: dict[str, Any]) -> Mamba2Config:
@@ -75,7 +79,7 @@ class Mamba2Config:
             ConfigError: a field of another type, or one that the graph does not implement.
         """
         config = ConfigReader(raw, "mamba2")
-        config.taken.update(INITIALISATION)
+        config.ignore(*INITIALISATION)
         hidden_size = config.size("hidden_size", 4096)
         heads, head_dim = config.size("num_heads", 128), config.size("head_dim", 64)
         groups = config.size("n_groups", 8)
@@ -86,26 +90,24 @@ class Mamba2Config:
                 f"{expand * hidden_size}, but num_heads {heads} times head_dim {head_dim} is "
                 f"{heads * head_dim}; they must be equal."
             )
-        if heads % groups:
-            raise ConfigError(
-                f"config.json: num_heads {heads} is not a multiple of n_groups {groups}."
-            )
+        config.multiple("num_heads", of="n_groups")
         config.must_be("intermediate_size", heads * head_dim, "it is expand times hidden_size")
         kernel = config.size("conv_kernel", 4)
         if kernel < 2:
             raise ConfigError(f"config.json: conv_kernel is {kernel}; it must be at least 2.")
         # Released checkpoints carry this field, and transformers gates before the norm either way.
-        config.taken.add("norm_before_gate")
+        config.ignore("norm_before_gate")
+        layers, chunk_size = config.size("num_hidden_layers", 64), config.size("chunk_size", 256)
         result = cls(
             vocab_size=config.size("vocab_size", 32768),
             hidden_size=hidden_size,
-            num_hidden_layers=config.size("num_hidden_layers", 64),
+            num_hidden_layers=layers,
             num_heads=heads,
             head_dim=head_dim,
             state_size=config.size("state_size", 128),
             n_groups=groups,
             conv_kernel=kernel,
-            chunk_size=config.size("chunk_size", 256),
+            chunk_size=chunk_size,
             hidden_act=config.choice("hidden_act", HIDDEN_ACT, "silu"),
             use_bias=config.take("use_bias", bool, False),
             use_conv_bias=config.take("use_conv_bias", bool, True),
@@ -114,6 +116,12 @@ class Mamba2Config:
             rms_norm=config.take("rms_norm", bool, True),
             layer_norm_epsilon=config.take("layer_norm_epsilon", float, 1e-5),
             tie_word_embeddings=config.take("tie_word_embeddings", bool, False),
+            facts=Facts(
+                routers=(0,) * layers,
+                chunk_size=chunk_size,
+                eos_token_ids=config.token_ids("eos_token_id"),
+                pad_token_id=config.take("pad_token_id", int, 0),
+            ),
         )
         config.finish()
         return result
@@ -132,14 +140,57 @@ def _time_step_limit(config: ConfigReader) -> tuple[float, float]:
     return float(numbers[0]), float(numbers[1])
 
 
+@dataclass(frozen=True)
+class MixerSizes:
+    """What a Mamba2 mixer is made from, whatever the config calls it.
+
+    Attributes:
+        hidden_size: H.
+        heads: Hm.
+        head_size: Pm.
+        groups: G.
+        state_size: Ns.
+        conv_width: W.
+        chunk_size: of the scan's chunked form.
+        activation: of the convolution.
+        bias: whether the projections have one.
+        conv_bias: whether the convolution has one.
+        time_step_limit: least and most of a time step.
+        norm_eps: of the gated norm; None without one.
+    """
+
+    hidden_size: int
+    heads: int
+    head_size: int
+    groups: int
+    state_size: int
+    conv_width: int
+    chunk_size: int
+    activation: str
+    bias: bool
+    conv_bias: bool
+    time_step_limit: tuple[float, float]
+    norm_eps: float | None
+
+    @property
+    def inner_size(self) -> int:
+        """Hm*Pm."""
+        return self.heads * self.head_size
+
+    @property
+    def channels(self) -> int:
+        """C, those of x, B and C together."""
+        return self.inner_size + 2 * self.groups * self.state_size
+
+
 class Mamba2GatedRMSNorm(nn.Module):
     """``RMSNorm(x * silu(z)) * weight``, the statistics over each group by itself, in float32."""
 
-    def __init__(self, config: Mamba2Config) -> None:
+    def __init__(self, size: int, groups: int, eps: float) -> None:
         super().__init__()
-        self.groups = config.n_groups
-        self.weight = nn.Parameter(torch.empty(config.intermediate_size))
-        self.eps = config.layer_norm_epsilon
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """``[B, T, Hm*Pm]`` each -> the same shape and x's dtype."""
@@ -153,50 +204,52 @@ class Mamba2GatedRMSNorm(nn.Module):
 
 
 class Mamba2Mixer(nn.Module):
-    def __init__(self, config: Mamba2Config) -> None:
+    """One block without its norm and residual; any architecture may have it in some layers."""
+
+    def __init__(self, sizes: MixerSizes) -> None:
         super().__init__()
-        self.config = c = config
-        width = c.intermediate_size + c.conv_dim + c.num_heads
-        self.in_proj = nn.Linear(c.hidden_size, width, bias=c.use_bias)
+        self.sizes = s = sizes
+        self.in_proj = nn.Linear(s.hidden_size, s.inner_size + s.channels + s.heads, bias=s.bias)
         # Holds the checkpoint's tensors; the operator takes them from here.
         self.conv1d = nn.Conv1d(
-            c.conv_dim, c.conv_dim, c.conv_kernel, groups=c.conv_dim, bias=c.use_conv_bias
+            s.channels, s.channels, s.conv_width, groups=s.channels, bias=s.conv_bias
         )
-        self.A_log = nn.Parameter(torch.empty(c.num_heads))
-        self.D = nn.Parameter(torch.empty(c.num_heads))
-        self.dt_bias = nn.Parameter(torch.empty(c.num_heads))
-        if c.rms_norm:
-            self.norm = Mamba2GatedRMSNorm(c)
-        self.out_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.use_bias)
+        self.A_log = nn.Parameter(torch.empty(s.heads))
+        self.D = nn.Parameter(torch.empty(s.heads))
+        self.dt_bias = nn.Parameter(torch.empty(s.heads))
+        if s.norm_eps is not None:
+            self.norm = Mamba2GatedRMSNorm(s.inner_size, s.groups, s.norm_eps)
+        self.out_proj = nn.Linear(s.inner_size, s.hidden_size, bias=s.bias)
 
-    def forward(
-        self, x: torch.Tensor, mask: torch.Tensor, conv: torch.Tensor, ssm: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One block without its norm and residual.
+    def states(self, index: int) -> tuple[State, ...]:
+        """The states of the layer of that number."""
+        s = self.sizes
+        return recurrent_states(
+            index, (s.channels, s.conv_width - 1), (s.heads, s.head_size, s.state_size)
+        )
+
+    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
+        """One call.
 
         Args:
             x: ``[B, T, H]``.
-            mask: ``[B, T]`` of x's dtype, 1 for tokens, 0 for padding.
-            conv: the last W-1 inputs of the convolution, ``[B, C, W-1]``.
-            ssm: the scan's state, ``[B, Hm, Pm, Ns]``, float32 or wider.
-
-        Returns:
-            ``[B, T, H]`` and the two new states.
+            step: of which the mixer reads ``real``.
+            past: the last W-1 inputs of the convolution, ``[B, C, W-1]``, and the scan's state,
+                ``[B, Hm, Pm, Ns]``, float32 or wider.
         """
-        c = self.config
-        gate, xbc, dt = self.in_proj(x).split(
-            (c.intermediate_size, c.conv_dim, c.num_heads), dim=-1
-        )
+        s = self.sizes
+        conv, ssm = past
+        gate, xbc, dt = self.in_proj(x).split((s.inner_size, s.channels, s.heads), dim=-1)
         # Padding enters the convolution as nothing at all, as what lies before a sequence does.
         # (Masking the projection's input would let its bias through.)
         taps, bias = self.conv1d.weight, self.conv1d.bias
-        xbc, new_conv = causal_conv(xbc * mask[..., None], conv, taps, bias, c.hidden_act)
-        channels = [c.intermediate_size, c.n_groups * c.state_size, c.n_groups * c.state_size]
+        xbc, new_conv = causal_conv(xbc * step.real[..., None], conv, taps, bias, s.activation)
+        channels = [s.inner_size, s.groups * s.state_size, s.groups * s.state_size]
         x_heads, b_groups, c_groups = torch.split(xbc, channels, dim=-1)
-        tokens, group = x.shape[:2], (c.n_groups, c.state_size)
+        tokens, group = x.shape[:2], (s.groups, s.state_size)
         wide = torch.promote_types(x.dtype, torch.float32)
         y, new_ssm = mamba2_scan(
-            x_heads.view(*tokens, c.num_heads, c.head_dim),
+            x_heads.view(*tokens, s.heads, s.head_size),
             dt,
             -self.A_log.to(wide).exp(),
             b_groups.view(*tokens, *group),
@@ -204,82 +257,61 @@ class Mamba2Mixer(nn.Module):
             self.D.to(wide),
             self.dt_bias.to(wide),
             ssm,
-            mask,
-            c.chunk_size,
-            *c.time_step_limit,
+            step.real,
+            s.chunk_size,
+            *s.time_step_limit,
         )
         y = y.flatten(-2)
-        y = self.norm(y, gate) if c.rms_norm else y * F.silu(gate)
-        return self.out_proj(y), new_conv, new_ssm
+        y = self.norm(y, gate) if s.norm_eps is not None else y * F.silu(gate)
+        return Mixed(self.out_proj(y), (new_conv, new_ssm))
 
 
-class Mamba2Block(nn.Module):
+class Mamba2Block(Layer):
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = Mamba2Mixer(config)
+        self.mixer = Mamba2Mixer(config.mixer)
 
-    def forward(
-        self, x: torch.Tensor, mask: torch.Tensor, conv: torch.Tensor, ssm: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def states(self, index: int) -> tuple[State, ...]:
+        return self.mixer.states(index)
+
+    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
         # The residual may be wider than the weights.
         normed = self.norm(x.to(self.norm.weight.dtype))
-        mixed, conv, ssm = self.mixer(normed, mask, conv, ssm)
-        return x + mixed, conv, ssm
+        mixed, present, _ = self.mixer(normed, step, past)
+        return Mixed(x + mixed, present)
 
 
-class Mamba2Model(nn.Module):
+class Mamba2Model(Decoder):
     """The bare model: ``last_hidden_state [B, T, H]`` after the final norm."""
 
-    main_output = "last_hidden_state"
+    config: Mamba2Config
 
     def __init__(self, config: Mamba2Config) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.num_hidden_layers))
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
-    @property
-    def states(self) -> tuple[State, ...]:
-        c = self.config
-        conv = (c.conv_dim, c.conv_kernel - 1)
-        ssm = (c.num_heads, c.head_dim, c.state_size)
-        return tuple(
-            state
-            for layer in range(c.num_hidden_layers)
-            for state in recurrent_states(layer, conv, ssm)
-        )
-
-    def forward(
+    def begin(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        past: tuple[torch.Tensor, ...],
-    ) -> ModelOutput:
-        """One prefill or decode call.
-
-        Args:
-            input_ids: ``[B, T]`` int64.
-            attention_mask: ``[B, T]`` int64, 1 for tokens, 0 for padding on the left.
-            position_ids: not used; a recurrence knows the order.
-            past: ``[B, C, W-1]`` and ``[B, Hm, Pm, Ns]`` of each layer in turn.
-
-        The hidden states are every layer's output, and the final norm's, as in transformers.
-        """
+    ) -> tuple[torch.Tensor, Step]:
+        """The positions are not used; a recurrence knows the order."""
         x = self.embeddings(input_ids)
-        mask = attention_mask.to(x.dtype)
+        step = Step(real=attention_mask.to(x.dtype))
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        present: list[torch.Tensor] = []
-        hidden_states = []
-        for layer, conv, ssm in zip(self.layers, past[::2], past[1::2], strict=True):
-            x, *new = layer(x, mask, conv, ssm)
-            present += new
-            hidden_states.append(x)
-        x = self.norm_f(x.to(self.norm_f.weight.dtype))
-        return ModelOutput(x, tuple(present), hidden_states=(*hidden_states, x))
+        return x, step
+
+    def end(
+        self, outputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """In transformers the hidden states are every layer's output, and the final norm's."""
+        x = self.norm_f(outputs[-1].to(self.norm_f.weight.dtype))
+        return x, (*outputs[1:], x)
 
 
 class Mamba2ForCausalLM(CausalLM):
@@ -288,6 +320,20 @@ class Mamba2ForCausalLM(CausalLM):
     bare = Mamba2Model
     base_model_prefix = "backbone"
     embeddings = "embeddings"
+
+
+def draw(name: str, normal: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
+    """A mixer as Mamba2 is initialised with: A from -16 to -1, time steps from 0.001 to 0.1."""
+    if name.endswith(".D"):
+        return 1.0 + 0.1 * normal
+    if not name.endswith((".A_log", ".dt_bias")):
+        return None
+    uniform = torch.rand(normal.shape, generator=generator, device=normal.device)
+    if name.endswith(".A_log"):
+        return (1.0 + 15.0 * uniform).log()
+    step = 10.0 ** (-3.0 + 2.0 * uniform)
+    # The inverse of softplus.
+    return step + (-torch.expm1(-step)).log()
 
 
 def preset_gain(name: str, config: dict[str, Any]) -> float:
@@ -305,6 +351,7 @@ FAMILY = Family(
     keep_in_fp32=("A_log", "D", "dt_bias"),
     tied={"lm_head.weight": "backbone.embeddings.weight"},
     head_tensors=("lm_head.weight",),
+    draw=draw,
     preset_gain=preset_gain,
     presets={
         "tiny": {

@@ -15,22 +15,29 @@ import torch
 from torch import nn
 
 from ingot.graphs.checkpoint import Part
-from ingot.graphs.config import ConfigError, ConfigReader
+from ingot.graphs.config import ConfigReader, Facts, ModelConfig
 from ingot.graphs.family import Family
-from ingot.graphs.layers import HIDDEN_ACT, CausalLM, ModelOutput, RMSNorm, attention, causal_mask
+from ingot.graphs.layers import (
+    HIDDEN_ACT,
+    CausalLM,
+    Decoder,
+    Layer,
+    Mixed,
+    RMSNorm,
+    Step,
+    attention,
+    causal_mask,
+)
 from ingot.graphs.rope import RopeParameters, RotaryEmbedding, rotate
 from ingot.graphs.state import State, key_value_states
 from ingot.plugins.moe_dispatch import moe_dispatch
 
 
 @dataclass(frozen=True)
-class OlmoeConfig:
+class OlmoeConfig(ModelConfig):
     """The fields of an OLMoE ``config.json`` that shape the result, by their own names."""
 
-    vocab_size: int
-    hidden_size: int
     intermediate_size: int
-    num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     hidden_act: str
@@ -40,7 +47,6 @@ class OlmoeConfig:
     num_experts: int
     num_experts_per_tok: int
     norm_topk_prob: bool
-    tie_word_embeddings: bool
     rope: RopeParameters
 
     @property
@@ -61,29 +67,19 @@ class OlmoeConfig:
         experts = config.size("num_experts", config.size("num_local_experts", 64))
         config.must_be("num_local_experts", experts, "it is another name of num_experts")
         chosen = config.size("num_experts_per_tok", 8)
-        if hidden_size % heads:
-            raise ConfigError(
-                f"config.json: hidden_size {hidden_size} is not a multiple of "
-                f"num_attention_heads {heads}."
-            )
-        if heads % key_value_heads:
-            raise ConfigError(
-                f"config.json: num_attention_heads {heads} is not a multiple of "
-                f"num_key_value_heads {key_value_heads}."
-            )
-        if chosen > experts:
-            raise ConfigError(
-                f"config.json: num_experts_per_tok {chosen} is more than num_experts {experts}."
-            )
+        config.multiple("hidden_size", of="num_attention_heads")
+        config.multiple("num_attention_heads", of="num_key_value_heads")
+        config.at_most("num_experts_per_tok", "num_experts")
         config.must_be("head_dim", hidden_size // heads, "q_norm spans hidden_size")
         rope = RopeParameters.read(
             config, hidden_size // heads, config.size("max_position_embeddings", 4096)
         )
+        layers = config.size("num_hidden_layers", 16)
         result = cls(
             vocab_size=config.size("vocab_size", 50304),
             hidden_size=hidden_size,
             intermediate_size=config.size("intermediate_size", 2048),
-            num_hidden_layers=config.size("num_hidden_layers", 16),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=key_value_heads,
             hidden_act=config.choice("hidden_act", HIDDEN_ACT, "silu"),
@@ -95,6 +91,13 @@ class OlmoeConfig:
             norm_topk_prob=config.take("norm_topk_prob", bool, False),
             tie_word_embeddings=config.take("tie_word_embeddings", bool, False),
             rope=rope,
+            facts=Facts(
+                routers=(1,) * layers,
+                experts_per_token=chosen,
+                context_length=rope.context_length,
+                eos_token_ids=config.token_ids("eos_token_id"),
+                pad_token_id=config.take("pad_token_id", int, 0),
+            ),
         )
         config.finish()
         return result
@@ -112,15 +115,10 @@ class OlmoeAttention(nn.Module):
         self.q_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.k_norm = RMSNorm(width, config.rms_norm_eps)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor,
-        past_key: torch.Tensor,
-        past_value: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def states(self, index: int) -> tuple[State, ...]:
+        return key_value_states(index, self.config.num_key_value_heads, self.config.head_dim)
+
+    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
         query = self.q_norm(self.q_proj(x))
         key = self.k_norm(self.k_proj(x))
         value = self.v_proj(x)
@@ -128,16 +126,15 @@ class OlmoeAttention(nn.Module):
         if clip is not None:
             query, key, value = (part.clamp(-clip, clip) for part in (query, key, value))
         heads = (-1, self.config.head_dim)
-        out, present_key, present_value = attention(
-            rotate(query.unflatten(-1, heads), cos, sin),
-            rotate(key.unflatten(-1, heads), cos, sin),
+        out, present = attention(
+            rotate(query.unflatten(-1, heads), step.cos, step.sin),
+            rotate(key.unflatten(-1, heads), step.cos, step.sin),
             value.unflatten(-1, heads),
-            past_key,
-            past_value,
-            mask,
+            past,
+            step.visible,
             self.config.head_dim**-0.5,
         )
-        return self.o_proj(out), present_key, present_value
+        return Mixed(self.o_proj(out), present)
 
 
 class OlmoeExperts(nn.Module):
@@ -174,7 +171,7 @@ class OlmoeSparseMoeBlock(nn.Module):
         return y.view_as(x), router_logits
 
 
-class OlmoeDecoderLayer(nn.Module):
+class OlmoeDecoderLayer(Layer):
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__()
         self.self_attn = OlmoeAttention(config)
@@ -182,31 +179,21 @@ class OlmoeDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor,
-        past_key: torch.Tensor,
-        past_value: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        mixed, present_key, present_value = self.self_attn(
-            self.input_layernorm(x), cos, sin, mask, past_key, past_value
-        )
+    def states(self, index: int) -> tuple[State, ...]:
+        return self.self_attn.states(index)
+
+    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
+        mixed, present, _ = self.self_attn(self.input_layernorm(x), step, past)
         x = x + mixed
         mixed, router_logits = self.mlp(self.post_attention_layernorm(x))
-        return x + mixed, present_key, present_value, router_logits
+        return Mixed(x + mixed, present, (router_logits,))
 
 
-class OlmoeModel(nn.Module):
+class OlmoeModel(Decoder):
     """The bare model: ``last_hidden_state [B, T, H]`` after the final norm."""
 
-    main_output = "last_hidden_state"
-
     def __init__(self, config: OlmoeConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             OlmoeDecoderLayer(config) for _ in range(config.num_hidden_layers)
@@ -214,43 +201,15 @@ class OlmoeModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config.rope)
 
-    @property
-    def states(self) -> tuple[State, ...]:
-        c = self.config
-        return tuple(
-            state
-            for layer in range(c.num_hidden_layers)
-            for state in key_value_states(layer, c.num_key_value_heads, c.head_dim)
-        )
-
-    def forward(
+    def begin(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        past: tuple[torch.Tensor, ...],
-    ) -> ModelOutput:
-        """One prefill or decode call.
-
-        Args:
-            input_ids: ``[B, T]`` int64.
-            attention_mask: ``[B, S]`` int64, 1 for tokens, 0 for padding, the past included.
-            position_ids: ``[B, T]`` int64.
-            past: key and value of each layer in turn, ``[B, Hkv, P, D]``; P may be 0.
-        """
+    ) -> tuple[torch.Tensor, Step]:
         x = self.embed_tokens(input_ids)
         cos, sin = (table.to(x.dtype) for table in self.rotary_emb(position_ids))
-        mask = causal_mask(attention_mask, input_ids.shape[1])
-        present: list[torch.Tensor] = []
-        router_logits: list[torch.Tensor] = []
-        hidden_states = [x]
-        for index, layer in enumerate(self.layers):
-            x, key, value, logits = layer(x, cos, sin, mask, past[2 * index], past[2 * index + 1])
-            present += [key, value]
-            router_logits.append(logits)
-            hidden_states.append(x)
-        hidden_states[-1] = x = self.norm(x)
-        return ModelOutput(x, tuple(present), tuple(router_logits), tuple(hidden_states))
+        return x, Step(causal_mask(attention_mask, input_ids.shape[1]), cos=cos, sin=sin)
 
 
 class OlmoeForCausalLM(CausalLM):
@@ -278,6 +237,11 @@ def expert_parts(name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
     return ()
 
 
+def preset_gain(name: str, _config: dict[str, Any]) -> float:
+    """A router's logits spread over several units, so that its top-k has margins."""
+    return 2.0 if name.endswith("gate.weight") else 1.0
+
+
 FAMILY = Family(
     model_type="olmoe",
     hub_name="allenai/OLMoE-1B-7B-0924",
@@ -287,6 +251,7 @@ FAMILY = Family(
     tied={"lm_head.weight": "model.embed_tokens.weight"},
     head_tensors=("lm_head.weight",),
     extra_outputs=("router_logits", "hidden_states"),
+    preset_gain=preset_gain,
     presets={
         "tiny": {
             "vocab_size": 512,

@@ -38,33 +38,23 @@ def preset_config(family: Family, preset: str) -> dict[str, Any]:
 
 
 def random_weight(
-    name: str, shape: tuple[int, ...], seed: int, device: str = "cpu"
+    family: Family, name: str, shape: tuple[int, ...], seed: int, device: str = "cpu"
 ) -> torch.Tensor:
-    """One float32 weight, the same for the same name, shape, seed and kind of device."""
+    """One float32 weight, the same for the same name, shape, seed and kind of device.
+
+    The family's gain is not in it.
+    """
     # torch keeps the low 32 bits of a seed alone; a CRC that starts from ours fits in them.
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode(), seed))
     normal = torch.randn(shape, generator=generator, device=device)
-    if "norm" in name or name.endswith(".D"):
+    drawn = family.draw(name, normal, generator)
+    if drawn is not None:
+        return drawn
+    if "norm" in name:
         return 1.0 + 0.1 * normal
-    if name.endswith((".A_log", ".dt_bias")):
-        uniform = torch.rand(shape, generator=generator, device=device)
-        return _recurrence_weight(name, uniform)
     if name.endswith("bias"):
         return 0.1 * normal
-    if "embed" in name:
-        return normal
-    # A router's logits spread over several units, so that its top-k has margins.
-    gain = 2.0 if name.endswith(("gate.weight", "router.layer.weight")) else 1.0
-    return normal * (gain / math.sqrt(shape[-1]))
-
-
-def _recurrence_weight(name: str, uniform: torch.Tensor) -> torch.Tensor:
-    """Decays as Mamba2 is initialised with: A from -16 to -1, time steps from 0.001 to 0.1."""
-    if name.endswith(".A_log"):
-        return (1.0 + 15.0 * uniform).log()
-    step = 10.0 ** (-3.0 + 2.0 * uniform)
-    # The inverse of softplus.
-    return step + (-torch.expm1(-step)).log()
+    return normal if "embed" in name else normal / math.sqrt(shape[-1])
 
 
 def tensors(
@@ -117,7 +107,7 @@ def write_checkpoint(
         made = {}
         for name, shape in shard:
             gain = family.preset_gain(name, config)
-            made[name] = (gain * random_weight(name, shape, seed)).to(dtype)
+            made[name] = (gain * random_weight(family, name, shape, seed)).to(dtype)
             weight_map[name] = file
             total += made[name].nbytes
             advance(made[name].nbytes)

@@ -16,7 +16,8 @@ from benchmarks.on_gpu.decoding import (
     read_bytes,
 )
 from benchmarks.on_gpu.devices import Host
-from ingot.graphs.family import FAMILIES, find_family
+from ingot.graphs.family import find_family
+from ingot.graphs.names import FAMILIES
 from ingot.graphs.preset import preset_config
 from ingot.plugins.check import relative_rms
 

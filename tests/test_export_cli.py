@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ingot.export.cli import export_command, main
 from ingot.export.ingot import GRAPH, MANIFEST, WEIGHTS, Manifest
-from ingot.graphs.family import FAMILIES
+from ingot.graphs.names import FAMILIES
 from ingot.runtime.loading import load
 from ingot.runtime.session import SessionError
 from ingot.validate.judge.limits import LIMITS

@@ -159,7 +159,7 @@ def test_reads_the_released_config() -> None:
     config = OlmoeConfig.read(RELEASED)
     assert config.intermediate_size == 1024  # not transformers' default
     for field in dataclasses.fields(OlmoeConfig):
-        if field.name != "rope":
+        if field.name not in ("rope", "facts"):
             assert getattr(config, field.name) == RELEASED[field.name], field.name
     assert config.head_dim == 128
     assert (config.rope.rope_type, config.rope.rope_theta) == ("default", 10000.0)
@@ -176,7 +176,7 @@ def test_leaves_the_parsed_config_as_it_was() -> None:
 
 def same_as_theirs(ours: OlmoeConfig, theirs: TheirConfig) -> None:
     for field in dataclasses.fields(OlmoeConfig):
-        if field.name not in ("rope", "hidden_act"):
+        if field.name not in ("rope", "facts", "hidden_act"):
             assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
     assert ours.rope.max_position_embeddings == theirs.max_position_embeddings
     assert ours.rope.dim == theirs.hidden_size // theirs.num_attention_heads
@@ -228,7 +228,7 @@ def test_accepts_a_config_that_transformers_saved(more: dict[str, Any], tmp_path
 def test_reads_every_field_under_its_own_name() -> None:
     config = OlmoeConfig.read(UNUSUAL)
     for field in dataclasses.fields(OlmoeConfig):
-        if field.name != "rope":
+        if field.name not in ("rope", "facts"):
             assert getattr(config, field.name) == UNUSUAL[field.name], field.name
     assert config.rope.max_position_embeddings == UNUSUAL["max_position_embeddings"]
 
@@ -337,3 +337,34 @@ def test_finish_accepts_what_was_taken() -> None:
     reader.must_be("flag", 1, "of a reason")
     reader.finish()
     assert reader.optional_float("absent") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "ids"), [(None, ()), (5, (5,)), ([3, 4], (3, 4)), ([], ()), (-1, (-1,))]
+)
+def test_reads_token_ids(value: Any, ids: tuple[int, ...]) -> None:
+    assert ConfigReader({"eos_token_id": value}, "olmoe").token_ids("eos_token_id") == ids
+
+
+@pytest.mark.parametrize("value", ["</s>", 2.0, True, [2, "x"], {"id": 2}])
+def test_refuses_what_is_no_token_id(value: Any) -> None:
+    refused({**RELEASED, "eos_token_id": value}, f"eos_token_id is {value!r}", "a list of them")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"hidden_size": 50, "num_attention_heads": 4},
+            "hidden_size 50 is not a multiple of num_attention_heads 4",
+        ),
+        # The other field's default counts as well.
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads 16 is not a multiple of num_key_value_heads 3",
+        ),
+        ({"num_experts_per_tok": 65}, "num_experts_per_tok 65 is more than num_experts 64"),
+    ],
+)
+def test_refuses_sizes_that_do_not_go_together(fields: dict[str, Any], message: str) -> None:
+    refused(fields, message)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from ingot.graphs.family import FAMILIES, find_family
+from ingot.graphs.family import find_family
+from ingot.graphs.names import FAMILIES
 from ingot.graphs.preset import preset_config
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
@@ -40,3 +41,6 @@ def test_makes_no_tensor_on_the_cpu(name: str, changes: dict[str, Any]) -> None:
         out = model(zeros(batch, tokens), zeros(batch, seen), zeros(batch, tokens), caches)
     assert out.main.shape == (batch, tokens, config["vocab_size"])
     assert {each.device.type for each in (out.main, *out.present)} == {"meta"}
+    assert len(out.present) == len(states)
+    assert len(out.router_logits) == sum(model.config.facts.routers)
+    assert len(model.config.facts.routers) == model.config.num_hidden_layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import OlmoeConfig, OlmoeForCausalLM, OlmoeModel
 
 from ingot.graphs.checkpoint import Checkpoint, CheckpointError, load_parameters
-from ingot.graphs.family import FAMILIES, active_parameters, family_of, find_family
+from ingot.graphs.config import Facts
+from ingot.graphs.family import active_parameters, family_of, find_family
+from ingot.graphs.names import FAMILIES
 from ingot.graphs.olmoe import OlmoeForCausalLM as OurCausalLM
 from ingot.graphs.olmoe import OlmoeModel as OurModel
 from ingot.graphs.preset import preset_config, write_checkpoint
@@ -93,6 +96,24 @@ def test_every_family_is_complete(name: str) -> None:
         model = family.build(preset_config(family, "tiny"), task)
         assert not model.training
         assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("granite", Facts((0, 0), context_length=512)),
+        ("jetmoe", Facts((2, 2), experts_per_token=2, context_length=512, num_labels=2)),
+        ("mamba2", Facts((0, 0), chunk_size=8)),
+        ("olmoe", Facts((1, 1), experts_per_token=2, context_length=512, pad_token_id=1)),
+    ],
+)
+def test_families_state_facts(name: str, facts: Facts) -> None:
+    family = find_family(name)
+    config = preset_config(family, "tiny")
+    assert family.read_config(config).facts == facts
+    ends = {"eos_token_id": [7, 9], "pad_token_id": 3}
+    expected = replace(facts, eos_token_ids=(7, 9), pad_token_id=3)
+    assert family.read_config({**config, **ends}).facts == expected
 
 
 @pytest.mark.parametrize("task", ["classify", "", "Generate"])

@@ -65,11 +65,11 @@ def test_no_two_tensors_are_alike(tmp_path: Path) -> None:
 
 
 def test_weight_depends_on_its_name_shape_and_seed_alone() -> None:
-    one = random_weight("model.layers.0.mlp.gate.weight", (4, 8), 5)
+    one = random_weight(FAMILY, "model.layers.0.mlp.gate.weight", (4, 8), 5)
     torch.rand(3)
-    assert torch.equal(one, random_weight("model.layers.0.mlp.gate.weight", (4, 8), 5))
-    assert not torch.equal(one, random_weight("model.layers.1.mlp.gate.weight", (4, 8), 5))
-    assert not torch.equal(one, random_weight("model.layers.0.mlp.gate.weight", (4, 8), 6))
+    assert torch.equal(one, random_weight(FAMILY, "model.layers.0.mlp.gate.weight", (4, 8), 5))
+    assert not torch.equal(one, random_weight(FAMILY, "model.layers.1.mlp.gate.weight", (4, 8), 5))
+    assert not torch.equal(one, random_weight(FAMILY, "model.layers.0.mlp.gate.weight", (4, 8), 6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

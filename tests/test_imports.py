@@ -39,6 +39,7 @@ VERSION = "ingot.version.__version__"
 # Modules that leave the standard library for nothing but this.
 STANDARD_LIBRARY_AND: dict[str, tuple[str, ...]] = {
     "ingot.export.ingot": ("ingot.graphs.state", "ingot.plugins.errors", "ingot.plugins.whole"),
+    "ingot.graphs.names": (),
     "ingot.graphs.state": (),
     "ingot.plugins.whole": ("ingot.plugins.errors",),
     "ingot.validate.judge.metrics": ("numpy",),

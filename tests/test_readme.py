@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from clone import ROOT, make_clone, run
 
-from ingot.graphs.family import FAMILIES
+from ingot.graphs.names import FAMILIES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -34,7 +34,7 @@ Place = tuple[int, int]
 def reference() -> Reference:
     """One that knows all but the numbers."""
     result = object.__new__(Reference)
-    result.precision, result.top_k, result.layers = "float32", 2, 2
+    result.precision, result.top_k, result.routers = "float32", 2, (1, 1)
     return result
 
 

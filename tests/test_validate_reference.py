@@ -20,7 +20,8 @@ from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
 from ingot.export.request import ExportRequest
 from ingot.graphs.checkpoint import Checkpoint, stack_height
-from ingot.graphs.family import FAMILIES, family_of, find_family
+from ingot.graphs.family import family_of, find_family
+from ingot.graphs.names import FAMILIES
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.validate.truth.cache import Cache, Recording
 from ingot.validate.truth.eager import EagerSession

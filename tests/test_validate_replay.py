@@ -221,7 +221,7 @@ CALLS = [slice(0, 6), slice(6, 7), slice(7, 9)]
 
 def experts_of(session: EagerSession) -> tuple[int, int]:
     """E and K."""
-    config = getattr(session.model, "config")
+    config: Any = session.model.config
     experts = getattr(config, "num_experts", None) or config.num_local_experts
     return experts, config.num_experts_per_tok
 

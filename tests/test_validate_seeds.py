@@ -7,7 +7,7 @@ import torch
 from conftest import MakeCheckpoint, MakeIngot
 
 from ingot.graphs.checkpoint import Checkpoint
-from ingot.graphs.family import FAMILIES
+from ingot.graphs.names import FAMILIES
 from ingot.validate.run import validate_ingot
 from ingot.validate.truth.reference import Reference
 

@@ -30,7 +30,7 @@ def drawn(
     """An eager graph with seeded weights drawn on the device, scaled as a preset's are."""
     model = family.build(config, "generate", dtype)
     for name, parameter in list(model.named_parameters()):
-        weight = random_weight(name, tuple(parameter.shape), seed, device)
+        weight = random_weight(family, name, tuple(parameter.shape), seed, device)
         gain = family.preset_gain(name, config)
         set_parameter(model, name, weight.mul_(gain).to(parameter.dtype))
     return model

@@ -184,7 +184,7 @@ def _times(
             captured.replay()
 
     took = device.time(decode, count, least=0.5)
-    top_k = getattr(model.config, "num_experts_per_tok", 1)
+    top_k = model.config.facts.experts_per_token
     tied = bool(model.config.tie_word_embeddings)
     least = read_bytes(model, top_k, captured.caches, tied)
     return {

@@ -302,7 +302,7 @@ class Judge:
     ) -> Routing:
         """Of some calls, as expected, truth, eager and target have them."""
         expected, truth, eager, found = map(_by_router, sides)
-        names = self.reference.router_names(len(expected))
+        names = self.reference.router_names()
         top_k = self.reference.top_k
         place = np.concatenate(at)
         return compare_choices(expected, truth, eager, found, place, top_k, names, forced=forced)

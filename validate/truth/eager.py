@@ -16,7 +16,6 @@ from ingot.export.request import EXTRA_OUTPUTS
 from ingot.graphs.checkpoint import Checkpoint, WeightMap, assemble, load_parameters, set_parameter
 from ingot.graphs.family import family_of, parameter_bytes
 from ingot.graphs.layers import ModelOutput
-from ingot.graphs.state import State
 from ingot.runtime.session import Floats, Ids
 
 
@@ -56,9 +55,8 @@ class EagerSession:
             _stream_weights(self.model, checkpoint, weight_map)
         else:
             load_parameters(self.model, checkpoint, weight_map, advance=advance)
-        declared: tuple[State, ...] = getattr(self.model, "states")
         name = str(precision).removeprefix("torch.")
-        self.states = tuple(state.cast(name) for state in declared)
+        self.states = tuple(state.cast(name) for state in self.model.states)
         self._cached = any(state.axis is not None for state in self.states)
         self.tapped: dict[str, Floats] = {}
         self.reset(1, 0)

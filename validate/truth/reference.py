@@ -14,7 +14,6 @@ import torch
 from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import family_of
-from ingot.graphs.state import State
 from ingot.validate.truth.cache import Cache, Recording, code_digest, inputs_digest, key
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import Inputs
@@ -74,11 +73,11 @@ class Reference:
         self.cache = cache
         self._model = family_of(checkpoint).build(checkpoint.config, task)
         self._sessions: dict[torch.dtype, EagerSession] = {}
-        config = getattr(self._model, "config")
-        self.chunk_size: int = getattr(config, "chunk_size", 0)
-        self.top_k: int = getattr(config, "num_experts_per_tok", 0)
-        self.layers: int = config.num_hidden_layers
-        self.states: tuple[State, ...] = getattr(self._model, "states")
+        facts = self._model.config.facts
+        self.chunk_size = facts.chunk_size
+        self.top_k = facts.experts_per_token
+        self.routers = facts.routers
+        self.states = self._model.states
 
     @property
     def against(self) -> str:
@@ -159,12 +158,13 @@ class Reference:
         entry = self.checkpoint.entries[name]
         return entry.end - entry.begin
 
-    def router_names(self, count: int) -> tuple[str, ...]:
+    def router_names(self) -> tuple[str, ...]:
         """What the routers are called, in the order they run."""
-        a_layer = count // self.layers
-        if a_layer == 1:
-            return tuple(f"layer {layer}" for layer in range(count))
-        return tuple(f"layer {r // a_layer}, router {r % a_layer}" for r in range(count))
+        return tuple(
+            f"layer {layer}" if count == 1 else f"layer {layer}, router {router}"
+            for layer, count in enumerate(self.routers)
+            for router in range(count)
+        )
 
     def _key(self, inputs: Inputs, dtype: torch.dtype, checkpoint: str, *, replayed: bool) -> str:
         return key(
