@@ -104,7 +104,7 @@ cpp: cpp-headers
 # The seeded tiny ingots that its tests open, made again where what exports them has changed.
 cpp-ingots: build/cpp-ingots/.made
 
-build/cpp-ingots/.made: tests/make_ingots.py $(wildcard export/*.py export/passes/*.py graphs/*.py plugins/*.py) | setup
+build/cpp-ingots/.made: tests/make_ingots.py tests/toy_hybrid.py $(wildcard export/*.py export/passes/*.py graphs/*.py plugins/*.py) | setup
 	PYTHONPATH=. $(BIN)/python tests/make_ingots.py build/cpp-ingots
 	touch $@
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import toy_hybrid
+
 from ingot.export.build import build
 from ingot.export.progress import Stages
 from ingot.export.request import ExportRequest
 
-FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
+FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe", "toy_hybrid")
 # By folder name: family, target and task.
 INGOTS = {
     **{
@@ -26,12 +28,13 @@ INGOTS = {
 
 
 def main(folder: Path) -> None:
-    for name, (family, target, task) in INGOTS.items():
-        request = ExportRequest(
-            family, target, folder / name, task=task, preset="tiny", overwrite=True
-        )
-        build(request, Stages(), None)
-        print(folder / name)
+    with toy_hybrid.registered():
+        for name, (family, target, task) in INGOTS.items():
+            request = ExportRequest(
+                family, target, folder / name, task=task, preset="tiny", overwrite=True
+            )
+            build(request, Stages(), None)
+            print(folder / name)
 
 
 if __name__ == "__main__":

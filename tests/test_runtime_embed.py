@@ -10,10 +10,12 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import toy_hybrid
 from conftest import MakeCheckpoint, MakeIngot
 
 from ingot.export.ingot import MANIFEST
@@ -62,11 +64,12 @@ def _python(session: Session, prompts: list[list[int]], **options: Any) -> list[
     return [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
 
 
-@pytest.fixture(scope="module", params=["granite", "jetmoe", "mamba2", "olmoe"])
-def checkpoint(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -> Path:
+@pytest.fixture(scope="module", params=["granite", "jetmoe", "mamba2", "olmoe", "toy_hybrid"])
+def checkpoint(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -> Iterator[Path]:
     # With its output tied to its embedding, a random Granite repeats its last token for ever.
     config = {"tie_word_embeddings": False} if request.param == "granite" else {}
-    return make_checkpoint(request.param, **config)
+    with toy_hybrid.registered():
+        yield make_checkpoint(request.param, **config)
 
 
 @pytest.mark.parametrize("target", ["onnx", "ort"])

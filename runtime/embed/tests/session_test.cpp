@@ -11,8 +11,9 @@ namespace {
 using ingot::Ids;
 using ingot::Session;
 
-const std::vector<std::string> kAll = {"olmoe-ort",   "olmoe-onnx",   "jetmoe-ort", "jetmoe-onnx",
-                                       "granite-ort", "granite-onnx", "mamba2-ort", "mamba2-onnx"};
+const std::vector<std::string> kAll = {
+    "olmoe-ort",    "olmoe-onnx", "jetmoe-ort",  "jetmoe-onnx",    "granite-ort",
+    "granite-onnx", "mamba2-ort", "mamba2-onnx", "toy_hybrid-ort", "toy_hybrid-onnx"};
 
 Ids some_ids(std::size_t count) {
     Ids result;
