@@ -477,7 +477,7 @@ def test_the_code_is_what_the_eager_graphs_import() -> None:
     program = (
         "import importlib, sys\n"
         "import ingot.validate.truth.eager\n"
-        "from ingot.graphs.family import FAMILIES\n"
+        "from ingot.graphs.names import FAMILIES\n"
         "for family in FAMILIES: importlib.import_module('ingot.graphs.' + family)\n"
         f"print(*(m.__file__ for m in sys.modules.values() if (getattr(m, '__file__', '') or '')"
         f".startswith({str(ROOT)!r}) and '.venv' not in m.__file__), sep='\\n')\n"
