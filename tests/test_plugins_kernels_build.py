@@ -34,7 +34,8 @@ from ingot.plugins.kernels.host import link
 out, name = Path(sys.argv[1]), sys.argv[2]
 form = build.all_forms()[name]
 made = list(build.compile_all([form], (80, 90), out / "kernels"))
-link([compiled for compiled, _ in made], out / "libingot_kernels.so", out / "kernels")
+cubins = [compiled for compiled, _ in made]
+link(cubins, build.plan_constants(), out / "libingot_kernels.so", out / "kernels")
 print(json.dumps({c.capability: [r.registers, r.spills, c.threads] for c, r in made}))
 """
 

@@ -4,29 +4,16 @@
 #include <string>
 
 #include "driver.h"
+#include "plan_constants.h"
 #include "tuning.h"
 
 namespace ingot {
 namespace {
 
-// Tiles of the kernels in plugins/kernels/mamba2.py.
-constexpr int64_t kStepRows = 8;         // BLOCK_P of mamba2_step, states above kFewStates
-constexpr int64_t kStepRowsFew = 16;     // and up to there
-constexpr int32_t kFewStates = 64;
-constexpr int64_t kTile = 64;            // BLOCK_T, BLOCK_P and BLOCK_N of the chunked form
-constexpr int64_t kTimesHeads = 16;      // BLOCK_H of mamba2_times
-constexpr int64_t kCarryBlock = 512;     // BLOCK of mamba2_carry
-constexpr int64_t kConvChannels = 128;   // BLOCK_C of mamba2_conv
-constexpr int64_t kConvTokensFewTaps = 16;  // BLOCK_T of mamba2_conv_*_many, up to four taps
-constexpr int64_t kConvTokensManyTaps = 4;  // and up to eight
-constexpr int32_t kFewTaps = 4;
-
 constexpr int32_t kMaxBatch = 65535;     // a side of the grid
 constexpr int32_t kMaxTokens = 1 << 30;  // indices of tokens are int32
 constexpr int32_t kMaxHeads = 16384;     // and so are offsets in a tile
-constexpr int32_t kMaxSide = 256;
 constexpr int32_t kMaxChannels = 1 << 26;
-constexpr int32_t kMaxWidth = 8;
 
 // Tokens per chunk of the 16-bit types, a multiple of kTile, from a compute capability on. A token
 // and head cost 16 Pm Ns / Q bytes of states written and read, and 2 (4 Pm Ns + Q Pm) operations:

@@ -7,17 +7,11 @@
 #include <utility>
 
 #include "driver.h"
+#include "plan_constants.h"
 #include "tuning.h"
 
 namespace ingot {
 namespace {
-
-// What the forms were compiled for.
-constexpr int kMaxExperts = 1024;      // BLOCK_E of the widest moe_route
-constexpr int kMaxTopK = 64;           // BLOCK_K of moe_route
-constexpr int64_t kScanChoices = 256;  // SCAN_CHOICES
-constexpr int kOneColumns = 4;         // COLUMNS of the forms for one token
-constexpr int kCombineBlock = 512;     // BLOCK of moe_combine
 
 // Bounds that keep the kernels' 32-bit numbers from overflowing.
 constexpr int64_t kMaxChoices = int64_t{1} << 30;

@@ -58,8 +58,7 @@ def all_forms() -> dict[str, Form]:
     Raises:
         BuildError: Triton is not installed.
     """
-    moe, mamba2 = _kernel_files()
-    return _by_name([*moe.forms(), *mamba2.forms()])
+    return _by_name([form for file in _kernel_files() for form in file.forms()])
 
 
 def tuning_forms() -> dict[str, Form]:
@@ -68,11 +67,19 @@ def tuning_forms() -> dict[str, Form]:
     Raises:
         BuildError: Triton is not installed.
     """
-    moe, mamba2 = _kernel_files()
-    return _by_name([*moe.tuning_forms(), *mamba2.tuning_forms()])
+    return _by_name([form for file in _kernel_files() for form in file.tuning_forms()])
 
 
-def _kernel_files() -> tuple[Any, Any]:
+def plan_constants() -> dict[str, int]:
+    """What the plans in ``plugins/csrc`` know of the forms, by the names that it has there.
+
+    Raises:
+        BuildError: Triton is not installed.
+    """
+    return {name: value for file in _kernel_files() for name, value in file.PLAN_CONSTANTS.items()}
+
+
+def _kernel_files() -> tuple[Any, ...]:
     try:
         from ingot.plugins.kernels import mamba2, moe
     except ImportError as error:
@@ -296,7 +303,7 @@ def _link(done: list[tuple[Compiled, Resources]], out: Path, folder: Path) -> No
     # plugins/tensorrt/build.py links what was made for PATH once more: no other library may put
     # itself in its place.
     made_in = folder if out.absolute() == PATH else folder / "aside"
-    link([compiled for compiled, _ in done], out, made_in)
+    link([compiled for compiled, _ in done], plan_constants(), out, made_in)
 
 
 def _compile_shipped(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ingot.plugins.errors import IngotError
+from ingot.plugins.kernels.build import plan_constants
 from ingot.plugins.kernels.host import Compiled, argument_letters, link, run_compiler
 from ingot.plugins.kernels.table import Form
 from ingot.plugins.library import Library
@@ -170,4 +171,4 @@ def _build_host(forms: Mapping[str, Form], folder: Path, ptxas: str) -> None:
             for capability in form.capabilities
         ]
     run_compiler(FAKE_DRIVER, out=folder / "libfake_driver.so")
-    link(compiled, folder / HOST, folder)
+    link(compiled, plan_constants(), folder / HOST, folder)

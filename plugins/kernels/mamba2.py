@@ -30,7 +30,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ingot.plugins.activations import ACTIVATIONS
+from ingot.plugins.causal_conv import MOST_WIDTH
 from ingot.plugins.kernels.table import DTYPES, TUNED, Form
+from ingot.plugins.mamba2_scan import MOST_STATES
 
 # Triton's interpreter multiplies the bit patterns of bfloat16; there each operand is widened first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -39,11 +42,39 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # exp(-200) is 0 in float32 already; the floor keeps sums of dt' A finite.
 DECAY_FLOOR = tl.constexpr(-200.0)
 
-# Numbers of ingot_activation in ingot_kernels.h; what is none of these is the identity.
-SILU = tl.constexpr(0)
-GELU = tl.constexpr(1)
-GELU_TANH = tl.constexpr(2)
-RELU = tl.constexpr(3)
+# What is none of these is the identity.
+SILU = tl.constexpr(ACTIVATIONS["silu"].number)
+GELU = tl.constexpr(ACTIVATIONS["gelu"].number)
+GELU_TANH = tl.constexpr(ACTIVATIONS["gelu_tanh"].number)
+RELU = tl.constexpr(ACTIVATIONS["relu"].number)
+
+# Tiles of 4 KiB of a step: one row of Mamba2-2.7B is 640 blocks, which fill every GPU of the table.
+FEW_STATES, STEP_ROWS_FEW = 64, 16
+MANY_STATES, STEP_ROWS = 128, 8
+# Of the chunked form: tokens, rows of a head and states.
+TILE = 64
+TIMES_HEADS = 16
+CARRY_BLOCK = 512
+# Of the convolution. Larger tiles of eight taps spill registers.
+CONV_CHANNELS = 128
+FEW_TAPS, CONV_TOKENS_FEW_TAPS = 4, 16
+CONV_TOKENS_MANY_TAPS = 4
+
+# What the plans in plugins/csrc/mamba2.cpp know of the forms.
+PLAN_CONSTANTS = {
+    "kFewStates": FEW_STATES,
+    "kStepRowsFew": STEP_ROWS_FEW,
+    "kStepRows": STEP_ROWS,
+    "kTile": TILE,
+    "kTimesHeads": TIMES_HEADS,
+    "kCarryBlock": CARRY_BLOCK,
+    "kConvChannels": CONV_CHANNELS,
+    "kFewTaps": FEW_TAPS,
+    "kConvTokensFewTaps": CONV_TOKENS_FEW_TAPS,
+    "kConvTokensManyTaps": CONV_TOKENS_MANY_TAPS,
+    "kMaxSide": MOST_STATES,
+    "kMaxWidth": MOST_WIDTH,
+}
 
 
 @triton.jit
@@ -578,13 +609,12 @@ def _step_forms(dtype: str) -> list[Form]:
         dt_max="fp32",
     )
     aligned = frozenset({"head_size", "states"})
-    # Tiles of 4 KiB: one row of Mamba2-2.7B is 640 blocks, which fill every GPU of the table.
     return [
         Form(f"mamba2_step_{dtype}_{name}", _scan_step, signature, constants, multiples)
         for name, constants, multiples in (
-            ("n64", {"BLOCK_P": 16, "BLOCK_N": 64}, aligned),
-            ("n128", {"BLOCK_P": 8, "BLOCK_N": 128}, aligned),
-            ("any", {"BLOCK_P": 8, "BLOCK_N": 128}, frozenset[str]()),
+            ("n64", {"BLOCK_P": STEP_ROWS_FEW, "BLOCK_N": FEW_STATES}, aligned),
+            ("n128", {"BLOCK_P": STEP_ROWS, "BLOCK_N": MANY_STATES}, aligned),
+            ("any", {"BLOCK_P": STEP_ROWS, "BLOCK_N": MANY_STATES}, frozenset[str]()),
         )
     ]
 
@@ -639,7 +669,7 @@ def _chunk_forms(dtype: str) -> list[Form]:
                 dt_max="fp32",
                 **_PART,
             ),
-            {"BLOCK_T": 64, "BLOCK_H": 16},
+            {"BLOCK_T": TILE, "BLOCK_H": TIMES_HEADS},
             frozenset({"chunk", "first_token"}),
         )
     ]
@@ -664,7 +694,7 @@ def _states_form(
         _signature(
             dtype, x="*T", b="*T", **_SUMS, carried="*fp32", tokens="i32", **_SIZES, **_PART
         ),
-        {"BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_K": pipeline.block},
+        {"BLOCK_P": TILE, "BLOCK_N": TILE, "BLOCK_K": pipeline.block},
         frozenset({"chunk", "first_token", *aligned}),
         num_warps=pipeline.warps,
         num_stages=pipeline.stages,
@@ -687,7 +717,7 @@ def _products_form(dtype: str, name: str, aligned: frozenset[str]) -> Form:
             padded="i32",
             **_PART,
         ),
-        {"BLOCK_T": 64, "BLOCK_K": _SHIPPED.block},
+        {"BLOCK_T": TILE, "BLOCK_K": _SHIPPED.block},
         frozenset({"chunk", "padded", "first_token", *aligned & {"states"}}),
         num_warps=_SHIPPED.warps,
         num_stages=_SHIPPED.stages,
@@ -714,7 +744,7 @@ def _outputs_form(
             padded="i32",
             **_PART,
         ),
-        {"BLOCK_T": 64, "BLOCK_P": 64, "BLOCK_K": pipeline.block},
+        {"BLOCK_T": TILE, "BLOCK_P": TILE, "BLOCK_K": pipeline.block},
         frozenset({"chunk", "padded", "first_token", *aligned}),
         num_warps=pipeline.warps,
         num_stages=pipeline.stages,
@@ -753,7 +783,7 @@ def _carry_forms() -> list[Form]:
         "first_row": "i32",
     }
     return [
-        Form(f"mamba2_carry_{name}", _scan_carry, signature, {"BLOCK": 512}, multiples)
+        Form(f"mamba2_carry_{name}", _scan_carry, signature, {"BLOCK": CARRY_BLOCK}, multiples)
         for name, multiples in (
             ("aligned", frozenset({"size", "chunk"})),
             ("any", frozenset({"chunk"})),
@@ -776,20 +806,19 @@ def _conv_forms(dtype: str) -> list[Form]:
         has_bias="i32",
         activation="i32",
     )
-    # Larger tiles of 8 taps spill registers.
     return [
         Form(
             f"mamba2_conv_{dtype}_{name}",
             _conv,
             signature,
-            {"BLOCK_T": block, "BLOCK_C": 128, "TAPS": taps},
+            {"BLOCK_T": block, "BLOCK_C": CONV_CHANNELS, "TAPS": taps},
             multiples,
         )
         for name, block, taps, multiples in (
-            ("one_w4", 1, 4, frozenset({"channels"})),
-            ("one_any", 1, 8, frozenset[str]()),
-            ("many_w4", 16, 4, frozenset({"channels"})),
-            ("many_any", 4, 8, frozenset[str]()),
+            ("one_w4", 1, FEW_TAPS, frozenset({"channels"})),
+            ("one_any", 1, MOST_WIDTH, frozenset[str]()),
+            ("many_w4", CONV_TOKENS_FEW_TAPS, FEW_TAPS, frozenset({"channels"})),
+            ("many_any", CONV_TOKENS_MANY_TAPS, MOST_WIDTH, frozenset[str]()),
         )
     ]
 

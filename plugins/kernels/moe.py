@@ -28,19 +28,32 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ingot.plugins.activations import ACTIVATIONS
 from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES, TUNED, Form
+from ingot.plugins.moe_dispatch import MOST_CHOSEN, MOST_EXPERTS
 
 # The most choices that the programs of a grouped product search by themselves.
 SCAN_CHOICES = 256
+# Features that a program of a form for one token takes, and one of combine.
+ONE_COLUMNS = 4
+COMBINE_BLOCK = 512
+
+# What the plans in plugins/csrc/moe.cpp know of the forms.
+PLAN_CONSTANTS = {
+    "kMaxExperts": MOST_EXPERTS,
+    "kMaxTopK": MOST_CHOSEN,
+    "kScanChoices": SCAN_CHOICES,
+    "kOneColumns": ONE_COLUMNS,
+    "kCombineBlock": COMBINE_BLOCK,
+}
 
 # Triton's interpreter multiplies the bit patterns of bfloat16; there each operand is widened first.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# ingot_activation in ingot_kernels.h.
-_SILU = tl.constexpr(0)
-_GELU = tl.constexpr(1)
-_GELU_TANH = tl.constexpr(2)
-_RELU = tl.constexpr(3)
+_SILU = tl.constexpr(ACTIVATIONS["silu"].number)
+_GELU = tl.constexpr(ACTIVATIONS["gelu"].number)
+_GELU_TANH = tl.constexpr(ACTIVATIONS["gelu_tanh"].number)
+_RELU = tl.constexpr(ACTIVATIONS["relu"].number)
 
 
 @triton.jit
@@ -474,10 +487,10 @@ def forms() -> list[Form]:
                 "top_k": "i32",
                 "normalize": "i32",
             },
-            constants={"BLOCK_E": experts, "BLOCK_K": 64},
+            constants={"BLOCK_E": experts, "BLOCK_K": MOST_CHOSEN},
             num_warps=warps,
         )
-        for experts, warps in ((64, 1), (256, 1), (1024, 4))
+        for experts, warps in ((64, 1), (256, 1), (MOST_EXPERTS, 4))
     ]
     found += [
         Form(
@@ -520,7 +533,7 @@ def _one_token(name: str, dtype: str, grain: int) -> Iterator[Form]:
             "intermediate_grains": "i32",
             "activation": "i32",
         },
-        constants={"GRAIN": grain, "COLUMNS": 4, "BLOCK": paired},
+        constants={"GRAIN": grain, "COLUMNS": ONE_COLUMNS, "BLOCK": paired},
     )
     yield Form(
         name=f"moe_down_one_n4_{name}",
@@ -535,7 +548,7 @@ def _one_token(name: str, dtype: str, grain: int) -> Iterator[Form]:
             "hidden_grains": "i32",
             "intermediate_grains": "i32",
         },
-        constants={"GRAIN": grain, "COLUMNS": 4, "BLOCK": paired},
+        constants={"GRAIN": grain, "COLUMNS": ONE_COLUMNS, "BLOCK": paired},
     )
     yield Form(
         name=f"moe_linear_one_n4_{name}",
@@ -550,7 +563,7 @@ def _one_token(name: str, dtype: str, grain: int) -> Iterator[Form]:
             "in_grains": "i32",
             "out_grains": "i32",
         },
-        constants={"GRAIN": grain, "COLUMNS": 4, "BLOCK": 1024},
+        constants={"GRAIN": grain, "COLUMNS": ONE_COLUMNS, "BLOCK": 1024},
     )
 
 
@@ -567,7 +580,7 @@ def _grouped(name: str, dtype: str, grain: int) -> Iterator[Form]:
             "top_k": "i32",
             "hidden_grains": "i32",
         },
-        constants={"GRAIN": grain, "BLOCK": 512},
+        constants={"GRAIN": grain, "BLOCK": COMBINE_BLOCK},
     )
 
 

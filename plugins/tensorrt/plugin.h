@@ -1,6 +1,7 @@
-// What the TensorRT plugins of all operators share; plugins.cpp has what is each one's own.
+// What the TensorRT plugins of all operators share; the build writes what is each one's own into
+// operators.h.
 //
-// Throughout, dimensions have the names of plugins/tensorrt/table.py, separated by spaces. Errors
+// Throughout, dimensions have the names of the operators' declarations, separated by spaces. Errors
 // are exceptions inside, and never cross into TensorRT.
 #pragma once
 
@@ -155,8 +156,8 @@ class Sizes {
     std::vector<Found> found_;
 };
 
-// Activations by their number in the kernels' interface.
-constexpr const char *kActivations[] = {"silu", "gelu", "gelu_tanh", "relu", "identity"};
+// Activations by their number in the kernels' interface; in operators.h.
+extern const std::vector<const char *> kActivations;
 
 // Visitor of an operator's fields: takes their values from TensorRT.
 class ReadFields {
@@ -176,14 +177,15 @@ class ReadFields {
         std::string text(static_cast<const char *>(field.data), static_cast<size_t>(field.length));
         // The ONNX parser ends a string with a zero byte.
         text.resize(std::strlen(text.c_str()));
-        for (size_t i = 0; i < std::size(kActivations); ++i) {
+        std::string names;
+        for (size_t i = 0; i < kActivations.size(); ++i) {
             if (text == kActivations[i]) {
                 value = static_cast<ingot_activation>(i);
                 return;
             }
+            names += std::string(i == 0 ? "" : ", ") + kActivations[i];
         }
-        refuse(std::string(op_) + " has no activation '" + text +
-               "'; use one of silu, gelu, gelu_tanh, relu, identity.");
+        refuse(std::string(op_) + " has no activation '" + text + "'; use one of " + names + ".");
     }
 
     const PluginField *find(const char *name) const {
