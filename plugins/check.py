@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from ingot.plugins.library import Library, LibraryError
 from ingot.plugins.mamba2_scan import mamba2_scan
 from ingot.plugins.moe_dispatch import moe_dispatch
 from ingot.plugins.moe_linear import moe_linear
+from ingot.plugins.operator import Operator, Tensor, size_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -138,6 +139,51 @@ class Inputs:
         return logits
 
 
+def inputs(
+    operator: Operator,
+    device: str,
+    dtype: torch.dtype,
+    sizes: Mapping[str, int],
+    *,
+    skewed: bool = False,
+) -> Tensors:
+    """An operator's inputs, each drawn as its declaration says.
+
+    ``normal`` has variance 1. ``scaled`` has that of one over the last side, so that activations
+    stay near 1. ``uniform`` lies between two numbers. ``logits`` are those of a router, ``ids`` its
+    choices.
+
+    Args:
+        operator: whose.
+        device: to draw on.
+        dtype: of T.
+        sizes: members of the kernels' structure by name, those that are sizes or a form; and
+            ``top_k`` of what a router made.
+        skewed: whether a router gives every token the same experts.
+    """
+    make = Inputs(device, sizes["tokens"])
+    letters = {letter: sizes[member] for member, letter in operator.sizes.items()}
+    forms = [sizes[member] for member, source in operator.members.items() if source == "form"]
+
+    def drawn(tensor: Tensor, form: int) -> torch.Tensor:
+        shape = [size_of(dim, letters) for dim in tensor.shapes[form]]
+        kind = dtype if tensor.dtype == "T" else torch.float32
+        how, *limits = tensor.draw.split()
+        if how == "ones":
+            return torch.ones(shape, dtype=kind, device=device)
+        if how == "uniform":
+            low, high = map(float, limits)
+            return make.uniform(*shape, low=low, high=high)
+        if how in ("logits", "ids"):
+            top_k = sizes["top_k"]
+            logits = make.router_logits(sizes["tokens"], sizes["experts"], top_k, skewed)
+            return logits if how == "logits" else logits.topk(top_k).indices
+        return make.normal(*shape, dtype=kind, gain=shape[-1] ** -0.5 if how == "scaled" else 1.0)
+
+    first, *rest = operator.inputs
+    return (drawn(first, *forms or [0]), *(drawn(tensor, 0) for tensor in rest))
+
+
 def spread(count: int, most: int | None) -> torch.Tensor:
     """Up to ``most`` indices below ``count``, the first and the last among them, on the CPU."""
     if most is None or count <= most:
@@ -147,27 +193,6 @@ def spread(count: int, most: int | None) -> torch.Tensor:
 
 def wide(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
     return (tensor.double() for tensor in tensors)
-
-
-def moe_dispatch_inputs(
-    device: str,
-    dtype: torch.dtype,
-    tokens: int,
-    hidden: int,
-    intermediate: int,
-    experts: int,
-    top_k: int,
-    *,
-    skewed: bool = False,
-) -> Tensors:
-    """x, router logits, gate_up and down, scaled so that activations stay near 1."""
-    make = Inputs(device, tokens)
-    return (
-        make.normal(tokens, hidden, dtype=dtype),
-        make.router_logits(tokens, experts, top_k, skewed),
-        make.normal(experts, 2 * intermediate, hidden, dtype=dtype, gain=hidden**-0.5),
-        make.normal(experts, hidden, intermediate, dtype=dtype, gain=intermediate**-0.5),
-    )
 
 
 def moe_dispatch_case(
@@ -186,41 +211,24 @@ def moe_dispatch_case(
     rows: int | None = None,
 ) -> Case:
     """``ingot::MoeDispatch``; the reference has at most ``rows`` of the tokens."""
-    x, logits, gate_up, down = moe_dispatch_inputs(
-        device, dtype, tokens, hidden, intermediate, experts, top_k, skewed=skewed
-    )
+    sizes = {
+        "tokens": tokens,
+        "hidden": hidden,
+        "intermediate": intermediate,
+        "experts": experts,
+        "top_k": top_k,
+    }
+    x, logits, gate_up, down = inputs(moe_dispatch, device, dtype, sizes, skewed=skewed)
     options = (top_k, normalize, activation)
     kept = spread(tokens, rows).to(device)
-    sizes = f"N {tokens} H {hidden} I {intermediate} E {experts} K {top_k}"
+    named = f"N {tokens} H {hidden} I {intermediate} E {experts} K {top_k}"
     notes = " normalized" * normalize + " skewed" * skewed
     return Case(
-        f"MoeDispatch {sizes} {activation}{notes}",
+        f"MoeDispatch {named} {activation}{notes}",
         dtype,
         lambda: (cuda.call(moe_dispatch, library, x, logits, gate_up, down, *options),),
         lambda outputs: (outputs[0][kept],),
         lambda: (moe_dispatch(*wide(x[kept], logits[kept], gate_up, down), *options),),
-    )
-
-
-def moe_linear_inputs(
-    device: str,
-    dtype: torch.dtype,
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    experts: int,
-    top_k: int,
-    per_choice: bool,
-    *,
-    skewed: bool = False,
-) -> Tensors:
-    """x, expert ids and weight, likewise."""
-    make = Inputs(device, tokens)
-    shape = (tokens, top_k) if per_choice else (tokens,)
-    return (
-        make.normal(*shape, in_features, dtype=dtype),
-        make.router_logits(tokens, experts, top_k, skewed).topk(top_k).indices,
-        make.normal(experts, out_features, in_features, dtype=dtype, gain=in_features**-0.5),
     )
 
 
@@ -239,51 +247,24 @@ def moe_linear_case(
     rows: int | None = None,
 ) -> Case:
     """``ingot::MoeLinear``; the reference has at most ``rows`` of the tokens."""
-    x, ids, weight = moe_linear_inputs(
-        device,
-        dtype,
-        tokens,
-        in_features,
-        out_features,
-        experts,
-        top_k,
-        per_choice,
-        skewed=skewed,
-    )
+    sizes = {
+        "tokens": tokens,
+        "in_features": in_features,
+        "out_features": out_features,
+        "experts": experts,
+        "top_k": top_k,
+        "per_choice": per_choice,
+    }
+    x, ids, weight = inputs(moe_linear, device, dtype, sizes, skewed=skewed)
     kept = spread(tokens, rows).to(device)
     form = "[N, K, Kin]" if per_choice else "[N, Kin]"
-    sizes = f"N {tokens} Kin {in_features} O {out_features} E {experts} K {top_k}"
+    named = f"N {tokens} Kin {in_features} O {out_features} E {experts} K {top_k}"
     return Case(
-        f"MoeLinear {form} {sizes}{' skewed' * skewed}",
+        f"MoeLinear {form} {named}{' skewed' * skewed}",
         dtype,
         lambda: (cuda.call(moe_linear, library, x, ids, weight),),
         lambda outputs: (outputs[0][kept],),
         lambda: (moe_linear(x[kept].double(), ids[kept], weight.double()),),
-    )
-
-
-def mamba2_scan_inputs(
-    device: str,
-    dtype: torch.dtype,
-    batch: int,
-    tokens: int,
-    heads: int,
-    head_size: int,
-    groups: int,
-    states: int,
-) -> Tensors:
-    """x, dt, A, B, C, D, dt_bias, state and mask, scaled as a model's: memories long and short."""
-    make = Inputs(device, tokens)
-    return (
-        make.normal(batch, tokens, heads, head_size, dtype=dtype),
-        make.normal(batch, tokens, heads, dtype=dtype),
-        -make.uniform(heads, low=1.0, high=16.0),
-        make.normal(batch, tokens, groups, states, dtype=dtype),
-        make.normal(batch, tokens, groups, states, dtype=dtype, gain=states**-0.5),
-        make.uniform(heads, low=0.5, high=1.5),
-        make.uniform(heads, low=-6.0, high=-1.0),
-        make.normal(batch, heads, head_size, states, dtype=torch.float32),
-        torch.ones(batch, tokens, dtype=dtype, device=device),
     )
 
 
@@ -303,8 +284,16 @@ def mamba2_scan_case(
     kept_heads: int | None = None,
 ) -> Case:
     """``ingot::Mamba2Scan``; the reference has some rows of the batch and some heads of each."""
-    inputs = mamba2_scan_inputs(device, dtype, batch, tokens, heads, head_size, groups, states)
-    x, dt, A, B, C, D, dt_bias, state, mask = inputs
+    sizes = {
+        "batch": batch,
+        "tokens": tokens,
+        "heads": heads,
+        "head_size": head_size,
+        "groups": groups,
+        "states": states,
+    }
+    given = inputs(mamba2_scan, device, dtype, sizes)
+    x, dt, A, B, C, D, dt_bias, state, mask = given
     mask[-1, :padding] = 0
     limits = (0.0, math.inf)
     row, head = spread(batch, rows).to(device), spread(heads, kept_heads).to(device)
@@ -319,26 +308,13 @@ def mamba2_scan_case(
         result: Tensors = mamba2_scan(*arguments)
         return result
 
-    sizes = f"B {batch} T {tokens} Hm {heads} Pm {head_size} G {groups} Ns {states}"
+    named = f"B {batch} T {tokens} Hm {heads} Pm {head_size} G {groups} Ns {states}"
     return Case(
-        f"Mamba2Scan {sizes}{' padded' if padding else ''}",
+        f"Mamba2Scan {named}{' padded' if padding else ''}",
         dtype,
-        lambda: cuda.call(mamba2_scan, library, *inputs, 1, *limits),
+        lambda: cuda.call(mamba2_scan, library, *given, 1, *limits),
         lambda outputs: (outputs[0][row][:, :, head], outputs[1][row][:, head]),
         reference,
-    )
-
-
-def causal_conv_inputs(
-    device: str, dtype: torch.dtype, batch: int, tokens: int, channels: int, width: int
-) -> Tensors:
-    """x, state, weight and bias."""
-    make = Inputs(device, tokens)
-    return (
-        make.normal(batch, tokens, channels, dtype=dtype),
-        make.normal(batch, channels, width - 1, dtype=dtype),
-        make.normal(channels, 1, width, dtype=dtype, gain=width**-0.5),
-        make.normal(channels, dtype=dtype),
     )
 
 
@@ -355,7 +331,8 @@ def causal_conv_case(
     kept_channels: int | None = None,
 ) -> Case:
     """``ingot::CausalConv``; the reference has some of the channels."""
-    x, state, weight, bias = causal_conv_inputs(device, dtype, batch, tokens, channels, width)
+    sizes = {"batch": batch, "tokens": tokens, "channels": channels, "width": width}
+    x, state, weight, bias = inputs(causal_conv, device, dtype, sizes)
     kept = spread(channels, kept_channels).to(device)
 
     def reference() -> Tensors:

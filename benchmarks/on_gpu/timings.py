@@ -20,13 +20,7 @@ from benchmarks.on_gpu.devices import Seconds
 from benchmarks.on_gpu.runner import Found, Item, Refused
 from ingot.plugins import cuda
 from ingot.plugins.causal_conv import causal_conv
-from ingot.plugins.check import (
-    Inputs,
-    causal_conv_inputs,
-    mamba2_scan_inputs,
-    moe_dispatch_inputs,
-    moe_linear_inputs,
-)
+from ingot.plugins.check import Inputs, inputs
 from ingot.plugins.library import Library
 from ingot.plugins.mamba2_scan import mamba2_scan
 from ingot.plugins.moe_dispatch import moe_dispatch
@@ -161,7 +155,7 @@ def _sets(bench: Bench, size: float) -> range:
 def moe(bench: Bench, library: Library, shape: shapes.Moe, tokens: int) -> Timed:
     """A layer's experts."""
     of_expert = 3 * shape.hidden * shape.intermediate
-    make = partial(moe_dispatch_inputs, bench.device.name, BF16, tokens, **shape.sizes)
+    make = partial(inputs, moe_dispatch, bench.device.name, BF16, {"tokens": tokens, **shape.sizes})
     first = make()
     _, logits, *_ = first
     chosen = len(torch.unique(logits.topk(shape.top_k).indices))
@@ -184,7 +178,7 @@ def moe(bench: Bench, library: Library, shape: shapes.Moe, tokens: int) -> Timed
 
 def linear(bench: Bench, library: Library, shape: shapes.Linear, tokens: int) -> Timed:
     """One of the two mixtures of an attention layer."""
-    make = partial(moe_linear_inputs, bench.device.name, BF16, tokens, **shape.sizes)
+    make = partial(inputs, moe_linear, bench.device.name, BF16, {"tokens": tokens, **shape.sizes})
     first = make()
     x, ids, _ = first
     of_expert = shape.in_features * shape.out_features
@@ -207,13 +201,14 @@ def scan(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens:
     state = batch * inner * shape.states
     of_tokens = batch * tokens * (2 * inner + 2 * shape.groups * shape.states)
     moved = 8.0 * state + 2.0 * of_tokens
-    make = partial(mamba2_scan_inputs, bench.device.name, BF16, batch, tokens, **shape.sizes)
+    sizes = {"batch": batch, "tokens": tokens, **shape.sizes}
+    make = partial(inputs, mamba2_scan, bench.device.name, BF16, sizes)
     sets = [make() for _ in _sets(bench, moved)]
     beside = {}
     if tokens <= MOST_EAGER_TOKENS:
-        beside["eager"] = [partial(mamba2_scan, *inputs, 1, *limits) for inputs in sets[:1]]
+        beside["eager"] = [partial(mamba2_scan, *each, 1, *limits) for each in sets[:1]]
     return Timed(
-        [partial(cuda.call, mamba2_scan, library, *inputs, 1, *limits) for inputs in sets],
+        [partial(cuda.call, mamba2_scan, library, *each, 1, *limits) for each in sets],
         moved,
         4.0 * tokens * state,
         beside,
@@ -223,9 +218,9 @@ def scan(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens:
 def conv(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens: int) -> Timed:
     """The convolution before the scan."""
     channels, past = shape.channels, shape.width - 1
-    sizes = (batch, tokens, channels, shape.width)
+    sizes = {"batch": batch, "tokens": tokens, "channels": channels, "width": shape.width}
     moved = 4.0 * batch * channels * (tokens + past) + 2.0 * channels * (shape.width + 1)
-    sets = [causal_conv_inputs(bench.device.name, BF16, *sizes) for _ in _sets(bench, moved)]
+    sets = [inputs(causal_conv, bench.device.name, BF16, sizes) for _ in _sets(bench, moved)]
     return Timed(
         [partial(cuda.call, causal_conv, library, *each, "silu") for each in sets],
         moved,

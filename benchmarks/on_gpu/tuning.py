@@ -12,7 +12,7 @@ from benchmarks.on_gpu import shapes
 from benchmarks.on_gpu.bench import Bench
 from benchmarks.on_gpu.runner import Found, Item, Refused, Wrong
 from ingot.plugins import cuda
-from ingot.plugins.check import mamba2_scan_inputs, moe_dispatch_inputs, relative_rms
+from ingot.plugins.check import inputs, relative_rms
 from ingot.plugins.kernels.build import TUNE_PATH
 from ingot.plugins.library import Library, LibraryError
 from ingot.plugins.mamba2_scan import mamba2_scan
@@ -88,7 +88,7 @@ def tiles(bench: Bench, library: Library, tokens: int) -> Found:
     from ingot.plugins.kernels.moe import tuning_tiles
 
     shape = shapes.moe(bench.pick("full", "tiny"))[0]
-    make = partial(moe_dispatch_inputs, bench.device.name, BF16, tokens, **shape.sizes)
+    make = partial(inputs, moe_dispatch, bench.device.name, BF16, {"tokens": tokens, **shape.sizes})
     sets = [make() for _ in range(bench.pick(2, 1))]
     options = (shape.top_k, shape.normalize, "silu")
 
@@ -112,10 +112,12 @@ def chunks(bench: Bench, library: Library, tokens: int) -> Found:
     from ingot.plugins.kernels.mamba2 import tuning_variants
 
     shape = shapes.scans(bench.pick("full", "tiny"))[0]
-    inputs = mamba2_scan_inputs(bench.device.name, BF16, 1, tokens, **shape.sizes)
+    given = inputs(
+        mamba2_scan, bench.device.name, BF16, {"batch": 1, "tokens": tokens, **shape.sizes}
+    )
 
     def call() -> tuple[torch.Tensor, ...]:
-        y, state = cuda.call(mamba2_scan, library, *inputs, 1, 0.0, math.inf)
+        y, state = cuda.call(mamba2_scan, library, *given, 1, 0.0, math.inf)
         return y, state
 
     choices = {
