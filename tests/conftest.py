@@ -9,6 +9,9 @@ from pathlib import Path
 # Before anything imports Triton, as transformers does: its kernels run on the CPU here.
 os.environ["TRITON_INTERPRET"] = "1"
 
+# Every pass of an export checks its conditions.
+os.environ["INGOT_DEBUG"] = "1"
+
 # Before anything imports PyTorch: two workers of two threads each on two cores wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

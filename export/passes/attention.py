@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ingot.export.passes.constants import integers
-from ingot.export.passes.match import only_reader, producer, transposes
+from ingot.export.passes.graph_pass import GraphPass
+from ingot.export.passes.match import is_plain_attention, only_reader, producer, transposes
 from ingot.export.passes.nodes import Nodes, additive_bias
 from ingot.export.passes.replace import take_place
 
@@ -35,7 +36,7 @@ class _CachedAttention:
     merge: ir.Node
 
 
-class AttentionToGroupQueryAttention(ir.passes.InPlacePass):
+class AttentionToGroupQueryAttention(GraphPass):
     """Lets ONNX Runtime's kernel append to the cache, so that past and present may share a buffer.
 
     Matches what ``graphs.layers.attention`` captures to: heads transposed to ``[B, h, T, D]``, key
@@ -45,12 +46,20 @@ class AttentionToGroupQueryAttention(ir.passes.InPlacePass):
     The kernel needs D to be a multiple of 8; with another D nothing changes. It refuses B > 1 with
     T > 1 after a past, which the runtime session answers by feeding such calls token by token.
 
-    Postcondition: all attention nodes were swapped, or none.
+    All attention nodes are swapped, or none.
     """
+
+    looks_for = ("Attention",)
 
     def __init__(self, attention_mask: str = "attention_mask") -> None:
         super().__init__()
         self.attention_mask = attention_mask
+
+    def requires(self, model: ir.Model) -> None:
+        inputs = [value.name for value in model.graph.inputs]
+        for node in model.graph:
+            lengths = node.op_type != "Attention" or self.attention_mask in inputs
+            self.require(lengths, node, f"has its lengths from {self.attention_mask}, not an input")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         found = [_match(node) for node in model.graph if node.op_type == "Attention"]
@@ -63,6 +72,23 @@ class AttentionToGroupQueryAttention(ir.passes.InPlacePass):
             _swap(model, match, lengths, biases)
         model.opset_imports["com.microsoft"] = 1
         return ir.passes.PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        kernels = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+        for node in model.graph:
+            left = node.op_type == "Attention" and bool(kernels)
+            self.ensure(not left, node, "is left beside GroupQueryAttention")
+        for node in kernels:
+            query, key, value = (_row_size(flat) for flat in node.inputs[:3])
+            size, rest = divmod(query, node.attributes["num_heads"].as_int())
+            heads = node.attributes["kv_num_heads"].as_int()
+            fits = rest == 0 and size % 8 == 0 and key == value == heads * size
+            self.ensure(fits, node, f"has rows of {query}, {key} and {value} for its heads")
+            for past, present in zip(node.inputs[3:5], node.outputs[1:], strict=True):
+                assert past is not None
+                alone = past.is_graph_input() and len(past.uses()) == 1
+                self.ensure(alone, past, "is a cache with spare room, for the kernel alone")
+                self.ensure(not present.uses(), present, "has spare room, and a node reads it")
 
     def _lengths(self, model: ir.Model, before: ir.Node) -> list[ir.Value]:
         """``seqlens_k [B]`` = S - 1 for every row, and ``total_sequence_length [1]`` = S, int32."""
@@ -79,9 +105,11 @@ class AttentionToGroupQueryAttention(ir.passes.InPlacePass):
 
 def _match(attention: ir.Node) -> _CachedAttention | None:
     """An attention and the nodes around it; None where the kernel cannot run it."""
-    query, key, value, mask = (*attention.inputs, None, None, None, None)[:4]
-    if mask is None or mask.dtype != ir.DataType.BOOL or len(attention.outputs) != 1:
+    # The bias, which the mask becomes, is float32.
+    if not is_plain_attention(attention) or attention.outputs[0].dtype != ir.DataType.FLOAT:
         return None
+    query, key, value, mask = attention.inputs
+    assert mask is not None
     swaps, caches = [producer(query, "Transpose")], []
     for cache in (key, value):
         concat = producer(cache, "Concat")
@@ -103,6 +131,14 @@ def _match(attention: ir.Node) -> _CachedAttention | None:
     if back is None or merge is None or merge.op_type != "Reshape":
         return None
     return _CachedAttention(attention, mask, sources, caches, back, merge)
+
+
+def _row_size(flat: ir.Value | None) -> int:
+    """h*D of what was reshaped to ``[B, T, h*D]``."""
+    reshape = producer(flat, "Reshape")
+    target = reshape.inputs[1] if reshape is not None else None
+    shape = ir.convenience.get_const_tensor(target) if target is not None else None
+    return int(shape.numpy()[-1]) if shape is not None else 0
 
 
 def _appends(concat: ir.Node) -> bool:

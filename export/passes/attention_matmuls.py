@@ -6,11 +6,13 @@ import numpy as np
 import onnx_ir as ir
 
 from ingot.export.passes.constants import constant, integers
+from ingot.export.passes.graph_pass import GraphPass
+from ingot.export.passes.match import is_plain_attention
 from ingot.export.passes.nodes import Nodes, additive_bias
 from ingot.export.passes.replace import take_place
 
 
-class AttentionToMatMuls(ir.passes.InPlacePass):
+class AttentionToMatMuls(GraphPass):
     """Takes float32 attention apart, for which TensorRT has no fused kernel.
 
     TensorRT refuses such a node unless it is marked decomposable, which an ONNX file cannot say;
@@ -18,21 +20,37 @@ class AttentionToMatMuls(ir.passes.InPlacePass):
     is in the same network, as in the function bodies of the mixtures of experts.
 
     Grouped heads get an axis of their own, so that no key or value is repeated.
-
-    Precondition: q, k, v ``[B, h, T, D]`` and a bool mask, as ``graphs.layers.attention`` has them.
-    Postcondition: no ``Attention`` in float32 is left.
     """
 
+    looks_for = ("Attention",)
+
+    def requires(self, model: ir.Model) -> None:
+        for node in filter(_is_wide, model.graph):
+            plain = is_plain_attention(node)
+            self.require(plain, node, "is more than q, k, v, a bool mask and a scale")
+            shapes = [value.shape for value in node.inputs[:3] if value is not None]
+            known = all(shape is not None and len(shape) == 4 for shape in shapes)
+            self.require(known, node, f"is over {shapes}, not [B, h, T, D] each")
+            sizes = [size for shape in shapes if shape is not None for size in shape[1::2]]
+            static = all(isinstance(size, int) for size in sizes)
+            self.require(static, node, f"is over {shapes}, with heads or head sizes unknown")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        nodes = [
-            node
-            for node in model.graph
-            if node.op_type == "Attention" and node.outputs[0].dtype == ir.DataType.FLOAT
-        ]
+        nodes = [node for node in model.graph if _is_wide(node)]
         biases: dict[ir.Value, ir.Value] = {}
         for node in nodes:
             _take_apart(model, node, biases)
         return ir.passes.PassResult(model, modified=bool(nodes))
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in model.graph:
+            self.ensure(not _is_wide(node), node, "is left in float32")
+            if node.op_type == "Softmax":
+                self.ensure(node.attributes.get_int("axis", -1) == -1, node, "is not over the keys")
+
+
+def _is_wide(node: ir.Node) -> bool:
+    return node.op_type == "Attention" and node.outputs[0].dtype == ir.DataType.FLOAT
 
 
 def _take_apart(model: ir.Model, node: ir.Node, biases: dict[ir.Value, ir.Value]) -> None:

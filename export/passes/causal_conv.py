@@ -6,18 +6,20 @@ import numpy as np
 import onnx_ir as ir
 
 from ingot.export.passes.constants import constant
+from ingot.export.passes.graph_pass import GraphPass
 from ingot.export.passes.match import CausalConv, match_causal_conv
 from ingot.export.passes.replace import take_place
 from ingot.plugins.causal_conv import causal_conv
 from ingot.plugins.operator import DOMAIN
 
 
-class CausalConvToOperator(ir.passes.InPlacePass):
+class CausalConvToOperator(GraphPass):
     """Gathers the transposes, the concatenation, the convolution and its activation in one node.
 
-    Postcondition: no convolution is left that ``match_causal_conv`` knows. Function bodies are for
-    a later pass to attach.
+    Function bodies are for a later pass to attach.
     """
+
+    looks_for = ("Conv",)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -27,6 +29,22 @@ class CausalConvToOperator(ir.passes.InPlacePass):
                 _gather(model, match)
                 modified = True
         return ir.passes.PassResult(model, modified=modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in model.graph:
+            self.ensure(match_causal_conv(node) is None, node, "is causal and was not gathered")
+            if node.domain == DOMAIN and node.op_type == causal_conv.name:
+                self.ensure(_fits(node), node, "has a state or a bias that its weight does not fit")
+
+
+def _fits(node: ir.Node) -> bool:
+    """Whether its inputs are state ``[B, C, W-1]``, weight ``[C, 1, W]`` and bias ``[C]``."""
+    shapes = [value.shape for value in node.inputs if value is not None and value.shape is not None]
+    if len(shapes) != 4 or not shapes[2].is_static() or len(shapes[2]) != 3:
+        return False
+    channels, depth, width = shapes[2].numpy()
+    state = shapes[1][1:]
+    return depth == 1 and state == (channels, width - 1) and shapes[3] == (channels,)
 
 
 def _gather(model: ir.Model, match: CausalConv) -> None:

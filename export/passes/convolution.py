@@ -5,12 +5,24 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ingot.export.passes.constants import integers
-from ingot.export.passes.match import INT64_MAX, SWAP_TIME, CausalConv, match_causal_conv
+from ingot.export.passes.graph_pass import GraphPass
+from ingot.export.passes.match import (
+    INT64_MAX,
+    SWAP_TIME,
+    CausalConv,
+    match_causal_conv,
+    only_reader,
+    producer,
+    transposes,
+)
 from ingot.export.passes.nodes import Nodes
 from ingot.export.passes.replace import take_place
 
+# Between [B, 1, T, C] and [B, C, 1, T].
+TO_PLANES, FROM_PLANES = (0, 3, 1, 2), (0, 2, 3, 1)
 
-class CausalConvToBlocked(ir.passes.InPlacePass):
+
+class CausalConvToBlocked(GraphPass):
     """Appends to the state in ``[B, T, C]`` and convolves an image of height 1, ``[B, C, 1, T]``.
 
     ONNX Runtime runs a two-dimensional convolution in a layout with blocks of channels, where a
@@ -21,9 +33,9 @@ class CausalConvToBlocked(ir.passes.InPlacePass):
     Matches what ``graphs.mamba2`` captures to: Transpose, Concat after a state, a depthwise Conv
     without padding, an activation or none, Transpose back, and a Slice of the last W-1 columns as
     the new state. With any other use of a value on the way nothing changes.
-
-    Postcondition: the states keep their names and shapes; the activation works on ``[B, T, C]``.
     """
+
+    looks_for = ("Conv",)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -33,6 +45,15 @@ class CausalConvToBlocked(ir.passes.InPlacePass):
                 _rewrite(model, match)
                 modified = True
         return ir.passes.PassResult(model, modified=modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in model.graph:
+            self.ensure(match_causal_conv(node) is None, node, "is causal and was not moved")
+            image = node.inputs[0] if node.op_type == "Conv" else None
+            if transposes(producer(image, "Transpose"), TO_PLANES):
+                # Another node between would keep the transposes out of the blocked layout.
+                absorbed = transposes(only_reader(node), FROM_PLANES)
+                self.ensure(absorbed, node, "is not followed by the transpose to [B, 1, T, C]")
 
 
 def _rewrite(model: ir.Model, match: CausalConv) -> None:
@@ -49,11 +70,11 @@ def _rewrite(model: ir.Model, match: CausalConv) -> None:
     tail = nodes.add("Slice", window, *last)
     state = nodes.add("Transpose", tail, perm=SWAP_TIME)
     image = nodes.add("Unsqueeze", window, one)
-    planes = nodes.add("Transpose", image, perm=(0, 3, 1, 2))
+    planes = nodes.add("Transpose", image, perm=TO_PLANES)
     flat_kernel = nodes.add("Unsqueeze", kernel, two)
     weights = [flat_kernel] if bias is None else [flat_kernel, bias]
     conv = nodes.add("Conv", planes, *weights, group=channels)
-    back = nodes.add("Transpose", conv, perm=(0, 2, 3, 1))
+    back = nodes.add("Transpose", conv, perm=FROM_PLANES)
     result = nodes.add("Squeeze", back, one)
     model.graph.insert_before(match.conv, nodes)
     take_place(match.tail.outputs[0], state)

@@ -6,19 +6,31 @@ import re
 
 import onnx_ir as ir
 
+from ingot.export.passes.graph_pass import GraphPass
 
-class NameDimensions(ir.passes.InPlacePass):
+# How the tracer names a size.
+SYMBOL = r"\bs\d+\b"
+
+
+class NameDimensions(GraphPass):
     """Replaces the tracer's symbols (``s27``) by the names of the graph's documented inputs.
 
     Args:
         inputs: graph input name -> its dimensions, integers or names.
-
-    Postcondition: every graph input has exactly the shape given here.
     """
+
+    keeps_interface = False
 
     def __init__(self, inputs: dict[str, tuple[int | str, ...]]) -> None:
         super().__init__()
         self.inputs = inputs
+
+    def requires(self, model: ir.Model) -> None:
+        for value in model.graph.inputs:
+            wanted = self.inputs.get(value.name or "")
+            self.require(wanted is not None, value, "is an input without documented dimensions")
+            fits = len(value.shape or ()) == len(wanted or ())
+            self.require(fits, value, f"is {value.shape}, and documented as {wanted}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         names: dict[str, str] = {}
@@ -31,7 +43,7 @@ class NameDimensions(ir.passes.InPlacePass):
         sums = {frozenset(("past_sequence", "sequence")): "total_sequence"}
 
         def renamed(symbol: str) -> str:
-            text = re.sub(r"\bs\d+\b", lambda m: names.get(m.group(), m.group()), symbol)
+            text = re.sub(SYMBOL, lambda m: names.get(m.group(), m.group()), symbol)
             return sums.get(frozenset(text.split(" + ")), text)
 
         for value in _values(model.graph):
@@ -45,6 +57,14 @@ class NameDimensions(ir.passes.InPlacePass):
         for value in model.graph.inputs:
             value.shape = ir.Shape(self.inputs[value.name or ""])
         return ir.passes.PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        for value in model.graph.inputs:
+            wanted = self.inputs[value.name or ""]
+            self.ensure(value.shape == wanted, value, f"is {value.shape} and not {wanted}")
+        for value in _values(model.graph):
+            traced = re.search(SYMBOL, str(value.shape))
+            self.ensure(traced is None, value, f"has the tracer's symbols in {value.shape}")
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

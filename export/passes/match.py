@@ -41,6 +41,17 @@ def transposes(node: ir.Node | None, perm: tuple[int, ...]) -> bool:
     return tuple(node.attributes["perm"].as_ints()) == perm
 
 
+def is_plain_attention(node: ir.Node) -> bool:
+    """Whether it is Attention over q, k, v and a bool mask, with no more to it than a scale."""
+    if node.op_type != "Attention" or len(node.inputs) != 4 or len(node.outputs) != 1:
+        return False
+    mask = node.inputs[3]
+    # The tracer writes the others as 0; the mode is that of an output which is not there.
+    names = node.attributes.keys() - {"scale", "qk_matmul_output_mode"}
+    is_neutral = not any(node.attributes[name].value for name in names)
+    return is_neutral and mask is not None and mask.dtype == ir.DataType.BOOL
+
+
 @dataclass(frozen=True)
 class CausalConv:
     """The nodes of what ``graphs.mamba2`` captures to as a causal convolution.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from ingot.export.passes.graph_pass import GraphPass
 
-class DropTracerMetadata(ir.passes.InPlacePass):
+
+class DropTracerMetadata(GraphPass):
     """Removes stack traces and FX text: they hold this machine's paths and double the file."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -18,3 +20,10 @@ class DropTracerMetadata(ir.passes.InPlacePass):
         for value in (*model.graph.inputs, *model.graph.initializers.values()):
             value.metadata_props.clear()
         return ir.passes.PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        self.ensure(not model.metadata_props, "the model", "has metadata")
+        for node in model.graph:
+            for noted in (node, *node.inputs, *node.outputs):
+                clean = noted is None or not noted.metadata_props
+                self.ensure(clean, node, "has metadata, or one of its values has")

@@ -10,14 +10,16 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from ingot.export.passes.constants import constant, integers
-from ingot.export.passes.weights import ReadBlock, rearrange
+from ingot.export.passes.graph_pass import GraphPass
+from ingot.export.passes.match import only_reader, producer
+from ingot.export.passes.weights import ReadBlock, Weight, rearrange
 from ingot.plugins.moe_dispatch import moe_dispatch
 from ingot.plugins.operator import DOMAIN
 
 INT64_MIN = np.iinfo(np.int64).min
 
 
-class MoeDispatchToMoE(ir.passes.InPlacePass):
+class MoeDispatchToMoE(GraphPass):
     """Swaps the operator and rearranges the experts' weights for it, at export.
 
     The CPU kernel takes a gated MLP only as SiLU with the rows of gate and up interleaved; for
@@ -29,28 +31,59 @@ class MoeDispatchToMoE(ir.passes.InPlacePass):
     has overwritten (1.31.1: wrong by the size of the activations). A ``Where`` that always takes
     the output keeps the input alive past the kernel. Its condition depends on an input of the
     graph, because the optimizer removes a constant one.
-
-    Postcondition: no ``MoeDispatch`` with ``activation="silu"`` is left.
     """
+
+    looks_for = (moe_dispatch.name,)
 
     def __init__(self, alive: str = "attention_mask") -> None:
         super().__init__()
         self.alive = alive
 
+    def requires(self, model: ir.Model) -> None:
+        inputs = [value.name for value in model.graph.inputs]
+        for node in filter(_is_silu, model.graph):
+            self.require(self.alive in inputs, node, f"needs the graph input {self.alive}")
+            x, _, *weights = node.inputs
+            for value in (x, *weights):
+                wide = value is not None and value.dtype == ir.DataType.FLOAT
+                self.require(wide, node, "is not float32")
+            for value in weights:
+                assert value is not None
+                own = isinstance(value.const_value, Weight) and len(value.uses()) == 1
+                self.require(own, value, "is no weight of the checkpoint with one use")
+            self.require(_is_gated_stack(*weights), node, "has no stacks [E, 2I, H] and [E, H, I]")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         always: ir.Value | None = None
         for node in list(model.graph):
-            silu = node.domain == DOMAIN and node.op_type == moe_dispatch.name
-            if not silu or node.attributes["activation"].as_string() != "silu":
-                continue
-            always = always or self._always(model)
-            self._swap(model, node, always)
-            modified = True
+            if _is_silu(node):
+                always = always or self._always(model)
+                self._swap(model, node, always)
+                modified = True
         if modified:
             model.opset_imports["com.microsoft"] = 1
             RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
         return ir.passes.PassResult(model, modified=modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in model.graph:
+            self.ensure(not _is_silu(node), node, "was not swapped")
+            if node.domain != "com.microsoft" or node.op_type != "MoE":
+                continue
+            x, router_logits, gate_up, _, down = node.inputs
+            reverse = producer(router_logits, "Slice") is not None
+            self.ensure(reverse, node, "takes the router's logits in the operator's order")
+            gated = _is_gated_stack(gate_up, down)
+            self.ensure(gated, node, "has no stacks [E, 2I, H] and [E, H, I]")
+            keep = only_reader(node)
+            alive = keep is not None and keep.op_type == "Where" and keep.inputs[2] is x
+            self.ensure(alive, node, "may write over its input: no Where alone reads both")
+            bound = producer(keep.inputs[0], "GreaterOrEqual") if keep is not None else None
+            smallest = producer(bound.inputs[0], "ReduceMin") if bound is not None else None
+            source = smallest.inputs[0] if smallest is not None else None
+            fed = source is not None and source.is_graph_input()
+            self.ensure(fed, node, "has a Where that an optimizer can fold")
 
     def _always(self, model: ir.Model) -> ir.Value:
         """A boolean scalar that is true in every call and that no optimizer can fold."""
@@ -93,6 +126,20 @@ class MoeDispatchToMoE(ir.passes.InPlacePass):
         model.graph.insert_before(node, [reverse, moe, keep])
         ir.convenience.replace_all_uses_with(node.outputs[0], keep.outputs[0])
         model.graph.remove(node, safe=True)
+
+
+def _is_silu(node: ir.Node) -> bool:
+    is_dispatch = node.domain == DOMAIN and node.op_type == moe_dispatch.name
+    return is_dispatch and node.attributes["activation"].as_string() == "silu"
+
+
+def _is_gated_stack(gate_up: ir.Value | None, down: ir.Value | None) -> bool:
+    """Whether they are ``[E, 2I, H]`` and ``[E, H, I]``."""
+    shapes = [value.shape for value in (gate_up, down) if value is not None and value.shape]
+    if [len(shape) for shape in shapes] != [3, 3]:
+        return False
+    experts, hidden, inner = shapes[1].numpy()
+    return shapes[0] == (experts, 2 * inner, hidden)
 
 
 def _reversed(

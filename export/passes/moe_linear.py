@@ -11,6 +11,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from ingot.export.passes.constants import constant, integers
+from ingot.export.passes.graph_pass import GraphPass
 from ingot.export.passes.nodes import Nodes
 from ingot.export.passes.replace import take_place
 from ingot.export.passes.weights import ReadBlock, Weight
@@ -35,7 +36,7 @@ class _Order:
     inverse: ir.Value
 
 
-class MoeLinearToMatMuls(ir.passes.InPlacePass):
+class MoeLinearToMatMuls(GraphPass):
     """Sorts the rows by expert, splits them, and multiplies each piece by its expert's weight.
 
     Each expert's weight becomes an initializer of its own, ``{weight}.{e}``, stored ``[Kin, O]``:
@@ -44,22 +45,29 @@ class MoeLinearToMatMuls(ir.passes.InPlacePass):
     as the two of an attention layer do, share the sorting.
 
     A weight of another dtype than float32 keeps its node: the operator accumulates in float32.
-
-    Precondition: each weight has one use and is unread (``export.passes.weights.Weight``).
-    Postcondition: no ``MoeLinear`` with float32 weights is left, nor its function body unless some
-    other node uses it.
     """
+
+    looks_for = (moe_linear.name,)
+
+    def requires(self, model: ir.Model) -> None:
+        for node in filter(_is_wide, model.graph):
+            x, _, weight = node.inputs
+            assert weight is not None
+            own = isinstance(weight.const_value, Weight) and len(weight.uses()) == 1
+            self.require(own, weight, "is no weight of the checkpoint with one use")
+            stack = weight.shape is not None and len(weight.shape) == 3
+            self.require(stack, weight, f"is no stack [E, O, Kin] but {weight.shape}")
+            rows = x is not None and x.shape is not None and len(x.shape) in (2, 3)
+            self.require(rows, node, "has an input neither [N, Kin] nor [N, K, Kin]")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         orders: dict[ir.Value, _Order] = {}
         modified = False
         for node in list(model.graph):
-            if node.domain != DOMAIN or node.op_type != moe_linear.name:
+            if not _is_wide(node):
                 continue
             _, expert_ids, weight = node.inputs
             assert expert_ids is not None and weight is not None
-            if weight.dtype != ir.DataType.FLOAT:
-                continue
             experts = _split_weight(model, weight)
             if expert_ids not in orders:
                 orders[expert_ids] = _sort(model, node, expert_ids, len(experts))
@@ -70,6 +78,23 @@ class MoeLinearToMatMuls(ir.passes.InPlacePass):
         if modified:
             RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
         return ir.passes.PassResult(model, modified=modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        kinds = {node.op_identifier() for node in model.graph}
+        for node in model.graph:
+            self.ensure(not _is_wide(node), node, "is left in float32")
+        for identifier in model.functions:
+            left = identifier[:2] == (DOMAIN, moe_linear.name) and identifier not in kinds
+            self.ensure(not left, f"the function {moe_linear.name}", "is left without a node")
+        for value in model.graph.initializers.values():
+            read = bool(value.uses()) or not isinstance(value.const_value, Weight)
+            self.ensure(read, value, "is a weight that nothing reads")
+
+
+def _is_wide(node: ir.Node) -> bool:
+    """Whether it is the operator with float32 weights."""
+    weight = node.inputs[2] if node.domain == DOMAIN and node.op_type == moe_linear.name else None
+    return weight is not None and weight.dtype == ir.DataType.FLOAT
 
 
 def _split_weight(model: ir.Model, weight: ir.Value) -> list[ir.Value]:

@@ -5,20 +5,37 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ingot.export.passes.constants import integers
+from ingot.export.passes.graph_pass import GraphPass
 
 
-class SizesFromTokens(ir.passes.InPlacePass):
+class SizesFromTokens(GraphPass):
     """Reads every dynamic size from a token input instead of from a state input.
 
     The tracer takes a size from whichever input has it. A state input may be a shared buffer with
     spare room, or be renamed by a lowering, so no size may come from one.
 
-    Postcondition: no ``Shape`` node reads a graph input outside ``tokens``.
+    Args:
+        tokens: names of graph inputs; of two with the same size the first is read.
     """
+
+    looks_for = ("Shape",)
 
     def __init__(self, tokens: tuple[str, ...]) -> None:
         super().__init__()
         self.tokens = tokens
+
+    def requires(self, model: ir.Model) -> None:
+        inputs = {value.name: value for value in model.graph.inputs}
+        for name in self.tokens:
+            self.require(name in inputs, name, "is no graph input")
+        known = {str(size) for name in self.tokens for size in inputs[name].shape or ()}
+        for node in filter(self._reads_a_state, model.graph):
+            start, end = (node.attributes.get_int(name, -1) for name in ("start", "end"))
+            self.require(0 <= start == end - 1, node, "reads not one size of a state")
+            state = node.inputs[0]
+            assert state is not None and state.shape is not None
+            size = str(state.shape[start])
+            self.require(size in known, node, f"reads {size}, which no token input has")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         inputs = {value.name: value for value in model.graph.inputs}
@@ -30,13 +47,11 @@ class SizesFromTokens(ir.passes.InPlacePass):
                 source[str(dimension)] = (token, axis)
         modified = False
         for node in model.graph:
-            value = node.inputs[0] if node.op_type == "Shape" else None
-            if value is None or not value.is_graph_input() or value.name in self.tokens:
+            if not self._reads_a_state(node):
                 continue
-            if not {"start", "end"} <= node.attributes.keys():
-                continue
-            start, end = (node.attributes[name].as_int() for name in ("start", "end"))
-            assert value.shape is not None and end == start + 1
+            value, start = node.inputs[0], node.attributes["start"].as_int()
+            assert value is not None and value.shape is not None
+            assert node.attributes["end"].as_int() == start + 1
             replacement, axis = source[str(value.shape[start])]
             node.replace_input_with(0, replacement)
             node.attributes["start"] = ir.AttrInt64("start", axis)
@@ -44,34 +59,67 @@ class SizesFromTokens(ir.passes.InPlacePass):
             modified = True
         return ir.passes.PassResult(model, modified=modified)
 
+    def ensures(self, model: ir.Model) -> None:
+        for node in model.graph:
+            self.ensure(not self._reads_a_state(node), node, "reads a size of a state")
 
-class SimplifyReshapes(ir.passes.InPlacePass):
+    def _reads_a_state(self, node: ir.Node) -> bool:
+        value = node.inputs[0] if node.op_type == "Shape" else None
+        return value is not None and value.is_graph_input() and value.name not in self.tokens
+
+
+class SimplifyReshapes(GraphPass):
     """Gives a Reshape that keeps its leading dynamic sizes a constant shape with zeros for them.
 
     ``[B, T, H] -> [B, T, Hq, D]`` needs no computed shape: 0 means "as in the input". It lets a
     runtime see the static sizes, and drops the Shape, Squeeze and Concat nodes behind them.
     """
 
+    looks_for = ("Reshape",)
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in model.graph:
-            if node.op_type != "Reshape":
-                continue
-            value, target = node.inputs[0], node.outputs[0].shape
-            if value is None or value.shape is None or target is None:
-                continue
-            shape = []
-            for axis, dimension in enumerate(target):
-                if isinstance(dimension, int):
-                    shape.append(dimension)
-                elif axis < len(value.shape) and str(value.shape[axis]) == str(dimension):
-                    shape.append(0)
-                else:
-                    break
-            already_constant = node.inputs[1] is not None and node.inputs[1].is_initializer()
-            if len(shape) < len(target) or 0 in target or already_constant:
-                continue
-            node.replace_input_with(1, integers(model, shape))
-            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
-            modified = True
+            shape = _constant_shape(node)
+            if shape is not None:
+                node.replace_input_with(1, integers(model, shape))
+                node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+                modified = True
         return ir.passes.PassResult(model, modified=modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in model.graph:
+            self.ensure(_constant_shape(node) is None, node, "has a computed shape")
+            for axis in _kept_axes(node):
+                value, made = node.inputs[0], node.outputs[0]
+                assert value is not None and value.shape is not None and made.shape is not None
+                same = axis < len(value.shape) and value.shape[axis] == made.shape[axis]
+                self.ensure(same, node, f"keeps axis {axis} of {value.shape} for {made.shape}")
+
+
+def _kept_axes(node: ir.Node) -> list[int]:
+    """The axes that a Reshape by a constant takes from its input, where both shapes are known."""
+    shape = node.inputs[1] if node.op_type == "Reshape" else None
+    sizes = ir.convenience.get_const_tensor(shape) if shape is not None else None
+    known = node.inputs[0] is not None and node.inputs[0].shape and node.outputs[0].shape
+    if sizes is None or not known or node.attributes.get_int("allowzero"):
+        return []
+    return [axis for axis, size in enumerate(sizes.numpy()) if size == 0]
+
+
+def _constant_shape(node: ir.Node) -> list[int] | None:
+    """The shape that a Reshape's computed one amounts to; None where it cannot be a constant."""
+    if node.op_type != "Reshape" or node.inputs[1] is None or node.inputs[1].is_initializer():
+        return None
+    value, target = node.inputs[0], node.outputs[0].shape
+    if value is None or value.shape is None or target is None or 0 in target:
+        return None
+    shape = []
+    for axis, dimension in enumerate(target):
+        if isinstance(dimension, int):
+            shape.append(dimension)
+        elif axis < len(value.shape) and str(value.shape[axis]) == str(dimension):
+            shape.append(0)
+        else:
+            return None
+    return shape

@@ -6,6 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ingot.export.passes.constants import constant
+from ingot.export.passes.graph_pass import GraphPass
+from ingot.export.passes.match import producer
 from ingot.export.passes.replace import take_place
 from ingot.export.passes.weights import Weight, scale
 
@@ -14,31 +16,54 @@ FACTOR = "ingot.factor"
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-class NoteFactors(ir.passes.InPlacePass):
+class NoteFactors(GraphPass):
     """Notes each constant factor before it is rounded to the precision of what it multiplies.
 
     PyTorch multiplies a half-precision tensor by a Python number in float32 and rounds the result;
     the exporter casts the number first, and the cast folds away. In bfloat16 that alone would make
-    a multiplier of 0.22 wrong by 0.3 %. ``FoldScales`` takes the note.
-
-    Precondition: runs on what the exporter returns, before any constant is folded.
+    a multiplier of 0.22 wrong by 0.3 %. ``FoldScales`` takes the note. So the pass runs on what
+    the exporter returns, before any constant is folded.
     """
+
+    looks_for = ("Mul", "Div")
+
+    def requires(self, model: ir.Model) -> None:
+        for node in filter(_is_half_product, model.graph):
+            factor = node.inputs[1]
+            folded = ir.convenience.get_const_tensor(factor) if factor is not None else None
+            late = folded is not None and folded.size == 1
+            self.require(not late, node, "has a factor that is rounded already")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in model.graph:
-            if node.op_type not in ("Mul", "Div") or node.outputs[0].dtype not in HALVES:
-                continue
-            cast = node.inputs[1].producer() if node.inputs[1] is not None else None
-            number = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
-            exact = ir.convenience.get_const_tensor(number) if number is not None else None
-            if exact is not None and exact.size == 1:
-                node.metadata_props[FACTOR] = repr(float(exact.numpy()))
+            exact = _unrounded(node)
+            if exact is not None:
+                node.metadata_props[FACTOR] = repr(exact)
                 modified = True
         return ir.passes.PassResult(model, modified=modified)
 
+    def ensures(self, model: ir.Model) -> None:
+        for node in model.graph:
+            noted = node.metadata_props.get(FACTOR)
+            exact = _unrounded(node)
+            same = exact is None if noted is None else float(noted) == exact
+            self.ensure(same, node, f"multiplies by {exact} and has {noted} as its note")
 
-class FoldScales(ir.passes.InPlacePass):
+
+def _is_half_product(node: ir.Node) -> bool:
+    return node.op_type in ("Mul", "Div") and node.outputs[0].dtype in HALVES
+
+
+def _unrounded(node: ir.Node) -> float | None:
+    """The number that is cast to half precision and multiplied by."""
+    cast = producer(node.inputs[1], "Cast") if _is_half_product(node) else None
+    number = cast.inputs[0] if cast is not None else None
+    exact = ir.convenience.get_const_tensor(number) if number is not None else None
+    return float(exact.numpy()) if exact is not None and exact.size == 1 else None
+
+
+class FoldScales(GraphPass):
     """Folds ``y * c`` and ``y / c`` into the weights that make y, so that they cost nothing.
 
     A linear layer takes the factor into its weight and bias. A head that shares the embedding's
@@ -48,6 +73,8 @@ class FoldScales(ir.passes.InPlacePass):
     A value that is also an output of the graph, or has another use, keeps its multiplication, in
     float32 where the factor is not one of the graph's precision.
     """
+
+    looks_for = ("Mul", "Div")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -66,6 +93,14 @@ class FoldScales(ir.passes.InPlacePass):
                 continue
             modified = True
         return ir.passes.PassResult(model, modified=modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in model.graph:
+            self.ensure(FACTOR not in node.metadata_props, node, "has a factor still to be folded")
+            value = node.inputs[0] if _factor(node) is not None else None
+            layer = producer(value, "MatMul") if value is not None and _only_use(value) else None
+            costs = layer is not None and _own_weight(layer.inputs[1]) is not None
+            self.ensure(not costs, node, "multiplies what a linear layer's weight could hold")
 
 
 def _factor(node: ir.Node) -> float | None:
@@ -129,8 +164,8 @@ def _fold(producer: ir.Node, factor: float) -> bool:
 
 def _norm_weight(head: ir.Node) -> ir.Value | None:
     """The weight, to be scaled, of the norm whose only use is this product."""
-    norm = head.inputs[0].producer() if head.inputs[0] is not None else None
-    if norm is None or norm.op_type != "RMSNormalization" or not _only_use(norm.outputs[0]):
+    norm = producer(head.inputs[0], "RMSNormalization")
+    if norm is None or not _only_use(norm.outputs[0]):
         return None
     weight = _own_weight(norm.inputs[1])
     if weight is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from ingot.export.passes.constants import constant, integers
+from ingot.export.passes.graph_pass import GraphPass
 from ingot.export.passes.nodes import Nodes
 from ingot.export.passes.replace import take_place
 from ingot.plugins.mamba2_scan import mamba2_scan
@@ -52,7 +54,7 @@ class _Recurrence:
     sizes: tuple[int, int, int, int]
 
 
-class Mamba2ScanToLinearAttention(ir.passes.InPlacePass):
+class Mamba2ScanToLinearAttention(GraphPass):
     """Runs the recurrence in the kernel, and the rest of the operator in standard operators.
 
     The kernel computes S_t = exp(g_t) S_{t-1} + k_t v_t^T and y_t = S_t^T q_t. With g = dt' A,
@@ -62,15 +64,24 @@ class Mamba2ScanToLinearAttention(ir.passes.InPlacePass):
     state with C gives the real one. An ``If`` asks whether T is 1.
 
     A scan in another type than float32, or of unknown sizes, keeps its node.
-
-    Postcondition: no other ``Mamba2Scan`` is left; the states keep their names and their layout.
     """
+
+    looks_for = (mamba2_scan.name,)
+
+    def requires(self, model: ir.Model) -> None:
+        for node in model.graph:
+            sizes = _sizes(node)
+            if sizes is None:
+                continue
+            heads, head_size, groups, states = sizes
+            self.require(heads % groups == 0, node, f"has {heads} heads in {groups} groups")
+            state = node.inputs[7].shape if node.inputs[7] is not None else None
+            fits = state is not None and state[1:] == (heads, head_size, states)
+            self.require(fits, node, f"has a state {state}, not [B, Hm, Pm, Ns]")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         masks: dict[ir.Value, _Mask] = {}
         for node in list(model.graph):
-            if node.domain != DOMAIN or node.op_type != mamba2_scan.name:
-                continue
             sizes = _sizes(node)
             if sizes is not None:
                 _swap(model, node, sizes, masks)
@@ -79,9 +90,27 @@ class Mamba2ScanToLinearAttention(ir.passes.InPlacePass):
             RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
         return ir.passes.PassResult(model, modified=bool(masks))
 
+    def ensures(self, model: ir.Model) -> None:
+        names: Counter[str | None] = Counter()
+        for node in model.graph.all_nodes():
+            self.ensure(_sizes(node) is None, node, "was not swapped")
+            names.update(value.name for value in node.outputs)
+        for node in model.graph.all_nodes():
+            if node.op_type == "LinearAttention":
+                self.ensure(node.graph is not model.graph, node, "is in no branch of an If")
+                queries, heads = (
+                    node.attributes[f"{kind}_num_heads"].as_int() for kind in ("q", "kv")
+                )
+                fits = heads % queries == 0
+                self.ensure(fits, node, f"has {queries} heads of queries for {heads} of states")
+            for value in node.outputs if node.graph is not model.graph else ():
+                self.ensure(names[value.name] == 1, value, "is in a branch and has another's name")
+
 
 def _sizes(node: ir.Node) -> tuple[int, int, int, int] | None:
-    """Hm, Pm, G and Ns, if the kernel can run this scan."""
+    """Hm, Pm, G and Ns, if it is a scan that the kernel can run."""
+    if node.domain != DOMAIN or node.op_type != mamba2_scan.name:
+        return None
     x, b = node.inputs[0], node.inputs[3]
     if x is None or b is None or x.shape is None or b.shape is None:
         return None

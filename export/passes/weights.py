@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from ingot.export.passes.graph_pass import GraphPass
 from ingot.graphs.checkpoint import stack_height
 
 # Reads one block of a weight; see `Weight`.
@@ -72,17 +73,31 @@ def scale(value: ir.Value, factor: float) -> None:
     value.const_value = Weight(value.name, shape, before.dtype, scaled)
 
 
-class WeightsToInitializers(ir.passes.InPlacePass):
+class WeightsToInitializers(GraphPass):
     """Turns the graph inputs that stand for weights into initializers read from the checkpoint.
 
-    Precondition: weights are graph inputs named with ``prefix``.
-    Postcondition: no graph input has the prefix; every weight is used.
+    A weight that nothing reads is refused wherever the pass runs: the export would lack it.
+
+    Args:
+        prefix: of the names of the inputs that are weights.
+        read: name and block -> that block of the weight.
     """
+
+    keeps_interface = False
 
     def __init__(self, prefix: str, read: Callable[[str, int], torch.Tensor]) -> None:
         super().__init__()
         self.prefix = prefix
         self.read = read
+
+    def requires(self, model: ir.Model) -> None:
+        for value in model.graph.inputs:
+            if (value.name or "").startswith(self.prefix):
+                static = value.shape is not None and value.shape.is_static()
+                self.require(static, value, f"is a weight of shape {value.shape}")
+                name = (value.name or "").removeprefix(self.prefix)
+                free = name not in model.graph.initializers
+                self.require(free, value, "is a weight whose name an initializer has")
 
     def _read(self, name: str, block: int) -> np.ndarray:
         tensor = self.read(name, block)
@@ -105,26 +120,57 @@ class WeightsToInitializers(ir.passes.InPlacePass):
             graph.register_initializer(value)
         return ir.passes.PassResult(model, modified=bool(weights))
 
+    def ensures(self, model: ir.Model) -> None:
+        for value in model.graph.inputs:
+            is_weight = (value.name or "").startswith(self.prefix)
+            self.ensure(not is_weight, value, "is still an input")
+        for value in model.graph.initializers.values():
+            stored = value.const_value
+            same = not isinstance(stored, Weight) or stored.shape == value.shape
+            self.ensure(same, value, f"is {value.shape} and stored in another shape")
 
-class FoldWeightTransposes(ir.passes.InPlacePass):
+
+class FoldWeightTransposes(GraphPass):
     """Stores a linear layer's weight transposed, as MatMul wants it, instead of at each load.
 
     A weight with other uses, such as a tied embedding, keeps its layout and its Transpose.
     """
 
+    looks_for = ("Transpose",)
+
+    def requires(self, model: ir.Model) -> None:
+        for node in filter(_turns_own_weight, model.graph):
+            weight = node.inputs[0]
+            assert weight is not None
+            unread = isinstance(weight.const_value, Weight)
+            self.require(unread, weight, "is transposed and no weight of the checkpoint")
+            perm = list(node.attributes.get_ints("perm", [1, 0]))
+            matrix = perm == [1, 0] and len(weight.shape or ()) == 2
+            self.require(matrix, node, f"does not turn a matrix but {weight.shape} by {perm}")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in list(model.graph):
-            weight = node.inputs[0] if node.op_type == "Transpose" else None
-            if weight is None or not weight.is_initializer() or len(weight.uses()) != 1:
+            if not _turns_own_weight(node):
                 continue
-            assert weight.shape is not None
+            weight = node.inputs[0]
+            assert weight is not None and weight.shape is not None
             rows, columns = weight.shape.numpy()
             rearrange(weight, _transposed, (columns, rows))
             ir.convenience.replace_all_uses_with(node.outputs[0], weight)
             model.graph.remove(node, safe=True)
             modified = True
         return ir.passes.PassResult(model, modified=modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in model.graph:
+            self.ensure(not _turns_own_weight(node), node, "turns a weight at each load")
+
+
+def _turns_own_weight(node: ir.Node) -> bool:
+    """Whether it transposes an initializer that nothing else reads."""
+    weight = node.inputs[0] if node.op_type == "Transpose" else None
+    return weight is not None and weight.is_initializer() and len(weight.uses()) == 1
 
 
 def _transposed(read: ReadBlock) -> ReadBlock:
