@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import time
 from collections.abc import Sequence
@@ -232,7 +231,7 @@ def examine(
 
 def _location(report: Report, target: Target, reference: Reference, plan: Plan) -> Location | None:
     """Where the graph goes wrong, or else the session; None where neither does by itself."""
-    from ingot.validate.locate.locate import LocateError, locate
+    from ingot.validate.locate.locate import locate
     from ingot.validate.locate.session import locate_session
 
     inputs = target.inputs(reference, plan, report.seed)
@@ -240,10 +239,9 @@ def _location(report: Report, target: Target, reference: Reference, plan: Plan) 
     stages = [stage for stage, _ in inputs.steps]
     # A fault that shows in no call of the main run may be in any.
     calls = next((n + 1 for n, stage in enumerate(stages) if stage in failed), None)
-    with contextlib.suppress(LocateError):
-        found = locate(target.folder, reference.checkpoint, inputs, calls)
-        if found is not None:
-            return found
+    found = locate(target.folder, reference.checkpoint, inputs, calls)
+    if found is not None:
+        return found
     return locate_session(target.delivered(), target.folder, inputs)
 
 

@@ -6,7 +6,8 @@ then run layer by layer in ONNX Runtime with every value of the layer as an outp
 layer, states included, is the reference's on both sides: each layer and each call is judged by
 itself, so no earlier error and no router that it turned can hide or fake a later one.
 
-Only one layer's weights are in memory at a time, and nothing is written. What is not in the graph,
+Both run in float32, also where the ingot is in half precision (``validate.locate.widen``). Only one
+layer's weights are in memory at a time, and nothing is written. What is not in the graph,
 such as a session that counts positions wrongly or an engine with a faulty kernel, is not seen here.
 """
 
@@ -32,9 +33,9 @@ from ingot.export.ingot import GRAPH, Manifest
 from ingot.export.request import EXTRA_OUTPUTS
 from ingot.export.write_weights import weights_of
 from ingot.graphs.checkpoint import Checkpoint
-from ingot.plugins.errors import IngotError
 from ingot.runtime.onnxruntime_session import open_session, ort_value
 from ingot.validate.judge.metrics import relative_error
+from ingot.validate.locate.widen import widen, widened
 from ingot.validate.result import Location
 from ingot.validate.truth.inputs import Inputs
 
@@ -45,19 +46,13 @@ Values = dict[str, Array]
 # kernels on the same inputs, so right values are nearly always equal to the bit; where a changed
 # graph makes ONNX Runtime fuse nodes or split sums otherwise, they are near this. Measured: 2e-7
 # between a layer as it is run here and the same without optimizations and on one thread, H = 64.
-# In float16 ONNX Runtime keeps float32 between nodes it has no float16 kernel for, which an output
-# more or less changes.
-FLOORS = {"float32": 1e-6, "float16": 1e-3}
+FLOOR = 1e-6
 # A value is bad from this many floors on. The smallest change worth finding is far above: it has
 # to move the logits by a multiple of their own floor through all the layers behind it.
 LIMIT = 10.0
 
 BEFORE, AFTER = -1, sys.maxsize
 LAYER = re.compile(r"\.(\d+)\.")
-
-
-class LocateError(IngotError):
-    """An ingot whose graph cannot be held against a reference here."""
 
 
 def locate(
@@ -71,8 +66,7 @@ def locate(
     """Name the first layer and the first node of an ingot beyond the floor.
 
     Args:
-        folder: an ingot with a graph in float32 or float16; its hashes are not checked, and an
-            engine is not run.
+        folder: an ingot; its hashes are not checked, and an engine is not run.
         checkpoint: what it was made from.
         inputs: for which its numbers are wrong; two or more calls show a fault in decode.
         calls: only the first so many of ``inputs.steps``, where it is known that one of them fails;
@@ -83,18 +77,12 @@ def locate(
         The first bad value, by layer, then by call, then in the order of computation. Where all
         values are right, the first node that is another operator or has other attributes than it
         should, with a ratio of 0. None where the graph is as it should be.
-
-    Raises:
-        LocateError: a graph of another precision.
     """
     manifest = Manifest.read(folder)
-    if manifest.precision not in FLOORS:
-        raise LocateError(
-            f"{folder} is {manifest.precision}; only graphs in {' or '.join(FLOORS)} are located."
-        )
     captured = _captured(manifest, checkpoint, capture)
-    reference, actual = _reference(captured.model), _ingot(folder)
-    known = _Calls(captured, inputs, manifest.vocab_size, manifest.precision, calls)
+    reference = _reference(captured.model, manifest.precision)
+    actual = _ingot(folder, manifest.precision)
+    known = _Calls(captured, inputs, manifest.vocab_size, calls)
     positions, there = _positions(reference), _positions(actual)
     anchors = _anchors(reference)
     for position in sorted(set(positions.values())):
@@ -110,8 +98,7 @@ def locate(
                 and _operator(reference, name) == _operator(actual, name)
             )
         }
-        floor = FLOORS[manifest.precision]
-        found = _first_bad(reference, actual, known, values, kept, pairs, floor)
+        found = _first_bad(reference, actual, known, values, kept, pairs)
         if found is not None:
             return _location(position, *found, actual, reference)
     changed = next((n for n in positions if _differs(reference, actual, n)), None)
@@ -157,13 +144,18 @@ class _Graph:
 
     Attributes:
         model: without the weights' data.
+        read: gives a weight by name.
+        precision: of the graph, by PyTorch's name.
         makers: value -> the node it is an output of, in the order of computation.
         initializers: weights and constants by name.
     """
 
-    def __init__(self, model: onnx.ModelProto, read: Callable[[str], Array]) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, read: Callable[[str], Array], precision: str
+    ) -> None:
         self.model = model
         self.read = read
+        self.precision = precision
         self.makers = {name: node for node in model.graph.node for name in node.output if name}
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
 
@@ -173,7 +165,7 @@ class _Graph:
         return tensor is not None and tensor.data_location == onnx.TensorProto.EXTERNAL
 
 
-def _reference(model: ir.Model) -> _Graph:
+def _reference(model: ir.Model, precision: str) -> _Graph:
     weights = {value.name: value.const_value for value in weights_of(model)}
     for value in weights_of(model):
         tensor = value.const_value
@@ -193,10 +185,10 @@ def _reference(model: ir.Model) -> _Graph:
         assert tensor is not None
         return tensor.numpy()
 
-    return _Graph(ir.serde.serialize_model(model), read)
+    return _Graph(ir.serde.serialize_model(model), read, precision)
 
 
-def _ingot(folder: Path) -> _Graph:
+def _ingot(folder: Path, precision: str) -> _Graph:
     model = onnx.load(str(folder / GRAPH), load_external_data=False)
     entries = {}
     for tensor in model.graph.initializer:
@@ -210,7 +202,7 @@ def _ingot(folder: Path) -> _Graph:
         file, dtype, offset, shape = entries[name]
         return np.memmap(file, dtype, "r", offset, shape)
 
-    return _Graph(model, read)
+    return _Graph(model, read, precision)
 
 
 def _uses(node: onnx.NodeProto) -> Iterator[str]:
@@ -272,11 +264,10 @@ class _Calls:
         captured: Captured,
         inputs: Inputs,
         vocab_size: int,
-        precision: str,
         most: int | None,
     ) -> None:
         self._most = most
-        self.states = tuple(state.cast(precision) for state in captured.states)
+        self.states = captured.states
         self._batch = inputs.input_ids.shape[0]
         self.known = self._begin(inputs)
         self.padded: list[Values] = []
@@ -291,7 +282,7 @@ class _Calls:
         steps = inputs.steps[: self._most]
         known: list[Values] = [dict(inputs.feeds(at, cached=cached)) for _, at in steps]
         for state in self.states:
-            known[0][state.input] = np.zeros(state.shape(self._batch, 0), dtype=state.dtype)
+            known[0][state.input] = np.zeros(state.shape(self._batch, 0), dtype=np.float32)
         return known
 
     def keep(self, known: list[Values], call: int, found: Values, kept: Collection[str]) -> None:
@@ -314,7 +305,6 @@ def _first_bad(
     values: Sequence[str],
     kept: Collection[str],
     pairs: Collection[str],
-    floor: float,
 ) -> tuple[str, float] | None:
     """The first value of one layer beyond the limit, and its error over the floor.
 
@@ -325,7 +315,6 @@ def _first_bad(
         values: of the layer.
         kept: those that later layers read.
         pairs: those that are the same on both sides.
-        floor: what rounding explains.
     """
     given = calls.known[0]
     shared, broken = _computable(actual, [n for n in values if n in pairs], given)
@@ -340,7 +329,7 @@ def _first_bad(
         found = actual_part.run(known)
         calls.keep(calls.known, call, expected, kept)
         for name in shared:
-            ratio = relative_error(expected[name], found[name], other[name]) / floor
+            ratio = relative_error(expected[name], found[name], other[name]) / FLOOR
             if ratio > LIMIT:
                 return name, ratio
     missing = next((n for n in values if n in kept and n not in actual.makers), None)
@@ -388,7 +377,7 @@ class _Part:
         self.inputs = [name for name in given if name in read]
         weights = [name for name in graph.initializers if name in read and graph.is_weight(name)]
         # They must outlive the session.
-        self._weights = {name: ort_value(graph.read(name)) for name in weights}
+        self._weights = {name: ort_value(widened(graph.read(name))) for name in weights}
         model = onnx.ModelProto(
             ir_version=graph.model.ir_version,
             opset_import=graph.model.opset_import,
@@ -401,6 +390,7 @@ class _Part:
                 initializer=[t for name, t in graph.initializers.items() if name in read],
             ),
         )
+        widen(model, graph.precision)
         self._session: Any = None
         if values:
             self._session = open_session(model.SerializeToString(), weights=self._weights)

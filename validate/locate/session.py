@@ -26,15 +26,12 @@ from ingot.runtime.onnxruntime_session import open_session
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Ids, Session
 from ingot.validate.judge.metrics import relative_error
-from ingot.validate.locate.locate import FLOORS, LIMIT
+from ingot.validate.locate.locate import FLOOR, LIMIT
 from ingot.validate.result import Location
 from ingot.validate.truth.inputs import Inputs
 
 Array = npt.NDArray[Any]
 Values = dict[str, Array]
-
-# Also in float16: both sides run the same graph by the same kernels.
-FLOOR = FLOORS["float32"]
 
 
 def locate_session(session: Session, folder: Path, inputs: Inputs) -> Location | None:
