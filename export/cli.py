@@ -50,7 +50,7 @@ class LazyGroup(click.Group):
         "validate": ("ingot.validate.cli", "validate_command"),
         "inspect": ("ingot.runtime.inspection", "inspect_command"),
         "bench": ("ingot.runtime.cli", "bench_command"),
-        "triton": ("ingot.runtime.triton", "triton_command"),
+        "triton": ("ingot.runtime.triton_cli", "triton_command"),
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -15,7 +15,7 @@ from ingot.plugins.errors import IngotError
 from ingot.runtime.chat import chat_text
 from ingot.runtime.inspection import inspect_command
 from ingot.runtime.tokenizer import load_tokenizer
-from ingot.runtime.triton import triton_command
+from ingot.runtime.triton_cli import triton_command
 
 # numpy and ONNX Runtime are imported when a command runs, so that --help works without them.
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ingot.export.ingot import ENGINE, GRAPH, MANIFEST, Manifest, ManifestError
 from ingot.plugins.whole import sha256
-from ingot.runtime.triton import CONFIG, PLUGINS, RECORD, SCHEMA_VERSION, TYPES, TritonError, grows
+from ingot.runtime.triton_plan import CONFIG, PLUGINS, RECORD, SCHEMA_VERSION, TYPES, TritonError
 
 Shape = Sequence[int | str]
 
@@ -255,7 +255,7 @@ def _engine(folder: Path, config: Any, manifest: Manifest) -> Iterator[str]:
     for state in manifest.states:
         if state.input not in given:
             yield f"{state.input}, a state of the ingot, is not among the states."
-    if grows(manifest) in ("shared", "appended") and config.max_batch_size > 1:
+    if any(state.axis is not None for state in manifest.states) and config.max_batch_size > 1:
         yield (
             f"max_batch_size is {config.max_batch_size}; Triton does not compare the lengths of a "
             "batch's caches, so it must be 1."

@@ -33,26 +33,18 @@ from ingot.export.cli import main as ingot_command
 from ingot.export.engine import profiles
 from ingot.export.ingot import ENGINE, GRAPH, MANIFEST, EngineInfo, Manifest, file_infos
 from ingot.export.request import Limits
+from ingot.graphs.state import key_value_states, recurrent_states
 from ingot.plugins.errors import IngotError
-from ingot.runtime import triton
+from ingot.runtime import triton_repository
 from ingot.runtime.cli import main as runtime_command
 from ingot.runtime.generate import Sampling, generate
 from ingot.runtime.loading import load
 from ingot.runtime.onnxruntime_session import open_session
 from ingot.runtime.session import SessionError
-from ingot.runtime.triton import (
-    CARRIED,
-    CARRIED_FOR_ENGINES,
-    PLUGINS,
-    RECORD,
-    ROOT,
-    Settings,
-    TritonError,
-    make_plan,
-    memory_gib,
-    write_repository,
-)
 from ingot.runtime.triton_lint import lint
+from ingot.runtime.triton_plan import CONFIG, PLUGINS, RECORD, Settings, TritonError, make_plan
+from ingot.runtime.triton_repository import CARRIED, CARRIED_FOR_ENGINES, ROOT, write_repository
+from ingot.runtime.triton_texts import TEMPLATES, memory_gib, rendered
 
 # On a machine that only runs the tests of GPUs it may be missing.
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
@@ -361,7 +353,7 @@ def test_leaves_the_old_repository_where_a_new_one_fails(
     def broken(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(triton, "write_record", broken)
+    monkeypatch.setattr(triton_repository, "write_record", broken)
     with pytest.raises(OSError, match="no space"):
         write_repository(tiny_ort, out, Settings(name="second"), overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
@@ -601,6 +593,44 @@ def test_explains_a_sequence_of_the_graph(
     assert printed == [3, 14, 15, *(token for (token,) in steps)]
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_describes_each_state_of_a_hybrid_as_it_grows(tiny_ort: Path, shared: bool) -> None:
+    manifest = Manifest.read(tiny_ort)
+    caches = [replace(state, shared=shared) for state in key_value_states(0, 2, 16)]
+    fixed = recurrent_states(1, (24, 3), (2, 8, 5))
+    hybrid = replace(
+        manifest,
+        states=(*caches, *fixed),
+        inputs=tuple(
+            each for each in manifest.inputs if each.name in ("input_ids", "attention_mask")
+        ),
+        outputs=tuple(each for each in manifest.outputs if each.name == manifest.main_output),
+    )
+    plan = make_plan(tiny_ort, hybrid, Settings(name="m", capacity=64, max_batch=8))
+    texts = rendered(plan, hybrid)
+    text = texts[f"m/{CONFIG}"]
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    # A cache's length may differ in each sequence.
+    assert config.max_batch_size == 1
+    found = {
+        state.input_name: (list(state.dims), state.use_same_buffer_for_input_output)
+        for state in config.sequence_batching.state
+    }
+    cache = ([2, 64 if shared else -1, 16], shared)
+    assert found == {
+        **{state.input: cache for state in caches},
+        "past_states.1.conv": ([24, 3], False),
+        "past_states.1.ssm": ([2, 8, 5], False),
+    }
+    assert ("Each cache has room for 64 tokens" in text) == shared
+    assert ("Each cache grows by the tokens" in text) == (not shared)
+    assert "Every other state has one size" in text
+    readme = texts["README.md"]
+    assert f"- `attention_mask [1,{'' if shared else '1+'}S]`" in readme
+    # This graph takes no positions.
+    assert "position_ids" not in readme
+
+
 def _run_client(source: str, sequence: Sequence) -> list[int]:
     """The list that a README's client prints, given a sequence in place of a server."""
 
@@ -806,7 +836,7 @@ def test_makes_and_checks_a_repository_by_its_command(
 
 
 def test_packs_its_templates_into_the_wheel(wheel: Path) -> None:  # noqa: F811
-    templates = {path.relative_to(ROOT).as_posix() for path in triton.TEMPLATES.iterdir()}
+    templates = {path.relative_to(ROOT).as_posix() for path in TEMPLATES.iterdir()}
     assert len(templates) == 7
     assert templates <= set(zipfile.ZipFile(wheel).namelist())
 

@@ -22,7 +22,8 @@ from triton_server import Server
 from ingot.export.ingot import Manifest
 from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
-from ingot.runtime.triton import Settings, grows, write_repository
+from ingot.runtime.triton_plan import Settings, growth
+from ingot.runtime.triton_repository import write_repository
 
 grpc = pytest.importorskip("tritonclient.grpc")
 utils = pytest.importorskip("tritonclient.utils")
@@ -111,7 +112,8 @@ def _boot(ingot: Path, folder: Path, **settings: Any) -> Iterator[Served]:
     repository = folder / "repository"
     write_repository(ingot, repository, Settings(name="m", **settings))
     with triton_server.boot(repository, "m m_generate", folder / "log") as server:
-        yield Served(server, repository, ingot, grows(Manifest.read(ingot)))
+        (grows,) = {growth(state) for state in Manifest.read(ingot).states}
+        yield Served(server, repository, ingot, grows)
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)

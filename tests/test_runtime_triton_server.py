@@ -20,7 +20,8 @@ from triton_server import Server
 
 from ingot.runtime.generate import Sampling, generate
 from ingot.runtime.loading import load
-from ingot.runtime.triton import Settings, write_repository
+from ingot.runtime.triton_plan import Settings
+from ingot.runtime.triton_repository import write_repository
 
 grpc = pytest.importorskip("tritonclient.grpc")
 
