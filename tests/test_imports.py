@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -293,3 +295,61 @@ def test_keeps_package_files_to_a_docstring(module: str) -> None:
 def test_has_no_module_called_utils() -> None:
     named = {piece for module in SOURCES for piece in module.split(".")}
     assert named.isdisjoint({"utils", "util", "helpers", "misc"})
+
+
+def dependencies(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """The modules that each one imports, wherever in its text, also inside functions and for types.
+
+    Args:
+        sources: by module name; one that is not among them does not count. A package is its
+            ``__init__``, which counts where it is named itself, and not on the way to a submodule.
+    """
+    known = {name.removesuffix(".__init__"): name for name in sources}
+
+    def module_of(name: str) -> str | None:
+        # ``a.b.c`` is a module, or what the module ``a.b`` holds.
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        return known.get(name)
+
+    return {
+        module: {found for name in imported(source) if (found := module_of(name))} - {module}
+        for module, source in sources.items()
+    }
+
+
+def circle(sources: Mapping[str, str]) -> list[str]:
+    """The modules of one import circle, the first again at its end; empty where there is none."""
+    try:
+        TopologicalSorter(dependencies(sources)).prepare()
+    except CycleError as error:
+        found: list[str] = error.args[1]
+        return found
+    return []
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    assert circle({name: file.read_text(encoding="utf-8") for name, file in SOURCES.items()}) == []
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from ingot.a import one",
+        "import ingot.a as one",
+        "from ingot import a",
+        "def late():\n    from ingot.a import one",
+        "if TYPE_CHECKING:\n    from ingot.a import one",
+        "import importlib\nimportlib.import_module('ingot.a')",
+    ],
+)
+def test_finds_a_circle(back: str) -> None:
+    sources = {"ingot.a": "import ingot.b.c", "ingot.b.c": back, "ingot.__init__": ""}
+    assert set(circle(sources)) == {"ingot.a", "ingot.b.c"}
+    assert circle({**sources, "ingot.b.c": "import os"}) == []
+
+
+def test_finds_a_circle_through_a_package_file() -> None:
+    sources = {"ingot.b.__init__": "from ingot.b.c import d", "ingot.b.c": "from ingot.b import d"}
+    assert set(circle(sources)) == set(sources)
+    assert circle({**sources, "ingot.b.c": "import ingot.b.e", "ingot.b.e": ""}) == []
