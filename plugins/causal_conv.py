@@ -159,5 +159,6 @@ causal_conv = Operator(
     outputs=(tensor("y", "T", "B T C"), tensor("new_state", "T", "B C W-1")),
     attributes=(Attribute("activation", "activation"),),
     call="activation batch=B tokens=T channels=C width=W",
+    kernels="mamba2",
     workspace=False,
 )

@@ -273,6 +273,7 @@ mamba2_scan = Operator(
     ),
     # The kernels choose their own chunks, which changes no result.
     call="batch=B tokens=T heads=Hm head_size=Pm groups=G states=Ns dt_min dt_max",
+    kernels="mamba2",
     wide="time step, state",
     onnx_runtime="LinearAttention",
 )

@@ -194,6 +194,7 @@ moe_dispatch = Operator(
         Attribute("activation", "activation"),
     ),
     call="activation normalize top_k experts=E tokens=N hidden=H intermediate=I",
+    kernels="moe",
     wide="routing",
     onnx_runtime="MoE",
 )

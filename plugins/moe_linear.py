@@ -128,4 +128,5 @@ moe_linear = Operator(
     ),
     outputs=(tensor("y", "T", "N K O"),),
     call="per_choice=form top_k=K experts=E tokens=N in_features=Kin out_features=O",
+    kernels="moe",
 )

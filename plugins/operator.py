@@ -144,6 +144,7 @@ class Operator:
         call: members of the kernels' structure between ``dtype`` and the pointers, in its order:
             an attribute by its name, a size as ``tokens=N``, and ``=form`` for the number of the
             form that the first input has. What is not in it, the kernels choose by themselves.
+        kernels: the file of ``plugins/kernels`` that has its forms.
         workspace: whether the kernels take one.
         wide: what is computed in float32 beside the sums, in words; empty for nothing.
         onnx_runtime: ONNX Runtime's own operator that ``--target ort`` makes of it, if one.
@@ -157,6 +158,7 @@ class Operator:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     call: str
+    kernels: str
     attributes: tuple[Attribute, ...] = ()
     workspace: bool = True
     wide: str = ""

@@ -1,9 +1,8 @@
-"""The limits that an export refuses by are those that the kernels refuse by."""
+"""What an export refuses is what the kernels refuse, from one size to the next."""
 
 from __future__ import annotations
 
-from ctypes import Structure
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,15 +11,28 @@ from ingot.plugins.library import LibraryError
 from ingot.plugins.mamba2_scan import MOST_STATES, mamba2_scan
 from ingot.plugins.moe_dispatch import MOST_CHOSEN, MOST_EXPERTS, moe_dispatch
 from ingot.plugins.moe_linear import moe_linear
+from ingot.plugins.operator import Operator
 
 if TYPE_CHECKING:
     from ingot.plugins.kernels.interpret import InterpretedLibrary
 
-BF16, FP32 = 2, 0
+BF16, FP32 = "bfloat16", "float32"
+# Calls that are taken, without tokens or rows, so that nothing is launched.
+SIZES: dict[Operator, dict[str, int]] = {
+    moe_dispatch: {"N": 0, "H": 16, "E": 100, "I": 16, "top_k": 2},
+    moe_linear: {"N": 0, "K": 2, "Kin": 16, "E": 8, "O": 16},
+    mamba2_scan: {"B": 0, "T": 1, "Hm": 4, "Pm": 16, "G": 2, "Ns": 16},
+    causal_conv: {"B": 0, "T": 1, "C": 24, "W": 4},
+}
+ATTRIBUTES = {"normalize": 0, "activation": "silu", "dt_min": 0.0, "dt_max": 1.0}
 
 
-def accepts(device: InterpretedLibrary, parameters: Structure) -> bool:
-    """Whether the host layer takes these sizes; a call without tokens launches nothing."""
+def accepts(
+    device: InterpretedLibrary, operator: Operator, sizes: dict[str, int], dtype: str
+) -> bool:
+    """Whether the host layer takes these sizes."""
+    attributes: dict[str, Any] = {**ATTRIBUTES, **sizes}
+    parameters = operator.parameters(dtype, sizes, operator.inputs[0].ranks[0], attributes)
     try:
         device.run(parameters, None, 0, None)
     except LibraryError:
@@ -28,44 +40,42 @@ def accepts(device: InterpretedLibrary, parameters: Structure) -> bool:
     return True
 
 
-def dispatch(experts: int = 8, top_k: int = 2, width: int = 16, dtype: int = BF16) -> Structure:
-    return moe_dispatch.structure(
-        dtype=dtype, top_k=top_k, experts=experts, tokens=0, hidden=16, intermediate=width
-    )
-
-
-def linear(width: int = 16, dtype: int = BF16) -> Structure:
-    return moe_linear.structure(
-        dtype=dtype, top_k=2, experts=8, tokens=0, in_features=16, out_features=width
-    )
-
-
-def scan(head_size: int = 16, states: int = 16) -> Structure:
-    return mamba2_scan.structure(
-        dtype=BF16, batch=0, tokens=1, heads=4, head_size=head_size, groups=2, states=states
-    )
-
-
-def conv(width: int) -> Structure:
-    return causal_conv.structure(dtype=BF16, batch=0, tokens=1, channels=24, width=width)
-
-
 @pytest.mark.parametrize(
-    ("inside", "outside"),
+    ("operator", "dtype", "letter", "most", "beyond"),
     [
-        (dispatch(MOST_EXPERTS), dispatch(MOST_EXPERTS + 1)),
-        (dispatch(100, MOST_CHOSEN), dispatch(100, MOST_CHOSEN + 1)),
-        (dispatch(width=24), dispatch(width=20)),
-        (dispatch(width=20, dtype=FP32), dispatch(width=0, dtype=FP32)),
-        (linear(width=24), linear(width=20)),
-        (linear(width=21, dtype=FP32), linear(width=0, dtype=FP32)),
-        (scan(head_size=MOST_STATES), scan(head_size=MOST_STATES + 1)),
-        (scan(states=MOST_STATES), scan(states=MOST_STATES + 1)),
-        (conv(MOST_WIDTH), conv(MOST_WIDTH + 1)),
+        (moe_dispatch, BF16, "E", MOST_EXPERTS, MOST_EXPERTS + 1),
+        (moe_dispatch, BF16, "top_k", MOST_CHOSEN, MOST_CHOSEN + 1),
+        (moe_dispatch, BF16, "H", 24, 20),
+        (moe_dispatch, BF16, "I", 24, 20),
+        (moe_dispatch, FP32, "I", 20, None),
+        (moe_linear, BF16, "Kin", 24, 20),
+        (moe_linear, BF16, "O", 24, 20),
+        (moe_linear, FP32, "O", 21, None),
+        (mamba2_scan, BF16, "Pm", MOST_STATES, MOST_STATES + 1),
+        (mamba2_scan, BF16, "Ns", MOST_STATES, MOST_STATES + 1),
+        (causal_conv, BF16, "W", MOST_WIDTH, MOST_WIDTH + 1),
     ],
+    ids=lambda each: each.name if isinstance(each, Operator) else None,
 )
 def test_both_sides_refuse_the_same(
-    device: InterpretedLibrary, inside: Structure, outside: Structure
+    device: InterpretedLibrary,
+    operator: Operator,
+    dtype: str,
+    letter: str,
+    most: int,
+    beyond: int | None,
 ) -> None:
-    assert accepts(device, inside)
-    assert not accepts(device, outside)
+    taken = {**SIZES[operator], letter: most}
+    assert operator.refusal(taken, dtype) == ""
+    assert accepts(device, operator, taken, dtype)
+    if beyond is not None:
+        refused = {**taken, letter: beyond}
+        assert str(beyond) in operator.refusal(refused, dtype)
+        assert not accepts(device, operator, refused, dtype)
+
+
+@pytest.mark.parametrize(("operator", "letter"), [(moe_dispatch, "I"), (moe_linear, "O")])
+def test_the_kernels_refuse_a_side_of_nothing(
+    device: InterpretedLibrary, operator: Operator, letter: str
+) -> None:
+    assert not accepts(device, operator, {**SIZES[operator], letter: 0}, FP32)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ingot.plugins.kernels import ptxas, wgmma
 from ingot.plugins.kernels.host import Compiled, argument_letters, link
 from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES, Form
 from ingot.plugins.library import PATH, Library
+from ingot.plugins.registry import OPERATORS
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "kernels"
 TUNE_PATH = PATH.parent / "tune" / PATH.name
@@ -80,14 +82,14 @@ def plan_constants() -> dict[str, int]:
 
 
 def _kernel_files() -> tuple[Any, ...]:
+    names = dict.fromkeys(operator.kernels for operator in OPERATORS.values())
     try:
-        from ingot.plugins.kernels import mamba2, moe
+        return tuple(import_module(f"ingot.plugins.kernels.{name}") for name in names)
     except ImportError as error:
         raise BuildError(
             f"{error.name} is missing; install the extra that builds the GPU kernels with: "
             "pip install 'ingot[kernels]'"
         ) from error
-    return moe, mamba2
 
 
 def _by_name(forms: list[Form]) -> dict[str, Form]:
