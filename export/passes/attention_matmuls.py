@@ -30,10 +30,11 @@ class AttentionToMatMuls(GraphPass):
             self.require(plain, node, "is more than q, k, v, a bool mask and a scale")
             shapes = [value.shape for value in node.inputs[:3] if value is not None]
             known = all(shape is not None and len(shape) == 4 for shape in shapes)
-            self.require(known, node, f"is over {shapes}, not [B, h, T, D] each")
+            text = ", ".join(map(str, shapes))
+            self.require(known, node, f"is over {text}, not [B, h, T, D] each")
             sizes = [size for shape in shapes if shape is not None for size in shape[1::2]]
             static = all(isinstance(size, int) for size in sizes)
-            self.require(static, node, f"is over {shapes}, with heads or head sizes unknown")
+            self.require(static, node, f"is over {text}, with heads or head sizes unknown")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         nodes = [node for node in model.graph if _is_wide(node)]

@@ -1,0 +1,119 @@
+"""The base of every pass: when conditions run, and what their sentences say."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+from text_graph import operators, parsed
+
+from ingot.export.passes.graph_pass import GraphPass
+
+TEXT = """
+<ir_version: 10, opset_import: ["" : 23]>
+small (float[n] x) => (float[n] y) { y = Relu (x) }
+"""
+BRANCHED = """
+<ir_version: 10, opset_import: ["" : 23]>
+branched (bool which, float[n] x) => (y) {
+    y = If (which) <
+        then_branch = one () => (float[n] a) { a = Relu (x) },
+        else_branch = two () => (float[n] b) { b = Tanh (x) }
+    >
+}
+"""
+
+
+class Unmet(GraphPass):
+    """Leaves the graph as it is, and says of every node what it was asked to say."""
+
+    looks_for = ("Relu",)
+
+    def __init__(self, *, before: bool = True, after: bool = True) -> None:
+        super().__init__()
+        self.before = before
+        self.after = after
+        self.called = 0
+
+    def requires(self, model: ir.Model) -> None:
+        for node in model.graph:
+            self.require(self.before, node, "is early")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        self.called += 1
+        return ir.passes.PassResult(model, modified=False)
+
+    def ensures(self, model: ir.Model) -> None:
+        for value in model.graph.inputs:
+            self.ensure(self.after, value, "is late")
+
+
+class AddOutput(Unmet):
+    """Gives the graph another output."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        model.graph.outputs.append(model.graph.inputs[0])
+        return ir.passes.PassResult(model, modified=True)
+
+
+class MayAddOutput(AddOutput):
+    """The same, and says so."""
+
+    keeps_interface = False
+
+
+class AnyNode(Unmet):
+    """What counts every node."""
+
+    looks_for = None
+
+
+def test_names_the_pass_and_the_node() -> None:
+    with pytest.raises(ir.passes.PreconditionError) as refused:
+        Unmet(before=False)(parsed(TEXT))
+    assert str(refused.value) == "Unmet cannot run: Relu y is early"
+    with pytest.raises(ir.passes.PostconditionError) as noticed:
+        Unmet(after=False)(parsed(TEXT))
+    assert str(noticed.value) == "Unmet went wrong: the value x is late"
+
+
+def test_a_refused_graph_is_not_changed() -> None:
+    change = Unmet(before=False)
+    with pytest.raises(ir.passes.PreconditionError):
+        change(parsed(TEXT))
+    assert change.called == 0
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_without_the_switch_nothing_is_checked(
+    value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("INGOT_DEBUG")
+    if value is not None:
+        monkeypatch.setenv("INGOT_DEBUG", value)
+    model = parsed(BRANCHED)
+    change = Unmet(before=False, after=False)
+    result = change(model)
+    assert result.model is model and change.called == 1
+    # As onnx-ir chains passes.
+    assert change(result).model is model and change.called == 2
+
+
+def test_what_it_looks_for_is_refused_in_a_branch() -> None:
+    with pytest.raises(ir.passes.PreconditionError) as refused:
+        Unmet()(parsed(BRANCHED))
+    sentence = "Unmet cannot run: Relu a is in a subgraph, where the pass does not look"
+    assert str(refused.value) == sentence
+    Unmet()(parsed(BRANCHED.replace("Relu", "Sigmoid")))
+    with pytest.raises(ir.passes.PreconditionError, match="Sigmoid a is in a subgraph"):
+        AnyNode()(parsed(BRANCHED.replace("Relu", "Sigmoid")))
+
+
+def test_inputs_and_outputs_stay_unless_a_pass_says_so() -> None:
+    with pytest.raises(ir.passes.PostconditionError) as noticed:
+        AddOutput()(parsed(TEXT))
+    assert str(noticed.value) == (
+        "AddOutput went wrong: the graph had set() and now has {'output 1 x FLOAT [n]'}"
+    )
+    model = parsed(TEXT)
+    assert MayAddOutput()(model).modified
+    assert operators(model.graph) == {"Relu": 1}
