@@ -25,8 +25,8 @@ export: setup
 
 # Compiles the GPU kernels, and the TensorRT plugins where TensorRT's headers are.
 plugins: setup
-	$(BIN)/python -m plugins.kernels.build
-	$(BIN)/python -m plugins.tensorrt.build
+	$(BIN)/python -m ingot.plugins.kernels.build
+	$(BIN)/python -m ingot.plugins.tensorrt.build
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu and not triton"
@@ -49,7 +49,7 @@ gpu-rehearse: setup
 # The kernels for one card, those that tuning compares with them, and the same made by the other of
 # Triton's two ptxas, which tells a fault of the compiler from one of ours.
 SM ?= 90
-BUILD_KERNELS = $(BIN)/python -m plugins.kernels.build --sm $(SM)
+BUILD_KERNELS = $(BIN)/python -m ingot.plugins.kernels.build --sm $(SM)
 OTHER_PTXAS = $(if $(filter 100 120,$(SM)),older,newer)
 
 gpu-kernels: setup
@@ -66,7 +66,7 @@ gpu-bundle: gpu-kernels
 
 # The tests that need a GPU, in the project's environment, after `make plugins`.
 test-gpu: setup
-	$(BIN)/python -m plugins.check
+	$(BIN)/python -m ingot.plugins.check
 	$(BIN)/python -m pytest -m gpu -n 0
 
 # Fetches Triton Inference Server into .tools and tests repositories of `ingot triton` on it.

@@ -25,7 +25,7 @@ from ingot.export.ingot import (
 from ingot.export.request import ExportRequest, Limits
 from ingot.graphs.state import State
 from ingot.plugins.device import compute_capability, has_gpu
-from ingot.plugins.errors import IngotError
+from ingot.plugins.errors import IngotError, install_hint
 from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES, runs_on
 from ingot.plugins.library import PATH as KERNEL_LIBRARY
 from ingot.plugins.operator import DOMAIN
@@ -35,8 +35,8 @@ TENSORRT, RTX = "tensorrt", "tensorrt-rtx"
 MODULES = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx"}
 PLUGIN_LIBRARY = KERNEL_LIBRARY.with_name("libingot_trt.so")
 INSTALL = {
-    TENSORRT: "pip install 'ingot[trt]'",
-    RTX: "pip install 'ingot[trt-rtx]'",
+    TENSORRT: install_hint("trt"),
+    RTX: install_hint("trt-rtx"),
 }
 
 

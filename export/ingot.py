@@ -143,7 +143,7 @@ class Manifest:
         if not path.is_file():
             raise ManifestError(
                 f"{folder} is not an ingot: it has no {MANIFEST}. Make one with "
-                "`python -m export --model CHECKPOINT --target ort --out DIR`."
+                "`ingot export --model CHECKPOINT --target ort --out DIR`."
             )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""``python -m plugins.check``: every GPU kernel against float64. Needs a GPU.
+"""``python -m ingot.plugins.check``: every GPU kernel against float64. Needs a GPU.
 
 Each operator at odd and even sizes and in each dtype, against its eager reference in float64. The
 outputs and the workspace begin as NaN, and a call that is repeated must give the same bits.
@@ -391,7 +391,7 @@ def check(cases: Iterator[Case], repeats: int = 2) -> list[str]:
 
 def main() -> int:
     if not has_gpu():
-        print("python -m plugins.check needs an NVIDIA GPU, and this machine has none.")
+        print("python -m ingot.plugins.check needs an NVIDIA GPU, and this machine has none.")
         return 2
     try:
         library = Library()

@@ -1,4 +1,4 @@
-"""The one base class of every error a user can cause."""
+"""The one base class of every error a user can cause, and the words of the commonest."""
 
 
 class IngotError(Exception):
@@ -6,3 +6,8 @@ class IngotError(Exception):
 
     Command lines print the message without a stack trace and exit with status 2.
     """
+
+
+def install_hint(extra: str) -> str:
+    """The command that adds what an extra of Ingot's needs, where Ingot is installed."""
+    return f"pip install 'ingot-export[{extra}]'"

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ingot.plugins.errors import IngotError
+from ingot.plugins.errors import IngotError, install_hint
 
 TEMPLATE = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"
@@ -43,7 +43,7 @@ def chat_text(folder: Path, messages: Sequence[Mapping[str, str]]) -> str:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise ChatError(
-            f"{error.name} is missing; install what renders a chat with: pip install 'ingot[chat]'"
+            f"{error.name} is missing; install what renders a chat with: {install_hint('chat')}"
         ) from error
 
     def refuse(message: str) -> None:

@@ -32,7 +32,7 @@ class Device:
             from cuda.bindings import runtime
         except ImportError as error:
             raise SessionError(
-                "cuda-bindings is missing; install it with: pip install 'ingot[trt]'"
+                "cuda-bindings is missing; install it with: pip install cuda-bindings"
             ) from error
         self._runtime = runtime
         self.stream = int(self._call("cudaStreamCreate"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ingot.export.ingot import ENGINE, GRAPH, MANIFEST, Manifest, ManifestError
+from ingot.plugins.errors import install_hint
 from ingot.plugins.whole import sha256
 from ingot.runtime.triton_plan import CONFIG, PLUGINS, RECORD, SCHEMA_VERSION, TYPES, TritonError
 
@@ -74,7 +75,7 @@ def _config(folder: Path, problems: list[str]) -> Any:
         from tritonclient.grpc import model_config_pb2
     except ImportError as error:
         raise TritonError(
-            f"{error.name} is missing; install it with: pip install 'ingot[triton]'"
+            f"{error.name} is missing; install it with: {install_hint('triton')}"
         ) from error
     path = folder / CONFIG
     if not path.is_file():

@@ -8,6 +8,7 @@ from typing import Any
 
 from ingot.export.ingot import SIZES, Manifest
 from ingot.graphs.state import State
+from ingot.plugins.errors import install_hint
 from ingot.runtime.triton_plan import CONFIG, PLUGINS, TYPES, Plan, TritonError, growth
 
 NEW_TOKENS = 64
@@ -20,7 +21,7 @@ def rendered(plan: Plan, manifest: Manifest) -> dict[str, str]:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
         raise TritonError(
-            "jinja2 is missing; install it with: pip install 'ingot[triton]'"
+            f"jinja2 is missing; install it with: {install_hint('triton')}"
         ) from error
 
     environment = Environment(

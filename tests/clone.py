@@ -17,10 +17,10 @@ def make_clone(folder: Path) -> Path:
         ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.splitlines()
     for name in names:
-        if (ROOT / name).is_file():
+        if (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            # With its mode: scripts are run.
-            shutil.copy(ROOT / name, folder / name)
+            # With its mode: scripts are run. And links as links: the package is made of them.
+            shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
     environment = folder / ".venv"
     environment.mkdir()
     for entry in Path(sys.prefix).iterdir():

@@ -50,9 +50,21 @@ def test_chooses_a_builder(
 @pytest.mark.parametrize(
     ("wanted", "target", "gpu", "installed", "message"),
     [
-        ("auto", "trt", False, (), r"tensorrt_rtx is missing; .*pip install 'ingot\[trt-rtx\]'"),
+        (
+            "auto",
+            "trt",
+            False,
+            (),
+            r"tensorrt_rtx is missing; .*pip install 'ingot-export\[trt-rtx\]'",
+        ),
         ("auto", "trt", True, (), r"tensorrt_rtx is missing"),
-        (TENSORRT, "trt", True, (RTX,), r"tensorrt is missing; .*pip install 'ingot\[trt\]'"),
+        (
+            TENSORRT,
+            "trt",
+            True,
+            (RTX,),
+            r"tensorrt is missing; .*pip install 'ingot-export\[trt\]'",
+        ),
         (TENSORRT, "trt", False, (TENSORRT,), r"machine with an NVIDIA GPU only.*--builder none"),
         (TENSORRT, "trt-rtx", True, (TENSORRT,), "trt-rtx is built by tensorrt-rtx"),
     ],

@@ -97,7 +97,8 @@ def test_says_that_it_needs_a_gpu() -> None:
     )
     assert done.returncode == 2
     assert (
-        done.stdout == "python -m plugins.check needs an NVIDIA GPU, and this machine has none.\n"
+        done.stdout
+        == "python -m ingot.plugins.check needs an NVIDIA GPU, and this machine has none.\n"
     )
 
 

@@ -74,7 +74,7 @@ def test_an_old_driver_is_named_whatever_it_answers(newer: InterpretedLibrary, r
     assert str(caught.value) == (
         "the kernels for compute capability 9.0 need NVIDIA's driver R580 or later and this one "
         "supports CUDA 12.4; update the driver, or rebuild them with: "
-        "python -m plugins.kernels.build --ptxas older"
+        "python -m ingot.plugins.kernels.build --ptxas older"
     )
 
 
@@ -100,7 +100,7 @@ def test_a_driver_that_should_load_the_kernels_is_not_called_old(
     assert str(caught.value) == (
         "NVIDIA's driver, which supports CUDA 13.0, refuses the kernels for compute capability "
         "9.0, which ptxas 13.4.59 made (the interpreter met an error); rebuild them with: "
-        "python -m plugins.kernels.build --ptxas older"
+        "python -m ingot.plugins.kernels.build --ptxas older"
     )
 
 

@@ -126,7 +126,7 @@ def test_an_input_that_may_be_left_out_binds_nothing() -> None:
     assert operator.bind(shapes).items() >= {"B": 2, "T": 5, "C": 16, "W": 4}.items()
     parameters = operator.parameters("float32", {"B": 2, "T": 5, "C": 16, "W": 4}, 3, ATTRIBUTES)
     operator.point(parameters, [16, 32, 48, None, 64, 80])
-    assert getattr(parameters, "bias") is None
+    assert parameters.bias is None
 
 
 def test_sizes_follow_from_letters() -> None:

@@ -164,7 +164,7 @@ def test_refuses_a_wrong_command_line(arguments: list[str], message: str, tiny_o
 
 def test_says_how_to_make_what_is_missing(tmp_path: Path) -> None:
     message = _refused(tmp_path / "gone", "--prompt-ids", 1)
-    assert "is not an ingot: it has no ingot.json; make one with python -m export" in message
+    assert "is not an ingot: it has no ingot.json; make one with ingot export" in message
 
 
 def test_leaves_nothing_in_the_users_home(tiny_ort: Path, tmp_path: Path) -> None:

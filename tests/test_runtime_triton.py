@@ -364,7 +364,7 @@ def test_says_what_to_install_where_jinja2_is_missing(
     tiny_ort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(TritonError, match=re.escape("pip install 'ingot[triton]'")):
+    with pytest.raises(TritonError, match=re.escape("pip install 'ingot-export[triton]'")):
         write_repository(tiny_ort, tmp_path / "r", Settings())
     assert list(tmp_path.iterdir()) == []
 

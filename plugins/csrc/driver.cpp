@@ -155,7 +155,7 @@ ingot_status not_loaded(CUresult result, const char *call, int capability) {
         "CUDA " + std::to_string(cuda / 1000) + "." + std::to_string(cuda % 1000 / 10);
     // Only a ptxas of CUDA 13 needs a newer driver than the card itself.
     const bool older_helps = std::string(made.ptxas).compare(0, 2, "13") == 0;
-    const char *rebuild = "rebuild them with: python -m plugins.kernels.build";
+    const char *rebuild = "rebuild them with: python -m ingot.plugins.kernels.build";
     if (too_old) {
         return fail(INGOT_DRIVER_ERROR,
                     kernels + " need NVIDIA's driver R" + std::to_string(made.minimum_driver) +

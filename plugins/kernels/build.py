@@ -1,4 +1,4 @@
-"""``python -m plugins.kernels.build``: every kernel compiled for every GPU, into one library.
+"""``python -m ingot.plugins.kernels.build``: every kernel compiled for every GPU, into one library.
 
 Needs Triton and g++, neither a GPU nor a CUDA toolkit; and nothing else, so that a machine with
 PyTorch alone can build. What was compiled before is taken from a cache by content, so that a second
@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ingot.plugins.errors import IngotError
+from ingot.plugins.errors import IngotError, install_hint
 from ingot.plugins.kernels import ptxas, wgmma
 from ingot.plugins.kernels.host import Compiled, argument_letters, link
 from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES, Form
@@ -88,7 +88,7 @@ def _kernel_files() -> tuple[Any, ...]:
     except ImportError as error:
         raise BuildError(
             f"{error.name} is missing; install the extra that builds the GPU kernels with: "
-            "pip install 'ingot[kernels]'"
+            f"{install_hint('kernels')}"
         ) from error
 
 
@@ -361,7 +361,9 @@ def report(done: list[tuple[Compiled, Resources]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compile the GPU kernels and link them into one library."""
-    parser = argparse.ArgumentParser("python -m plugins.kernels.build", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m ingot.plugins.kernels.build", description=main.__doc__
+    )
     parser.add_argument(
         "--sm",
         action="append",

@@ -1,4 +1,4 @@
-"""``python -m plugins.tensorrt.build``: the C++ plugins for TensorRT, ``libingot_trt.so``.
+"""``python -m ingot.plugins.tensorrt.build``: the C++ plugins for TensorRT, ``libingot_trt.so``.
 
 The library holds the kernels too, so that it is all that an engine needs, also inside its file.
 
@@ -125,7 +125,8 @@ def kernels_inside() -> list[str | Path]:
     made = [FOLDER / "forms.cpp", FOLDER / "images.S"]
     if not all(path.is_file() for path in (*made, FOLDER / "plan_constants.h")):
         raise IngotError(
-            "the GPU kernels are not compiled; do it first with: python -m plugins.kernels.build"
+            "the GPU kernels are not compiled; do it first with: "
+            "python -m ingot.plugins.kernels.build"
         )
     return [*sorted(SOURCES.glob("*.cpp")), *made, f"-I{FOLDER}", "-ldl"]
 
@@ -241,4 +242,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m plugins.tensorrt.build")
+    main(prog_name="python -m ingot.plugins.tensorrt.build")

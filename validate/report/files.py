@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ingot.plugins.errors import IngotError
+from ingot.plugins.errors import IngotError, install_hint
 from ingot.plugins.whole import write_whole
 from ingot.validate.report.texts import json_text, junit_text, markdown_text
 from ingot.validate.result import Report
@@ -25,8 +25,7 @@ def write(report: Report, folder: Path) -> None:
         from ingot.validate.report.html import page
     except ImportError as error:
         raise ReportError(
-            f"{error.name} is missing; install what draws the page with: pip install "
-            "'ingot[report]'"
+            f"{error.name} is missing; install what draws the page with: {install_hint('report')}"
         ) from error
 
     files = {

@@ -155,7 +155,7 @@ Manifest Manifest::read(const fs::path &folder) {
     std::error_code none;
     if (!fs::is_regular_file(path, none)) {
         throw Error(folder.string() + " is not an ingot: it has no " + kManifest +
-                    "; make one with python -m export --model CHECKPOINT --target ort --out DIR.");
+                    "; make one with ingot export --model CHECKPOINT --target ort --out DIR.");
     }
     std::ifstream file(path, std::ios::binary);
     const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
