@@ -54,7 +54,8 @@ def random_weight(
         return 1.0 + 0.1 * normal
     if name.endswith("bias"):
         return 0.1 * normal
-    return normal if "embed" in name else normal / math.sqrt(shape[-1])
+    # Times and not over: so do the weights of earlier versions round, and a seed keeps its numbers.
+    return normal if "embed" in name else normal * (1 / math.sqrt(shape[-1]))
 
 
 def tensors(
