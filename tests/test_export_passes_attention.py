@@ -61,6 +61,14 @@ def test_any_other_attention_is_left_alone(change: str) -> None:
     assert wiring(model) == before
 
 
+def test_all_are_swapped_or_none() -> None:
+    other = "more = Attention <is_causal = 1> (query, query, query) mixed = Att"
+    model = parsed(attention_text(4, 2, 16).replace("mixed = Att", other))
+    before = wiring(model)
+    assert not AttentionToGroupQueryAttention()(model).modified
+    assert wiring(model) == before
+
+
 def test_attention_with_a_head_size_the_kernel_refuses_stays() -> None:
     model = parsed(attention_text(4, 2, 12))
     assert not AttentionToGroupQueryAttention()(model).modified

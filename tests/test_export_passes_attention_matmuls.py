@@ -75,6 +75,15 @@ def test_refuses_what_it_would_leave_out(old: str, new: str, why: str) -> None:
     refuses(AttentionToMatMuls(), parsed(text.replace(old, new)), f"Attention mixed {why}")
 
 
+def test_refuses_shapes_that_it_does_not_know() -> None:
+    model = parsed(attention_text(4, 2, 16))
+    key = the(model, "Attention").inputs[1]
+    assert key is not None
+    key.shape = ir.Shape(["b", "s", 32])
+    why = r"Attention mixed is over .*\[b,s,32\].* not \[B, h, T, D\] each"
+    refuses(AttentionToMatMuls(), model, why)
+
+
 def test_notices_what_is_left() -> None:
     model = parsed(attention_text(4, 2, 16))
     notices_nothing_done(AttentionToMatMuls(), model, "Attention mixed is left in float32")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 import pytest
-from text_graph import notices, notices_nothing_done, parsed, refuses, run
+from text_graph import Arrays, notices, notices_nothing_done, parsed, refuses, run
 
 from ingot.export.passes.dimensions import NameDimensions
 
@@ -61,7 +61,7 @@ def test_symbols_become_names_everywhere() -> None:
 
 def test_the_numbers_stay() -> None:
     random = np.random.default_rng(0)
-    feeds = {
+    feeds: Arrays = {
         "ids": random.normal(size=(3, 4)).astype(np.float32),
         "past": random.normal(size=(3, 2, 5)).astype(np.float32),
     }

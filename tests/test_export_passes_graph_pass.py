@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import onnx_ir as ir
 import pytest
 from text_graph import operators, parsed
@@ -26,7 +28,7 @@ branched (bool which, float[n] x) => (y) {
 class Unmet(GraphPass):
     """Leaves the graph as it is, and says of every node what it was asked to say."""
 
-    looks_for = ("Relu",)
+    looks_for: ClassVar[tuple[str, ...] | None] = ("Relu",)
 
     def __init__(self, *, before: bool = True, after: bool = True) -> None:
         super().__init__()

@@ -24,8 +24,11 @@ def noted() -> ir.Model:
     nodes = list(model.graph)
     values = [value for node in nodes for value in node.outputs]
     values += [*model.graph.inputs, *model.graph.initializers.values()]
-    for place in (model, model.graph, *nodes, *values):
-        place.metadata_props["trace"] = "/home/someone/model.py"
+    props = [model.metadata_props, model.graph.metadata_props]
+    props += [node.metadata_props for node in nodes]
+    props += [value.metadata_props for value in values]
+    for each in props:
+        each["trace"] = "/home/someone/model.py"
     return model
 
 

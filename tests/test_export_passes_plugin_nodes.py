@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from text_graph import notices, notices_nothing_done, parsed, refuses, run, the
+from text_graph import Arrays, notices, notices_nothing_done, parsed, refuses, run, the
 
 from ingot.export.passes.functions import AttachFunctionBodies
 from ingot.export.passes.plugin_nodes import NamePlugins
@@ -34,7 +34,7 @@ def with_bodies() -> ir.Model:
 def test_every_node_of_ours_names_its_plugin() -> None:
     model = with_bodies()
     random = np.random.default_rng(1)
-    feeds = {
+    feeds: Arrays = {
         "x": random.normal(size=(5, 6)).astype(np.float32),
         "ids": random.integers(0, 3, (5, 2)),
     }

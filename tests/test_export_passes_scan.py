@@ -230,6 +230,11 @@ def count_queries_wrong(model: ir.Model) -> None:
     the(model, "LinearAttention").attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", 3)
 
 
+def leave_the_branch(model: ir.Model) -> None:
+    inputs = [model.graph.inputs[0]] * 5
+    model.graph.append(ir.node("LinearAttention", inputs, domain="com.microsoft"))
+
+
 def rename_the_state(model: ir.Model) -> None:
     model.graph.outputs[1].name = "val_9"
 
@@ -239,6 +244,7 @@ def rename_the_state(model: ir.Model) -> None:
     [
         (give_a_name_twice, "is in a branch and has another's name"),
         (count_queries_wrong, "LinearAttention .* has 3 heads of queries for 4 of states"),
+        (leave_the_branch, "LinearAttention .* is in no branch of an If"),
         (rename_the_state, "the graph had .*present_states.0.ssm"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from oracle import (
 from transformers import GraniteConfig as OracleConfig
 from transformers import GraniteModel
 
-from ingot.export.passes.scales import FoldScales
 from ingot.export.request import ExportError
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.config import ConfigError
@@ -92,29 +90,6 @@ def test_multipliers_cost_nothing_at_run_time(subject: Subject) -> None:
             # yarn's factor on cos and sin is not on the signal path.
             if producer is not None and producer.op_type not in ("Cos", "Sin"):
                 assert factor.const_value is None or len(factor.const_value.shape), node
-
-
-def test_folded_graph_equals_unfolded(
-    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
-) -> None:
-    ids, mask = tokens(512)
-    for config in ({}, {"tie_word_embeddings": False, "mlp_bias": True, "attention_bias": True}):
-        folder = make_checkpoint("granite", **config)
-        folded = make_ingot(folder, "onnx")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(FoldScales, "__call__", lambda _, m: ir.passes.PassResult(m, False))
-            unfolded = make_ingot(folder, "onnx")
-        results, scalars = [], []
-        for ingot in (folded, unfolded):
-            session = load(ingot)
-            session.reset(len(ids), ids.shape[1])
-            results.append(session.step(ids, mask)[mask != 0])
-            graph = ir.load(ingot / "model.onnx").graph
-            scalars.append(Counter(node.op_type for node in graph))
-        assert relative_rms(results[1], results[0]) < 1e-6
-        # The embedding, two residuals in each of two layers, and the logits.
-        assert scalars[1]["Mul"] - scalars[0]["Mul"] == 5
-        assert scalars[1]["Div"] - scalars[0]["Div"] == 1
 
 
 @torch.no_grad()

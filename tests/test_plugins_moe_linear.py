@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -13,61 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_linear_graph import FLOAT, INT64, arguments, built, plain_loop
 from one_node import one_node, session, weight
 
 from ingot.export.passes.moe_linear import MoeLinearToMatMuls
-from ingot.export.passes.weights import Weight
 from ingot.plugins import moe_linear as op
 from ingot.plugins.experts import choose_experts, translate_choose_experts
-from ingot.plugins.operator import DOMAIN
 
-FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-def plain_loop(x: np.ndarray, expert_ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The formula, choice by choice, in float64 and without torch."""
-    y = np.zeros((*expert_ids.shape, weights.shape[1]))
-    for n, row in enumerate(expert_ids):
-        for k, expert in enumerate(row):
-            source = x[n] if x.ndim == 2 else x[n, k]
-            y[n, k] = weights[expert].astype(np.float64) @ source.astype(np.float64)
-    return y
-
-
-def arguments(
-    tokens: int,
-    top_k: int,
-    experts: int,
-    size: int,
-    out: int,
-    *,
-    row_per_choice: bool,
-    ids: str,
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    random = np.random.default_rng(seed)
-    if ids == "distinct":
-        top_k = min(top_k, experts)
-        expert_ids = random.random((tokens, experts)).argsort(-1)[:, :top_k]
-    elif ids == "any":
-        expert_ids = random.integers(0, experts, (tokens, top_k))
-    else:
-        assert ids == "one expert"
-        expert_ids = np.full((tokens, top_k), experts // 2)
-    x = random.normal(size=(tokens, top_k, size) if row_per_choice else (tokens, size))
-    weights = random.normal(size=(experts, out, size)) / math.sqrt(size)
-    return x.astype(np.float32), expert_ids, weights.astype(np.float32)
-
-
-def built(x: np.ndarray, weights: ir.Value, *unused: ir.Value) -> ir.Model:
-    """The operator as a model with inputs ``x`` (of the array's rank) and ``expert_ids``."""
-    op.moe_linear.register_schema()
-    dtype = weights.dtype
-    x_shape = ["n", "size"] if x.ndim == 2 else ["n", "k", "size"]
-    inputs = [ir.val("x", dtype, x_shape), ir.val("expert_ids", INT64, ["n", "k"]), weights]
-    y = ir.val("y", dtype, ["n", "k", "out"])
-    return one_node(op.function_body(), inputs, [y], unused=unused)
 
 
 def implementations(x: np.ndarray, weights: np.ndarray) -> dict[str, Run]:
@@ -235,98 +186,6 @@ def test_repeats_to_the_bit_without_a_racing_scatter(row_per_choice: bool, ids: 
     for name, run in implementations(x, weights).items():
         first = run(x, expert_ids)
         assert all(np.array_equal(first, run(x, expert_ids)) for _ in range(100)), name
-
-
-def layer() -> tuple[ir.Model, dict[str, np.ndarray], dict[str, np.ndarray], list[tuple[str, int]]]:
-    """Two nodes of one attention layer and one of another layer.
-
-    Returns:
-        The model; its feeds; its weights; the reads of them so far, as name and block.
-    """
-    x, ids, first = arguments(7, 2, 4, 8, 6, row_per_choice=False, ids="distinct", seed=5)
-    _, other_ids, second = arguments(7, 2, 4, 6, 8, row_per_choice=True, ids="any", seed=6)
-    third = arguments(7, 2, 5, 8, 3, row_per_choice=True, ids="any", seed=7)[2]
-    stacks = {"in": first, "out": second, "other": third}
-    reads: list[tuple[str, int]] = []
-
-    def read(name: str, block: int) -> np.ndarray:
-        reads.append((name, block))
-        array: np.ndarray = stacks[name][block]
-        return array
-
-    def value(name: str) -> ir.Value:
-        shape = stacks[name].shape
-        tensor = Weight(name, shape, FLOAT, partial(read, name))
-        return ir.val(name, FLOAT, shape, const_value=tensor)
-
-    other = ir.val("other_ids", INT64, ["n", "k"])
-    model = built(x, value("in"), other)
-    reads.clear()
-    graph = model.graph
-    y, shared = graph[0].outputs[0], graph.inputs[1]
-    for name, ids_value in (("out", shared), ("other", other)):
-        stack = value(name)
-        graph.register_initializer(stack)
-        node = ir.node(op.moe_linear.name, [y, ids_value, stack], domain=DOMAIN)
-        y = node.outputs[0]
-        y.name, y.type, y.shape = f"y_{name}", ir.TensorType(FLOAT), ir.Shape(["n", "k", None])
-        graph.append(node)
-        graph.outputs.append(y)
-    return model, {"x": x, "expert_ids": ids, "other_ids": other_ids}, stacks, reads
-
-
-def test_lowering_shares_the_sorting_of_one_layer() -> None:
-    model, feeds, stacks, _ = layer()
-    before = session(model.clone()).run(None, feeds)
-    assert MoeLinearToMatMuls()(model).modified
-    operators = Counter(node.op_type for node in model.graph)
-    assert operators["MoeLinear"] == 0 and not model.functions
-    assert operators["Split"] == 3 and operators["MatMul"] == 4 + 4 + 5
-    # One sorting for the two nodes of a layer, and one for the other layer.
-    assert operators["NonZero"] == operators["ReduceSum"] == operators["ScatterND"] == 2
-    assert [value.name for value in model.graph.outputs] == ["y", "y_out", "y_other"]
-    found = session(model).run(None, feeds)
-    y = plain_loop(feeds["x"], feeds["expert_ids"], stacks["in"])
-    y_out = plain_loop(y, feeds["expert_ids"], stacks["out"])
-    y_other = plain_loop(y_out, feeds["other_ids"], stacks["other"])
-    for got, body, want in zip(found, before, (y, y_out, y_other), strict=True):
-        assert want.std() > 0.1
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(body, want, rtol=0, atol=1e-5)
-
-
-def test_lowering_gives_each_expert_a_weight_of_its_own_and_reads_nothing() -> None:
-    model, _, stacks, reads = layer()
-    MoeLinearToMatMuls()(model)
-    assert not reads
-    values = model.graph.initializers
-    weights = {k: v.const_value for k, v in values.items() if isinstance(v.const_value, Weight)}
-    names = [f"{name}.{e}" for name, stack in stacks.items() for e in range(len(stack))]
-    assert sorted(weights) == sorted(names)
-    for name, tensor in weights.items():
-        stack, _, expert = name.rpartition(".")
-        assert tensor is not None and values[name].shape == tensor.shape
-        array = tensor.numpy()
-        np.testing.assert_array_equal(array, stacks[stack][int(expert)].T)
-        assert array.flags.c_contiguous
-        assert reads == [(stack, int(expert))]
-        reads.clear()
-
-
-def test_lowering_keeps_a_body_that_another_node_uses() -> None:
-    x, _, weights = arguments(2, 2, 3, 4, 5, row_per_choice=False, ids="any", seed=8)
-    model = built(x, weight("w", weights))
-    graph = model.graph
-    half = weight("half", weights.astype(np.float16))
-    graph.register_initializer(half)
-    narrow = ir.node("CastLike", [graph.inputs[0], half])
-    narrow.outputs[0].shape = graph.inputs[0].shape
-    node = ir.node(op.moe_linear.name, [narrow.outputs[0], graph.inputs[1], half], domain=DOMAIN)
-    graph.extend([narrow, node])
-    assert MoeLinearToMatMuls()(model).modified
-    assert [n for n in graph if n.op_type == "MoeLinear"] == [node]
-    assert node.op_identifier() in model.functions
-    assert not MoeLinearToMatMuls()(model).modified
 
 
 class Routed(torch.nn.Module):

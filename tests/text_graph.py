@@ -22,11 +22,12 @@ def parsed(text: str, weights: Mapping[str, np.ndarray] | None = None) -> ir.Mod
     """The model of a text, with some of its inputs made weights, and every shape inferred."""
     proto = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
     model = ir.serde.deserialize_model(proto)
-    for value in list(model.graph.inputs):
-        if weights is not None and value.name in weights:
-            model.graph.inputs.remove(value)
-            value.const_value = weight(value.name, weights[value.name]).const_value
-            model.graph.register_initializer(value)
+    inputs = {value.name: value for value in model.graph.inputs}
+    for name, array in (weights or {}).items():
+        value = inputs[name]
+        model.graph.inputs.remove(value)
+        value.const_value = weight(name, array).const_value
+        model.graph.register_initializer(value)
     return model
 
 

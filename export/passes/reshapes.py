@@ -99,10 +99,11 @@ class SimplifyReshapes(GraphPass):
 
 def _kept_axes(node: ir.Node) -> list[int]:
     """The axes that a Reshape by a constant takes from its input, where both shapes are known."""
-    shape = node.inputs[1] if node.op_type == "Reshape" else None
+    if node.op_type != "Reshape" or node.attributes.get_int("allowzero"):
+        return []
+    value, shape = node.inputs
     sizes = ir.convenience.get_const_tensor(shape) if shape is not None else None
-    known = node.inputs[0] is not None and node.inputs[0].shape and node.outputs[0].shape
-    if sizes is None or not known or node.attributes.get_int("allowzero"):
+    if value is None or value.shape is None or node.outputs[0].shape is None or sizes is None:
         return []
     return [axis for axis, size in enumerate(sizes.numpy()) if size == 0]
 
