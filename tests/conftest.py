@@ -26,11 +26,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")])
 )
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from traces import Traces
 
 from ingot.export.build import build
 from ingot.export.graph import Capture
@@ -68,18 +69,33 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
 
 
 @pytest.fixture(scope="session")
-def make_ingot(tmp_path_factory: pytest.TempPathFactory) -> MakeIngot:
-    """``make(checkpoint, target, capture=..., **request)``: a new ingot, not validated."""
+def traces() -> Traces:
+    """The graphs that this process has traced."""
+    return Traces()
 
-    def make(
-        checkpoint: Path, target: str, *, capture: Capture | None = None, **request: Any
-    ) -> Path:
+
+@pytest.fixture(scope="session")
+def make_ingot(tmp_path_factory: pytest.TempPathFactory, traces: Traces) -> MakeIngot:
+    """``make(checkpoint, target, capture=..., **request)``: a new ingot, not validated.
+
+    Its graph comes from ``traces``. A test that changes what is traced gives a ``capture``.
+    """
+
+    def make(checkpoint: Path, target: str, *, capture: Capture = traces, **request: Any) -> Path:
         out = tmp_path_factory.mktemp("ingot") / target
         asked = ExportRequest(str(checkpoint), target, out, **request)
         build(asked, Stages(), None, capture=capture)
         return out
 
     return make
+
+
+@pytest.fixture(scope="module")
+def shared_traces(traces: Traces) -> Iterator[None]:
+    """Commands and validations that run in this process take their graphs from ``traces`` too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ingot.export.graph.trace", traces)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from conftest import MakeIngot
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from ingot.export.capture import Captured, capture
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
@@ -25,18 +23,6 @@ TARGETS = ("onnx", "ort")
 PREFILL, DECODE = 13, 6
 PADDING = (0, 4, 9)
 LIMIT = 1e-4
-
-
-def capture_once() -> Callable[..., Captured]:
-    """``capture`` that traces the first model it gets and returns copies of that from then on."""
-    made: list[Captured] = []
-
-    def capture_or_copy(*arguments: Any, **options: Any) -> Captured:
-        if not made:
-            made.append(capture(*arguments, **options))
-        return replace(made[0], model=made[0].model.clone())
-
-    return capture_or_copy
 
 
 def every_other_is_slow(configs: Iterable[str]) -> list[Any]:
@@ -54,9 +40,7 @@ class Subject:
         self.folder = folder
         # from_pretrained returns a model in evaluation mode.
         self.oracle: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        # Tracing costs seconds, and both targets start from the same canonical graph.
-        once = capture_once()
-        self.ingots = {target: make_ingot(folder, target, capture=once) for target in TARGETS}
+        self.ingots = {target: make_ingot(folder, target) for target in TARGETS}
         self.sessions: dict[str, Session | EagerSession] = {
             "eager": EagerSession(Checkpoint.open(folder), "generate"),
             **{target: load(ingot) for target, ingot in self.ingots.items()},

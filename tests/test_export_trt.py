@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
-from oracle import capture_once, relative_rms, tokens
+from oracle import relative_rms, tokens
 
 from ingot.export.engine import RTX, Builder, custom_nodes, layers, profiles, trtexec_options
 from ingot.export.ingot import ENGINE, GRAPH, TRTEXEC, Manifest, TensorInfo
@@ -70,9 +70,8 @@ class Lowered:
     def __init__(self, family: str, folder: Path, make_ingot: MakeIngot) -> None:
         self.family = family
         self.folder = folder
-        once = capture_once()
-        self.canonical = make_ingot(folder, "onnx", capture=once)
-        self.lowered = make_ingot(folder, "trt", capture=once, builder="none", precision="fp32")
+        self.canonical = make_ingot(folder, "onnx")
+        self.lowered = make_ingot(folder, "trt", builder="none", precision="fp32")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

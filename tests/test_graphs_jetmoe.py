@@ -20,7 +20,6 @@ from oracle import (
     TARGETS,
     WAYS,
     Subject,
-    capture_once,
     check_cached_decode,
     check_greedy_generation,
     check_logits_and_caches,
@@ -167,11 +166,8 @@ def test_router_logits_and_hidden_states_equal_transformers(
     for index, logits in enumerate(_once_each(want.router_logits)):
         expected[f"router_logits.{index}"] = logits.numpy().reshape(*ids.shape, -1)
     assert len(expected) == (LAYERS + 1) + 2 * LAYERS
-    once = capture_once()
     for target in TARGETS:
-        out = make_ingot(
-            folder, target, capture=once, extra_outputs=("router_logits", "hidden_states")
-        )
+        out = make_ingot(folder, target, extra_outputs=("router_logits", "hidden_states"))
         session = open_session(out / "model.onnx")
         states = Manifest.read(out).states
         feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
@@ -231,9 +227,8 @@ def test_bare_model_equals_transformers(
     oracle: Any = JetMoeModel.from_pretrained(folder, dtype=torch.float32)
     ids, mask = tokens(512)
     want = oracle(**_torch_inputs(ids, mask)).last_hidden_state.numpy()
-    once = capture_once()
     for target in TARGETS:
-        session = load(make_ingot(folder, target, capture=once, task="features"))
+        session = load(make_ingot(folder, target, task="features"))
         assert session.manifest.main_output == "last_hidden_state"
         session.reset(len(ids), ids.shape[1])
         found = session.step(ids, mask)
@@ -384,10 +379,7 @@ def classifier(
     config = CLASSIFIERS[request.param]
     folder = _write_classifier(tmp_path_factory.mktemp("classifier"), **config)
     oracle = JetMoeForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    once = capture_once()
-    ingots = {
-        target: make_ingot(folder, target, capture=once, task="classify") for target in TARGETS
-    }
+    ingots = {target: make_ingot(folder, target, task="classify") for target in TARGETS}
     sessions: dict[str, Session | EagerSession] = {
         "eager": EagerSession(Checkpoint.open(folder), "classify"),
         **{target: load(ingot) for target, ingot in ingots.items()},

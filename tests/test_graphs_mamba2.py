@@ -27,7 +27,6 @@ from oracle import (
     TARGETS,
     WAYS,
     Subject,
-    capture_once,
     check_cached_decode,
     check_greedy_generation,
     every_other_is_slow,
@@ -480,11 +479,8 @@ def test_bare_model_and_hidden_states_equal_transformers(
     found |= {s.output: t.numpy() for s, t in zip(eager.states, out.present, strict=True)}
     runs = {"eager": found}
 
-    once = capture_once()
     for target in TARGETS:
-        folder_out = make_ingot(
-            folder, target, capture=once, task="features", extra_outputs=("hidden_states",)
-        )
+        folder_out = make_ingot(folder, target, task="features", extra_outputs=("hidden_states",))
         manifest = Manifest.read(folder_out)
         assert (manifest.task, manifest.main_output) == ("features", "last_hidden_state")
         session = open_session(folder_out / "model.onnx")

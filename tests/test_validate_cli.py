@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
@@ -22,10 +22,7 @@ from conftest import MakeCheckpoint, MakeIngot
 from damage import copied, one_percent, with_weight
 from test_runtime_tokenizer import cut_and_padded
 
-from ingot.export import capture as traced
-from ingot.export.capture import Captured
 from ingot.export.ingot import GRAPH, WEIGHTS, EngineInfo, Manifest
-from ingot.graphs.checkpoint import stack_height
 from ingot.graphs.family import find_family
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.plugins.errors import IngotError
@@ -41,25 +38,7 @@ EAGER_STAGES = ["load eager float64", "run eager float64", "load eager float32"]
 EAGER_STAGES += ["run eager float32"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_trace() -> Iterator[None]:
-    """Trace each graph once: that takes seconds, and all ingots of a kind here have one graph."""
-    made: dict[Any, Captured] = {}
-    trace = traced.capture
-
-    def capture(model: Any, read: Any, **options: Any) -> Captured:
-        key = (type(model), tuple(sorted(map(str, options.items()))))
-        if key not in made:
-            made[key] = trace(model, read, **options)
-        # The checkpoint learns its hash from what is read, and the copy reads the first one's.
-        for name, parameter in model.named_parameters():
-            for block in range(stack_height(tuple(parameter.shape))):
-                read(name, block)
-        return replace(made[key], model=made[key].model.clone())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ingot.export.graph.trace", capture)
-        yield
+pytestmark = pytest.mark.usefixtures("shared_traces")
 
 
 @pytest.fixture(scope="module")

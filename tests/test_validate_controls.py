@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
-from oracle import capture_once
 from torch import nn
+from traces import Traces
 
 import ingot.graphs.layers
-from ingot.export.capture import Captured
 from ingot.export.ingot import GRAPH, Manifest
 from ingot.export.progress import Stages
 from ingot.export.write_weights import write_weights
@@ -32,8 +32,7 @@ from ingot.validate.run import examine
 from ingot.validate.truth.inputs import QUICK
 from ingot.validate.truth.reference import Reference
 
-# Minutes of tracing; `make test-slow` runs them, and so does CI.
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.usefixtures("shared_traces")
 
 TARGETS = ("onnx", "ort")
 # The last of two layers: what is wrong in it leaves the first one right.
@@ -55,24 +54,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-class Tracer:
-    """``capture`` that traces once, as that costs seconds; each copy reads its weights afresh."""
-
-    def __init__(self) -> None:
-        self._capture = capture_once()
-
-    def __call__(self, model: nn.Module, read: Read, **options: Any) -> Captured:
-        self.read = read
-        return self._capture(model, lambda name, block: self.read(name, block), **options)
-
-
 class Subject:
     """A right checkpoint, and what is made of it once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.reference = Reference(Checkpoint.open(folder), "generate")
-        self.right = Tracer()
 
 
 @dataclass(frozen=True)
@@ -108,7 +95,7 @@ class Exports:
     def __init__(self, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> None:
         self._make_checkpoint, self._make_ingot = make_checkpoint, make_ingot
         self._subjects: dict[tuple[str, str], Subject] = {}
-        self._tracers: dict[Fault, Tracer] = {}
+        self._wrong: dict[Fault, Traces] = {}
 
     def subject(self, family: str, config: dict[str, Any]) -> Subject:
         key = family, repr(config)
@@ -117,19 +104,16 @@ class Exports:
         return self._subjects[key]
 
     def right(self, subject: Subject, target: str) -> Path:
-        return self._export(subject, target, subject.right)
+        return self._make_ingot(subject.folder, target)
 
     def wrong(self, control: Control, target: str) -> tuple[Path, Subject]:
         subject = self.subject(control.family, control.config)
-        tracer = subject.right
+        own = {}
         if control.retraced:
-            tracer = self._tracers.setdefault(control.fault, Tracer())
+            own["capture"] = self._wrong.setdefault(control.fault, Traces())
         with pytest.MonkeyPatch.context() as patch:
             control.fault(patch)
-            return self._export(subject, target, tracer), subject
-
-    def _export(self, subject: Subject, target: str, tracer: Tracer) -> Path:
-        return self._make_ingot(subject.folder, target, capture=tracer)
+            return self._make_ingot(subject.folder, target, **own), subject
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +122,8 @@ def exports(make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> Exports:
 
 
 def examined(ingot: Path, subject: Subject) -> Report:
-    """The path of ``python -m validate``, without the second trace."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ingot.export.graph.trace", subject.right)
-        return examine(ingot, subject.reference, Stages(), plan=QUICK)
+    """The path of ``python -m validate``."""
+    return examine(ingot, subject.reference, Stages(), plan=QUICK)
 
 
 def of_model(change: Callable[[Any], None]) -> Fault:
@@ -403,8 +385,14 @@ CONTROLS = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", CONTROLS)
+# The first is quick, since it starts from the right export's trace; the others take minutes.
+CASES = [
+    pytest.param(name, target, marks=[pytest.mark.slow] * bool(number))
+    for number, (name, target) in enumerate(product(CONTROLS, TARGETS))
+]
+
+
+@pytest.mark.parametrize(("name", "target"), CASES)
 def test_fails_a_wrong_export_and_says_where(exports: Exports, name: str, target: str) -> None:
     control = CONTROLS[name]
     report = examined(*exports.wrong(control, target))
@@ -420,6 +408,7 @@ def test_fails_a_wrong_export_and_says_where(exports: Exports, name: str, target
     assert report.summary()["location"] == str(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("family", "config"),
@@ -439,6 +428,7 @@ def test_passes_the_right_export(
     assert (report.verdict, report.failures, report.location) == ("passed", [], None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_refuses_a_graph_without_an_output(exports: Exports, target: str) -> None:
     wrong = Control("olmoe", drop_an_output, LAYER, "", retraced=False)
@@ -450,6 +440,7 @@ def test_refuses_a_graph_without_an_output(exports: Exports, target: str) -> Non
         examined(ingot, subject)
 
 
+@pytest.mark.slow
 def test_exports_no_graph_that_leaves_a_weight_unread(exports: Exports) -> None:
     def skip(layer: Any) -> None:
         layer.self_attn.q_norm.forward = lambda x: x

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,8 @@ import onnx
 import pytest
 from conftest import MakeCheckpoint, MakeIngot
 from onnx import numpy_helper
-from oracle import capture_once
+from traces import Traces
 
-from ingot.export.capture import Captured
 from ingot.export.ingot import GRAPH, WEIGHTS
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.validate.locate.locate import locate
@@ -59,8 +57,6 @@ class Subjects:
         self._make_checkpoint, self._make_ingot = make_checkpoint, make_ingot
         self._checkpoints: dict[str, Path] = {}
         self._ingots: dict[tuple[str, str, str], Path] = {}
-        # Tracing costs seconds. That it gives the same graph each time is a test of its own.
-        self.captures: dict[tuple[str, str], Callable[..., Captured]] = defaultdict(capture_once)
 
     def checkpoint(self, family: str) -> Path:
         if family not in self._checkpoints:
@@ -73,7 +69,6 @@ class Subjects:
             self._ingots[key] = self._make_ingot(
                 self.checkpoint(family),
                 target,
-                capture=self.captures[family, precision],
                 precision=precision,
                 builder="none",
             )
@@ -89,7 +84,7 @@ Find = Callable[..., Location | None]
 
 
 @pytest.fixture
-def find(subjects: Subjects, tmp_path: Path) -> Find:
+def find(subjects: Subjects, traces: Traces, tmp_path: Path) -> Find:
     """``find(family, target, change, ...)``: where a copy that is changed goes wrong."""
 
     def find_in_copy(
@@ -105,8 +100,7 @@ def find(subjects: Subjects, tmp_path: Path) -> Find:
         shutil.copytree(subjects.ingot(family, target, precision), copy)
         change(copy)
         checkpoint = Checkpoint.open(subjects.checkpoint(family))
-        capture = subjects.captures[family, precision]
-        return locate(copy, checkpoint, inputs or make_inputs(512), calls, capture=capture)
+        return locate(copy, checkpoint, inputs or make_inputs(512), calls, capture=traces)
 
     return find_in_copy
 

@@ -8,14 +8,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
-from oracle import capture_once
 
 from ingot.export.ingot import MANIFEST, Manifest
 from ingot.graphs.family import find_family
@@ -42,17 +41,15 @@ GetIngot = Callable[[str, str], Path]
 
 @pytest.fixture(scope="module")
 def ingot(make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> GetIngot:
-    """``ingot(family, target)``, made when first asked for; both targets from one capture."""
+    """``ingot(family, target)``, made when first asked for."""
     checkpoints: dict[str, Path] = {}
-    captures: dict[str, Callable[..., Any]] = {}
     made: dict[tuple[str, str], Path] = {}
 
     def get(family: str, target: str) -> Path:
         if (family, target) not in made:
             if family not in checkpoints:
                 checkpoints[family] = make_checkpoint(family)
-                captures[family] = capture_once()
-            made[family, target] = make_ingot(checkpoints[family], target, capture=captures[family])
+            made[family, target] = make_ingot(checkpoints[family], target)
         return made[family, target]
 
     return get

@@ -11,15 +11,12 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import torch
+from conftest import MakeIngot
 from safetensors.torch import load_file, save_file
 
-import ingot.export.capture
-from ingot.export.build import build
-from ingot.export.capture import Captured
 from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
-from ingot.export.request import ExportRequest
-from ingot.graphs.checkpoint import Checkpoint, stack_height
+from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import family_of, find_family
 from ingot.graphs.names import FAMILIES
 from ingot.graphs.preset import preset_config, write_checkpoint
@@ -204,36 +201,15 @@ def _changed(folder: Path, out: Path) -> Path:
 # --- the hash
 
 
-@pytest.fixture(scope="module")
-def trace() -> Callable[..., Captured]:
-    """``capture``, traced once; what decides the hash is read as if it had been each time."""
-    made: list[Captured] = []
-
-    def capture(model: Any, read: Any, **options: Any) -> Captured:
-        if not made:
-            made.append(ingot.export.capture.capture(model, read, **options))
-        for name, parameter in model.named_parameters():
-            for block in range(stack_height(tuple(parameter.shape))):
-                read(name, block)
-        return replace(made[0], model=made[0].model.clone())
-
-    return capture
-
-
 @pytest.mark.parametrize(("family", "task"), TASKS)
 def test_the_hash_is_what_an_export_writes(
     checkpoints: Checkpoints,
-    trace: Callable[..., Captured],
-    tmp_path: Path,
+    make_ingot: MakeIngot,
     family: str,
     task: str,
 ) -> None:
-    folder, out = checkpoints(family, task), tmp_path / "out"
-    # Those that tie the head to the embedding are traced, since fewer weights may be read.
-    tied = (family, task) in (("granite", "generate"), ("mamba2", "generate"))
-    request = ExportRequest(str(folder), "onnx", out, task=task)
-    build(request, Stages(), None, capture=None if tied else trace)
-    written = Manifest.read(out).source["sha256"]
+    folder = checkpoints(family, task)
+    written = Manifest.read(make_ingot(folder, "onnx", task=task)).source["sha256"]
     assert Reference(Checkpoint.open(folder), task).hash(Stages()) == written
     # Whatever was read before, and in whatever order.
     loaded = Reference(Checkpoint.open(folder), task)

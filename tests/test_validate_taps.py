@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint, MakeIngot
-from oracle import TARGETS, capture_once, relative_rms
+from oracle import TARGETS, relative_rms
 
 from ingot.export.ingot import Manifest
 from ingot.graphs.checkpoint import Checkpoint
@@ -58,10 +58,7 @@ def subjects(
             ingots = {target: request.getfixturevalue(f"tiny_{target}") for target in TARGETS}
         else:
             folder = make_checkpoint(family)
-            once = capture_once()
-            ingots = {
-                target: make_ingot(folder, target, capture=once, task=task) for target in TARGETS
-            }
+            ingots = {target: make_ingot(folder, target, task=task) for target in TARGETS}
         made[key] = Subject(folder, ingots, task)
         return made[key]
 
