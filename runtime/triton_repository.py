@@ -20,9 +20,8 @@ from ingot.plugins.whole import sha256, staged
 from ingot.runtime.triton_plan import RECORD, SCHEMA_VERSION, Plan, Settings, TritonError, make_plan
 from ingot.runtime.triton_texts import rendered
 
-# What holds the package `ingot`, in a checkout and installed; not resolved, since in a checkout its
-# parts are links.
-ROOT = Path(__file__).absolute().parents[2]
+# What holds `runtime/` and the other parts: the package where it is installed, else the checkout.
+PARTS = Path(__file__).resolve().parents[1]
 # What `runtime.triton_model` imports of ours; a test runs it with nothing else.
 CARRIED = (
     "ingot/__init__.py",
@@ -52,7 +51,7 @@ CARRIED_FOR_ENGINES = (
     "ingot/plugins/tensorrt/__init__.py",
     "ingot/plugins/tensorrt/python_plugins.py",
     "ingot/plugins/tiles.py",
-    "ingot/runtime/cuda.py",
+    "ingot/runtime/cuda_runtime.py",
     "ingot/runtime/trt.py",
     *(f"ingot/plugins/{operator.snake}.py" for operator in OPERATORS.values()),
 )
@@ -115,7 +114,8 @@ def write_repository(
         version = stage / f"{plan.settings.name}_generate" / "1"
         for file in carried(manifest) if plan.generate else ():
             (version / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / file, version / file)
+            inside = PARTS / file.removeprefix("ingot/")
+            shutil.copyfile(inside if inside.is_file() else PARTS / file, version / file)
         write_record(stage, plan, place)
     return plan
 

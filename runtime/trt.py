@@ -19,7 +19,7 @@ from ingot.export.ingot import ENGINE, GRAPH, SIZES, EngineInfo, Manifest
 from ingot.plugins import device as gpu
 from ingot.plugins.library import PATH as KERNELS
 from ingot.plugins.whole import sha256
-from ingot.runtime.cuda import Device
+from ingot.runtime.cuda_runtime import Device
 from ingot.runtime.session import Floats, Ids, SessionError
 from ingot.runtime.tokens import TokenInputs
 

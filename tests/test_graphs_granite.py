@@ -23,7 +23,6 @@ from oracle import (
     relative_rms,
     tokens,
 )
-from traces import Traces
 from transformers import GraniteConfig as OracleConfig
 from transformers import GraniteModel
 

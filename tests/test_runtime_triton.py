@@ -43,8 +43,10 @@ from ingot.runtime.onnxruntime_session import open_session
 from ingot.runtime.session import SessionError
 from ingot.runtime.triton_lint import lint
 from ingot.runtime.triton_plan import CONFIG, PLUGINS, RECORD, Settings, TritonError, make_plan
-from ingot.runtime.triton_repository import CARRIED, CARRIED_FOR_ENGINES, ROOT, write_repository
+from ingot.runtime.triton_repository import CARRIED, CARRIED_FOR_ENGINES, write_repository
 from ingot.runtime.triton_texts import TEMPLATES, memory_gib, rendered
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # On a machine that only runs the tests of GPUs it may be missing.
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from host_cuda import HostCuda
 
-from ingot.runtime.cuda import Device
+from ingot.runtime.cuda_runtime import Device
 from ingot.runtime.session import SessionError
 
 
@@ -110,7 +110,7 @@ AT_EXIT = """
 import atexit, sys
 import pytest
 from host_cuda import HostCuda
-from ingot.runtime.cuda import Device
+from ingot.runtime.cuda_runtime import Device
 
 cuda = HostCuda().install(pytest.MonkeyPatch())
 # What is registered first runs last, with every module still whole.
