@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pytest
 import toy_hybrid
 from conftest import MakeCheckpoint, MakeIngot
+from damage import one_percent, with_weight
 from oracle import DECODE, LIMIT, PADDING, PREFILL, TARGETS, WAYS, relative_rms, tokens
 from safetensors.numpy import load_file
 
@@ -25,9 +26,13 @@ from ingot.graphs.checkpoint import Checkpoint
 from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
 from ingot.runtime.session import Session
+from ingot.runtime.triton_lint import lint
+from ingot.runtime.triton_plan import Settings
+from ingot.runtime.triton_repository import write_repository
+from ingot.validate.locate.locate import locate
 from ingot.validate.run import validate_ingot
 from ingot.validate.truth.eager import EagerSession
-from ingot.validate.truth.inputs import QUICK
+from ingot.validate.truth.inputs import QUICK, Plan, make_inputs
 from ingot.validate.truth.reference import Reference
 
 Vector = npt.NDArray[np.float64]
@@ -265,3 +270,24 @@ def test_generates_what_a_plain_loop_does(
         expected.append(row)
     assert all(len(set(row)) > 3 for row in expected)
     assert _generated(load(ingots[target]), PROMPTS, 24) == expected
+
+
+@pytest.mark.parametrize(
+    ("weight", "layer"), [("layers.1.mixer.o_proj.weight", 1), ("layers.2.mixer.conv1d.bias", 2)]
+)
+def test_a_fault_is_located_in_its_layer(
+    weight: str, layer: int, checkpoint: Path, ingots: dict[str, Path], tmp_path: Path
+) -> None:
+    damaged = with_weight(ingots["onnx"], tmp_path / "damaged", weight, one_percent)
+    inputs = make_inputs(VOCAB, plan=Plan(decode=2), chunk_size=8)
+    found = locate(damaged, Checkpoint.open(checkpoint), inputs)
+    assert found is not None and found.layer == layer
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_triton_repository_has_no_problems(
+    target: str, ingots: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("tritonclient.grpc")
+    write_repository(ingots[target], tmp_path / "models", Settings(capacity=64))
+    assert lint(tmp_path / "models") == []
