@@ -1,0 +1,141 @@
+"""What ``ingot.json`` says of an export."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+from importlib import metadata
+from typing import Any
+
+import onnx_ir as ir
+
+from ingot.export.capture import OPSET, Captured
+from ingot.export.graph import Eager, Recipe
+from ingot.export.ingot import Manifest, TensorInfo
+from ingot.export.lower_ort import shares_buffers
+from ingot.graphs.checkpoint import Checkpoint
+from ingot.graphs.config import ModelConfig
+from ingot.graphs.family import active_parameters, parameter_bytes
+from ingot.graphs.hub import describe
+from ingot.version import __version__
+
+TOOLS = (
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "safetensors",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "polygraphy",
+)
+
+
+def make_manifest(
+    recipe: Recipe, eager: Eager, checkpoint: Checkpoint, captured: Captured
+) -> Manifest:
+    """The manifest of a graph; nothing in it is of the files yet, nor of an engine or a verdict.
+
+    Args:
+        recipe: of the graph.
+        eager: what was captured.
+        checkpoint: whose weights have all been read, for its hash.
+        captured: the graph, lowered.
+    """
+    config = eager.model.config
+    total, active = active_parameters(eager.model)
+    shared = shares_buffers(captured.model)
+    graph = captured.model.graph
+    operators = Counter(node.op_type for node in graph)
+    return Manifest(
+        model_type=eager.family.model_type,
+        task=recipe.task,
+        target=recipe.target,
+        precision=recipe.precision,
+        main_output=captured.main_output,
+        inputs=tuple(_tensor_info(value) for value in graph.inputs),
+        outputs=tuple(_tensor_info(value) for value in graph.outputs),
+        states=tuple(
+            replace(state, shared=shared and state.axis is not None) for state in captured.states
+        ),
+        vocab_size=config.vocab_size,
+        source={
+            **describe(checkpoint.path),
+            "sha256": checkpoint.digest(),
+        },
+        generation=_generation(checkpoint, config),
+        graph={
+            "opset": OPSET,
+            "nodes": sum(operators.values()),
+            "operators": dict(operators),
+            "unread_bytes": _unread_bytes(graph),
+        },
+        parameters=total,
+        active_parameters=active,
+        weight_bytes=parameter_bytes(eager.model),
+        tools={"ingot": __version__, **versions(TOOLS)},
+        labels=_labels(checkpoint, recipe.task, config),
+    )
+
+
+def _unread_bytes(graph: ir.Graph) -> int:
+    """Bytes of the tables that are only looked up in, less the one row that a token reads."""
+    result = 0
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        uses = value.uses()
+        looked_up = all(node.op_type == "Gather" and index == 0 for node, index in uses)
+        if tensor is not None and uses and looked_up and len(tensor.shape) == 2:
+            rows = tensor.shape.numpy()[0]
+            result += tensor.nbytes // rows * (rows - 1)
+    return result
+
+
+def _tensor_info(value: ir.Value) -> TensorInfo:
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    dimensions = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
+    return TensorInfo(value.name, value.dtype.numpy().name, dimensions)
+
+
+def _generation(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
+    """What ends, begins and pads a sequence; ``generation_config.json`` wins where it is there."""
+    facts = config.facts
+    raw: dict[str, Any] = {
+        "eos_token_id": list(facts.eos_token_ids),
+        "pad_token_id": facts.pad_token_id,
+    }
+    file = checkpoint.path / "generation_config.json"
+    if file.is_file():
+        given = json.loads(file.read_text(encoding="utf-8"))
+        raw.update({name: value for name, value in given.items() if value is not None})
+    eos = raw.get("eos_token_id")
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    pad = raw.get("pad_token_id")
+    return {
+        "eos_token_ids": ends,
+        # Padding is masked, so any id of the vocabulary serves.
+        "pad_token_id": pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else 0,
+        "context_length": facts.context_length,
+    }
+
+
+def _labels(checkpoint: Checkpoint, task: str, config: ModelConfig) -> tuple[str, ...]:
+    """Names of the classes, by their number."""
+    if task != "classify":
+        return ()
+    named = checkpoint.config.get("id2label") or {}
+    return tuple(str(named.get(str(n), f"LABEL_{n}")) for n in range(config.facts.num_labels))
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed, by name."""
+    found = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
