@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -123,3 +124,34 @@ def tiny_onnx(tiny: Path, make_ingot: MakeIngot) -> Path:
 def tiny_ort(tiny: Path, make_ingot: MakeIngot) -> Path:
     """``tiny`` as an ``ort`` ingot; read only."""
     return make_ingot(tiny, "ort")
+
+
+@pytest.fixture(scope="session")
+def ingots(make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> Callable[..., Path]:
+    """``ingots(family, target, **request)``: a tiny ingot, exported once; read only."""
+    made: dict[str, Path] = {}
+
+    def ingot(family: str, target: str = "ort", **request: Any) -> Path:
+        key = f"{family} {target} {request}"
+        if key not in made:
+            made[key] = make_ingot(make_checkpoint(family), target, **request)
+        return made[key]
+
+    return ingot
+
+
+@pytest.fixture(scope="session")
+def repository(tiny_ort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository for Triton of ``tiny_ort``, which it calls ``m``; read only."""
+    from ingot.runtime.triton_plan import Settings
+    from ingot.runtime.triton_repository import write_repository
+
+    out = tmp_path_factory.mktemp("repository") / "repository"
+    write_repository(tiny_ort, out, Settings(name="m", streams=2, threads=1))
+    return out
+
+
+@pytest.fixture
+def copied(repository: Path, tmp_path: Path) -> Path:
+    """A copy of ``repository``, to be damaged."""
+    return Path(shutil.copytree(repository, tmp_path / "copied"))

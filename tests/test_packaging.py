@@ -231,3 +231,10 @@ def test_works_beside_packages_of_the_same_names(
     assert ran("python", "program.py", "out").split() == generated
     ran("ingot", "triton", "out", "--out", "repository")
     ran("ingot", "triton", "--check", "repository")
+
+
+def test_packs_the_templates_of_triton_repositories_into_the_wheel(wheel: Path) -> None:
+    templates = {path.name for path in (ROOT / "runtime" / "templates").iterdir()}
+    assert len(templates) == 7
+    packed = {f"ingot/runtime/templates/{name}" for name in templates}
+    assert packed <= set(zipfile.ZipFile(wheel).namelist())
