@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ingot.plugins.errors import IngotError
-from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES
+from ingot.plugins.kernels.form import COMPUTE_CAPABILITIES
 from ingot.plugins.operator import DOMAIN, Operator
 from ingot.plugins.registry import OPERATORS
 

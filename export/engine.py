@@ -26,7 +26,7 @@ from ingot.export.request import ExportRequest, Limits
 from ingot.graphs.state import State
 from ingot.plugins.device import compute_capability, has_gpu
 from ingot.plugins.errors import IngotError, install_hint
-from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES, runs_on
+from ingot.plugins.kernels.form import COMPUTE_CAPABILITIES, runs_on
 from ingot.plugins.library import PATH as KERNEL_LIBRARY
 from ingot.plugins.operator import DOMAIN
 from ingot.plugins.whole import sha256

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ingot.plugins import cuda
+from ingot.plugins import torch_kernels
 from ingot.plugins.causal_conv import causal_conv
 from ingot.plugins.device import has_gpu
 from ingot.plugins.library import Library, LibraryError
@@ -226,7 +226,7 @@ def moe_dispatch_case(
     return Case(
         f"MoeDispatch {named} {activation}{notes}",
         dtype,
-        lambda: (cuda.call(moe_dispatch, library, x, logits, gate_up, down, *options),),
+        lambda: (torch_kernels.call(moe_dispatch, library, x, logits, gate_up, down, *options),),
         lambda outputs: (outputs[0][kept],),
         lambda: (moe_dispatch(*wide(x[kept], logits[kept], gate_up, down), *options),),
     )
@@ -262,7 +262,7 @@ def moe_linear_case(
     return Case(
         f"MoeLinear {form} {named}{' skewed' * skewed}",
         dtype,
-        lambda: (cuda.call(moe_linear, library, x, ids, weight),),
+        lambda: (torch_kernels.call(moe_linear, library, x, ids, weight),),
         lambda outputs: (outputs[0][kept],),
         lambda: (moe_linear(x[kept].double(), ids[kept], weight.double()),),
     )
@@ -312,7 +312,7 @@ def mamba2_scan_case(
     return Case(
         f"Mamba2Scan {named}{' padded' if padding else ''}",
         dtype,
-        lambda: cuda.call(mamba2_scan, library, *given, 1, *limits),
+        lambda: torch_kernels.call(mamba2_scan, library, *given, 1, *limits),
         lambda outputs: (outputs[0][row][:, :, head], outputs[1][row][:, head]),
         reference,
     )
@@ -344,7 +344,7 @@ def causal_conv_case(
     return Case(
         f"CausalConv B {batch} T {tokens} C {channels} W {width} {activation}",
         dtype,
-        lambda: cuda.call(causal_conv, library, x, state, weight, bias, activation),
+        lambda: torch_kernels.call(causal_conv, library, x, state, weight, bias, activation),
         lambda outputs: (outputs[0][:, :, kept], outputs[1][:, kept]),
         reference,
     )

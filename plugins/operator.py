@@ -51,7 +51,7 @@ class OperatorError(IngotError):
 
 
 class Kind(NamedTuple):
-    """A kind of attribute, as each of those names it who carry it."""
+    """An attribute's type in PyTorch's schema, in ONNX, in TensorRT, and in a call's structure."""
 
     torch: str
     onnx: str

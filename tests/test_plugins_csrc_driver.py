@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from ingot.plugins import cuda
+from ingot.plugins import torch_kernels
 from ingot.plugins.library import Library, LibraryError
 from ingot.plugins.moe_linear import moe_linear
 
@@ -43,7 +43,7 @@ def loads(library: InterpretedLibrary) -> int:
 def call(library: Library) -> None:
     """A call of one launch, with its result checked."""
     x, weight = torch.eye(4)[:1], torch.arange(16.0).reshape(1, 4, 4)
-    y = cuda.call(moe_linear, library, x, torch.zeros(1, 1, dtype=torch.int64), weight)
+    y = torch_kernels.call(moe_linear, library, x, torch.zeros(1, 1, dtype=torch.int64), weight)
     assert y.flatten().tolist() == [0, 4, 8, 12]
 
 
@@ -95,8 +95,8 @@ def test_a_driver_without_ids_tells_contexts_by_address(
     """That of CUDA 11."""
     import ctypes
 
-    from ingot.plugins.kernels.host import run_compiler
     from ingot.plugins.kernels.interpret import FAKE_DRIVER
+    from ingot.plugins.kernels.link import run_compiler
 
     # The same file under another name is another library to the loader, with a driver of its own.
     library = Library(Path(shutil.copy(fresh.path, tmp_path)))

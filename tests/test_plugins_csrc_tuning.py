@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from ingot.plugins import check, cuda
+from ingot.plugins import check, torch_kernels
 from ingot.plugins.library import Library, LibraryError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def test_compiled_candidates_run(
         assert bool((workspace[size:] == 255).all()), "written behind the workspace"
 
     # So many that the table of low tiles takes a unit of the workspace more than that of tall ones.
-    monkeypatch.setattr(cuda, "_run", run)
+    monkeypatch.setattr(torch_kernels, "_run", run)
     device.tune(tile=(32, 64))
     many = check.moe_dispatch_case(device, "cpu", BF16, 96, 16, 16, 15, 2)
     assert "moe_gate_up_m32n64_bf16" in launched(device, many)

@@ -16,8 +16,8 @@ import pytest
 from ingot.plugins.device import has_gpu
 from ingot.plugins.kernels import build
 from ingot.plugins.kernels.build import Resources, all_forms, report
-from ingot.plugins.kernels.host import Compiled, argument_letters
-from ingot.plugins.kernels.table import Form
+from ingot.plugins.kernels.form import Form
+from ingot.plugins.kernels.link import Compiled, argument_letters
 from ingot.plugins.library import Library, LibraryError
 from ingot.plugins.moe_linear import moe_linear
 
@@ -29,7 +29,7 @@ BUILD = """
 import json, sys
 from pathlib import Path
 from ingot.plugins.kernels import build
-from ingot.plugins.kernels.host import link
+from ingot.plugins.kernels.link import link
 
 out, name = Path(sys.argv[1]), sys.argv[2]
 form = build.all_forms()[name]

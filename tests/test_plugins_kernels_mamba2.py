@@ -18,7 +18,7 @@ from activations import ACTIVATIONS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ingot.plugins import cuda
+from ingot.plugins import torch_kernels
 from ingot.plugins.causal_conv import causal_conv
 from ingot.plugins.library import Library, LibraryError
 from ingot.plugins.mamba2_scan import mamba2_scan
@@ -55,7 +55,7 @@ def _guarded_workspace() -> Iterator[None]:
         assert bool((workspace[size:] == 255).all()), "written behind the workspace"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_run", run)
+        patch.setattr(torch_kernels, "_run", run)
         yield
 
 
@@ -126,7 +126,7 @@ def scan(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     device.launches.clear()
     tensors = [a[each.name] for each in mamba2_scan.inputs]
-    y, state = cuda.call(mamba2_scan, device, *tensors, 1, *limits, new_state=new_state)
+    y, state = torch_kernels.call(mamba2_scan, device, *tensors, 1, *limits, new_state=new_state)
     return y, state
 
 
@@ -536,7 +536,7 @@ def assert_conv_right(
     activation: str,
 ) -> None:
     device.launches.clear()
-    y, new_state = cuda.call(causal_conv, device, x, state, weight, bias, activation)
+    y, new_state = torch_kernels.call(causal_conv, device, x, state, weight, bias, activation)
     expected_y, expected_state = conv_loop(x, state, weight, bias, activation)
     assert y.dtype == new_state.dtype == x.dtype
     positive_bias = None if bias is None else bias.abs()
@@ -596,11 +596,11 @@ def test_conv_in_place_token_by_token_equals_one_call(
     device: InterpretedLibrary, width: int
 ) -> None:
     x, state, weight, bias = conv_arguments(2, 11, 32, width, torch.bfloat16)
-    y, new_state = cuda.call(causal_conv, device, x, state, weight, bias, "silu")
-    steps = [
-        cuda.call(causal_conv, device, x_t, state, weight, bias, "silu", new_state=state)[0]
-        for x_t in torch.split(x, 1, dim=1)
-    ]
+    y, new_state = torch_kernels.call(causal_conv, device, x, state, weight, bias, "silu")
+    steps = []
+    for x_t in torch.split(x, 1, dim=1):
+        rest = (x_t, state, weight, bias, "silu")
+        steps.append(torch_kernels.call(causal_conv, device, *rest, new_state=state)[0])
     assert torch.equal(torch.cat(steps, 1), y)
     assert torch.equal(state, new_state)
 
@@ -610,7 +610,9 @@ def test_conv_of_large_numbers(device: InterpretedLibrary) -> None:
     for activation in ACTIVATIONS:
         x, state, weight, bias = conv_arguments(1, 3, 16, 1, torch.float32)
         x[0, 0], x[0, 1], x[0, 2] = 1e30, -1e30, math.nan
-        y, _ = cuda.call(causal_conv, device, x, state, weight.fill_(1), bias.zero_(), activation)
+        y, _ = torch_kernels.call(
+            causal_conv, device, x, state, weight.fill_(1), bias.zero_(), activation
+        )
         low = -1e30 if activation == "identity" else 0.0
         assert torch.equal(y[0, 0], torch.full((16,), 1e30))
         assert torch.equal(y[0, 1], torch.full((16,), low)), activation
@@ -653,7 +655,9 @@ def test_every_form_is_reached(device: InterpretedLibrary) -> None:
                 reached |= set(launched(device))
             for width in (4, 5):
                 device.launches.clear()
-                cuda.call(causal_conv, device, *conv_arguments(1, tokens, 16, width, dtype), "silu")
+                torch_kernels.call(
+                    causal_conv, device, *conv_arguments(1, tokens, 16, width, dtype), "silu"
+                )
                 reached |= set(launched(device))
     from ingot.plugins.kernels import mamba2
 

@@ -15,7 +15,7 @@ from activations import ACTIVATIONS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ingot.plugins import cuda
+from ingot.plugins import torch_kernels
 from ingot.plugins.library import LibraryError
 from ingot.plugins.moe_dispatch import moe_dispatch
 from ingot.plugins.moe_linear import moe_linear
@@ -134,7 +134,7 @@ def check_dispatch(
 ) -> list[str]:
     """Compare with the loop; returns the forms that ran."""
     device.launches.clear()
-    found = cuda.call(moe_dispatch, device, *arguments, top_k, normalize, activation)
+    found = torch_kernels.call(moe_dispatch, device, *arguments, top_k, normalize, activation)
     assert found.dtype == arguments[0].dtype
     assert_close(found, dispatch_loop(*arguments, top_k, normalize, activation))
     return [launched.form for launched in device.launches]
@@ -145,7 +145,7 @@ def check_linear(
 ) -> list[str]:
     """Compare with the loop; returns the forms that ran."""
     device.launches.clear()
-    found = cuda.call(moe_linear, device, x, ids, weight)
+    found = torch_kernels.call(moe_linear, device, x, ids, weight)
     assert found.dtype == x.dtype
     assert_close(found, linear_loop(x, ids, weight))
     return [launched.form for launched in device.launches]
@@ -271,9 +271,9 @@ def test_minus_infinity_masks_an_expert(device: InterpretedLibrary, tokens: int)
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_nan_logits_spoil_their_own_token_only(device: InterpretedLibrary, tokens: int) -> None:
     arguments = dispatch_arguments(tokens, 6, 16, 16)
-    whole = cuda.call(moe_dispatch, device, *arguments, 6, False, "silu")
+    whole = torch_kernels.call(moe_dispatch, device, *arguments, 6, False, "silu")
     arguments[1][0] = math.nan
-    spoilt = cuda.call(moe_dispatch, device, *arguments, 6, False, "silu")
+    spoilt = torch_kernels.call(moe_dispatch, device, *arguments, 6, False, "silu")
     assert spoilt[0].isnan().all()
     torch.testing.assert_close(spoilt[1:], whole[1:], rtol=0, atol=0)
 
@@ -310,7 +310,7 @@ def test_dispatch_equals_the_loop(
 def test_results_repeat_bit_by_bit(device: InterpretedLibrary, tokens: int) -> None:
     arguments = dispatch_arguments(tokens, 8, 48, 40, torch.bfloat16)
     first, second = (
-        cuda.call(moe_dispatch, device, *arguments, 4, False, "silu") for _ in range(2)
+        torch_kernels.call(moe_dispatch, device, *arguments, 4, False, "silu") for _ in range(2)
     )
     assert torch.equal(first, second)
 
@@ -508,8 +508,8 @@ def poisoned(
         library.run(parameters, workspace.data_ptr(), size, None)
         assert bool((workspace[size:] == 255).all()), "written behind the workspace"
 
-    monkeypatch.setattr(cuda, "_run", run)
-    y: torch.Tensor = cuda.call(moe_dispatch, device, *arguments, 2, True, "silu")
+    monkeypatch.setattr(torch_kernels, "_run", run)
+    y: torch.Tensor = torch_kernels.call(moe_dispatch, device, *arguments, 2, True, "silu")
     return y
 
 
@@ -548,7 +548,7 @@ def test_many_tokens_are_dispatched_in_slices(
 def test_slices_are_nearly_equal(sliced: InterpretedLibrary) -> None:
     sliced.tune(slice_tokens=64)
     sliced.launches.clear()
-    cuda.call(moe_dispatch, sliced, *dispatch_arguments(130, 3, 8, 8), 1, False, "silu")
+    torch_kernels.call(moe_dispatch, sliced, *dispatch_arguments(130, 3, 8, 8), 1, False, "silu")
     grids = [each.grid[0] for each in sliced.launches if each.form == "moe_route_e64"]
     assert grids == [48, 48, 34]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.on_gpu import shapes
-from ingot.plugins import check, cuda
+from ingot.plugins import check, torch_kernels
 from ingot.plugins.causal_conv import causal_conv
 from ingot.plugins.kernels.build import all_forms
 from ingot.plugins.mamba2_scan import mamba2_scan
@@ -47,7 +47,7 @@ def test_every_small_case_launches_what_its_kernels_are_written_for(
 def test_an_empty_convolution_passes_its_state_on(recorder: RecordingLibrary) -> None:
     x, state = torch.zeros(2, 0, 16), torch.zeros(2, 16, 3)
     recorder.launches.clear()
-    cuda.call(causal_conv, recorder, x, state, torch.zeros(16, 1, 4), None, "silu")
+    torch_kernels.call(causal_conv, recorder, x, state, torch.zeros(16, 1, 4), None, "silu")
     assert len(recorder.launches) == 1
 
 
@@ -103,19 +103,19 @@ def test_refuses_a_pointer_outside_its_call(
 
 def test_a_changed_plan_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host layer that makes one block too few, compiled from a changed copy of its source."""
-    from ingot.plugins.kernels import host
+    from ingot.plugins.kernels import link
     from ingot.plugins.kernels.record import RecordError, RecordingLibrary
 
     sources = tmp_path / "csrc"
     sources.mkdir()
-    for path in host.SOURCES.iterdir():
+    for path in link.SOURCES.iterdir():
         text = path.read_text()
         if path.name == "mamba2.cpp":
             changed = text.replace("tiles(p.head_size, rows)}", "tiles(p.head_size, rows) - 1}")
             assert changed != text
             text = changed
         (sources / path.name).write_text(text)
-    monkeypatch.setattr(host, "SOURCES", sources)
+    monkeypatch.setattr(link, "SOURCES", sources)
     wrong = RecordingLibrary(all_forms(), tmp_path / "built")
     case = check.mamba2_scan_case(wrong, "cpu", torch.bfloat16, 1, 1, 4, 32, 2, 32)
     with pytest.raises(RecordError, match=r"mamba2_step_bf16_n64 was launched on \(4, 1, 1\)"):

@@ -10,7 +10,7 @@ import pytest
 
 from ingot.plugins import library
 from ingot.plugins.activations import ACTIVATIONS
-from ingot.plugins.kernels.host import SOURCES
+from ingot.plugins.kernels.link import SOURCES
 from ingot.plugins.library import CALLS, Tuning
 from ingot.plugins.operator import DTYPES
 

@@ -21,9 +21,9 @@ import pytest
 import torch
 from onnx import helper
 
-from ingot.plugins import cuda, library
+from ingot.plugins import library, torch_kernels
 from ingot.plugins.errors import IngotError
-from ingot.plugins.kernels.host import SOURCES, run_compiler
+from ingot.plugins.kernels.link import SOURCES, run_compiler
 from ingot.plugins.library import Library, LibraryError
 from ingot.plugins.operator import Operator, OperatorError
 from ingot.plugins.registry import OPERATORS
@@ -197,8 +197,10 @@ def repeated(operator: Operator, form: int) -> Iterator[tuple[list[list[int]], l
 
 
 def call_from_torch(stub: Path, name: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What ``plugins.cuda`` calls for the same node; its outputs."""
-    outputs = cuda.call(OPERATORS[name], Library(stub), *tensors, *ATTRIBUTES[name].values())
+    """What ``plugins.torch_kernels`` calls for the same node; its outputs."""
+    outputs = torch_kernels.call(
+        OPERATORS[name], Library(stub), *tensors, *ATTRIBUTES[name].values()
+    )
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 

@@ -26,7 +26,7 @@ from benchmarks.on_gpu.decoding import (
 from benchmarks.on_gpu.runner import Found, Item, Wrong
 from ingot.graphs.family import Family, find_family
 from ingot.graphs.preset import preset_config
-from ingot.plugins import cuda
+from ingot.plugins import torch_kernels
 from ingot.plugins.check import relative_rms
 from ingot.plugins.registry import OPERATORS
 
@@ -40,7 +40,7 @@ LIMIT, REHEARSED_LIMIT = 2.0, 4.0
 def items(bench: Bench) -> Iterator[Item]:
     """Two layers of each model, then the whole of each."""
     library = bench.library()
-    cuda.register(library, bench.device.name)
+    torch_kernels.register(library, bench.device.name)
     for name in FAMILIES:
         yield Item(f"{name} two layers", partial(two_layers, bench, name))
     for name in FAMILIES:

@@ -18,7 +18,7 @@ from benchmarks.on_gpu import peers, shapes
 from benchmarks.on_gpu.bench import Bench
 from benchmarks.on_gpu.devices import Seconds
 from benchmarks.on_gpu.runner import Found, Item, Refused
-from ingot.plugins import cuda
+from ingot.plugins import torch_kernels
 from ingot.plugins.causal_conv import causal_conv
 from ingot.plugins.check import Inputs, inputs
 from ingot.plugins.library import Library
@@ -164,7 +164,7 @@ def moe(bench: Bench, library: Library, shape: shapes.Moe, tokens: int) -> Timed
     loop = peers.CublasLoop(logits, shape.top_k)
     options = (shape.top_k, shape.normalize, "silu")
     return Timed(
-        [partial(cuda.call, moe_dispatch, library, *each, *options) for each in sets],
+        [partial(torch_kernels.call, moe_dispatch, library, *each, *options) for each in sets],
         moved,
         2.0 * of_expert * tokens * shape.top_k,
         {
@@ -187,7 +187,7 @@ def linear(bench: Bench, library: Library, shape: shapes.Linear, tokens: int) ->
     moved = 2.0 * (len(torch.unique(ids)) * of_expert + of_tokens)
     sets = [first, *(make() for _ in _sets(bench, moved)[1:])]
     return Timed(
-        [partial(cuda.call, moe_linear, library, *each) for each in sets],
+        [partial(torch_kernels.call, moe_linear, library, *each) for each in sets],
         moved,
         2.0 * of_expert * choices,
         {"grouped_mm": [partial(peers.grouped_linear, *each) for each in sets]},
@@ -208,7 +208,7 @@ def scan(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens:
     if tokens <= MOST_EAGER_TOKENS:
         beside["eager"] = [partial(mamba2_scan, *each, 1, *limits) for each in sets[:1]]
     return Timed(
-        [partial(cuda.call, mamba2_scan, library, *each, 1, *limits) for each in sets],
+        [partial(torch_kernels.call, mamba2_scan, library, *each, 1, *limits) for each in sets],
         moved,
         4.0 * tokens * state,
         beside,
@@ -222,7 +222,7 @@ def conv(bench: Bench, library: Library, shape: shapes.Scan, batch: int, tokens:
     moved = 4.0 * batch * channels * (tokens + past) + 2.0 * channels * (shape.width + 1)
     sets = [inputs(causal_conv, bench.device.name, BF16, sizes) for _ in _sets(bench, moved)]
     return Timed(
-        [partial(cuda.call, causal_conv, library, *each, "silu") for each in sets],
+        [partial(torch_kernels.call, causal_conv, library, *each, "silu") for each in sets],
         moved,
         2.0 * batch * tokens * channels * shape.width,
         {"conv1d": [partial(peers.conv1d, *each) for each in sets]},

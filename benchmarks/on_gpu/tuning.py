@@ -11,7 +11,7 @@ import torch
 from benchmarks.on_gpu import shapes
 from benchmarks.on_gpu.bench import Bench
 from benchmarks.on_gpu.runner import Found, Item, Refused, Wrong
-from ingot.plugins import cuda
+from ingot.plugins import torch_kernels
 from ingot.plugins.check import inputs, relative_rms
 from ingot.plugins.kernels.build import TUNE_PATH
 from ingot.plugins.library import Library, LibraryError
@@ -94,7 +94,7 @@ def tiles(bench: Bench, library: Library, tokens: int) -> Found:
 
     def call(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x, logits, gate_up, down = tensors
-        return (cuda.call(moe_dispatch, library, x, logits, gate_up, down, *options),)
+        return (torch_kernels.call(moe_dispatch, library, x, logits, gate_up, down, *options),)
 
     choices = {
         f"{rows}x{columns} {variant}".strip(): partial(
@@ -117,7 +117,7 @@ def chunks(bench: Bench, library: Library, tokens: int) -> Found:
     )
 
     def call() -> tuple[torch.Tensor, ...]:
-        y, state = cuda.call(mamba2_scan, library, *given, 1, 0.0, math.inf)
+        y, state = torch_kernels.call(mamba2_scan, library, *given, 1, 0.0, math.inf)
         return y, state
 
     choices = {

@@ -35,7 +35,7 @@ extern const char *const kCapabilities;
 // What ingot_kernels_build() answers.
 extern const char *const kBuildLine;
 
-// Whether a cubin runs on a device, by compute capabilities; the rule of plugins/kernels/table.py.
+// Whether a cubin runs on a device, by compute capabilities; the rule of plugins/kernels/form.py.
 // From 9.0 on Triton compiles for architecture-specific targets (sm_90a), which fit one capability.
 inline bool runs_on(int compiled, int device) {
     if (compiled >= 90) return compiled == device;

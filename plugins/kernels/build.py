@@ -22,8 +22,8 @@ from typing import Any
 
 from ingot.plugins.errors import IngotError, install_hint
 from ingot.plugins.kernels import ptxas, wgmma
-from ingot.plugins.kernels.host import Compiled, argument_letters, link
-from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES, Form
+from ingot.plugins.kernels.form import COMPUTE_CAPABILITIES, Form
+from ingot.plugins.kernels.link import Compiled, argument_letters, link
 from ingot.plugins.library import PATH, Library
 from ingot.plugins.registry import OPERATORS
 

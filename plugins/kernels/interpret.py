@@ -19,8 +19,8 @@ import torch
 
 from ingot.plugins.errors import IngotError
 from ingot.plugins.kernels.build import plan_constants
-from ingot.plugins.kernels.host import Compiled, argument_letters, link, run_compiler
-from ingot.plugins.kernels.table import Form
+from ingot.plugins.kernels.form import Form
+from ingot.plugins.kernels.link import Compiled, argument_letters, link, run_compiler
 from ingot.plugins.library import Library
 
 FAKE_DRIVER = Path(__file__).with_name("fake_driver.cpp")

@@ -32,7 +32,7 @@ import triton.language as tl
 
 from ingot.plugins.activations import ACTIVATIONS
 from ingot.plugins.causal_conv import MOST_WIDTH
-from ingot.plugins.kernels.table import DTYPES, TUNED, Form
+from ingot.plugins.kernels.form import DTYPES, TUNED, Form
 from ingot.plugins.mamba2_scan import MOST_STATES
 
 # Triton's interpreter multiplies the bit patterns of bfloat16; there each operand is widened first.

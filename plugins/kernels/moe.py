@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from ingot.plugins.activations import ACTIVATIONS
-from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES, TUNED, Form
+from ingot.plugins.kernels.form import COMPUTE_CAPABILITIES, TUNED, Form
 from ingot.plugins.moe_dispatch import MOST_CHOSEN, MOST_EXPERTS
 
 # The most choices that the programs of a grouped product search by themselves.

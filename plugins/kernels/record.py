@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ingot.plugins.errors import IngotError
+from ingot.plugins.kernels.form import Form
 from ingot.plugins.kernels.interpret import InterpretedLibrary
-from ingot.plugins.kernels.table import Form
 from ingot.plugins.library import CALLS
 from ingot.plugins.operator import DTYPES, Operator, size_of
 

@@ -23,7 +23,7 @@ from ingot.plugins import library
 from ingot.plugins.activations import ACTIVATIONS
 from ingot.plugins.errors import IngotError
 from ingot.plugins.kernels.build import FOLDER
-from ingot.plugins.kernels.host import SOURCES, run_compiler
+from ingot.plugins.kernels.link import SOURCES, run_compiler
 from ingot.plugins.operator import Operator, Tensor
 from ingot.plugins.registry import OPERATORS
 

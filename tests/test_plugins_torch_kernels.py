@@ -16,7 +16,7 @@ from oracle import relative_rms, tokens
 
 from ingot.graphs.checkpoint import Checkpoint, load_parameters
 from ingot.graphs.family import family_of
-from ingot.plugins import cuda
+from ingot.plugins import torch_kernels
 from ingot.plugins.causal_conv import causal_conv
 from ingot.plugins.library import Library, LibraryError
 from ingot.plugins.mamba2_scan import mamba2_scan
@@ -36,7 +36,7 @@ OFF = contextlib.ExitStack()
 
 @pytest.fixture(scope="module")
 def registered(device: InterpretedLibrary) -> InterpretedLibrary:
-    cuda.register(device, "cpu")
+    torch_kernels.register(device, "cpu")
     # Off, outside the tests that turn them on.
     OFF.enter_context(switched(on=False))
     return device
@@ -107,7 +107,7 @@ def test_a_convolution_on_its_kernel_is_the_reference(
 def test_registering_prepares_the_current_device(registered: InterpretedLibrary) -> None:
     # A context into which nothing is loaded.
     registered.set_capability(90)
-    cuda.register(registered, "cpu")
+    torch_kernels.register(registered, "cpu")
     try:
         # A first call while a graph is captured; nothing can be loaded then.
         registered.driver.fake_driver_capture(1)
@@ -132,9 +132,9 @@ def test_prepares_a_device_in_its_own_context(
     monkeypatch.setattr(torch.cuda, "init", lambda: done.append("init"))
     monkeypatch.setattr(torch.cuda, "device", entered)
     monkeypatch.setattr(device, "prepare", lambda: done.append("prepare"))
-    cuda.prepare(device, torch.device("cuda", 1))
+    torch_kernels.prepare(device, torch.device("cuda", 1))
     assert done == ["init", "enter cuda:1", "prepare", "leave"]
-    cuda.prepare(device, torch.device("cpu"))
+    torch_kernels.prepare(device, torch.device("cpu"))
     assert done[4:] == ["prepare"]
 
 
@@ -150,7 +150,7 @@ def calls(library: Library) -> dict[str, tuple[Call, list[torch.Tensor]]]:
 
     def on_kernels(operator: Operator, *mixed: Any, new_state: torch.Tensor | None = None) -> Any:
         attributes, tensors = mixed[: len(operator.attributes)], mixed[len(operator.attributes) :]
-        return cuda.call(operator, library, *tensors, *attributes, new_state=new_state)
+        return torch_kernels.call(operator, library, *tensors, *attributes, new_state=new_state)
 
     ids = torch.tensor([[0, 1], [1, 0], [1, 1]])
     a, d, dt_bias = -torch.rand(2, generator=random), normal(2), normal(2)
@@ -194,7 +194,7 @@ def test_a_call_runs_in_the_context_of_its_tensors(
         during.append(list(inside))
         run(*arguments)
 
-    monkeypatch.setattr(cuda, "_on", on)
+    monkeypatch.setattr(torch_kernels, "_on", on)
     monkeypatch.setattr(device, "run", noted)
     call, tensors = calls(device)[operation]
     call(*tensors)
@@ -209,7 +209,7 @@ def test_the_context_of_a_cuda_device_is_made_current(monkeypatch: pytest.Monkey
         return contextlib.nullcontext()
 
     monkeypatch.setattr(torch.cuda, "device", entering)
-    with cuda._on(torch.device("cuda", 1)), cuda._on(torch.device("cpu")):
+    with torch_kernels._on(torch.device("cuda", 1)), torch_kernels._on(torch.device("cpu")):
         assert entered == [torch.device("cuda", 1)]
 
 
@@ -272,14 +272,14 @@ def test_copies_outlive_the_call_that_reads_them(
     """A copy that is freed early is overwritten by the next one, which here is the workspace."""
     call, tensors = calls(device)["causal_conv"]
     expected, _ = outputs(call(*tensors))
-    run = cuda._run
+    run = torch_kernels._run
 
     def after_others(library: Library, parameters: Structure, x: torch.Tensor) -> None:
         taken = [torch.full((5,), torch.nan) for _ in range(100)]
         run(library, parameters, x)
         del taken
 
-    monkeypatch.setattr(cuda, "_run", after_others)
+    monkeypatch.setattr(torch_kernels, "_run", after_others)
     found, _ = outputs(call(*map(spread, tensors)))
     assert torch.equal(found, expected)
 
@@ -291,7 +291,7 @@ def test_an_eager_graph_on_the_gpu_computes_the_same(
     make_checkpoint: MakeCheckpoint, family: str, dtype: torch.dtype
 ) -> None:
     """On the card: the kernels and the reference, both against float64."""
-    cuda.register(Library())
+    torch_kernels.register(Library())
     checkpoint = Checkpoint.open(make_checkpoint(family))
     found = family_of(checkpoint)
     ids, mask = (torch.from_numpy(array).cuda() for array in tokens(512))

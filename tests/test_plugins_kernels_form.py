@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from ingot.plugins.kernels.host import SOURCES
-from ingot.plugins.kernels.table import COMPUTE_CAPABILITIES, runs_on
+from ingot.plugins.kernels.form import COMPUTE_CAPABILITIES, runs_on
+from ingot.plugins.kernels.link import SOURCES
 
 # Every compute capability that CUDA 13 knows, and some before.
 DEVICES = (70, 72, 75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)
