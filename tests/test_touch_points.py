@@ -22,14 +22,17 @@ PARTS = ("export", "graphs", "plugins", "runtime", "validate")
 def strings_and_imports(source: str) -> Iterator[str]:
     """The strings of a source text, its docstrings apart, and the modules of graphs/ it imports."""
     tree = ast.parse(source)
-    documentation = set()
+    other = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body:
             first = node.body[0]
-            documentation |= {id(first.value)} if isinstance(first, ast.Expr) else set()
+            other |= {id(first.value)} if isinstance(first, ast.Expr) else set()
+        elif isinstance(node, ast.keyword) and node.arg == "kernels":
+            # The file of an operator's kernels, which may be called as an architecture is.
+            other.add(id(node.value))
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield "" if id(node) in documentation else node.value
+            yield "" if id(node) in other else node.value
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ingot.graphs"):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
