@@ -19,6 +19,7 @@ from onnx import numpy_helper
 from traces import Traces
 
 from ingot.export.ingot import GRAPH, WEIGHTS
+from ingot.export.request import EXTRA_OUTPUTS
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.validate.locate.locate import locate
 from ingot.validate.result import Location
@@ -404,6 +405,18 @@ def test_names_a_node_that_differs_without_an_effect(find: Find) -> None:
     assert (found.layer, found.operator, found.ratio) == (1, "Softmax", 0.0)
 
 
+def test_names_a_node_with_another_constant_without_an_effect(find: Find) -> None:
+    def change(graph: onnx.GraphProto) -> None:
+        last = np.iinfo(np.int64).max
+        for tensor in graph.initializer:
+            if tensor.raw_data == np.int64(last).tobytes():
+                tensor.raw_data = np.int64(last // 2).tobytes()
+
+    found = find("granite", "onnx", graph(change))
+    assert found is not None
+    assert (found.layer, found.operator, found.ratio) == (0, "Slice", 0.0)
+
+
 def test_names_an_output_that_is_missing(find: Find) -> None:
     def change(graph: onnx.GraphProto) -> None:
         node = next(node for node in graph.node if "present.2.value" in node.output)
@@ -483,3 +496,170 @@ def test_finds_a_bfloat16_value_in_a_float32_graph(find: Find) -> None:
         graph.node.insert(at, cast)
 
     check(find("olmoe", "onnx", graph(change)), "onnx", 1, "Reshape")
+
+
+Harmless = Callable[[onnx.GraphProto], None]
+
+
+def numbered(graph: onnx.GraphProto) -> list[str]:
+    """The values whose names say nothing, in the order of computation."""
+    outputs = {value.name for value in graph.output}
+    made = [name for node in graph.node for name in node.output if name]
+    return [n for n in made if n not in outputs and n.partition(".")[0] not in EXTRA_OUTPUTS]
+
+
+def rename(graph: onnx.GraphProto, names: dict[str, str], begin: int = 0) -> None:
+    """Other names for values, where nodes from one on read them, branches included."""
+    for node in graph.node[begin:]:
+        for index, name in enumerate(node.input):
+            node.input[index] = names.get(name, name)
+        for attribute in node.attribute:
+            rename(attribute.g, names)
+
+
+def insert(graph: onnx.GraphProto, value: str, *operators: str, **attributes: Any) -> None:
+    """Nodes of one input behind a value; what read it reads the last. Their names have a blank."""
+    (at,) = (index for index, node in enumerate(graph.node) if value in node.output)
+    made = [f"{value} {number}" for number in range(len(operators))]
+    rename(graph, {value: made[-1]}, at + 1)
+    for operator, source, name in zip(operators, [value, *made], made, strict=False):
+        at += 1
+        node = onnx.helper.make_node(operator, [source], [name], **attributes)
+        graph.node.insert(at, node)
+
+
+def renumbered(change: Harmless) -> Harmless:
+    """A change, after which values are named as the exporter names them: in their order.
+
+    So a value more takes the name of the one that was at its place.
+    """
+
+    def apply(graph: onnx.GraphProto) -> None:
+        before = numbered(graph)
+        change(graph)
+        counted = [*before, *(f"last_{number}" for number in range(999))]
+        names = dict(zip(numbered(graph), counted, strict=False))
+        assert sum(old != new for old, new in names.items()) > len(before) / 2
+        rename(graph, names)
+        for node in graph.node:
+            for index, name in enumerate(node.output):
+                node.output[index] = names.get(name, name)
+
+    return apply
+
+
+def identity_first(graph: onnx.GraphProto) -> None:
+    insert(graph, graph.node[0].output[0], "Identity")
+
+
+def doubled_negations(graph: onnx.GraphProto) -> None:
+    for norm in nodes(graph, "RMSNormalization"):
+        insert(graph, norm.output[0], "Neg", "Neg")
+
+
+def casts(graph: onnx.GraphProto) -> None:
+    """To what the value is, behind every product but that of the head, which is an output."""
+    weight = next(t for t in graph.initializer if "layers.1" in t.name and "norm" in t.name)
+    for product in nodes(graph, "MatMul")[:-1]:
+        insert(graph, product.output[0], "Cast", to=weight.data_type)
+
+
+def weights_by_another_name(graph: onnx.GraphProto) -> None:
+    for tensor in graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            other = f"{tensor.name} "
+            rename(graph, {tensor.name: other})
+            graph.node.insert(0, onnx.helper.make_node("Identity", [tensor.name], [other]))
+
+
+def all_of_them(graph: onnx.GraphProto) -> None:
+    for change in (casts, doubled_negations, identity_first, weights_by_another_name):
+        change(graph)
+
+
+def no_guard(graph: onnx.GraphProto) -> None:
+    """Without the first node that keeps a buffer from being used again, which none is here."""
+    guard = nodes(graph, "Where")[-3]
+    assert guard.input[1] == nodes(graph, "MoE")[0].output[0]
+    bypass(graph, guard, guard.input[1])
+
+
+def another_operator(family: str, graph: onnx.GraphProto) -> None:
+    """Another function of one value in layer 1."""
+    right, wrong = ("Sigmoid", "Tanh") if family == "mamba2" else ("Neg", "Abs")
+    layer = LAYER[family].removesuffix("mixer.")
+    norm = next(n for n in nodes(graph, "RMSNormalization") if n.input[1].startswith(layer))
+    behind = graph.node[list(graph.node).index(norm) :]
+    # The names of what was inserted have a blank.
+    node = next(n for n in behind if n.op_type == right and " " not in n.output[0])
+    node.op_type, node.doc_string = wrong, "wrong"
+
+
+@pytest.fixture
+def find_renumbered(find: Find) -> Find:
+    """``find(family, target, harmless, ...)``: the place in an ingot whose values are renumbered.
+
+    Beside the harmless change it has another operator in layer 1, and its value is what is found.
+    """
+
+    def find_in_renumbered(
+        family: str, target: str, harmless: Harmless, precision: str = "fp32"
+    ) -> None:
+        wrong = onnx.NodeProto()
+
+        def damage(graph: onnx.GraphProto) -> None:
+            harmless(graph)
+            another_operator(family, graph)
+
+        def change(graph: onnx.GraphProto) -> None:
+            renumbered(damage)(graph)
+            (node,) = (node for node in graph.node if node.doc_string == "wrong")
+            wrong.CopyFrom(node)
+
+        found = find(family, target, graph(change), precision=precision)
+        assert found is not None and found.ratio > 100
+        assert (found.layer, found.operator, found.value) == (1, wrong.op_type, wrong.output[0])
+
+    return find_in_renumbered
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_the_node_however_the_values_are_numbered(
+    find_renumbered: Find, family: str, target: str
+) -> None:
+    find_renumbered(family, target, all_of_them)
+
+
+@pytest.mark.parametrize(
+    "harmless", [identity_first, doubled_negations, casts, weights_by_another_name]
+)
+def test_names_the_node_whatever_else_the_graph_has(
+    find_renumbered: Find, harmless: Harmless
+) -> None:
+    find_renumbered("granite", "onnx", harmless)
+
+
+def test_names_the_node_where_the_graph_has_one_less(find_renumbered: Find) -> None:
+    find_renumbered("olmoe", "ort", no_guard)
+
+
+def test_names_the_node_of_a_renumbered_graph_in_float16(find_renumbered: Find) -> None:
+    find_renumbered("mamba2", "trt", all_of_them, precision="fp16")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_finds_nothing_where_nodes_change_no_number(find: Find, target: str) -> None:
+    assert find("olmoe", target, graph(renumbered(doubled_negations))) is None
+
+
+def test_finds_a_wrong_node_more(find: Find) -> None:
+    """Not where it stands, which no other graph has, but in what reads it first."""
+
+    def change(graph: onnx.GraphProto) -> None:
+        product = reader(graph, "model.layers.0.self_attn.k_proj.weight")
+        (heads,) = (node for node in graph.node if product.output[0] in node.input)
+        insert(graph, heads.output[0], "Neg")
+
+    found = find("granite", "onnx", graph(change))
+    check(found, "onnx", 0, "Slice")
