@@ -41,6 +41,7 @@ from transformers import Mamba2Config as OracleConfig
 from ingot.export.ingot import Manifest, TensorInfo
 from ingot.graphs.checkpoint import Checkpoint, CheckpointError, load_parameters
 from ingot.graphs.config import ConfigError
+from ingot.graphs.layers import Step
 from ingot.graphs.mamba2 import FAMILY, Mamba2Config
 from ingot.graphs.preset import preset_config, random_weight
 from ingot.graphs.state import Kind, State
@@ -526,7 +527,7 @@ class OfOurs(nn.Module):
         self.past = past
 
     def forward(self, x: torch.Tensor, **_: Any) -> torch.Tensor:
-        mixed: torch.Tensor = self.mixer(x, x.new_ones(x.shape[:2]), *self.past)[0]
+        mixed: torch.Tensor = self.mixer(x, Step(real=x.new_ones(x.shape[:2])), self.past).x
         return mixed
 
 
