@@ -820,8 +820,17 @@ def test_activations_of_a_seeded_checkpoint_are_lively(
 # Validation
 
 
+# Of the others, a validation compares what the tests above compare with transformers.
+VALIDATED = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in (BASE, "chunk_size")))
+    for name in CONFIGS
+]
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_validation_passes(subject: Subject, target: str) -> None:
+@pytest.mark.parametrize("name", VALIDATED)
+def test_validation_passes(subjects: Callable[[str], Subject], name: str, target: str) -> None:
+    subject = subjects(name)
     reference = Reference(Checkpoint.open(subject.folder), "generate")
     report = validate_ingot(subject.ingots[target], reference)
     assert (report.verdict, report.failures) == ("passed", [])

@@ -15,15 +15,24 @@ import torch
 from ingot.plugins import check as subject
 from ingot.plugins.device import has_gpu
 from ingot.plugins.library import PATH, Library
+from ingot.plugins.registry import OPERATORS
 
 if TYPE_CHECKING:
     from ingot.plugins.kernels.interpret import InterpretedLibrary
 
 
+@pytest.mark.slow
 def test_every_small_case_passes(device: InterpretedLibrary) -> None:
     """In one dtype: the rehearsal of benchmarks/gpu.py has another, the kernels' own tests all."""
     cases = subject.small_cases(device, "cpu", (torch.float32,))
     assert subject.check(cases, repeats=0) == []
+
+
+def test_a_small_case_of_every_operator_passes(device: InterpretedLibrary) -> None:
+    cases = subject.small_cases(device, "cpu", (torch.float32,))
+    by_operator = {case.name.split()[0]: case for case in cases}
+    assert by_operator.keys() == OPERATORS.keys()
+    assert subject.check(iter(by_operator.values()), repeats=0) == []
 
 
 def spoiled(case: subject.Case, spoil: Callable[[subject.Tensors, int], object]) -> subject.Case:
