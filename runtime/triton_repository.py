@@ -115,8 +115,7 @@ def write_repository(
         version = stage / f"{plan.settings.name}_generate" / "1"
         for file in carried(manifest) if plan.generate else ():
             (version / file).parent.mkdir(parents=True, exist_ok=True)
-            inside = PARTS / file.removeprefix("ingot/")
-            shutil.copyfile(inside if inside.is_file() else PARTS / file, version / file)
+            shutil.copyfile(source(file), version / file)
         write_record(stage, plan, place)
     return plan
 
@@ -124,6 +123,13 @@ def write_repository(
 def carried(manifest: Manifest) -> tuple[str, ...]:
     """The files of ours that the Python model needs, from the root of the packages."""
     return CARRIED if manifest.engine is None else CARRIED + CARRIED_FOR_ENGINES
+
+
+def source(file: str) -> Path:
+    """Where one of the carried files lies here."""
+    part = PARTS / file.removeprefix("ingot/")
+    # In a checkout the package's own files lie beside the parts.
+    return part if part.is_file() else PARTS / file
 
 
 def ingot_place(plan: Plan) -> str:

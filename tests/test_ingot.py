@@ -112,5 +112,9 @@ def test_finds_its_parts_where_links_did_not_survive(tmp_path: Path) -> None:
     for part in ("export", "graphs", "plugins", "runtime", "validate"):
         skipped = shutil.ignore_patterns("__pycache__", "lib")
         shutil.copytree(ROOT / part, tmp_path / part, ignore=skipped)
-    code = "import ingot, ingot.runtime.cli, ingot.export.api; print(ingot.export.api.__file__)"
+    code = (
+        "import ingot.export.api, ingot.runtime.triton_repository as triton\n"
+        "assert all(triton.source(file).is_file() for file in triton.CARRIED)\n"
+        "print(ingot.export.api.__file__)"
+    )
     assert _python(code, cwd=tmp_path).strip() == str(tmp_path / "export" / "api.py")

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from google.protobuf import text_format
-from test_packaging import wheel  # noqa: F401
 
 from ingot.export.engine import profiles
 from ingot.export.ingot import ENGINE, GRAPH, EngineInfo, Manifest, file_infos
