@@ -34,8 +34,9 @@ class Lowering(NamedTuple):
     lower: Callable[[ir.Model], None]
 
 
-# By target and execution provider; a graph of any other target is the canonical one.
-LOWERINGS = {
+# By target and execution provider; None where the canonical graph is what is delivered.
+LOWERINGS: dict[tuple[str, str], Lowering | None] = {
+    ("onnx", ""): None,
     ("ort", "cpu"): Lowering("ONNX Runtime", lower_ort),
     ("trt", ""): Lowering("TensorRT", lower_trt),
     ("trt-rtx", ""): Lowering("TensorRT", lower_trt),
@@ -109,7 +110,7 @@ class Recipe:
             captured = (capture or trace)(
                 eager.model, eager.read, precision=self.dtype, extra_outputs=self.extra_outputs
             )
-        lowering = LOWERINGS.get((self.target, self.provider))
+        lowering = LOWERINGS[self.target, self.provider]
         if lowering is not None:
             with stages.stage(f"lower to {lowering.runtime}"):
                 lowering.lower(captured.model)

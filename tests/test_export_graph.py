@@ -1,0 +1,78 @@
+"""The recipe: what is captured, and which passes follow for a target."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from ingot.export import graph
+from ingot.export.capture import Captured
+from ingot.export.graph import LOWERINGS, Lowering, Recipe
+from ingot.export.progress import Stages
+from ingot.export.request import PRECISIONS, TARGETS, ExportError
+from ingot.graphs.checkpoint import Checkpoint
+
+
+class Tracer:
+    """Notes what it is to capture, and returns an empty graph."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def __call__(self, model: nn.Module, _read: object, **options: Any) -> Captured:
+        self.asked.append((model, options))
+        one = ir.Graph([], [], nodes=[], opset_imports={"": 23})
+        return Captured(ir.Model(one, ir_version=10), "logits", ())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_target_is_lowered_by_its_own_passes(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    lowered: list[str] = []
+
+    def note_target(name: str, _model: ir.Model) -> None:
+        lowered.append(name)
+
+    for (name, provider), lowering in LOWERINGS.items():
+        if lowering is not None:
+            note = partial(note_target, name)
+            monkeypatch.setitem(LOWERINGS, (name, provider), Lowering(lowering.runtime, note))
+    recipe, stages = Recipe(target, "generate", "float32"), Stages()
+    captured = recipe.graph(recipe.eager(Checkpoint.open(tiny)), stages, Tracer())
+    assert isinstance(captured, Captured)
+    assert lowered == ([] if target == "onnx" else [target])
+    names = {"ort": ["lower to ONNX Runtime"], "onnx": []}.get(target, ["lower to TensorRT"])
+    assert [stage.name for stage in stages.finished] == ["capture graph", *names]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values())
+def test_captures_in_the_precision_that_is_asked_for(tiny: Path, precision: str) -> None:
+    tracer, dtype = Tracer(), getattr(torch, precision)
+    recipe = Recipe("onnx", "features", precision, ("router_logits",))
+    eager = recipe.eager(Checkpoint.open(tiny))
+    recipe.graph(eager, capture=tracer)
+    ((model, options),) = tracer.asked
+    assert model is eager.model
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert options == {"precision": dtype, "extra_outputs": ("router_logits",)}
+    assert eager.read("layers.0.self_attn.q_proj.weight", 0).dtype == dtype
+
+
+def test_traces_where_nothing_else_is_given(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracer, recipe = Tracer(), Recipe("onnx", "generate", "float32")
+    monkeypatch.setattr(graph, "trace", tracer)
+    recipe.graph(recipe.eager(Checkpoint.open(tiny)))
+    assert len(tracer.asked) == 1
+
+
+def test_refuses_an_output_that_the_architecture_lacks(make_checkpoint: Any) -> None:
+    recipe = Recipe("onnx", "generate", "float32", ("router_logits",))
+    with pytest.raises(ExportError, match="mamba2 has no router_logits; it has: hidden_states"):
+        recipe.eager(Checkpoint.open(make_checkpoint("mamba2")))
