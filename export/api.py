@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ingot.export.build import Result, build
+from ingot.export.ingot import TARGETS, Target
 from ingot.export.progress import Stages
 from ingot.export.request import (
     BUILDERS,
     EXTRA_OUTPUTS,
     PRECISIONS,
     PRESETS,
-    TARGETS,
     TASKS,
     Builder,
     ExportError,
@@ -26,7 +26,6 @@ from ingot.export.request import (
     Limits,
     Precision,
     Preset,
-    Target,
     Task,
 )
 from ingot.graphs.checkpoint import Checkpoint

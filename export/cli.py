@@ -15,19 +15,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 import click
 
+from ingot.export.ingot import TARGETS, Target
 from ingot.export.request import (
     BUILDERS,
     EXTRA_OUTPUTS,
     PRECISIONS,
     PRESETS,
-    TARGETS,
     TASKS,
     Builder,
     ExtraOutput,
     Limits,
     Precision,
     Preset,
-    Target,
     Task,
 )
 from ingot.graphs.names import FAMILIES

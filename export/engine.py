@@ -18,6 +18,7 @@ import onnx
 from ingot.export.ingot import (
     ENGINE,
     GRAPH,
+    MODULES,
     EngineInfo,
     ProfileInfo,
     TensorInfo,
@@ -28,12 +29,11 @@ from ingot.plugins.device import compute_capability, has_gpu
 from ingot.plugins.errors import IngotError, install_hint
 from ingot.plugins.kernels.form import COMPUTE_CAPABILITIES, runs_on
 from ingot.plugins.library import PATH as KERNEL_LIBRARY
+from ingot.plugins.library import PLUGINS as PLUGIN_LIBRARY
 from ingot.plugins.operator import DOMAIN
 from ingot.plugins.whole import sha256
 
 TENSORRT, RTX = "tensorrt", "tensorrt-rtx"
-MODULES = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx"}
-PLUGIN_LIBRARY = KERNEL_LIBRARY.with_name("libingot_trt.so")
 INSTALL = {
     TENSORRT: install_hint("trt"),
     RTX: install_hint("trt-rtx"),

@@ -56,7 +56,7 @@ class Recipe:
     """What decides a graph, beside the checkpoint.
 
     Attributes:
-        target: of ``export.request.TARGETS``.
+        target: of ``export.ingot.TARGETS``.
         task: of ``export.request.TASKS``.
         precision: of the weights and activations, by PyTorch's name.
         extra_outputs: of ``export.request.EXTRA_OUTPUTS``.

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ingot.graphs.state import State
 from ingot.plugins.errors import IngotError
@@ -24,7 +24,11 @@ WEIGHTS = "weights.safetensors"
 ENGINE = "model.engine"
 TRTEXEC = "trtexec.txt"
 REPORT = "report"
+# Builder of an engine -> the Python package that builds and runs it.
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
+Target = Literal["onnx", "ort", "trt", "trt-rtx"]
+TARGETS: tuple[Target, ...] = get_args(Target)
 Verdict = Literal["passed", "failed", "skipped"]
 
 

@@ -8,14 +8,12 @@ from typing import Literal, get_args
 
 from ingot.plugins.errors import IngotError
 
-Target = Literal["onnx", "ort", "trt", "trt-rtx"]
 ExtraOutput = Literal["router_logits", "hidden_states"]
 Task = Literal["generate", "features", "classify"]
 Preset = Literal["tiny", "small", "full"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Builder = Literal["auto", "tensorrt", "tensorrt-rtx", "none"]
 
-TARGETS: tuple[Target, ...] = get_args(Target)
 EXTRA_OUTPUTS: tuple[ExtraOutput, ...] = get_args(ExtraOutput)
 TASKS: tuple[Task, ...] = get_args(Task)
 PRESETS: tuple[Preset, ...] = get_args(Preset)
@@ -49,7 +47,7 @@ class ExportRequest:
 
     Attributes:
         model: a family name, a checkpoint folder, or ``org/name`` on the hub.
-        target: one of ``TARGETS``.
+        target: one of ``export.ingot.TARGETS``.
         out: the ingot folder to make.
         task: one of ``TASKS``.
         preset: with a family name, the shape of a seeded random checkpoint made first.

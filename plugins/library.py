@@ -25,6 +25,8 @@ from ingot.plugins.registry import OPERATORS
 
 VERSION = 2
 PATH = Path(__file__).resolve().parent / "lib" / "libingot_kernels.so"
+# TensorRT's plugins, which hold these kernels too; an engine that needs them has it beside it.
+PLUGINS = PATH.with_name("libingot_trt.so")
 
 # The structure of a call -> its operator.
 CALLS: dict[type[Structure], Operator] = {each.structure: each for each in OPERATORS.values()}

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ingot.export.ingot import Manifest
+from ingot.export.ingot import TARGETS, Manifest
 from ingot.runtime.session import Session, SessionError
 
-TARGETS = ("onnx", "ort", "trt", "trt-rtx")
 # ONNX Runtime hangs when asked for more threads than the system gives.
 MOST_THREADS = 1024
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from ingot.export.ingot import EngineInfo, Manifest
 from ingot.graphs.state import State
+from ingot.plugins import library
 from ingot.plugins.errors import IngotError
 
 SCHEMA_VERSION = 1
 RECORD = "triton.json"
 CONFIG = "config.pbtxt"
-PLUGINS = "libingot_trt.so"
+PLUGINS = library.PLUGINS.name
 MOST_CAPACITY = 4096
 NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 TYPES = {

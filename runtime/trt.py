@@ -15,16 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from ingot.export.ingot import ENGINE, GRAPH, SIZES, EngineInfo, Manifest
+from ingot.export.ingot import ENGINE, GRAPH, MODULES, SIZES, EngineInfo, Manifest
 from ingot.plugins import device as gpu
 from ingot.plugins.library import PATH as KERNELS
+from ingot.plugins.library import PLUGINS
 from ingot.plugins.whole import sha256
 from ingot.runtime.cuda_runtime import Device
 from ingot.runtime.session import Floats, Ids, SessionError
 from ingot.runtime.tokens import TokenInputs
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-PLUGINS = "libingot_trt.so"
 # The buffer that contexts compute in; no tensor has a space in its name.
 ACTIVATIONS = "context memory"
 
@@ -133,8 +132,8 @@ def load_engine(folder: Path, manifest: Manifest, *, hashed: bool) -> Engine:
     engine = check_engine(
         folder, manifest, str(trt.__version__), gpu.compute_capability(), hashed=hashed
     )
-    if PLUGINS in engine.libraries and not engine.embedded:
-        trt.get_plugin_registry().load_library(str(folder / PLUGINS))
+    if PLUGINS.name in engine.libraries and not engine.embedded:
+        trt.get_plugin_registry().load_library(str(folder / PLUGINS.name))
     elif engine.plugins and not engine.embedded:
         from ingot.plugins.tensorrt.python_plugins import register
 

@@ -14,8 +14,9 @@ from torch import nn
 from ingot.export import graph
 from ingot.export.capture import Captured
 from ingot.export.graph import LOWERINGS, Lowering, Recipe
+from ingot.export.ingot import TARGETS
 from ingot.export.progress import Stages
-from ingot.export.request import PRECISIONS, TARGETS, ExportError
+from ingot.export.request import PRECISIONS, ExportError
 from ingot.graphs.checkpoint import Checkpoint
 
 

@@ -25,12 +25,13 @@ from conftest import MakeCheckpoint, MakeIngot
 from host_cuda import HostCuda
 from oracle import relative_rms, tokens
 
-from ingot.export.engine import PLUGIN_LIBRARY, profiles
+from ingot.export.engine import profiles
 from ingot.export.ingot import ENGINE, GRAPH, EngineInfo, FileInfo, Manifest
 from ingot.export.request import Limits
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.plugins.device import compute_capability
 from ingot.plugins.library import PATH as KERNEL_LIBRARY
+from ingot.plugins.library import PLUGINS as PLUGIN_LIBRARY
 from ingot.plugins.whole import sha256
 from ingot.runtime.loading import load
 from ingot.runtime.onnxruntime_session import open_session

@@ -6,10 +6,10 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
 from ingot.export.ingot import Manifest
+from ingot.export.manifest import versions
 from ingot.export.progress import Stages
 from ingot.plugins.device import has_gpu
 from ingot.runtime.loading import load
@@ -260,9 +260,4 @@ def spread(first: Report, second: Report) -> dict[str, float]:
 def environment() -> dict[str, str]:
     """What the figures may depend on: the versions of the libraries, and the processor's kind."""
     found = {"machine": platform.machine(), "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return found | versions(LIBRARIES)

@@ -27,7 +27,6 @@ from ingot.plugins.kernels.link import SOURCES, run_compiler
 from ingot.plugins.operator import Operator, Tensor
 from ingot.plugins.registry import OPERATORS
 
-PATH = library.PATH.with_name("libingot_trt.so")
 SOURCE = Path(__file__).resolve().parent / "plugins.cpp"
 
 NO_TENSORRT = (
@@ -219,7 +218,7 @@ def build(out: Path, tensorrt: Path, cuda: Path, kernels: Sequence[str | Path]) 
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    default=PATH,
+    default=library.PLUGINS,
     show_default=True,
     help="The library to write.",
 )

@@ -13,9 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ingot.export.build import build
-from ingot.export.ingot import Manifest
+from ingot.export.ingot import TARGETS, Manifest
 from ingot.export.progress import Stages
-from ingot.export.request import PRECISIONS, TARGETS, ExportRequest
+from ingot.export.request import PRECISIONS, ExportRequest
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.plugins.errors import IngotError
 from ingot.validate.truth.inputs import Inputs
@@ -81,7 +81,7 @@ def other_ingot(
     """The other ingot of ``--against``: a folder, or made of the same checkpoint for a while.
 
     Args:
-        against: a target of ``export.request.TARGETS``, or an ingot's folder.
+        against: a target of ``export.ingot.TARGETS``, or an ingot's folder.
         manifest: of the ingot that is judged.
         checkpoint: of both.
         stages: shows the export.
