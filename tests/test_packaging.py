@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -238,3 +239,40 @@ def test_packs_the_templates_of_triton_repositories_into_the_wheel(wheel: Path) 
     assert len(templates) == 7
     packed = {f"ingot/runtime/templates/{name}" for name in templates}
     assert packed <= set(zipfile.ZipFile(wheel).namelist())
+
+
+USER = """\
+import ingot
+from ingot.validate import validate
+
+result = ingot.export.export("CHECKPOINT", "OUT", target="trt", precision="fp16")
+assert result.manifest.verdict != "unknown"
+ingot.export.export("CHECKPOINT", "OUT", target="cuda")
+report = validate("OUT", "CHECKPOINT", plan="quick")
+assert report.verdict != "failed"
+session: ingot.Session = ingot.load("OUT")
+sampling = ingot.Sampling(temperature=0.5)
+tokens: list[list[int | None]] = list(ingot.generate(session, [[1, 2]], sampling=sampling))
+text: str = ingot.generate("OUT", [[1, 2]])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["wheel", "editable"])
+def test_a_user_finds_its_types(way: str, wheel: Path, checkout: Path, tmp_path: Path) -> None:
+    commands = _environment(tmp_path, Path(sysconfig.get_path("purelib")))
+    _install(commands, *((wheel,) if way == "wheel" else ("--editable", checkout)))
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user" / "program.py").write_text(USER)
+    options = ("--strict", "--no-error-summary", "--python-executable", commands / "python")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, "program.py"],
+        cwd=tmp_path / "user",
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTHON")},
+        capture_output=True,
+        text=True,
+    )
+    errors = re.findall(r"^program\.py:(\d+): error: .*\[([a-z-]+)\]$", done.stdout, re.MULTILINE)
+    # A verdict that there is none, a target, and what `generate` gives.
+    expected = [("5", "comparison-overlap"), ("6", "arg-type"), ("12", "assignment")]
+    assert errors == expected, done.stdout + done.stderr
