@@ -130,9 +130,11 @@ def remove_abandoned(folder: Path, names: str) -> None:
 
 
 def _remove_if_abandoned(work: Path, out: Path) -> None:
+    lock = None
     with contextlib.ExitStack() as held:
         try:
-            _lock(held.enter_context((work / LOCK).open("r+b")))
+            lock = held.enter_context((work / LOCK).open("r+b"))
+            _lock(lock)
         except BlockingIOError:
             return
         except FileNotFoundError:
@@ -142,7 +144,7 @@ def _remove_if_abandoned(work: Path, out: Path) -> None:
         # locks do not reach here: it then fails, and never puts what is half removed in its place.
         doomed = _new_workplace(out)
         work.rename(doomed)
-        _clear(doomed, out)
+        _clear(doomed, out, lock)
 
 
 @contextlib.contextmanager
@@ -165,9 +167,7 @@ def _workplace(out: Path) -> Iterator[Path]:
             "the same on a file system without locks; give each a destination of its own."
         ) from error
     finally:
-        _clear(work, out)
-        if lock is not None:
-            lock.close()
+        _clear(work, out, lock)
 
 
 def _new_workplace(out: Path) -> Path:
@@ -213,13 +213,17 @@ def _moved(source: Path, out: Path) -> bool:
     return True
 
 
-def _clear(work: Path, out: Path) -> None:
+def _clear(work: Path, out: Path, lock: IO[bytes] | None) -> None:
     """Remove a workplace; what gave way to something that never came goes back first."""
     if os.path.lexists(work / OLD) and not os.path.lexists(out):
         _moved(work / OLD, out)
-    # The lock is removed last: without it, what a kill leaves here would stay for a day.
-    for path in (work / NEW, work / OLD, work):
+    # The lock goes last: without it, what a kill leaves here would stay for a day.
+    for path in (work / NEW, work / OLD):
         _remove(path)
+    # NFS keeps a file that is open, and so its folder.
+    if lock is not None:
+        lock.close()
+    _remove(work)
 
 
 def _remove(path: Path) -> None:

@@ -440,6 +440,29 @@ def test_brings_back_what_was_there_after_a_kill_between_the_two_renames(tmp_pat
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("abandoned", [False, True])
+def test_a_lock_is_given_back_before_its_folder_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abandoned: bool
+) -> None:
+    """NFS keeps a file that is open, and so its folder."""
+    if abandoned:
+        _left_behind(tmp_path / ".out.partial-12ab")
+    free: list[Path] = []
+    rmtree = shutil.rmtree
+
+    def watched(path: Path, **options: Any) -> None:
+        if (path / LOCK).exists():
+            with (path / LOCK).open("r+b") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free.append(path)
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    make(tmp_path / "out", "1")
+    assert len(free) == 1 + abandoned
+    assert names(tmp_path) == ["out"]
+
+
 # --- file systems without locks
 
 

@@ -37,7 +37,7 @@ def test_the_two_commands(clone: Path) -> None:
     assert run("make --dry-run test", clone).returncode == 0
 
 
-# The one with a state of fixed size; that each of them exports and passes is tested by its own file.
+# One beside OLMoE, with a state of another kind; their own files test that all of them pass.
 WITH_MAKE = [
     pytest.param(family, marks=[pytest.mark.slow] * (family != "mamba2"))
     for family in FAMILIES
