@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 from text_graph import Arrays, notices, notices_nothing_done, parsed, refuses, run, the
@@ -46,7 +45,6 @@ def test_every_node_of_ours_names_its_plugin() -> None:
     assert not the(model, "Relu").attributes
     (function,) = model.functions.values()
     assert {"plugin_namespace", "plugin_version"} <= function.attributes.keys()
-    onnx.checker.check_model(ir.serde.serialize_model(model))
     # Any runtime takes the node, since its function knows both attributes.
     assert np.array_equal(run(model, feeds)["y"], expected)
     assert expected.std() > 0.1
