@@ -20,6 +20,6 @@ def judged(session: Stepper, reference: Reference, manifest: Manifest) -> list[T
         chunk_size=reference.chunk_size,
         stateful=bool(manifest.states),
     )
-    judge = Judge(reference, reference.record(layout, inputs, Stages()), layout, inputs)
-    judge.free(judge.observe(session))
+    judge = Judge(reference.routers, reference.record(layout, inputs, Stages()), layout, inputs)
+    judge.judge_session(judge.run(session))
     return judge.results

@@ -841,9 +841,8 @@ def test_validation_passes(subjects: Callable[[str], Subject], name: str, target
     stages = dict.fromkeys(tensor.stage for tensor in report.tensors)
     assert len(stages) == 1 + 32 + 2 + 2
     for stage in stages:
-        hidden = [
-            f"hidden_states.{n}" for n in range(len(reference.routers) + 1) if " " not in stage
-        ]
+        layers = len(reference.routers.by_layer)
+        hidden = [f"hidden_states.{n}" for n in range(layers + 1) if " " not in stage]
         names = [tensor.name for tensor in report.tensors if tensor.stage == stage]
         assert names[: 1 + len(states)] == ["logits", *states]
         assert set(hidden) <= set(names)

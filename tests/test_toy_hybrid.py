@@ -238,7 +238,7 @@ def test_passes_its_validation(target: str, checkpoint: Path, ingots: dict[str, 
     reference = Reference(Checkpoint.open(checkpoint), "generate")
     # More than a chunk, since its layers say that some of them scan.
     assert reference.chunk_size == 8
-    assert reference.router_names() == (
+    assert reference.routers.names() == (
         "layer 0",
         "layer 1, router 0",
         "layer 1, router 1",

@@ -20,8 +20,8 @@ from ingot.validate.run import validate_ingot
 from ingot.validate.truth.against import AgainstError, OtherReference, other_ingot
 from ingot.validate.truth.cache import Recording
 from ingot.validate.truth.inputs import QUICK, Inputs, make_inputs
-from ingot.validate.truth.recording import Layout, record
-from ingot.validate.truth.reference import Reference, routers
+from ingot.validate.truth.recording import Layout, all_router_logits, record
+from ingot.validate.truth.reference import Reference
 from ingot.validate.truth.replay import choices
 from ingot.validate.truth.taps import TappedSession
 
@@ -117,7 +117,7 @@ def _recorded(
 
     def choose(number: int) -> None:
         if truth is not None:
-            session.choose(reference.chosen(truth[number], inputs, number))
+            session.choose(reference.routers.chosen(truth[number], inputs, number))
 
     return record(session, layout, inputs, choose), layout, inputs
 
@@ -146,7 +146,8 @@ def test_expects_the_others_numbers_under_the_truths_experts(
     _assert_same(found.expected, replayed)
     # The control: left alone, it would have used others, and computed something else.
     free, _, _ = _recorded(other, reference, None)
-    wanted, own = (choices(routers(side[0])[0], reference.top_k) for side in (expected.truth, free))
+    top_k = reference.routers.top_k
+    wanted, own = (choices(all_router_logits(side[0])[0], top_k) for side in (expected.truth, free))
     assert not (wanted & own).any()
     assert (free[0]["hidden_states.1"] != replayed[0]["hidden_states.1"]).any()
 

@@ -20,6 +20,7 @@ from ingot.validate.run import validate_ingot
 from ingot.validate.truth.inputs import QUICK
 from ingot.validate.truth.recording import record
 from ingot.validate.truth.reference import Reference, References
+from ingot.validate.truth.replay import Routers
 from ingot.validate.truth.taps import TappedSession
 
 NOISE = 1e-6
@@ -28,14 +29,9 @@ NEAR, FAR = 1e-5, 1e-2
 STAGES = ["prefill", "decode 1", "decode 2", "decode 3"]
 PIECES = ["split 16+3", "split 11+8", "row 0 alone", "row 1 alone"]
 
+CHOOSING = Routers(by_layer=(1, 1), top_k=2)
+
 Place = tuple[int, int]
-
-
-def reference() -> Reference:
-    """One that knows all but the numbers."""
-    result = object.__new__(Reference)
-    result.precision, result.top_k, result.routers = "float32", 2, (1, 1)
-    return result
 
 
 def truth(margins: dict[Place, float] | None = None) -> Table:
@@ -90,10 +86,10 @@ def judged(
         record(Played(table, classifier=classifier), layout, inputs)
         for table in (want, eager or near(want, 1))
     )
-    judge = Judge(reference(), References(exact, rounded, exact), layout, inputs)
-    found = judge.observe(session)
-    judge.inside(cast(TappedSession, session), found)
-    judge.free(found)
+    judge = Judge(CHOOSING, References("float32", exact, rounded, exact), layout, inputs)
+    found = judge.run(session)
+    judge.judge_graph(cast(TappedSession, session), found)
+    judge.judge_session(found)
     return judge
 
 
@@ -417,9 +413,9 @@ def test_an_engine_is_not_judged_from_a_doubtful_choice_on(
     want = truth({(0, 17): NEAR})
     inputs, layout = played.inputs(), played.layout()
     exact, rounded = (record(Played(t), layout, inputs) for t in (want, near(want, 1)))
-    judge = Judge(reference(), References(exact, rounded, exact), layout, inputs)
-    judge.doubt()
-    judge.free(judge.observe(Played(wrong(near(want, 2), place))))
+    judge = Judge(CHOOSING, References("float32", exact, rounded, exact), layout, inputs)
+    judge.exclude_doubtful()
+    judge.judge_session(judge.run(Played(wrong(near(want, 2), place))))
     expected = [(stage, name) for stage in failing for name in ("logits", KEY)]
     assert problems(judge) == [p for p in expected if p != (CACHES, "logits")]
     assert judge.routing == {}

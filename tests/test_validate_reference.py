@@ -23,8 +23,8 @@ from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.validate.truth.cache import Cache, Recording
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import Inputs, Plan, make_inputs
-from ingot.validate.truth.recording import Layout, main_run, places, record
-from ingot.validate.truth.reference import Reference, References, routers
+from ingot.validate.truth.recording import Layout, all_router_logits, main_run, places, record
+from ingot.validate.truth.reference import Reference, References
 from ingot.validate.truth.replay import choices
 
 # Minutes of tracing; `make test-slow` runs them, and so does CI.
@@ -284,11 +284,12 @@ def test_eager_uses_the_truths_experts(near: Checkpoint) -> None:
     # By row, where the first token lies whose experts rounding changed.
     first = [10**9, 10**9]
     flips = 0
+    top_k = reference.routers.top_k
     for number, call in enumerate(main_run(inputs)):
         truth, eager, own = found.truth[number], found.eager[number], free[number]
         differ = [
-            (choices(want, reference.top_k) != choices(got, reference.top_k)).any(-1)
-            for want, got in zip(routers(truth), routers(own), strict=True)
+            (choices(want, top_k) != choices(got, top_k)).any(-1)
+            for want, got in zip(all_router_logits(truth), all_router_logits(own), strict=True)
         ]
         at = places(inputs, call)
         for row, position in at[differ[0] | differ[1]]:

@@ -15,6 +15,7 @@ from ingot.validate.judge.growth import GROWTH_LIMIT
 from ingot.validate.judge.limits import TIE_LIMIT
 from ingot.validate.result import Flip, Growth, Routing, TensorResult
 from ingot.validate.truth.recording import Array
+from ingot.validate.truth.replay import Routers
 
 FLOOR = 1e-7
 
@@ -23,9 +24,15 @@ def judge(
     results: Sequence[TensorResult] = (),
     routing: Mapping[str, Routing] | None = None,
     references: Any = None,
+    top_k: int = 2,
 ) -> Any:
     """What is read of a ``Judge``."""
-    return SimpleNamespace(results=list(results), routing=routing or {}, references=references)
+    return SimpleNamespace(
+        results=list(results),
+        routing=routing or {},
+        references=references,
+        routers=Routers((1, 1), top_k),
+    )
 
 
 def tensor(
@@ -178,13 +185,11 @@ def test_the_margin_is_the_smallest_of_all_calls_and_seeds() -> None:
 
     one = truth_of({"router_logits.0": logits(4.0), "router_logits.1": logits(3.0, 2.0)})
     other = truth_of({"router_logits.0": logits(1.0)}, {"router_logits.0": logits(0.0, 4.75)})
-    reference: Any = SimpleNamespace(top_k=2)
-    assert totals.margin([judge(references=one)], reference) == 1.0
-    assert totals.margin([judge(references=one), judge(references=other)], reference) == 0.25
+    assert totals.margin([judge(references=one)]) == 1.0
+    assert totals.margin([judge(references=one), judge(references=other)]) == 0.25
     # Nothing is chosen of four out of four, nor without routers.
-    everything: Any = SimpleNamespace(top_k=4)
-    assert totals.margin([judge(references=one)], everything) is None
-    assert totals.margin([judge(references=truth_of({}))], reference) is None
+    assert totals.margin([judge(references=one, top_k=4)]) is None
+    assert totals.margin([judge(references=truth_of({}))]) is None
 
 
 # --- next tokens

@@ -118,10 +118,10 @@ def validate_ingot(
     for each in seeds:
         inputs = target.inputs(reference, plan, each)
         references = reference.record(target.layout, inputs, stages)
-        judges.append(Judge(reference, references, target.layout, inputs))
+        judges.append(Judge(reference.routers, references, target.layout, inputs))
     session, observed = _observe(target, judges, stages)
     for judge, found in zip(judges, observed, strict=True):
-        judge.free(found)
+        judge.judge_session(found)
     source = target.manifest.source.get("sha256", "unknown")
     report = Report(
         ingot=name or folder.name,
@@ -134,7 +134,7 @@ def validate_ingot(
         routing=totals.routing(judges),
         growth=totals.worst_growth(judges),
         hidden=totals.hidden(judges),
-        router_margin=totals.margin(judges, reference),
+        router_margin=totals.margin(judges),
         environment={**environment(), "checkpoint": source},
         reason=_reason(target, judges),
     )
@@ -160,7 +160,7 @@ def _observe(
     """The session of the target and what it gives; what is inside of its graph is judged."""
     if target.engine:
         for judge in judges:
-            judge.doubt()
+            judge.exclude_doubtful()
     else:
         inside = _judge_graph(target, judges, stages)
         if target.graph_only:
@@ -170,7 +170,7 @@ def _observe(
     session = target.delivered()
     calls = sum(judge.calls for judge in judges)
     with stages.stage("validate against eager PyTorch", calls, "steps") as advance:
-        return session, [judge.observe(session, advance) for judge in judges]
+        return session, [judge.run(session, advance) for judge in judges]
 
 
 def _judge_graph(
@@ -182,8 +182,8 @@ def _judge_graph(
     observed = []
     with stages.stage("run the graph with its routers", calls, "steps") as advance:
         for judge in judges:
-            observed.append(judge.observe(session, advance))
-            judge.inside(session, observed[-1])
+            observed.append(judge.run(session, advance))
+            judge.judge_graph(session, observed[-1])
     return session, observed
 
 

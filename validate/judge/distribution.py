@@ -78,7 +78,7 @@ def _divergence(truth: Array, target: Array) -> float:
 
 
 def _log_softmax(logits: Array) -> Doubles:
-    """Of one token, ``[V]``; NaN throughout where a logit is NaN or +infinity."""
+    """The log-probabilities ``[V]`` of one token; NaN where any logit is NaN or +infinity."""
     wide = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):
         wide -= wide.max()

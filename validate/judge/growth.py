@@ -69,7 +69,7 @@ def over_decode(tensors: Sequence[TensorResult]) -> list[TensorResult]:
 
 
 def _growth(kind: str, scores: Sequence[float]) -> Growth:
-    """Of the scores of all steps, in order."""
+    """The growth of one kind, from the scores of all steps in order."""
     quarter = len(scores) // 4
     first, last = _mean(scores[:quarter]), _mean(scores[-quarter:])
     wrong = [score for score in scores if not math.isfinite(score)]

@@ -25,6 +25,7 @@ from ingot.validate.truth.recording import (
     Places,
     Stepper,
     Tensors,
+    all_router_logits,
     collect_whole,
     main_run,
     observe,
@@ -35,7 +36,8 @@ from ingot.validate.truth.recording import (
     split_run,
     whole,
 )
-from ingot.validate.truth.reference import Reference, References, routers
+from ingot.validate.truth.reference import References
+from ingot.validate.truth.replay import Routers
 from ingot.validate.truth.taps import TappedSession
 
 Mask = npt.NDArray[np.bool_]
@@ -100,19 +102,20 @@ class Judge:
     """Compares what sessions of one target give with the references.
 
     Args:
-        reference: of the checkpoint.
-        references: what it gives for the inputs.
+        routers: of the model.
+        references: what the eager graphs give for the inputs.
         layout: of the outputs.
         inputs: that are fed.
 
     Attributes:
-        routing: by mode.
+        routing: the experts' choices held against the truth's, by mode: ``free`` where the target
+            chose, ``replayed`` where the truth's choices were forced.
     """
 
     def __init__(
-        self, reference: Reference, references: References, layout: Layout, inputs: Inputs
+        self, routers: Routers, references: References, layout: Layout, inputs: Inputs
     ) -> None:
-        self.reference = reference
+        self.routers = routers
         self.references = references
         self.layout = layout
         self.inputs = inputs
@@ -129,15 +132,15 @@ class Judge:
 
     @property
     def results(self) -> list[TensorResult]:
-        """Of every tensor after every call: of free runs, and then of the rest."""
+        """One result of every tensor after every call: of free runs, and then of the rest."""
         return self._free + self._inside
 
     @property
     def calls(self) -> int:
-        """Of ``observe``."""
+        """The calls that ``run`` feeds."""
         return len(self._calls) + sum(len(piece.calls) for piece in self._pieces)
 
-    def observe(self, session: Stepper, advance: Advance = _ignore) -> Observed:
+    def run(self, session: Stepper, advance: Advance = _ignore) -> Observed:
         """Feed every stage to a session that chooses its experts itself."""
         main = record(session, self.layout, self.inputs, advance=advance)
         end = collect_whole(self.layout, self.inputs, self._calls, session.state())
@@ -149,7 +152,9 @@ class Judge:
                 advance(1)
         return found
 
-    def inside(self, session: TappedSession, found: Observed, advance: Advance = _ignore) -> None:
+    def judge_graph(
+        self, session: TappedSession, found: Observed, advance: Advance = _ignore
+    ) -> None:
         """Judge the graph's hidden states; with routers, all tensors under the truth's experts.
 
         Args:
@@ -160,7 +165,7 @@ class Judge:
         Raises:
             IngotError: the graph does not name all its routers.
         """
-        expected = len(routers(self.references.truth[0]))
+        expected = len(all_router_logits(self.references.truth[0]))
         if len(session.routers) != expected:
             raise IngotError(
                 f"the graph names {len(session.routers)} routers and the model has {expected}; it "
@@ -180,7 +185,7 @@ class Judge:
                 session,
                 self.layout,
                 self.inputs,
-                lambda n: session.choose(self.reference.chosen(truth[n], self.inputs, n)),
+                lambda n: session.choose(self.routers.chosen(truth[n], self.inputs, n)),
                 advance,
             )
             session.choose(None)
@@ -188,23 +193,23 @@ class Judge:
         for number, call in enumerate(self._calls):
             self._inside += self._compare(f"{call.stage}, {REPLAYED}", number, replayed[number])
 
-    def doubt(self) -> None:
-        """Leave tokens out of ``free`` from where rounding may have turned a choice.
+    def exclude_doubtful(self) -> None:
+        """Leave tokens out of ``judge_session`` from where rounding may have turned a choice.
 
         For a target whose routers cannot be seen, such as an engine: any choice whose margin
         rounding explains may have been another there.
         """
         expected, truth, eager = map(_by_router, self._recordings)
         at = np.concatenate(self._places)
-        flips = doubtful(expected, truth, eager, at, self.reference.top_k)
+        flips = doubtful(expected, truth, eager, at, self.routers.top_k)
         self._flips = [flips for _ in self._calls]
         self._piece_flips = [flips for _ in self._pieces]
 
-    def free(self, found: Observed) -> None:
+    def judge_session(self, found: Observed) -> None:
         """Judge what a session gave when it chose its experts itself.
 
         Tokens are left out from where a flip that rounding explains changed their numbers; with the
-        truth's experts they were judged by ``inside``.
+        truth's experts they were judged by ``judge_graph``.
         """
         for number, call in enumerate(self._calls):
             main, flips = found.main[number], self._flips[number]
@@ -271,7 +276,7 @@ class Judge:
             for side in sides
         )
         kinds = {name: self.layout.kind(name) for name in names}
-        precision = self.reference.precision
+        precision = self.references.precision
         return compare(stage, truth, eager, found, kinds, precision, self._floors, expected)
 
     def _note_flips(self, found: Observed) -> None:
@@ -300,17 +305,17 @@ class Judge:
     def _choices(
         self, sides: Sequence[Recording], at: Sequence[Places], *, forced: bool = False
     ) -> Routing:
-        """Of some calls, as expected, truth, eager and target have them."""
+        """The choices in some calls, of which the sides are expected, truth, eager and target."""
         expected, truth, eager, found = map(_by_router, sides)
-        names = self.reference.router_names()
-        top_k = self.reference.top_k
+        names = self.routers.names()
+        top_k = self.routers.top_k
         place = np.concatenate(at)
         return compare_choices(expected, truth, eager, found, place, top_k, names, forced=forced)
 
 
 def _by_router(calls: Recording) -> list[Array]:
     """Each router's logits ``[n, E]`` over all calls."""
-    return [np.concatenate(each) for each in zip(*map(routers, calls), strict=True)]
+    return [np.concatenate(each) for each in zip(*map(all_router_logits, calls), strict=True)]
 
 
 def _usual_floors(references: References) -> dict[str, float]:

@@ -15,8 +15,7 @@ from ingot.validate.judge.limits import TIE_LIMIT
 from ingot.validate.judge.metrics import rms
 from ingot.validate.judge.routing import least_margin
 from ingot.validate.result import Distribution, Growth, Routing, TensorResult
-from ingot.validate.truth.recording import HIDDEN_STATES, Array
-from ingot.validate.truth.reference import Reference, routers
+from ingot.validate.truth.recording import HIDDEN_STATES, Array, all_router_logits
 
 
 def tensors(judges: Sequence[Judge], seeds: Sequence[int]) -> tuple[TensorResult, ...]:
@@ -75,10 +74,10 @@ def _rms(values: Iterator[float | None]) -> float:
     return math.sqrt(math.fsum(squares) / len(squares))
 
 
-def margin(judges: Sequence[Judge], reference: Reference) -> float | None:
+def margin(judges: Sequence[Judge]) -> float | None:
     """The truth's smallest margin of a choice."""
     found = [
-        least_margin(routers(call), reference.top_k)
+        least_margin(all_router_logits(call), judge.routers.top_k)
         for judge in judges
         for call in judge.references.truth
     ]

@@ -67,7 +67,7 @@ class OtherReference(Reference):
         references = super().record(layout, inputs, stages)
 
         def choose(number: int) -> None:
-            self._session.choose(self.chosen(references.truth[number], inputs, number))
+            self._session.choose(self.routers.chosen(references.truth[number], inputs, number))
 
         with stages.stage(f"run {self._name}", len(inputs.steps), "steps") as advance:
             other = record(self._session, layout, inputs, choose, advance)

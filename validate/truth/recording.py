@@ -50,9 +50,9 @@ class Call:
 
     Attributes:
         stage: its name in a report.
-        columns: that it feeds.
-        rows: likewise.
-        first: column with which the run began.
+        columns: the columns that it feeds.
+        rows: the rows that it feeds.
+        first: the column with which the run began.
     """
 
     stage: str
@@ -66,7 +66,7 @@ class Layout:
 
     Args:
         manifest: of an ingot of the graph.
-        states: of the eager graph; a damaged ingot may lack some, and have others.
+        states: the eager graph's; a damaged ingot's manifest may lack some, and have others.
     """
 
     def __init__(self, manifest: Manifest, states: Iterable[State]) -> None:
@@ -85,7 +85,7 @@ class Layout:
         return "router" if name.startswith(ROUTER_LOGITS) else self._kinds.get(name, "hidden")
 
     def axis(self, name: str) -> int | None:
-        """Of a cache, the axis that grows."""
+        """The axis along which a cache grows; None of any other output."""
         return self._axes.get(name)
 
     def of_rows(self, name: str) -> bool:
@@ -97,6 +97,11 @@ def numbered(names: Iterable[str], prefix: str) -> list[str]:
     """The names of one kind of tap, in the order of their numbers."""
     found = [name for name in names if name.startswith(prefix)]
     return sorted(found, key=lambda name: int(name.removeprefix(prefix)))
+
+
+def all_router_logits(tensors: Tensors) -> list[Array]:
+    """The router logits ``[n, E]`` of one call, in the order the routers run."""
+    return [tensors[name] for name in numbered(tensors, ROUTER_LOGITS)]
 
 
 def main_run(inputs: Inputs) -> list[Call]:

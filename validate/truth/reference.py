@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ingot.export.progress import Stages
@@ -17,16 +16,8 @@ from ingot.graphs.family import family_of
 from ingot.validate.truth.cache import Cache, Recording, code_digest, inputs_digest, key
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import Inputs
-from ingot.validate.truth.recording import (
-    ROUTER_LOGITS,
-    Array,
-    Layout,
-    Tensors,
-    main_run,
-    numbered,
-    record,
-)
-from ingot.validate.truth.replay import Chosen, Replay, choices
+from ingot.validate.truth.recording import Layout, record
+from ingot.validate.truth.replay import Replay, Routers
 
 # One precision higher than the target's.
 TRUTH = {"float32": torch.float64, "float16": torch.float32, "bfloat16": torch.float32}
@@ -37,11 +28,13 @@ class References:
     """What the eager graphs compute from one validation's inputs; see ``validate.truth.recording``.
 
     Attributes:
-        truth: one precision higher.
-        eager: in the target's, with the truth's experts.
+        precision: of the target: ``float32``, ``float16`` or ``bfloat16``.
+        truth: what is computed one precision higher.
+        eager: what is computed in the target's precision, with the truth's experts.
         expected: what a target is compared with.
     """
 
+    precision: str
     truth: Recording
     eager: Recording
     expected: Recording
@@ -75,8 +68,7 @@ class Reference:
         self._sessions: dict[torch.dtype, EagerSession] = {}
         facts = self._model.config.facts
         self.chunk_size = facts.chunk_size
-        self.top_k = facts.experts_per_token
-        self.routers = facts.routers
+        self.routers = Routers(facts.routers, facts.experts_per_token)
         self.states = self._model.states
 
     @property
@@ -90,7 +82,7 @@ class Reference:
         truth = self._recording(layout, inputs, TRUTH[self.precision], None, stages)
         own: torch.dtype = getattr(torch, self.precision)
         eager = self._recording(layout, inputs, own, truth, stages)
-        return References(truth, eager, expected=truth)
+        return References(self.precision, truth, eager, expected=truth)
 
     def session(self, dtype: torch.dtype, stages: Stages) -> EagerSession:
         """The eager graph in one precision."""
@@ -123,23 +115,13 @@ class Reference:
         ):
 
             def choose(number: int) -> None:
-                replay.choose(None if truth is None else self.chosen(truth[number], inputs, number))
+                chosen = self.routers.chosen
+                replay.choose(None if truth is None else chosen(truth[number], inputs, number))
 
             recording = record(session, layout, inputs, choose, advance)
         if self.cache is not None:
             self.cache.put(name, recording)
         return recording
-
-    def chosen(self, truth: Tensors, inputs: Inputs, number: int) -> list[Chosen]:
-        """The truth's experts ``[B*T, E]`` in one call, router by router; all for padding."""
-        call = main_run(inputs)[number]
-        real = (inputs.attention_mask[:, call.columns] != 0).reshape(-1)
-        result = []
-        for logits in routers(truth):
-            mask = np.ones((len(real), logits.shape[1]), dtype=np.bool_)
-            mask[real] = choices(logits, self.top_k)
-            result.append(mask)
-        return result
 
     def hash(self, stages: Stages) -> str:
         """SHA-256 of the checkpoint, as far as the graph uses it; reads it where nobody has yet."""
@@ -158,14 +140,6 @@ class Reference:
         entry = self.checkpoint.entries[name]
         return entry.end - entry.begin
 
-    def router_names(self) -> tuple[str, ...]:
-        """What the routers are called, in the order they run."""
-        return tuple(
-            f"layer {layer}" if count == 1 else f"layer {layer}, router {router}"
-            for layer, count in enumerate(self.routers)
-            for router in range(count)
-        )
-
     def _key(self, inputs: Inputs, dtype: torch.dtype, checkpoint: str, *, replayed: bool) -> str:
         return key(
             checkpoint=checkpoint,
@@ -178,11 +152,6 @@ class Reference:
             torch=torch.__version__,
             code=code_digest(),
         )
-
-
-def routers(tensors: Tensors) -> list[Array]:
-    """The router logits of one call, in the order the routers run."""
-    return [tensors[name] for name in numbered(tensors, ROUTER_LOGITS)]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -9,6 +9,7 @@ less than its rounding error.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ingot.plugins.experts  # noqa: F401  (registers its operator)
 from ingot.plugins.registry import OPERATORS
-from ingot.validate.truth.recording import ROUTER_LOGITS
+from ingot.validate.truth.inputs import Inputs
+from ingot.validate.truth.recording import ROUTER_LOGITS, Tensors, all_router_logits, main_run
 
 Array = npt.NDArray[Any]
 Chosen = npt.NDArray[np.bool_]
@@ -51,6 +53,44 @@ def choices(router_logits: Array, top_k: int) -> Chosen:
     result = np.zeros(router_logits.shape, dtype=np.bool_)
     np.put_along_axis(result, order, True, axis=-1)
     return result
+
+
+@dataclass(frozen=True)
+class Routers:
+    """A model's routers, and what they choose.
+
+    Attributes:
+        by_layer: how many each layer has.
+        top_k: experts that each chooses for a token; 0 where there is none.
+    """
+
+    by_layer: tuple[int, ...]
+    top_k: int
+
+    def names(self) -> tuple[str, ...]:
+        """What the routers are called, in the order they run."""
+        return tuple(
+            f"layer {layer}" if count == 1 else f"layer {layer}, router {router}"
+            for layer, count in enumerate(self.by_layer)
+            for router in range(count)
+        )
+
+    def chosen(self, truth: Tensors, inputs: Inputs, number: int) -> list[Chosen]:
+        """The truth's experts ``[B*T, E]`` in one call, router by router; all for padding.
+
+        Args:
+            truth: one call of its recording.
+            inputs: that it was fed.
+            number: of the call in the main run.
+        """
+        call = main_run(inputs)[number]
+        real = (inputs.attention_mask[:, call.columns] != 0).reshape(-1)
+        result = []
+        for logits in all_router_logits(truth):
+            mask = np.ones((len(real), logits.shape[1]), dtype=np.bool_)
+            mask[real] = choices(logits, self.top_k)
+            result.append(mask)
+        return result
 
 
 def replayed(router_logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

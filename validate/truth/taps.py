@@ -24,7 +24,7 @@ class TappedSession(OrtSession):
 
     Args:
         folder: the ingot.
-        manifest: of it.
+        manifest: the ingot's.
 
     Attributes:
         tapped: of the last call, ``router_logits.{i} [B*T, E]`` as the router made them and
