@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -18,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import MakeCheckpoint, MakeIngot
-from judged import judged
+from forgetful import Forgetful
 from oracle import (
     DECODE,
     LIMIT,
@@ -848,130 +847,3 @@ def test_validation_passes(subjects: Callable[[str], Subject], name: str, target
         assert set(hidden) <= set(names)
     assert all(t.score is not None and t.score < 6 for t in report.tensors)
     assert report.router_margin is None
-
-
-def _mixer(weight: str) -> str:
-    return f"backbone.layers.1.mixer.{weight}"
-
-
-def _one_head(weight: str, by: float) -> Callable[[Tensors], None]:
-    def edit(weights: Tensors) -> None:
-        weights[_mixer(weight)][3] += by
-
-    return edit
-
-
-def _reverse_one_channel(weights: Tensors) -> None:
-    weight = weights[_mixer("conv1d.weight")]
-    weight[5] = weight[5].flip(-1)
-
-
-def _swap_b_and_c(weights: Tensors) -> None:
-    for name in ("conv1d.weight", "conv1d.bias"):
-        x, b, c = torch.split(weights[_mixer(name)], [128, 32, 32])
-        weights[_mixer(name)] = torch.cat((x, c, b))
-
-
-DAMAGED: dict[str, tuple[dict[str, Any], Callable[[Tensors], None]]] = {
-    "A_log of one head": ({}, _one_head("A_log", 0.1)),
-    "D of one head": ({}, _one_head("D", 0.02)),
-    "dt_bias of one head": ({}, _one_head("dt_bias", 0.02)),
-    "convolution bias of one channel": ({}, _one_head("conv1d.bias", 0.02)),
-    "convolution of one channel reversed": ({}, _reverse_one_channel),
-    "norm of one channel": ({}, _one_head("norm.weight", 0.02)),
-    "B and C swapped": ({}, _swap_b_and_c),
-    "time_step_limit": ({"time_step_limit": [0.0, 0.2]}, lambda _weights: None),
-    "layer_norm_epsilon": ({"layer_norm_epsilon": 1e-4}, lambda _weights: None),
-}
-
-
-@pytest.fixture
-def variant(subjects: Callable[[str], Subject], tmp_path: Path) -> Callable[..., Reference]:
-    """The eager graph of a copy of the base checkpoint with one thing changed."""
-
-    def make(config: dict[str, Any], edit: Callable[[Tensors], None]) -> Reference:
-        copy = shutil.copytree(subjects(BASE).folder, tmp_path / "checkpoint")
-        _edit_config(copy, config)
-        weights = load_file(copy / "model.safetensors")
-        edit(weights)
-        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-        return Reference(Checkpoint.open(copy), "generate")
-
-    return make
-
-
-@pytest.mark.parametrize("damage", DAMAGED)
-def test_validation_fails_an_ingot_of_another_model(
-    subjects: Callable[[str], Subject], variant: Callable[..., Reference], damage: str
-) -> None:
-    report = validate_ingot(subjects(BASE).ingots["ort"], variant(*DAMAGED[damage]))
-    assert report.verdict == "failed"
-    assert any(tensor.problem for tensor in report.tensors if tensor.name == "logits")
-
-
-def test_validation_passes_a_copy_of_the_checkpoint(
-    subjects: Callable[[str], Subject], variant: Callable[..., Reference]
-) -> None:
-    # The control of the controls: copying and writing back changes nothing.
-    copy = variant({}, lambda _weights: None)
-    assert validate_ingot(subjects(BASE).ingots["ort"], copy).verdict == "passed"
-
-
-class Forgetful:
-    """An eager session that begins every call with one of its states at zero."""
-
-    def __init__(self, inner: EagerSession, index: int) -> None:
-        self.inner = inner
-        self.index = index
-
-    def reset(self, batch: int, capacity: int) -> None:
-        self.inner.reset(batch, capacity)
-
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        self.inner._past = tuple(
-            torch.zeros_like(state) if index == self.index else state
-            for index, state in enumerate(self.inner._past)
-        )
-        return self.inner.step(input_ids, attention_mask)
-
-    def state(self) -> dict[str, Floats]:
-        return self.inner.state()
-
-
-class ScalesAState(Forgetful):
-    """One that hands out a state 0.1 % too large."""
-
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        return self.inner.step(input_ids, attention_mask)
-
-    def state(self) -> dict[str, Floats]:
-        found = self.inner.state()
-        name = list(found)[self.index]
-        return {**found, name: found[name] * np.float32(1.001)}
-
-
-@pytest.mark.parametrize("index", range(2 * LAYERS))
-@pytest.mark.parametrize(("fault", "step"), [(Forgetful, "decode 1"), (ScalesAState, "prefill")])
-def test_validation_fails_a_damaged_state(
-    subjects: Callable[[str], Subject], fault: type[Forgetful], step: str, index: int
-) -> None:
-    subject = subjects(BASE)
-    manifest = Manifest.read(subject.ingots["ort"])
-    faulty = fault(EagerSession(Checkpoint.open(subject.folder), "generate"), index)
-    reference = Reference(Checkpoint.open(subject.folder), "generate")
-    failures = [tensor for tensor in judged(faulty, reference, manifest) if tensor.problem]
-    assert failures[0].stage == step
-    assert manifest.states[index].output in {failure.name for failure in failures}
-
-
-def test_streams_a_checkpoint_to_exactly_the_same_numbers(
-    subjects: Callable[[str], Subject],
-) -> None:
-    ids, mask = tokens(VOCAB)
-    checkpoint = Checkpoint.open(subjects(BASE).folder)
-    loaded, streamed = (
-        run(EagerSession(checkpoint, "generate", streamed=streamed), ids, mask, (PREFILL,))
-        for streamed in (False, True)
-    )
-    for name, array in loaded.items():
-        np.testing.assert_array_equal(streamed[name], array)
