@@ -197,7 +197,7 @@ def test_the_status_is_the_verdict(
     status: int,
     first: str,
 ) -> None:
-    monkeypatch.setattr("ingot.validate.run.examine", lambda *_arguments, **_options: report)
+    monkeypatch.setattr("ingot.validate.api.examine", lambda *_arguments, **_options: report)
     result = _validate(ingot, checkpoint)
     assert result.exit_code == status
     assert result.stdout.splitlines()[0].startswith(first)
@@ -248,7 +248,7 @@ def test_options_choose_the_plan(
         asked.update(options)
         return _report()
 
-    monkeypatch.setattr("ingot.validate.run.examine", examine)
+    monkeypatch.setattr("ingot.validate.api.examine", examine)
     assert _validate(ingot, checkpoint, *arguments).exit_code == 0
     assert (asked["plan"], asked["seed"]) == (plan, seed)
 
@@ -554,7 +554,7 @@ def test_removes_the_ingot_it_compared_with(
     _passed(_quick(ingot, checkpoint, "--against", "onnx"), "the onnx ingot")
     assert list(tmp_path.iterdir()) == []
     # Before the ingot is whole, and after.
-    for name in ("ingot.export.build.file_infos", "ingot.validate.run.examine"):
+    for name in ("ingot.export.build.file_infos", "ingot.validate.api.examine"):
         with monkeypatch.context() as patch:
             patch.setattr(name, look(name))
             _refused(_quick(ingot, checkpoint, "--against", "onnx"), f"{name} failed")
