@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ingot.export.passes.dimensions import NameDimensions
 from ingot.export.passes.functions import AttachFunctionBodies
+from ingot.export.passes.graph_pass import run
 from ingot.export.passes.metadata import DropTracerMetadata
 from ingot.export.passes.reshapes import SimplifyReshapes, SizesFromTokens
 from ingot.export.passes.scales import FoldScales, NoteFactors
@@ -133,7 +134,7 @@ def capture(
     _keep_outputs(result, {main_output, *(state.output for state in states)}, extra_outputs)
     NoteFactors()(result)
     optimizer.optimize(result, onnx_shape_inference=False)
-    passes = ir.passes.Sequential(
+    passes = [
         WeightsToInitializers(WEIGHT_PREFIX, read_block),
         FoldWeightTransposes(),
         FoldScales(),
@@ -144,8 +145,8 @@ def capture(
         AttachFunctionBodies(),
         DropTracerMetadata(),
         NameFixPass(),
-    )
-    passes(result)
+    ]
+    run(result, passes)
     result.graph.name = type(model).__name__
     result.producer_name = "ingot"
     return Captured(result, main_output, states)

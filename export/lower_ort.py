@@ -7,6 +7,7 @@ from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 from ingot.export.passes.attention import AttentionToGroupQueryAttention
 from ingot.export.passes.convolution import CausalConvToBlocked
+from ingot.export.passes.graph_pass import run
 from ingot.export.passes.moe import MoeDispatchToMoE
 from ingot.export.passes.moe_linear import MoeLinearToMatMuls
 from ingot.export.passes.scan import Mamba2ScanToLinearAttention
@@ -15,7 +16,7 @@ from ingot.export.passes.tied import TiedHeadToFusedMatMul
 
 def lower_ort(model: ir.Model) -> None:
     """Swap in ONNX Runtime's own kernels, in place, wherever their numbers are right."""
-    passes = ir.passes.Sequential(
+    passes = [
         MoeDispatchToMoE(),
         MoeLinearToMatMuls(),
         Mamba2ScanToLinearAttention(),
@@ -24,8 +25,8 @@ def lower_ort(model: ir.Model) -> None:
         TiedHeadToFusedMatMul(),
         RemoveUnusedNodesPass(),
         NameFixPass(),
-    )
-    passes(model)
+    ]
+    run(model, passes)
 
 
 def shares_buffers(model: ir.Model) -> bool:

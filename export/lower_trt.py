@@ -14,17 +14,18 @@ from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 from ingot.export.passes.attention_matmuls import AttentionToMatMuls
 from ingot.export.passes.causal_conv import CausalConvToOperator
 from ingot.export.passes.functions import AttachFunctionBodies
+from ingot.export.passes.graph_pass import run
 from ingot.export.passes.plugin_nodes import NamePlugins
 
 
 def lower_trt(model: ir.Model) -> None:
     """Prepare a graph for TensorRT's parser, in place; any ONNX runtime can still run it."""
-    passes = ir.passes.Sequential(
+    passes = [
         CausalConvToOperator(),
         AttentionToMatMuls(),
         RemoveUnusedNodesPass(),
         AttachFunctionBodies(),
         NamePlugins(),
         NameFixPass(),
-    )
-    passes(model)
+    ]
+    run(model, passes)

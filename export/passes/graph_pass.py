@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -52,6 +53,16 @@ class GraphPass(ir.passes.InPlacePass):
         if not holds:
             name = type(self).__name__
             raise ir.passes.PostconditionError(f"{name} went wrong: {_named(what)} {why}")
+
+
+def run(model: ir.Model, passes: Iterable[ir.passes.PassBase]) -> None:
+    """Run passes in turn, each in place.
+
+    What a pass raises comes as it is; onnx-ir's ``Sequential`` would wrap a refusal that the user
+    is to read.
+    """
+    for each in passes:
+        each(model)
 
 
 def _interface(model: ir.Model) -> set[str]:
