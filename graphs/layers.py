@@ -45,7 +45,7 @@ class Step(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """What a layer returns, and what in it mixes the tokens.
+    """The result of a layer, and of the part of it that mixes the tokens.
 
     Attributes:
         x: ``[B, T, H]``.
@@ -112,7 +112,7 @@ class Model(nn.Module):
             attention_mask: int64, 1 for tokens, 0 for padding: ``[B, S]``, the past included, where
                 a state grows, and otherwise ``[B, T]``.
             position_ids: ``[B, T]`` int64.
-            past: the states, or none for a call that stands alone.
+            past: the states; where all are caches, none will do for a call that stands alone.
         """
         raise NotImplementedError
 
@@ -125,7 +125,7 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
-        """``x [B, T, H]`` and the layer's states -> the same of after it."""
+        """``x [B, T, H]`` and the layer's states -> both as they are behind the layer."""
         raise NotImplementedError
 
 
@@ -161,7 +161,7 @@ class Decoder(Model):
 
     @property
     def states(self) -> tuple[State, ...]:
-        """Those of every layer in turn."""
+        """The states of every layer in turn."""
         layers = cast(Iterable[Layer], self.layers)
         return tuple(state for i, layer in enumerate(layers) for state in layer.states(i))
 
