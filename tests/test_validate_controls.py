@@ -334,13 +334,15 @@ CONTROLS = {
     "5 state in bfloat16": Control("mamba2", of_scan(with_rounded_state), LAYER, "Cast"),
     "6 rope base 1 % off, olmoe": Control("olmoe", of_config(rope_theta=10100.0), None, "Mul"),
     "6 rope base 1 % off, granite": Control("granite", of_config(rope_theta=10100.0), None, "Mul"),
+    # What is left of the norm, in its place.
     "7 query and key norm skipped": Control(
-        "olmoe", of_layer(skip_query_and_key_norm), LAYER, "RMSNormalization"
+        "olmoe", of_layer(skip_query_and_key_norm), LAYER, "Mul"
     ),
-    # Where the fault adds or renames nodes, the first value that both graphs have behind them.
+    # The export folds the multiplier into this product's weight.
     "8 residual multiplier dropped": Control(
-        "granite", of_layer(drop_residual_multiplier), LAYER, "Add"
+        "granite", of_layer(drop_residual_multiplier), LAYER, "MatMul"
     ),
+    # Where the fault adds nodes, the first value that both graphs have behind them.
     "9 mask off by one": Control(
         "granite", see_one_padding_position, None, "Unsqueeze", hidden=("row",)
     ),
@@ -380,7 +382,7 @@ CONTROLS = {
         forget_a_state,
         LAYER,
         "Concat",
-        "Sigmoid",
+        "Conv",
     ),
 }
 
