@@ -37,34 +37,42 @@ def command(*arguments: str | Path, script: Path = SCRIPT) -> subprocess.Complet
     )
 
 
-def test_the_rehearsal_enters_every_phase(tmp_path: Path) -> None:
-    """With kernels that compute: their numbers are right in each phase that looks at them."""
-    done = command("--rehearse", "--kernels", "interpreter", "--out", tmp_path)
+def rehearsed(out: Path, *arguments: str | Path, script: Path = SCRIPT) -> dict[str, Any]:
+    """What a rehearsal in which nothing failed found, by phase."""
+    done = command("--rehearse", "--out", out, *arguments, script=script)
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
+    assert "nothing failed" in done.stdout
+    results = json.loads((out / "results.json").read_text())
     assert results["passed"] and results["rehearsal"] and not results["missing"]
-    assert list(results["phases"]) == [phase.name for phase in gpu.PHASES]
-    for name, outcome in results["phases"].items():
+    phases: dict[str, Any] = results["phases"]
+    for name, outcome in phases.items():
         assert outcome["status"] == OK, (name, outcome)
         assert any(item["status"] == OK for item in outcome["items"].values())
-    assert "nothing failed" in done.stdout
-    models = results["phases"]["models"]["items"]
+    return phases
+
+
+@pytest.mark.slow
+def test_every_phase_finds_right_numbers(tmp_path: Path) -> None:
+    phases = rehearsed(tmp_path, "--kernels", "interpreter")
+    assert list(phases) == [phase.name for phase in gpu.PHASES]
+
+
+def test_models_that_are_computed_have_an_error(tmp_path: Path) -> None:
+    models = rehearsed(tmp_path, "--kernels", "interpreter", "--only", "models")["models"]["items"]
     assert models["olmoe two layers"]["error"] > 0
     assert len(models["mamba2 whole"]["tokens"]) == 3
 
 
-def test_the_rehearsal_records_where_nothing_computes(tmp_path: Path) -> None:
+def test_every_phase_is_entered_where_nothing_computes(tmp_path: Path) -> None:
     """From a folder that has nothing but what `make gpu-bundle` packs."""
     listed = re.search(r"git ls-files Makefile (.*) > ", (gpu.ROOT / "Makefile").read_text())
     assert listed is not None
     for folder in listed[1].split():
         ignored = shutil.ignore_patterns("__pycache__", "lib")
         shutil.copytree(gpu.ROOT / folder, tmp_path / folder, ignore=ignored, symlinks=True)
-    out = tmp_path / "results"
-    arguments = ("--rehearse", "--kernels", "recorder", "--only", "small,models", "--out", out)
-    done = command(*arguments, script=tmp_path / "benchmarks" / "gpu.py")
-    assert done.returncode == 0, done.stdout + done.stderr
-    phases = json.loads((out / "results.json").read_text())["phases"]
+    script = tmp_path / "benchmarks" / "gpu.py"
+    phases = rehearsed(tmp_path / "results", "--kernels", "recorder", script=script)
+    assert list(phases) == [phase.name for phase in gpu.PHASES]
     texts = [item["text"] for item in phases["small"]["items"].values()]
     assert len(texts) == 20 and all("launches recorded" in text for text in texts)
 
