@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import Structure, c_float, c_int32, c_void_p
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ingot.plugins.activations import ACTIVATIONS
@@ -261,7 +261,7 @@ class Operator:
         fields = [
             ("dtype", c_int32),
             *((member, types.get(source, c_int32)) for member, source in self.members.items()),
-            *((tensor.name.lower(), c_void_p) for tensor in self.tensors),
+            *((member, c_void_p) for member in self.pointers),
         ]
         return type(self.name, (Structure,), {"_fields_": fields})
 
@@ -298,10 +298,15 @@ class Operator:
                 values[member] = ACTIVATIONS[value].number if isinstance(value, str) else value
         return self.structure(**values)
 
+    @cached_property
+    def pointers(self) -> tuple[str, ...]:
+        """Members of the structure that are addresses: of the inputs, then of the outputs."""
+        return tuple(each.name.lower() for each in self.tensors)
+
     def point(self, parameters: Structure, addresses: Sequence[int | None]) -> None:
         """Put the addresses of the inputs, then of the outputs, into the structure of a call."""
-        for each, address in zip(self.tensors, addresses, strict=True):
-            setattr(parameters, each.name.lower(), address)
+        for member, address in zip(self.pointers, addresses, strict=True):
+            setattr(parameters, member, address)
 
     # PyTorch.
 
@@ -408,10 +413,17 @@ class Operator:
 
 def size_of(dim: str, sizes: Mapping[str, int]) -> int:
     """The size of a dimension, from those of the letters: of ``2I``, from that of ``I``."""
+    factor, letter, added = _parsed(dim)
+    return factor * (sizes[letter] if letter else 1) + added
+
+
+@cache
+def _parsed(dim: str) -> tuple[int, str, int]:
+    """``2I`` and ``W-1`` as a factor, a letter or none, and what is added."""
     parts = _DIM.fullmatch(dim)
     assert parts is not None, dim
     factor, letter, less = parts.groups()
-    return int(factor or 1) * (sizes[letter] if letter else 1) + int(less or 0)
+    return int(factor or 1), letter, int(less or 0)
 
 
 def not_multiple_of_8(sizes: Mapping[str, int], dtype: str) -> str:

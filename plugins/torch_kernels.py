@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import Structure
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
 from ingot.plugins.library import Library, LibraryError
-from ingot.plugins.operator import Operator, size_of
+from ingot.plugins.operator import AttributeValue, Operator, size_of
 from ingot.plugins.registry import OPERATORS
 
 
@@ -82,24 +82,24 @@ def call(
     """
     count = len(operator.inputs)
     inputs = _dense(operator, arguments[:count])
-    attributes = dict(zip((a.name for a in operator.attributes), arguments[count:], strict=True))
     x = inputs[0]
     assert x is not None
-    dtype = str(x.dtype).removeprefix("torch.")
-    sizes = operator.bind([None if each is None else each.shape for each in inputs])
+    shapes = tuple(None if each is None else each.shape for each in inputs)
+    sized, output_shapes = _sized(operator, x.dtype, shapes, arguments[count:])
     outputs = [
         torch.empty(
-            [size_of(dim, sizes) for dim in output.shapes[0]],
+            shape,
             dtype=x.dtype if output.dtype == "T" else torch.float32,
             device=x.device,
         )
-        for output in operator.outputs
+        for output, shape in zip(operator.outputs, output_shapes, strict=True)
     ]
     if new_state is not None:
         _check_device(x, new_state)
         if _is_dense(new_state):
             outputs[-1] = new_state
-    parameters = operator.parameters(dtype, sizes, x.ndim, attributes)
+    # Another thread may make a call of these sizes, hence the copy.
+    parameters = operator.structure.from_buffer_copy(sized)
     operator.point(
         parameters, [None if each is None else each.data_ptr() for each in (*inputs, *outputs)]
     )
@@ -107,6 +107,29 @@ def call(
     if new_state is not None and new_state is not outputs[-1]:
         outputs[-1] = new_state.copy_(outputs[-1])
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+
+# A generation repeats few sizes many times. Those of many prompts need not stay.
+@lru_cache(maxsize=1024)
+def _sized(
+    operator: Operator,
+    dtype: torch.dtype,
+    shapes: tuple[torch.Size | None, ...],
+    attributes: tuple[AttributeValue, ...],
+) -> tuple[Structure, list[list[int]]]:
+    """The structure of a call, but for the addresses, and the outputs' shapes; both to be read.
+
+    Raises:
+        OperatorError: shapes that disagree.
+    """
+    sizes = operator.bind(shapes)
+    first = shapes[0]
+    assert first is not None
+    by_name = dict(zip((each.name for each in operator.attributes), attributes, strict=True))
+    name = str(dtype).removeprefix("torch.")
+    return operator.parameters(name, sizes, len(first), by_name), [
+        [size_of(dim, sizes) for dim in output.shapes[0]] for output in operator.outputs
+    ]
 
 
 def _run(library: Library, parameters: Structure, x: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ from ingot.plugins.library import Library, LibraryError
 from ingot.plugins.mamba2_scan import mamba2_scan
 from ingot.plugins.moe_dispatch import moe_dispatch
 from ingot.plugins.moe_linear import moe_linear
-from ingot.plugins.operator import Operator
+from ingot.plugins.operator import Operator, OperatorError
 from ingot.plugins.registry import OPERATORS
 from ingot.validate.truth.eager import EagerSession
 
@@ -222,6 +222,45 @@ def test_refuses_tensors_of_several_devices(device: InterpretedLibrary, operatio
             call(*mixed)
         message = "a call of a kernel got tensors on cpu and meta; move all to one device."
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_refuses_shapes_that_disagree_in_every_call(
+    device: InterpretedLibrary, operation: str
+) -> None:
+    call, tensors = calls(device)[operation]
+    call(*tensors)
+    last = tensors[-1]
+    longer = torch.zeros(*last.shape[:-1], last.shape[-1] + 1)
+    for _ in range(2):
+        with pytest.raises(OperatorError, match=r" got \d+ for dimension "):
+            call(*tensors[:-1], longer)
+        with pytest.raises(OperatorError, match="of rank 7; it is "):
+            call(*tensors[:-1], last.reshape(*last.shape, *[1] * (7 - last.ndim)))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_call_has_a_structure_of_its_own(
+    device: InterpretedLibrary, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """Calls of the same sizes, as threads make them, do not see each other's addresses."""
+    made: list[Structure] = []
+    monkeypatch.setattr(torch_kernels, "_run", lambda _library, given, _x: made.append(given))
+    call, tensors = calls(device)[operation]
+    others = [tensor.clone() for tensor in tensors]
+    call(*tensors)
+    call(*others)
+    operator = next(each for each in OPERATORS.values() if each.snake == operation)
+    member = operator.pointers[0]
+    assert [getattr(each, member) for each in made] == [tensors[0].data_ptr(), others[0].data_ptr()]
+
+
+def test_attributes_count_where_shapes_repeat(device: InterpretedLibrary) -> None:
+    _, tensors = calls(device)["causal_conv"]
+    for activation in ("silu", "identity", "silu"):
+        found, _ = torch_kernels.call(causal_conv, device, *tensors, activation)
+        expected, _ = causal_conv.eager(*tensors, activation)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def shifted(tensor: torch.Tensor) -> torch.Tensor:
