@@ -2,4 +2,5 @@
 
 from ingot.export.cli import export_command
 
-export_command(prog_name=f"python -m {__package__}")
+if __name__ == "__main__":
+    export_command(prog_name=f"python -m {__package__}")

@@ -2,4 +2,5 @@
 
 from ingot.export.cli import main
 
-main(prog_name="python -m ingot")
+if __name__ == "__main__":
+    main(prog_name="python -m ingot")

@@ -2,4 +2,5 @@
 
 from ingot.runtime.cli import main
 
-main(prog_name=f"python -m {__package__}")
+if __name__ == "__main__":
+    main(prog_name=f"python -m {__package__}")

@@ -2,4 +2,5 @@
 
 from ingot.validate.cli import validate_command
 
-validate_command(prog_name=f"python -m {__package__}")
+if __name__ == "__main__":
+    validate_command(prog_name=f"python -m {__package__}")
