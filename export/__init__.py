@@ -20,3 +20,8 @@ def __getattr__(name: str) -> Any:
     from ingot.export.api import export
 
     return export
+
+
+def __dir__() -> list[str]:
+    # Completion offers what was not asked for yet, too.
+    return sorted({*globals(), *__all__})

@@ -21,3 +21,8 @@ def __getattr__(name: str) -> Any:
     from ingot.runtime.loading import load
 
     return load
+
+
+def __dir__() -> list[str]:
+    # Completion offers what was not asked for yet, too.
+    return sorted({*globals(), *__all__})

@@ -67,6 +67,12 @@ def test_every_public_name_is_there() -> None:
     assert {name for name in ingot.__all__ if getattr(ingot, name) is None} == set()
 
 
+def test_lists_public_names_before_their_first_use() -> None:
+    for name in ("ingot", "ingot.export", "ingot.runtime", "ingot.validate"):
+        code = f"import {name} as m; print(*{{*m.__all__, '__doc__'}} - set(dir(m)))"
+        assert _python(code).split() == [], name
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

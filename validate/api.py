@@ -54,8 +54,9 @@ def validate(
 
     Returns:
         What was found: ``verdict`` is ``passed``, ``failed``, or ``skipped`` where only the graph
-        of an engine could run. ``ingot.validate.report.files.write`` makes files of it, and
-        ``ingot.validate.gate.gate`` compares it with a baseline.
+        of an engine could run. ``write``, imported from ``ingot.validate.report.files``, makes
+        files of it, and ``gate``, imported from ``ingot.validate.gate``, compares it with a
+        baseline.
 
     Raises:
         IngotError: a damaged ingot, one that cannot be compared on this machine, or another
