@@ -13,8 +13,10 @@ OUT ?= out/$(notdir $(MODEL))-$(TARGET)
 
 setup: $(VENV)/.installed
 
+# An environment made while the distribution was called `ingot` would keep this folder on its path.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip uninstall --disable-pip-version-check -qq --yes ingot
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[cpu,dev,kernels,report,trt-rtx]'
 	touch $@
 
