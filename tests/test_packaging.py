@@ -23,6 +23,10 @@ PARTS = ("export", "graphs", "plugins", "runtime", "validate")
 # Files of the parts that only tests and benchmarks use.
 LEFT_OUT = {
     f"ingot/plugins/kernels/{name}" for name in ("fake_driver.cpp", "interpret.py", "record.py")
+} | {
+    f"ingot/{file.relative_to(ROOT).as_posix()}"
+    for file in (ROOT / "runtime" / "embed" / "tests").rglob("*")
+    if file.is_file()
 }
 KERNELS, CANDIDATES = "lib/libingot_kernels.so", "lib/tune/libingot_kernels.so"
 # All that a command needs to answer `--help`.
