@@ -5,22 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import MakeIngot
+from damage import copied
 from judged import judged
+from onnx import helper
 from safetensors.torch import load_file, save_file
 
-from ingot.export.ingot import Manifest
+from ingot.export.ingot import GRAPH, MANIFEST, Manifest
+from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.runtime.loading import load
 from ingot.runtime.session import Floats, Ids
+from ingot.validate import run
 from ingot.validate.judge.judge import CACHES
-from ingot.validate.run import validate_ingot
+from ingot.validate.run import examine, validate_ingot
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import QUICK, Plan, make_inputs
 from ingot.validate.truth.recording import Stepper
@@ -339,3 +345,57 @@ def test_makes_inputs_that_would_show_a_mistake() -> None:
     # Every column is fed once, in order.
     columns = [c for _, part in inputs.steps for c in range(27)[part]]
     assert columns == list(range(27))
+
+
+def test_a_graph_too_damaged_to_be_taken_apart_keeps_its_report(
+    tiny_onnx: Path, reference: Reference, tmp_path: Path
+) -> None:
+    """A cache that lies twice side by side: the session feeds what the graph takes, as ever."""
+    folder = copied(tiny_onnx, tmp_path / "damaged")
+    model = onnx.load(folder / GRAPH, load_external_data=False)
+    past, present = "past_key_values.1.key", "present.1.key"
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                names[place] = {past: "once.past", present: "once"}.get(name, name)
+    split = helper.make_node("Split", [past, "sizes"], ["once.past", "again"], axis=3)
+    model.graph.node.insert(0, split)
+    model.graph.node.append(helper.make_node("Concat", ["once", "once"], [present], axis=3))
+    model.graph.initializer.append(
+        helper.make_tensor("sizes", onnx.TensorProto.INT64, [2], [16] * 2)
+    )
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name in (past, present):
+            value.type.tensor_type.shape.dim[3].dim_value = 32
+    onnx.save(model, folder / GRAPH)
+    raw = json.loads((folder / MANIFEST).read_text())
+    for each in (*raw["inputs"], *raw["outputs"]):
+        if each["name"] in (past, present):
+            each["shape"][3] = 32
+    (state,) = [state for state in raw["states"] if state["input"] == past]
+    state["input_shape"][3] = state["output_shape"][3] = 32
+    raw["files"][GRAPH]["bytes"] = (folder / GRAPH).stat().st_size
+    (folder / MANIFEST).write_text(json.dumps(raw))
+
+    report = examine(folder, reference, Stages(), plan=QUICK, verify=False)
+    assert report.verdict == "failed" and any(present in each for each in report.failures)
+    assert report.location is None
+    assert report.place is not None and "ONNX Runtime cannot run the graph" in report.place
+    assert report.summary()["location"] == report.place and "\n" not in report.place
+
+
+def test_an_operator_that_cannot_be_loaded_keeps_the_report(
+    tiny_onnx: Path, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = validate_ingot(tiny_onnx, reference, plan=QUICK)
+    wrong = replace(found.tensors[0], problem="too far off")
+    # As of an engine, whose graph no other has to load before it fails.
+    failed = replace(found, tensors=(wrong, *found.tensors[1:]))
+    monkeypatch.setattr(run, "validate_ingot", lambda *_args, **_options: failed)
+    folder = copied(tiny_onnx, tmp_path / "damaged")
+    model = onnx.load(folder / GRAPH, load_external_data=False)
+    next(node for node in model.graph.node if node.op_type == "MatMul").op_type = "MatMull"
+    onnx.save(model, folder / GRAPH)
+    report = examine(folder, reference, Stages(), plan=QUICK)
+    assert (report.verdict, report.location) == ("failed", None)
+    assert report.unlocated is not None and "MatMull" in report.unlocated

@@ -213,6 +213,7 @@ class Report:
         growth: of the errors over decode, by kind; empty where there were too few steps.
         distribution: None for a target without logits.
         location: where it went wrong, where it did.
+        unlocated: why that could not be found, in one sentence, if it could not.
         environment: versions and machine, by name.
         hidden: error and floor of every layer's hidden state, where they were outputs.
         reason: why passing says nothing about the ingot itself, if it does not.
@@ -231,6 +232,7 @@ class Report:
     growth: tuple[Growth, ...] = ()
     distribution: Distribution | None = None
     location: Location | None = None
+    unlocated: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
     hidden: tuple[tuple[float, float], ...] = ()
     reason: str | None = None
@@ -263,8 +265,15 @@ class Report:
         return "passed" if self.reason is None else "skipped"
 
     @property
+    def place(self) -> str | None:
+        """Where it went wrong, in words; None where it did not, or where no single place did."""
+        if self.unlocated is not None:
+            return f"a place that could not be found: {self.unlocated}"
+        return None if self.location is None else str(self.location)
+
+    @property
     def worst(self) -> dict[str, TensorResult]:
-        """By kind, the tensor of the highest score."""
+        """The tensor of the highest score, by kind."""
         result: dict[str, TensorResult] = {}
         for tensor in self.tensors:
             score = tensor.score
@@ -304,6 +313,6 @@ class Report:
             result[f"routing_agreement_{mode}"] = min(routing.agreement, default=1.0)
         if self.failures:
             result["first_failure"] = self.failures[0]
-        if self.location is not None:
-            result["location"] = str(self.location)
+        if self.place is not None:
+            result["location"] = self.place
         return result

@@ -12,6 +12,7 @@ from ingot.export.ingot import Manifest
 from ingot.export.manifest import versions
 from ingot.export.progress import Stages
 from ingot.plugins.device import has_gpu
+from ingot.plugins.errors import IngotError
 from ingot.runtime.loading import load
 from ingot.runtime.session import Ids, Session
 from ingot.validate.judge import totals
@@ -176,7 +177,10 @@ def _observe(
 def _judge_graph(
     target: Target, judges: Sequence[Judge], stages: Stages
 ) -> tuple[TappedSession, list[Observed]]:
-    """Its hidden states and routers, and with the truth's experts every tensor."""
+    """The session of the graph with taps and what it gives, all of it judged.
+
+    Judged are its hidden states and routers, and with the truth's experts every tensor.
+    """
     session = target.tapped()
     calls = sum(judge.calls for judge in judges)
     observed = []
@@ -217,16 +221,22 @@ def examine(
     name: str | None = None,
     text: Ids | None = None,
 ) -> Report:
-    """``validate_ingot``; a failure is located in a step of its own."""
+    """``validate_ingot``; a failure is located in a step of its own.
+
+    Where the place cannot be found, the report says why (``Report.unlocated``).
+    """
     report = validate_ingot(
         folder, reference, stages, plan=plan, seed=seed, verify=verify, name=name, text=text
     )
     if report.verdict != "failed":
         return report
     with stages.stage("find where it goes wrong"):
-        return replace(
-            report, location=_location(report, Target(folder, reference), reference, plan)
-        )
+        try:
+            found = _location(report, Target(folder, reference), reference, plan)
+        # That a graph is too damaged to be taken apart is no reason to lose what was found.
+        except IngotError as error:
+            return replace(report, unlocated=" ".join(str(error).split()))
+        return replace(report, location=found)
 
 
 def _location(report: Report, target: Target, reference: Reference, plan: Plan) -> Location | None:
@@ -246,7 +256,7 @@ def _location(report: Report, target: Target, reference: Reference, plan: Plan) 
 
 
 def spread(first: Report, second: Report) -> dict[str, float]:
-    """By kind, how far two runs of one validation are apart, as a share of the score."""
+    """The largest difference of two runs of one validation, as a share of the score, by kind."""
     scores = {(tensor.stage, tensor.name): tensor.score for tensor in second.tensors}
     result: dict[str, float] = {}
     for tensor in first.tensors:

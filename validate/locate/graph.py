@@ -16,6 +16,7 @@ from onnx import helper
 
 from ingot.export.ingot import GRAPH
 from ingot.export.write_weights import weights_of
+from ingot.plugins.errors import IngotError
 from ingot.runtime.onnxruntime_session import open_session, ort_value
 from ingot.validate.locate.widen import widen, widened
 
@@ -193,6 +194,24 @@ def _named_layer(name: str) -> int:
     return int(match.group(1)) if match else BEFORE
 
 
+class LocateError(IngotError):
+    """A graph that is too damaged for its values to be computed one by one."""
+
+
+def run_graph(session: Any, values: Sequence[str], inputs: Mapping[str, Array]) -> Values:
+    """Some outputs of ONNX Runtime's session of a graph that may be damaged, by name.
+
+    Raises:
+        LocateError: it cannot be run, for example because shapes do not fit each other.
+    """
+    try:
+        found = session.run(list(values), dict(inputs))
+    # ONNX Runtime's exceptions share no public base class.
+    except Exception as error:
+        raise LocateError(f"ONNX Runtime cannot run the graph: {error}") from error
+    return dict(zip(values, found, strict=True))
+
+
 class Part:
     """The piece of a graph between some values that are given and some that are asked for.
 
@@ -233,11 +252,14 @@ class Part:
             self._session = open_session(model.SerializeToString(), weights=self._weights)
 
     def run(self, known: Mapping[str, Array]) -> Values:
-        """Every value asked for, by name."""
+        """Every value asked for, by name.
+
+        Raises:
+            LocateError: see ``run_graph``.
+        """
         if self._session is None:
             return {}
-        found = self._session.run(self.values, {name: known[name] for name in self.inputs})
-        return dict(zip(self.values, found, strict=True))
+        return run_graph(self._session, self.values, {name: known[name] for name in self.inputs})
 
 
 def _input(name: str, array: Array) -> onnx.ValueInfoProto:

@@ -26,12 +26,12 @@ from ingot.runtime.onnxruntime_session import open_session
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Ids, Session
 from ingot.validate.judge.metrics import relative_error
+from ingot.validate.locate.graph import Values, run_graph
 from ingot.validate.locate.locate import FLOOR, LIMIT
 from ingot.validate.result import Location
 from ingot.validate.truth.inputs import Inputs
 
 Array = npt.NDArray[Any]
-Values = dict[str, Array]
 
 
 def locate_session(session: Session, folder: Path, inputs: Inputs) -> Location | None:
@@ -114,8 +114,7 @@ class _Plain:
         """The states, cut to the tokens seen, and the main output of one call, by name."""
         names = [*(state.output for state in self._manifest.states), self._manifest.main_output]
         taken = {name: array for name, array in feeds.items() if name in self._taken}
-        found = self._session.run(names, {**taken, **self._states})
-        values: Values = dict(zip(names, found, strict=True))
+        values = run_graph(self._session, names, {**taken, **self._states})
         self._states = {state.input: values[state.output] for state in self._manifest.states}
         for state in self._manifest.states:
             if state.shared and state.axis is not None:

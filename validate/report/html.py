@@ -93,7 +93,7 @@ def page(report: Report) -> str:
         environment.from_string(source).render(
             report=report,
             headline=headline(report),
-            location=None if report.location is None else str(report.location),
+            location=report.place,
             figures=figures(report),
             failures=report.failures[:LISTED],
             unlisted=max(0, len(report.failures) - LISTED),
@@ -352,7 +352,7 @@ def _inline(text: str, name: str, label: str) -> Markup:
 
 
 def _rank(score: float) -> tuple[bool, float]:
-    """By which scores are ordered: a NaN is worse than any number."""
+    """The key that scores are ordered by: a NaN is worse than any number."""
     return math.isnan(score), 0.0 if math.isnan(score) else score
 
 

@@ -24,8 +24,8 @@ def print_report(report: Report, worse: Sequence[str]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     verdict, _, rest = headline(report).partition(":")
     console.print(f"[bold {COLOURS[report.verdict]}]{verdict}[/]:{escape(rest)}")
-    if report.location is not None:
-        console.print(f"It begins at: {escape(str(report.location))}")
+    if report.place is not None:
+        console.print(f"It begins at: {escape(report.place)}")
     if report.worst:
         Console().print(_scores(report))
     for name, text in figures(report):

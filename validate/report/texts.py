@@ -84,8 +84,8 @@ def _properties(report: Report) -> dict[str, str]:
         "against": report.against,
         "seed": str(report.seed),
     }
-    if report.location is not None:
-        result["location"] = str(report.location)
+    if report.place is not None:
+        result["location"] = report.place
     return result | {f"environment {name}": value for name, value in report.environment.items()}
 
 
@@ -105,8 +105,8 @@ def _case(
 def markdown_text(report: Report) -> str:
     """A summary for people who read the log of a CI job."""
     lines = [f"## Validation: {_escape(headline(report))}", ""]
-    if report.location is not None:
-        lines += [f"**It begins at:** {_escape(str(report.location))}", ""]
+    if report.place is not None:
+        lines += [f"**It begins at:** {_escape(report.place)}", ""]
     lines += ["| Kind | Worst score | Limit | Stage | Tensor |", "|---|---:|---:|---|---|"]
     lines += [_worst_row(kind, tensor) for kind, tensor in report.worst.items()]
     lines += ["", "A score is the target's error over the error of eager PyTorch itself."]
