@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 import toy_hybrid
 from conftest import MakeCheckpoint, MakeIngot
 from damage import one_percent, with_weight
@@ -231,6 +232,33 @@ def test_decodes_what_a_prefill_of_all_gives(
     pieces = [session.step(ids[:, a:b], mask[:, a:b]) for a, b in pairwise(cuts)]
     real = mask != 0
     assert relative_rms(full[real], np.concatenate(pieces, axis=1)[real]) < LIMIT
+
+
+def test_reads_every_weight_once_a_call_where_it_streams(
+    checkpoint: Path, sessions: dict[str, Session | EagerSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Checkpoint.open(checkpoint)
+    streamed, loaded = EagerSession(opened, "generate", streamed=True), sessions["eager"]
+    names: list[str] = []
+    read = Checkpoint.read
+
+    def counted(self: Checkpoint, name: str) -> torch.Tensor:
+        names.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    ids, mask = tokens(VOCAB)
+    for session in (streamed, loaded):
+        session.reset(*ids.shape)
+    for columns in (slice(0, PREFILL), slice(PREFILL, PREFILL + 1)):
+        names.clear()
+        found = streamed.step(ids[:, columns], mask[:, columns])
+        of_layers = [name for name in opened.entries if ".layers." in name]
+        assert sorted(names) == sorted(of_layers)
+        assert np.array_equal(found, loaded.step(ids[:, columns], mask[:, columns]))
+        assert {name for name, p in streamed.model.named_parameters() if p.is_meta} == set(
+            of_layers
+        )
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -15,7 +15,7 @@ from torch import nn
 from ingot.export.request import EXTRA_OUTPUTS
 from ingot.graphs.checkpoint import Checkpoint, WeightMap, assemble, load_parameters, set_parameter
 from ingot.graphs.family import family_of, parameter_bytes
-from ingot.graphs.layers import ModelOutput
+from ingot.graphs.layers import Decoder, ModelOutput
 from ingot.runtime.session import Floats, Ids
 
 
@@ -121,8 +121,8 @@ def _free_memory() -> int:
 
 def _stream_weights(model: nn.Module, checkpoint: Checkpoint, weight_map: WeightMap) -> None:
     """Give each layer, and each module outside the layers, its weights only while it runs."""
-    layers = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    blocks = [block for layer_list in layers for block in layer_list]
+    # A layer may have lists of modules of its own, which come and go with it.
+    blocks = [layer for m in model.modules() if isinstance(m, Decoder) for layer in m.layers]
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     names = {id(module): name for name, module in model.named_modules()}
     for block in blocks:
