@@ -207,7 +207,7 @@ class CausalLM(Model):
 
     @property
     def states(self) -> tuple[State, ...]:
-        """Those of the bare model."""
+        """The states of the bare model."""
         result: tuple[State, ...] = getattr(self, self.base_model_prefix).states
         return result
 

@@ -299,7 +299,7 @@ class Mamba2Model(Decoder):
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
     ) -> tuple[torch.Tensor, Step]:
-        """The positions are not used; a recurrence knows the order."""
+        """See ``Decoder.begin``; the positions are not used, since a recurrence knows the order."""
         x = self.embeddings(input_ids)
         step = Step(real=attention_mask.to(x.dtype))
         if self.config.residual_in_fp32:
@@ -309,7 +309,7 @@ class Mamba2Model(Decoder):
     def end(
         self, outputs: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """In transformers the hidden states are every layer's output, and the final norm's."""
+        """See ``Decoder.end``; transformers has every layer's output, and the final norm's."""
         x = self.norm_f(outputs[-1].to(self.norm_f.weight.dtype))
         return x, (*outputs[1:], x)
 

@@ -26,7 +26,7 @@ class State:
         output: graph output name.
         dtype: its name, as numpy and PyTorch have it.
         input_shape: integers and symbolic names.
-        output_shape: likewise.
+        output_shape: integers and symbolic names.
         axis: the axis that grows by T each call, or None.
         shared: whether input and output may be one buffer of fixed capacity along ``axis``.
     """

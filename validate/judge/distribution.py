@@ -46,7 +46,7 @@ def distribution(truth: Array, target: Array, tie: float) -> Distribution:
 
     Args:
         truth: any float dtype.
-        target: likewise; no padding in either.
+        target: any float dtype; no padding in either.
         tie: two of the truth's logits at most so far apart are a tie. A token without a divergence
             agrees with nothing and is no tie.
 

@@ -44,7 +44,7 @@ def growth(tensors: Sequence[TensorResult]) -> list[Growth]:
 
 
 def step_scores(tensors: Sequence[TensorResult]) -> dict[str, dict[int, float]]:
-    """By kind and decode step, in order, the RMS of its tensors' scores; a NaN stays one."""
+    """The RMS of the scores by kind and decode step, the steps in order; a NaN stays one."""
     kinds: dict[str, dict[int, list[float]]] = {}
     for tensor in tensors:
         stage = _DECODE.fullmatch(tensor.stage)
@@ -59,9 +59,9 @@ def step_scores(tensors: Sequence[TensorResult]) -> dict[str, dict[int, float]]:
 
 
 def over_decode(tensors: Sequence[TensorResult]) -> list[TensorResult]:
-    """The decode steps of all sets of token ids, as ``decode N``.
+    """The results of the decode steps of all sets of token ids, with ``decode N`` as their stage.
 
-    With the truth's experts where a target was run with them, since those results miss no token.
+    Those with the truth's experts where a target was run with them, since they miss no token.
     """
     found = [(stage, t) for t in tensors if (stage := _ANY_DECODE.fullmatch(t.stage))]
     replayed = [(stage, tensor) for stage, tensor in found if stage[2]]

@@ -319,7 +319,7 @@ def _by_router(calls: Recording) -> list[Array]:
 
 
 def _usual_floors(references: References) -> dict[str, float]:
-    """By name, eager PyTorch's relative RMS error over all calls of the main run."""
+    """Eager PyTorch's relative RMS error over all calls of the main run, by tensor."""
     squares: dict[str, list[float]] = {}
     for truth, eager in zip(references.truth, references.eager, strict=True):
         for name, want in truth.items():
@@ -335,5 +335,5 @@ def is_tap(name: str) -> bool:
 
 
 def is_no_tap(name: str) -> bool:
-    """The opposite."""
+    """Whether it is an output or a state of a graph, and no value inside of it."""
     return not is_tap(name)

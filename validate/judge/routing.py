@@ -30,7 +30,7 @@ def margins(router_logits: Array, top_k: int) -> Array:
 
 
 def _explained(truth: Array, eager: Array) -> float:
-    """The largest margin that rounding explains."""
+    """The largest margin that rounding explains, of one router's logits ``[n, E]``."""
     return FLIP_LIMIT * rms(eager.astype(np.float64) - truth)
 
 
@@ -93,7 +93,7 @@ def compare_choices(
 
 
 def first_flips(routing: Routing) -> dict[int, int]:
-    """By row, the position from which on other experts changed the numbers.
+    """The first position of each row from which on other experts changed the numbers, by row.
 
     Empty where a flip fails: then nothing is left out of any comparison.
     """
@@ -112,9 +112,14 @@ def doubtful(
     places: npt.NDArray[np.int64],
     top_k: int,
 ) -> dict[int, int]:
-    """By row, the first position where rounding explains another choice at some router.
+    """The first position of each row where rounding explains another choice at some router, by row.
 
-    Args are those of ``compare_choices``.
+    Args:
+        expected: router logits ``[n, E]`` of each router, of the truth or what stands in its place.
+        truth: of the truth.
+        eager: of the eager graph in the target's precision.
+        places: ``[n, 2]``, row of the batch and position of each token.
+        top_k: K.
     """
     result: dict[int, int] = {}
     for want, exact, own in zip(expected, truth, eager, strict=True):

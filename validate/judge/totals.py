@@ -30,7 +30,7 @@ def tensors(judges: Sequence[Judge], seeds: Sequence[int]) -> tuple[TensorResult
 
 
 def routing(judges: Sequence[Judge]) -> dict[str, Routing]:
-    """By mode, the mean agreement and all flips."""
+    """The mean agreement and all flips of every set of token ids, by mode."""
     result: dict[str, Routing] = {}
     for mode in judges[0].routing:
         found = [judge.routing[mode] for judge in judges]
@@ -41,7 +41,7 @@ def routing(judges: Sequence[Judge]) -> dict[str, Routing]:
 
 
 def worst_growth(judges: Sequence[Judge]) -> tuple[Growth, ...]:
-    """By kind, the set of token ids whose errors grow most."""
+    """The growth of each kind, of the set of token ids whose errors of that kind grow most."""
     worst: dict[str, Growth] = {}
     for judge in judges:
         for each in growth(over_decode(judge.results)):

@@ -4,8 +4,8 @@ The canonical graph is captured again from the checkpoint and lowered as the ing
 That is deterministic, so this *reference* is what the ingot's graph should be, and its values are
 paired with the ingot's. Both graphs are then run layer by layer in ONNX Runtime with every value of
 the layer as an output. What enters a layer, states included, is the reference's on both sides: each
-layer and each call is judged by itself, so no earlier error and no router that it turned can hide
-or fake a later one.
+layer and each call is judged by itself, so that no earlier error, and no router that it turned, can
+hide or fake a later one.
 
 Both run in float32, also where the ingot is in half precision (``validate.locate.widen``). Only one
 layer's weights are in memory at a time, and nothing is written. What is not in the graph, such as a

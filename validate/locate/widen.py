@@ -45,7 +45,7 @@ def widened(array: Array) -> Array:
 
 
 def _widen_nodes(nodes: Any, own: int | None) -> None:
-    """Of a graph or function, whose branches are widened too.
+    """Compute the nodes of a graph or function, and of its branches, in float32, in place.
 
     Args:
         nodes: protobuf's list of nodes, in the order of computation.

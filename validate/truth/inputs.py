@@ -41,7 +41,7 @@ class Inputs:
 
     Attributes:
         input_ids: ``[B, prefill + decode]``.
-        attention_mask: likewise; the second row begins with padding.
+        attention_mask: ``[B, prefill + decode]``; the second row begins with padding.
         prefill: tokens of the first call; every later call has one.
         stateful: where not, every call begins at the first token and has one more at its end.
     """

@@ -214,7 +214,7 @@ def collect_whole(
 
 
 def whole(layout: Layout, recording: Recording) -> Tensors:
-    """The caches of a recording after its last call, ordered likewise."""
+    """The caches ``[n, Hkv, D]`` of a recording after its last call, ordered as the calls were."""
     names = [name for name in recording[0] if layout.axis(name) is not None]
     return {name: np.concatenate([call[name] for call in recording]) for name in names}
 
