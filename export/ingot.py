@@ -93,7 +93,7 @@ class Manifest:
     Attributes:
         source: checkpoint name, revision and SHA-256.
         generation: token ids that end or pad a generation, and the longest context, which is None
-            for a state of fixed size.
+            where nothing limits it.
         labels: names of a classifier's classes.
         engine: of a TensorRT target; None where it holds the graph alone.
         graph: opset, node count, operator counts, and the bytes of embedding tables that a token

@@ -131,7 +131,7 @@ def generate(
     stops = set(manifest.generation["eos_token_ids"] if stop_ids is None else stop_ids)
     ids, mask = pad_left(prompts, manifest.generation["pad_token_id"])
     longest = manifest.generation["context_length"]
-    # A state of fixed size has no longest context.
+    # None where nothing limits it.
     if longest is not None and ids.shape[1] + max_new_tokens > longest:
         raise SessionError(
             f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones exceed this model's "

@@ -92,7 +92,7 @@ class Inspection:
         state_bytes_per_token: that each token of a sequence adds.
         state_bytes_per_sequence: of fixed size.
         shared_buffers: whether past and present are one buffer of a fixed capacity.
-        context_length: longest sequence; None where the state has a fixed size.
+        context_length: longest sequence; None where nothing limits it.
         weights: by name, with their precision.
         states: by kind, with theirs.
         profiles: of an engine, by name: input -> least, usual and largest shape.

@@ -147,10 +147,11 @@ def _filled(manifest: Manifest, settings: Settings) -> Settings:
         # see the config.
         max_batch = 1
     capacity = settings.capacity or min(limits)
-    # A state of fixed size has no longest context.
+    # The default is at most MOST_CAPACITY, and what is asked for is limited by these alone.
     longest = min([manifest.generation.get("context_length") or sys.maxsize, *limits[1:]])
     if not 2 <= capacity <= longest:
-        raise TritonError(f"--capacity is {settings.capacity}; it must be 2 to {longest}.")
+        allowed = "at least 2" if longest == sys.maxsize else f"2 to {longest}"
+        raise TritonError(f"--capacity is {settings.capacity}; it must be {allowed}.")
     name = settings.name or manifest.model_type
     return replace(settings, name=name, capacity=capacity, max_batch=max_batch)
 
