@@ -112,7 +112,10 @@ class Model(nn.Module):
             attention_mask: int64, 1 for tokens, 0 for padding: ``[B, S]``, the past included, where
                 a state grows, and otherwise ``[B, T]``.
             position_ids: ``[B, T]`` int64.
-            past: the states; where all are caches, none will do for a call that stands alone.
+            past: the states. Where all of them are caches, a call that stands alone may have none.
+
+        Raises:
+            ValueError: another number of states.
         """
         raise NotImplementedError
 
@@ -173,6 +176,13 @@ class Decoder(Model):
         past: tuple[torch.Tensor, ...],
     ) -> ModelOutput:
         """See ``Model.forward``."""
+        states = self.states
+        caches = all(state.axis is not None for state in states)
+        if len(past) != len(states) and (past or not caches):
+            raise ValueError(
+                f"the model has {len(states)} states and was given {len(past)}; give all of them"
+                f"{', or none for a call that stands alone' if caches else ''}."
+            )
         x, step = self.begin(input_ids, attention_mask, position_ids)
         outputs = [x]
         present: tuple[torch.Tensor, ...] = ()

@@ -235,7 +235,7 @@ class Mamba2Mixer(nn.Module):
             x: ``[B, T, H]``.
             step: of which the mixer reads ``real``.
             past: the last W-1 inputs of the convolution, ``[B, C, W-1]``, and the scan's state,
-                ``[B, Hm, Pm, Ns]``, float32 or wider.
+                ``[B, Hm, Pm, Ns]``, float32 or wider; both zero before the first token.
         """
         s = self.sizes
         conv, ssm = past

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from safetensors.numpy import load_file
 from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
+from ingot.graphs.layers import Mixed
 from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
 from ingot.runtime.session import Session
@@ -34,7 +36,7 @@ from ingot.validate.locate.locate import locate
 from ingot.validate.run import validate_ingot
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import QUICK, Plan, make_inputs
-from ingot.validate.truth.reference import Reference
+from ingot.validate.truth.reference import Reference, RoutersError
 
 Vector = npt.NDArray[np.float64]
 CONFIG = toy_hybrid.FAMILY.presets["tiny"]
@@ -232,6 +234,30 @@ def test_decodes_what_a_prefill_of_all_gives(
     pieces = [session.step(ids[:, a:b], mask[:, a:b]) for a, b in pairwise(cuts)]
     real = mask != 0
     assert relative_rms(full[real], np.concatenate(pieces, axis=1)[real]) < LIMIT
+
+
+def test_refuses_another_number_of_states(checkpoint: Path) -> None:
+    model = EagerSession(Checkpoint.open(checkpoint), "generate").model
+    ids = torch.ones((1, 3), dtype=torch.int64)
+    zeros = [torch.zeros(state.shape(1, 0)) for state in model.states]
+    for past in ([], zeros[:-1], [*zeros, zeros[0]]):
+        with pytest.raises(ValueError, match=f"has 8 states and was given {len(past)}; give all"):
+            model(ids, ids, ids, tuple(past))
+
+
+def test_refuses_facts_that_tell_of_other_routers(
+    checkpoint: Path, ingots: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = toy_hybrid.ToyLayer.forward
+
+    def forgets(self: toy_hybrid.ToyLayer, *given: Any) -> Mixed:
+        found = forward(self, *given)
+        return found._replace(router_logits=found.router_logits[:1])
+
+    monkeypatch.setattr(toy_hybrid.ToyLayer, "forward", forgets)
+    reference = Reference(Checkpoint.open(checkpoint), "generate")
+    with pytest.raises(RoutersError, match=r"logits of 3 routers.* of 4, by layer \[1, 2, 0, 1\]"):
+        validate_ingot(ingots["onnx"], reference, plan=QUICK)
 
 
 def test_reads_every_weight_once_a_call_where_it_streams(

@@ -13,14 +13,19 @@ import torch
 from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import family_of
+from ingot.plugins.errors import IngotError
 from ingot.validate.truth.cache import Cache, Recording, code_digest, inputs_digest, key
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import Inputs
-from ingot.validate.truth.recording import Layout, record
+from ingot.validate.truth.recording import Layout, all_router_logits, record
 from ingot.validate.truth.replay import Replay, Routers
 
 # One precision higher than the target's.
 TRUTH = {"float32": torch.float64, "float16": torch.float32, "bfloat16": torch.float32}
+
+
+class RoutersError(IngotError):
+    """A model with other routers than its config's facts tell."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,18 @@ class Reference:
         return f"eager PyTorch in {_name(truth)}, beside eager PyTorch in {self.precision}"
 
     def record(self, layout: Layout, inputs: Inputs, stages: Stages) -> References:
-        """Run the main run on both, or read what was kept of an earlier one."""
+        """Run the main run on both, or read what was kept of an earlier one.
+
+        Raises:
+            RoutersError: the model returns the logits of more or fewer routers than it should.
+        """
         truth = self._recording(layout, inputs, TRUTH[self.precision], None, stages)
+        found, told = len(all_router_logits(truth[0])), self.routers.by_layer
+        if found != sum(told):
+            raise RoutersError(
+                f"the model returns the logits of {found} routers, and its config's facts tell of "
+                f"{sum(told)}, by layer {list(told)}; correct Facts.routers of its architecture."
+            )
         own: torch.dtype = getattr(torch, self.precision)
         eager = self._recording(layout, inputs, own, truth, stages)
         return References(self.precision, truth, eager, expected=truth)
