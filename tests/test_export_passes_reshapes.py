@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from text_graph import Arrays, notices, notices_nothing_done, operators, parsed, refuses, run, the
 
-from ingot.export.passes.reshapes import SimplifyReshapes, SizesFromTokens
+from ingot.export.passes.reshapes import SimplifyReshapes, SizeError, SizesFromTokens
 
 TOKENS = ("ids", "mask")
 # The batch size of a state, and the past's and the state's own; a reshape by computed sizes.
@@ -61,14 +61,21 @@ def test_no_size_is_read_from_a_state() -> None:
     ("new", "why"),
     [
         ("<start = 0, end = 2> (state)", "Shape rows reads not one size of a state"),
+        ("<start = 9, end = 10> (state)", "Shape rows reads not one size of a state"),
         ("(state)", "Shape rows reads not one size of a state"),
         ("<start = 2, end = 3> (state)", "Shape rows reads past, which no token input has"),
     ],
 )
-def test_refuses_sizes_that_no_token_has(new: str, why: str) -> None:
+def test_refuses_sizes_that_no_token_has(
+    new: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = "<start = 0, end = 1> (state)"
     assert old in TEXT
-    refuses(SizesFromTokens(TOKENS), parsed(TEXT.replace(old, new)), why)
+    model = parsed(TEXT.replace(old, new))
+    refuses(SizesFromTokens(TOKENS), model, why)
+    monkeypatch.delenv("INGOT_DEBUG")
+    with pytest.raises(SizeError, match=f"^{why}; take the size from the token ids"):
+        SizesFromTokens(TOKENS)(model)
 
 
 def test_refuses_a_token_input_that_is_not_there() -> None:

@@ -123,9 +123,10 @@ def _match(attention: ir.Node) -> _CachedAttention | None:
         if source is None:
             return None
         sources.append(source)
-    sizes = [source.shape[3] if source.shape is not None else None for source in sources]
-    if not all(isinstance(size, int) and size % 8 == 0 for size in sizes):
-        return None
+    for source in sources:
+        heads, size = source.shape[2:] if source.shape is not None else (None, None)
+        if not isinstance(heads, int) or not isinstance(size, int) or size % 8:
+            return None
     back = only_reader(attention)
     merge = only_reader(back) if back is not None and transposes(back, SWAP_HEADS) else None
     if back is None or merge is None or merge.op_type != "Reshape":

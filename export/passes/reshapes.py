@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from ingot.export.passes.constants import integers
 from ingot.export.passes.graph_pass import GraphPass
+from ingot.plugins.errors import IngotError
+
+
+class SizeError(IngotError):
+    """A graph that takes a size from a state, where no token input has it."""
 
 
 class SizesFromTokens(GraphPass):
@@ -16,6 +23,9 @@ class SizesFromTokens(GraphPass):
 
     Args:
         tokens: names of graph inputs; of two with the same size the first is read.
+
+    Raises:
+        SizeError: a size that no token input has, or a state's whole shape.
     """
 
     looks_for = ("Shape",)
@@ -28,36 +38,27 @@ class SizesFromTokens(GraphPass):
         inputs = {value.name: value for value in model.graph.inputs}
         for name in self.tokens:
             self.require(name in inputs, name, "is no graph input")
-        known = {str(size) for name in self.tokens for size in inputs[name].shape or ()}
+        sources = self._sources(model)
         for node in filter(self._reads_a_state, model.graph):
-            start, end = (node.attributes.get_int(name, -1) for name in ("start", "end"))
-            self.require(0 <= start == end - 1, node, "reads not one size of a state")
-            state = node.inputs[0]
-            assert state is not None and state.shape is not None
-            size = str(state.shape[start])
-            self.require(size in known, node, f"reads {size}, which no token input has")
+            refusal = _refusal(node, sources)
+            self.require(not refusal, node, refusal)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        inputs = {value.name: value for value in model.graph.inputs}
-        source = {}
-        for name in reversed(self.tokens):
-            token = inputs[name]
-            assert token.shape is not None
-            for axis, dimension in enumerate(token.shape):
-                source[str(dimension)] = (token, axis)
-        modified = False
-        for node in model.graph:
-            if not self._reads_a_state(node):
-                continue
-            value, start = node.inputs[0], node.attributes["start"].as_int()
-            assert value is not None and value.shape is not None
-            assert node.attributes["end"].as_int() == start + 1
-            replacement, axis = source[str(value.shape[start])]
-            node.replace_input_with(0, replacement)
+        sources = self._sources(model)
+        nodes = [node for node in model.graph if self._reads_a_state(node)]
+        for node in nodes:
+            refusal = _refusal(node, sources)
+            # Whether debugging or not: with a shared buffer the size would be that of its room.
+            if refusal:
+                raise SizeError(
+                    f"Shape {node.name or node.outputs[0].name} {refusal}; take the size from the "
+                    "token ids or the attention mask in the eager graph."
+                )
+            value, axis = sources[_one_size(node)]
+            node.replace_input_with(0, value)
             node.attributes["start"] = ir.AttrInt64("start", axis)
             node.attributes["end"] = ir.AttrInt64("end", axis + 1)
-            modified = True
-        return ir.passes.PassResult(model, modified=modified)
+        return ir.passes.PassResult(model, modified=bool(nodes))
 
     def ensures(self, model: ir.Model) -> None:
         for node in model.graph:
@@ -66,6 +67,32 @@ class SizesFromTokens(GraphPass):
     def _reads_a_state(self, node: ir.Node) -> bool:
         value = node.inputs[0] if node.op_type == "Shape" else None
         return value is not None and value.is_graph_input() and value.name not in self.tokens
+
+    def _sources(self, model: ir.Model) -> dict[str, tuple[ir.Value, int]]:
+        """The token input and its axis that each size is read from."""
+        inputs = {value.name: value for value in model.graph.inputs}
+        return {
+            str(size): (inputs[name], axis)
+            for name in reversed(self.tokens)
+            for axis, size in enumerate(inputs[name].shape or ())
+        }
+
+
+def _one_size(node: ir.Node) -> str:
+    """The one size of a state that a Shape reads; empty where it reads another number of them."""
+    start, end = (node.attributes.get_int(name, -1) for name in ("start", "end"))
+    state = node.inputs[0]
+    if state is None or state.shape is None or not 0 <= start == end - 1 < len(state.shape):
+        return ""
+    return str(state.shape[start])
+
+
+def _refusal(node: ir.Node, sources: Mapping[str, object]) -> str:
+    """Why a Shape of a state cannot read a token input instead; empty where it can."""
+    size = _one_size(node)
+    if not size:
+        return "reads not one size of a state"
+    return "" if size in sources else f"reads {size}, which no token input has"
 
 
 class SimplifyReshapes(GraphPass):
