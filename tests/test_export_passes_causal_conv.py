@@ -8,7 +8,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from convolution_graph import ACTIVATIONS, causal, convolution_text, kernel_and_bias
-from text_graph import interface, notices, notices_nothing_done, operators, parsed, run, the
+from text_graph import (
+    interface,
+    notices,
+    notices_nothing_done,
+    operators,
+    parsed,
+    refuses,
+    run,
+    the,
+)
 
 from ingot.export.passes.causal_conv import CausalConvToOperator
 from ingot.export.passes.functions import AttachFunctionBodies
@@ -42,6 +51,16 @@ def test_a_convolution_without_activation_is_an_identity() -> None:
     model = parsed(text.replace("(activated)", "(convolved)"), kernel_and_bias())
     assert CausalConvToOperator()(model).modified
     assert the(model, "CausalConv").attributes["activation"].as_string() == "identity"
+
+
+def test_refuses_what_the_operator_cannot_hold() -> None:
+    model = parsed(convolution_text(), kernel_and_bias())
+    _, weight, bias = the(model, "Conv").inputs
+    assert weight is not None and bias is not None
+    bias.shape = ir.Shape([1])
+    refuses(CausalConvToOperator(), model, r"Conv convolved has a bias that is not \[C\]")
+    weight.type = None
+    refuses(CausalConvToOperator(), model, "Conv convolved has a weight of unknown dtype")
 
 
 def test_notices_what_is_left() -> None:

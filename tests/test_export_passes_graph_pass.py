@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import ClassVar
 
 import onnx_ir as ir
 import pytest
 from text_graph import operators, parsed
 
+from ingot.export import passes
 from ingot.export.passes.graph_pass import GraphPass
 
 TEXT = """
@@ -67,6 +70,22 @@ class AnyNode(Unmet):
     """What counts every node."""
 
     looks_for = None
+
+
+def every_pass() -> list[type[GraphPass]]:
+    for module in pkgutil.iter_modules(passes.__path__, f"{passes.__name__}."):
+        importlib.import_module(module.name)
+    ours = GraphPass.__subclasses__()
+    return [each for each in ours if each.__module__.startswith(f"{passes.__name__}.")]
+
+
+def test_finds_the_passes() -> None:
+    assert {"SimplifyReshapes", "NoteFactors", "NamePlugins"} < {p.__name__ for p in every_pass()}
+
+
+@pytest.mark.parametrize("change", every_pass())
+def test_every_pass_states_both_conditions(change: type[GraphPass]) -> None:
+    assert {"requires", "ensures"} <= vars(change).keys()
 
 
 def test_names_the_pass_and_the_node() -> None:

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from text_graph import notices, notices_nothing_done, parsed, refuses, run, the
 
 from ingot.export.passes.metadata import DropTracerMetadata
+from ingot.export.passes.scales import FACTOR
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 23]>
@@ -54,6 +55,12 @@ def test_refuses_a_graph_with_another_inside() -> None:
         }
     """)
     refuses(DropTracerMetadata(), model, "Relu a is in a subgraph")
+
+
+def test_refuses_a_factor_that_is_still_to_be_folded() -> None:
+    model = noted()
+    the(model, "Relu").metadata_props[FACTOR] = "0.25"
+    refuses(DropTracerMetadata(), model, "Relu y has a note of a factor that is still to be folded")
 
 
 def test_notices_what_is_left() -> None:

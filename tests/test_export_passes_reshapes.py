@@ -122,6 +122,14 @@ def test_any_other_reshape_is_left_alone(change: str) -> None:
     assert operators(model.graph)["Concat"] == 1
 
 
+def test_refuses_a_reshape_of_sizes_without_names() -> None:
+    model = parsed(TEXT)
+    x = the(model, "Reshape").inputs[0]
+    assert x is not None
+    x.shape = ir.Shape([None, "sequence", 6])
+    refuses(SimplifyReshapes(), model, "Reshape y has a size without a name in ")
+
+
 def test_notices_a_computed_shape_that_is_left() -> None:
     notices_nothing_done(SimplifyReshapes(), parsed(TEXT), "Reshape y has a computed shape")
 

@@ -208,6 +208,22 @@ def test_notices_a_wrong_note(spoil: Callable[[ir.Model], None], why: str) -> No
     notices(NoteFactors(), half()[0], spoil, why)
 
 
+def test_refuses_a_note_of_a_factor_on_another_node() -> None:
+    model = multiplied()
+    note_a_sum(model)
+    refuses(FoldScales(), model, "MatMul mixed has a note of a factor and multiplies by none")
+
+
+@pytest.mark.parametrize(("node", "text"), [("Mul x", TIED), ("Div logits", TEXT)])
+def test_leaves_a_zero_that_it_would_have_to_invert(node: str, text: str) -> None:
+    factor = "twelve" if node == "Mul x" else "eight"
+    start, _, rest = text.partition(f"float {factor} = {{")
+    model = multiplied(f"{start}float {factor} = {{0.0}}{rest.partition('}')[2]}")
+    FoldScales()(model)
+    left = [f"{each.op_type} {each.outputs[0].name}" for each in model.graph]
+    assert node in left
+
+
 def test_notices_factors_that_are_left() -> None:
     why = "Mul residual multiplies what a linear layer's weight could hold"
     notices_nothing_done(FoldScales(), multiplied(), why)

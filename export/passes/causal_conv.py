@@ -21,6 +21,14 @@ class CausalConvToOperator(GraphPass):
 
     looks_for = ("Conv",)
 
+    def requires(self, model: ir.Model) -> None:
+        for match in filter(None, map(match_causal_conv, model.graph)):
+            weight, bias = (*match.conv.inputs[1:], None)[:2]
+            assert weight is not None and weight.shape is not None
+            self.require(weight.dtype is not None, match.conv, "has a weight of unknown dtype")
+            fits = bias is None or bias.shape == weight.shape.numpy()[:1]
+            self.require(fits, match.conv, "has a bias that is not [C]")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in list(model.graph):

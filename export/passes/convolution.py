@@ -36,6 +36,7 @@ class CausalConvToBlocked(GraphPass):
     """
 
     looks_for = ("Conv",)
+    requires = GraphPass.any_graph
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False

@@ -13,7 +13,8 @@ class GraphPass(ir.passes.InPlacePass):
     """A change of a graph, with what it requires and what it ensures in onnx-ir's two hooks.
 
     The hooks are for whoever changes a pass: they run where ``INGOT_DEBUG`` is in the environment,
-    as in every test, and nowhere else. A pass sees the nodes of the graph itself: neither those
+    as in every test, and nowhere else. Each pass states both; one that takes any graph says so with
+    ``requires = GraphPass.any_graph``. A pass sees the nodes of the graph itself: neither those
     of a subgraph nor function bodies, which serve runtimes without our kernels.
 
     Attributes:
@@ -41,6 +42,9 @@ class GraphPass(ir.passes.InPlacePass):
         same = before == after or not self.keeps_interface
         self.ensure(same, "the graph", f"had {before - after} and now has {after - before}")
         return result
+
+    def any_graph(self, model: ir.Model) -> None:
+        """The ``requires`` of a pass that leaves alone whatever it cannot change."""
 
     def require(self, holds: bool, what: ir.Node | ir.Value | str, why: str) -> None:
         """Refuse the graph unless a precondition holds."""

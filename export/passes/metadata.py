@@ -5,10 +5,16 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ingot.export.passes.graph_pass import GraphPass
+from ingot.export.passes.scales import FACTOR
 
 
 class DropTracerMetadata(GraphPass):
     """Removes stack traces and FX text: they hold this machine's paths and double the file."""
+
+    def requires(self, model: ir.Model) -> None:
+        for node in model.graph:
+            folded = FACTOR not in node.metadata_props
+            self.require(folded, node, "has a note of a factor that is still to be folded")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         model.metadata_props.clear()

@@ -104,6 +104,16 @@ class SimplifyReshapes(GraphPass):
 
     looks_for = ("Reshape",)
 
+    def requires(self, model: ir.Model) -> None:
+        for node in model.graph:
+            if node.op_type != "Reshape":
+                continue
+            for value in (node.inputs[0], node.outputs[0]):
+                # Two unknown sizes would look the same.
+                dimensions = value.shape if value is not None and value.shape is not None else ()
+                named = all(isinstance(size, int) or size.value for size in dimensions)
+                self.require(named, node, f"has a size without a name in {dimensions}")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in model.graph:

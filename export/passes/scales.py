@@ -76,6 +76,11 @@ class FoldScales(GraphPass):
 
     looks_for = ("Mul", "Div")
 
+    def requires(self, model: ir.Model) -> None:
+        for node in model.graph:
+            product = FACTOR not in node.metadata_props or node.op_type in ("Mul", "Div")
+            self.require(product, node, "has a note of a factor and multiplies by none")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in list(model.graph):
@@ -105,16 +110,22 @@ class FoldScales(GraphPass):
 
 def _factor(node: ir.Node) -> float | None:
     """c of ``y * c``, or 1/c of ``y / c``, for a constant scalar; otherwise None."""
+    number = _number(node)
+    if node.op_type == "Mul":
+        return number
+    return 1 / number if number else None
+
+
+def _number(node: ir.Node) -> float | None:
+    """c of ``y * c`` or ``y / c``, for a constant scalar; otherwise None."""
     if node.op_type not in ("Mul", "Div") or node.inputs[1] is None:
         return None
     if FACTOR in node.metadata_props:
-        exact = float(node.metadata_props[FACTOR])
-        return exact if node.op_type == "Mul" else 1 / exact
+        return float(node.metadata_props[FACTOR])
     constant = node.inputs[1].const_value
     if constant is None or isinstance(constant, Weight) or len(constant.shape):
         return None
-    value = float(constant.numpy())
-    return value if node.op_type == "Mul" else 1 / value
+    return float(constant.numpy())
 
 
 def _widen(model: ir.Model, node: ir.Node, factor: float) -> None:
@@ -182,6 +193,9 @@ def _fold_embedding(table: ir.Value | None, factor: float) -> bool:
     if len(table.uses()) != 1 + len(others) or len(others) > 1:
         return False
     if others:
+        # The norm before the head could not take the inverse.
+        if factor == 0:
+            return False
         turned = others[0].outputs[0]
         if others[0].op_type != "Transpose" or not _only_use(turned):
             return False
