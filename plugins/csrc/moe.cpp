@@ -20,19 +20,13 @@ constexpr int32_t kMaxSide = 1 << 24;
 // MoeDispatch takes so many tokens at once: what it keeps between its products would else grow with
 // the call (OLMoE: 82 KB a token), while more tokens hardly make the products faster.
 constexpr int64_t kSliceTokens = 8192;
-// A slice begins at a multiple of so many tokens, where every tensor is aligned to 16 bytes.
-constexpr int64_t kSliceUnit = 16;
-
-// Up to so many tokens share one tile of rows, and the programs find their choices by themselves.
-constexpr int64_t kFewTokens = 16;
 
 struct Tile {
     int rows, columns;
 };
-constexpr Tile kFewTile{16, 32};
-// Three products for one leave float32 no registers for more.
-constexpr Tile kFloat32Tile{64, 32};
-constexpr int kSmallestRows = 64;
+// For so many tokens as it has rows; the programs find their choices by themselves.
+constexpr Tile kFewTile{kFewRows, kFewColumns};
+constexpr Tile kFloat32Tile{kFloat32Rows, kFloat32Columns};
 
 // Tiles of the grouped products. A tall tile reads a weight less often, but an expert's last tile is
 // half empty on average. Hopper and Blackwell's data centre chips (9.0, 10.0) keep sums outside of the
@@ -48,6 +42,13 @@ constexpr Tiling kTilings[] = {
     {90, 0, {64, 64}},  {90, 96, {128, 128}},   // Hopper, B200
     {120, 0, {64, 64}}, {120, 96, {128, 64}},   // GeForce and RTX Blackwell
 };
+
+// Of the tiles that choices are sorted for.
+constexpr int smallest_rows() {
+    int rows = kFloat32Tile.rows;
+    for (const Tiling &tiling : kTilings) rows = std::min(rows, tiling.tile.rows);
+    return rows;
+}
 
 enum class Path {
     kOne,      // one token: a matrix-vector product per choice
@@ -101,7 +102,7 @@ ingot_status grouped_tile(int64_t choices, int32_t experts, Tile *tile) {
 
 Path path_of(int64_t tokens, int64_t choices) {
     if (tokens == 1) return Path::kOne;
-    return tokens <= kFewTokens && choices <= kScanChoices ? Path::kScanned : Path::kGrouped;
+    return tokens <= kFewTile.rows && choices <= kScanChoices ? Path::kScanned : Path::kGrouped;
 }
 
 // `repeats`: whether a token may choose an expert more than once.
@@ -177,7 +178,7 @@ struct Sorted {
     void take(Workspace *workspace, Path path, int64_t choices, int32_t experts) {
         if (path != Path::kGrouped) return;
         const int tuned = tuning().tile_rows;
-        const int rows = tuned == 0 ? kSmallestRows : std::min(tuned, kSmallestRows);
+        const int rows = tuned == 0 ? smallest_rows() : std::min(tuned, smallest_rows());
         order = workspace->take(choices * sizeof(int32_t));
         tiles = workspace->take(3 * sizeof(int32_t) * tile_slots(choices, rows, experts));
     }

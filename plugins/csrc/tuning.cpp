@@ -1,17 +1,16 @@
 #include "tuning.h"
 
 #include "driver.h"
+#include "plan_constants.h"
 
 namespace ingot {
 namespace {
 
-// A tile of 16 rows is that of the forms for few tokens, which search their choices themselves.
-constexpr int64_t kLeastRows = 32;
+// The smallest is that of the forms for few tokens, which search their choices themselves.
+constexpr int64_t kLeastRows = 2 * kFewRows;
 constexpr int64_t kLeastColumns = 16;
 constexpr int64_t kMostOfTile = 256;
-constexpr int64_t kChunkUnit = 64;      // a tile of the scan's kernels
 constexpr int64_t kMostOfChunk = 512;   // offsets within a chunk are int32
-constexpr int64_t kSliceUnit = 16;      // keeps the addresses of a slice aligned
 constexpr int64_t kMostOfSlice = 1 << 24;  // times the most choices of a token, still an int32
 constexpr int64_t kBytesUnit = 256;     // of the pieces of a workspace
 constexpr int64_t kMostBytes = int64_t{1} << 40;
@@ -46,7 +45,7 @@ ingot_status check(const ingot_tuning &t) {
         return fail(INGOT_BAD_ARGUMENT,
                     "one side of a tile is 0; set tile_rows and tile_columns both or neither.");
     }
-    if (ingot_status s = check_multiple("chunk", t.chunk, kChunkUnit, kMostOfChunk)) return s;
+    if (ingot_status s = check_multiple("chunk", t.chunk, kTile, kMostOfChunk)) return s;
     if (ingot_status s = check_multiple("slice_tokens", t.slice_tokens, kSliceUnit, kMostOfSlice))
         return s;
     return check_multiple("scan_bytes", t.scan_bytes, kBytesUnit, kMostBytes);

@@ -6,6 +6,9 @@
 
 namespace ingot {
 
+// A slice begins at a multiple of so many tokens, where every tensor is aligned to 16 bytes.
+constexpr int64_t kSliceUnit = 16;
+
 // Zero and empty stand for the built-in choice.
 struct Tuning {
     int32_t tile_rows = 0, tile_columns = 0;

@@ -37,6 +37,10 @@ SCAN_CHOICES = 256
 # Features that a program of a form for one token takes, and one of combine.
 ONE_COLUMNS = 4
 COMBINE_BLOCK = 512
+# Rows and columns of the tile for few tokens, whose programs search, and of that of float32, where
+# three products for one leave no registers for more.
+FEW_ROWS, FEW_COLUMNS = 16, 32
+FLOAT32_ROWS, FLOAT32_COLUMNS = 64, 32
 
 # What the plans in plugins/csrc/moe.cpp know of the forms.
 PLAN_CONSTANTS = {
@@ -45,6 +49,10 @@ PLAN_CONSTANTS = {
     "kScanChoices": SCAN_CHOICES,
     "kOneColumns": ONE_COLUMNS,
     "kCombineBlock": COMBINE_BLOCK,
+    "kFewRows": FEW_ROWS,
+    "kFewColumns": FEW_COLUMNS,
+    "kFloat32Rows": FLOAT32_ROWS,
+    "kFloat32Columns": FLOAT32_COLUMNS,
 }
 
 # Triton's interpreter multiplies the bit patterns of bfloat16; there each operand is widened first.
@@ -604,9 +612,12 @@ def _tiles(dtype: str, grain: int) -> list[Tile]:
     """The shipped tiles."""
     if dtype == "fp32":
         # Wider tiles, or deeper ones without wide loads, spill registers on Ampere and Ada.
-        return [Tile(16, 32, 32, 4, 4), Tile(64, 32, 32 if grain == 4 else 16, 4, 3)]
+        return [
+            Tile(FEW_ROWS, FEW_COLUMNS, 32, 4, 4),
+            Tile(FLOAT32_ROWS, FLOAT32_COLUMNS, 32 if grain == 4 else 16, 4, 3),
+        ]
     return [
-        Tile(16, 32, 128, 4, 4),
+        Tile(FEW_ROWS, FEW_COLUMNS, 128, 4, 4),
         Tile(64, 64, 64, 4, 3),
         Tile(128, 64, 64, 8, 3, (80, 86, 89, 120)),
         Tile(128, 128, 64, 8, 3, (90, 100)),
@@ -619,7 +630,7 @@ def _tile_forms(
     """The forms of one tile; with ``candidate`` they are named by the tile's variant, too."""
     pointer = f"*{dtype}"
     ending = f"m{tile.rows}n{tile.columns}_{name}" + (f"_{tile.variant}" if candidate else "")
-    scanned = tile.rows == 16
+    scanned = tile.rows == FEW_ROWS
     constants = {
         "GRAIN": grain,
         "ROWS": tile.rows,
