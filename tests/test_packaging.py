@@ -122,16 +122,44 @@ def test_packs_the_kernels_and_no_candidates(wheel: Path) -> None:
     assert libraries == {f"ingot/plugins/{KERNELS}"}
 
 
+def _unpacked(checkout: Path, folder: Path) -> Path:
+    """A new source distribution, unpacked."""
+    archive = _build("sdist", checkout, folder / "sdist")
+    shutil.unpack_archive(archive, folder / "unpacked", filter="data")
+    (copy,) = (folder / "unpacked").iterdir()
+    return copy
+
+
 def test_packs_the_same_from_a_source_distribution(
     wheel: Path, checkout: Path, tmp_path: Path
 ) -> None:
     # Which has no links, and whose order of files is another.
-    archive = _build("sdist", checkout, tmp_path / "sdist")
-    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
-    (copy,) = (tmp_path / "unpacked").iterdir()
+    copy = _unpacked(checkout, tmp_path)
     assert not [path for path in copy.rglob("*") if path.is_symlink()]
     names = _files(_build("wheel", copy, tmp_path / "wheel"))
     assert names == {name for name in _files(wheel) if not name.endswith(".so")}
+
+
+@pytest.mark.parametrize("lost", ["left out", "as text"])
+def test_an_editable_install_makes_the_links_that_a_copy_lost(
+    lost: str, checkout: Path, tmp_path: Path
+) -> None:
+    copy = _unpacked(checkout, tmp_path)
+    links = [path for path in checkout.rglob("*") if path.is_symlink()]
+    assert len(links) == 1 + len(PARTS)
+    if lost == "as text":
+        # As git writes it where it makes no links, and as some programs unpack a zip file.
+        (copy / ".editable").mkdir()
+        for link in links:
+            (copy / link.relative_to(checkout)).write_text(str(link.readlink()))
+    commands = _environment(tmp_path, Path(sysconfig.get_path("purelib")))
+    _install(commands, "--editable", copy)
+    made = {path: path.readlink() for path in copy.rglob("*") if path.is_symlink()}
+    assert made == {copy / link.relative_to(checkout): link.readlink() for link in links}
+    code = "import ingot.export.cli as found; print(found.__file__)"
+    found = Path(_run(commands / "python", "-c", code, cwd=tmp_path).strip())
+    assert found == copy / ".editable" / "ingot" / "export" / "cli.py"
+    assert ingot.__version__ in _run(commands / "ingot", "--version", cwd=tmp_path)
 
 
 def test_names_itself_its_licence_and_its_version(wheel: Path) -> None:
