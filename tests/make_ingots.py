@@ -13,13 +13,13 @@ import toy_hybrid
 from ingot.export.build import build
 from ingot.export.progress import Stages
 from ingot.export.request import ExportRequest
+from ingot.graphs.names import FAMILIES
 
-FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe", "toy_hybrid")
 # By folder name: family, target and task.
 INGOTS = {
     **{
         f"{family}-{target}": (family, target, "generate")
-        for family in FAMILIES
+        for family in (*FAMILIES, "toy_hybrid")
         for target in ("onnx", "ort")
     },
     "jetmoe-classify": ("jetmoe", "ort", "classify"),

@@ -19,12 +19,12 @@ from ingot.export.engine import RTX, Builder, custom_nodes, layers, profiles, tr
 from ingot.export.ingot import ENGINE, GRAPH, TRTEXEC, Manifest, TensorInfo
 from ingot.export.request import PRECISIONS, Limits
 from ingot.graphs.checkpoint import Checkpoint
+from ingot.graphs.names import FAMILIES
 from ingot.plugins.whole import sha256
 from ingot.runtime.loading import load
 from ingot.runtime.session import Session
 from ingot.validate.truth.eager import EagerSession
 
-FAMILIES = ("olmoe", "jetmoe", "granite", "mamba2")
 PLUGINS = {
     "olmoe": {"MoeDispatch": 2},
     "jetmoe": {"MoeDispatch": 2, "MoeLinear": 4},

@@ -19,6 +19,7 @@ import pytest
 from triton_ingots import parsed
 
 from ingot.export.ingot import GRAPH
+from ingot.graphs.names import FAMILIES
 from ingot.plugins.errors import IngotError
 from ingot.runtime.generate import Sampling, generate
 from ingot.runtime.loading import load
@@ -29,7 +30,6 @@ from ingot.runtime.triton_repository import write_repository
 # Minutes of exports; `make test-slow` runs them, and so does CI.
 pytestmark = pytest.mark.slow
 
-FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
 PROMPT = [17, 300, 5, 44, 101, 256, 7]
 FINAL = 1
 

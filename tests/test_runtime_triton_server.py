@@ -18,6 +18,7 @@ import triton_server
 from conftest import MakeCheckpoint, MakeIngot
 from triton_server import Server
 
+from ingot.graphs.names import FAMILIES
 from ingot.runtime.generate import Sampling, generate
 from ingot.runtime.loading import load
 from ingot.runtime.triton_plan import Settings
@@ -30,7 +31,6 @@ pytestmark = [
     pytest.mark.skipif(triton_server.missing() is not None, reason=str(triton_server.missing())),
 ]
 
-FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
 PROMPTS = [[17, 300, 5, 44, 101, 256, 7], [411], [9, 8, 207]]
 NEW = 64
 TYPES = {

@@ -22,6 +22,7 @@ from google.protobuf import text_format
 from triton_ingots import Sequence, parsed, with_engine
 
 from ingot.export.ingot import ENGINE, Manifest
+from ingot.graphs.names import FAMILIES
 from ingot.graphs.state import key_value_states, recurrent_states
 from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
@@ -35,8 +36,6 @@ model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
 # Minutes of exports; `make test-slow` runs them, and so does CI.
 pytestmark = pytest.mark.slow
-
-FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
 
 
 @pytest.mark.parametrize(

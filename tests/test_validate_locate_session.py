@@ -18,6 +18,7 @@ from conftest import MakeCheckpoint, MakeIngot
 
 from ingot.export.ingot import MANIFEST, Manifest
 from ingot.graphs.family import find_family
+from ingot.graphs.names import FAMILIES
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.runtime.loading import load
 from ingot.runtime.ort import OrtSession
@@ -30,7 +31,6 @@ from ingot.validate.truth.inputs import Inputs, make_inputs
 # Minutes of tracing; `make test-slow` runs them, and so does CI.
 pytestmark = pytest.mark.slow
 
-FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
 # Every graph with a fault in what it is fed: a cache that grows, a shared one, a fixed state.
 SUBJECTS = (("olmoe", "onnx"), ("olmoe", "ort"), ("mamba2", "ort"))
 MIDDLE = {"olmoe": "present.1.value", "mamba2": "present_states.1.ssm"}
