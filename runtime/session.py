@@ -27,10 +27,12 @@ class Session(Protocol):
     Attributes:
         manifest: of the ingot.
         fed: the token inputs that the last call gave the graph, by name.
+        tapped: values inside of the graph after the last call, by name; empty without taps.
     """
 
     manifest: Manifest
     fed: dict[str, Ids]
+    tapped: dict[str, Floats]
 
     def reset(self, batch: int, capacity: int) -> None:
         """Forget all state and make room for ``batch`` sequences of ``capacity`` tokens."""

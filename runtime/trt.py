@@ -205,6 +205,7 @@ class TrtSession:
         self._buffers: dict[str, Buffer] = {}
         self._graphs: dict[int, int] = {}
         self.fed: dict[str, Ids] = {}
+        self.tapped: dict[str, Floats] = {}
         self._fixed = all(state.axis is None for state in manifest.states)
         self.reset(1, 0)
 

@@ -14,6 +14,7 @@ class Forgetful:
     def __init__(self, inner: EagerSession, index: int) -> None:
         self.inner = inner
         self.index = index
+        self.tapped: dict[str, Floats] = {}
 
     def reset(self, batch: int, capacity: int) -> None:
         self.inner.reset(batch, capacity)

@@ -22,6 +22,7 @@ class Clocked:
     def __init__(self, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
         self.manifest = manifest
         self.fed: dict[str, Ids] = {}
+        self.tapped: dict[str, Floats] = {}
         self.calls: list[tuple[int, int, int]] = []
         self.now = 0.0
         self.seen = 0

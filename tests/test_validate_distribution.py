@@ -158,6 +158,7 @@ class Recurrent:
         random = np.random.default_rng(seed)
         self.embedding = random.normal(size=(vocab, 6))
         self.head = 2 * random.normal(size=(6, vocab))
+        self.tapped: dict[str, Floats] = {}
         self.calls: list[tuple[int, int]] = []
 
     def reset(self, batch: int, capacity: int) -> None:

@@ -222,6 +222,7 @@ class Faulty:
 
     def __init__(self, inner: Stepper) -> None:
         self.inner = inner
+        self.tapped: dict[str, Floats] = {}
 
     def reset(self, batch: int, capacity: int) -> None:
         self.inner.reset(batch, capacity)

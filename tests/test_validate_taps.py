@@ -77,7 +77,7 @@ def steps(
     for number, columns in enumerate(calls):
         prepare(number)
         main = session.step(inputs.input_ids[:, columns], inputs.attention_mask[:, columns])
-        yield {"main": main, **session.state()}, getattr(session, "tapped", {})
+        yield {"main": main, **session.state()}, session.tapped
 
 
 def by_row(array: Floats) -> Floats:

@@ -41,7 +41,7 @@ def locate_session(session: Session, folder: Path, inputs: Inputs) -> Location |
     seen. The session is reset, and its graph is loaded a second time.
 
     Args:
-        session: of the ingot; one without ``fed`` is judged by what it hands out alone.
+        session: of the ingot.
         folder: the ingot; its hashes are not checked.
         inputs: for which its numbers are wrong.
 
@@ -63,7 +63,7 @@ def locate_session(session: Session, folder: Path, inputs: Inputs) -> Location |
         ids, mask = inputs.input_ids[:, columns], inputs.attention_mask[:, columns]
         main = session.step(ids, mask)
         feeds = inputs.feeds(columns, cached=cached)
-        wrong = _first_fed_wrong(feeds, getattr(session, "fed", {}), mask != 0)
+        wrong = _first_fed_wrong(feeds, session.fed, mask != 0)
         if wrong is not None:
             return Location(None, "session", f"{wrong} at {stage}", math.inf)
         expected = _real(plain.run(feeds, columns.stop), manifest, inputs, columns)

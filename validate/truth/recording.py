@@ -35,7 +35,13 @@ MOST_ELEMENTS = 2**15
 
 
 class Stepper(Protocol):
-    """What is compared: anything that takes tokens and has state."""
+    """What is compared: anything that takes tokens and has state.
+
+    Attributes:
+        tapped: see ``runtime.session.Session``.
+    """
+
+    tapped: dict[str, Floats]
 
     def reset(self, batch: int, capacity: int) -> None: ...
 
@@ -171,7 +177,7 @@ def record(
     """Feed the main run to a session and keep what it gives, its taps included.
 
     Args:
-        session: with ``tapped`` where it has taps.
+        session: reset at the begin of the run.
         layout: of the outputs.
         inputs: to feed.
         prepare: told the number of each call before it.
@@ -191,7 +197,7 @@ def observe(session: Stepper, layout: Layout, inputs: Inputs, call: Call) -> Ten
     if call.columns.start == call.first:
         session.reset(len(ids), inputs.input_ids.shape[1])
     main = session.step(ids, mask)
-    tensors = {layout.main_output: main, **session.state(), **getattr(session, "tapped", {})}
+    tensors = {layout.main_output: main, **session.state(), **session.tapped}
     return _collect(layout, inputs, call, tensors)
 
 
