@@ -105,9 +105,9 @@ class JetMoeConfig(ModelConfig):
 
 
 class JetMoeRouter(nn.Module):
-    def __init__(self, config: JetMoeConfig) -> None:
+    def __init__(self, hidden_size: int, experts: int) -> None:
         super().__init__()
-        self.layer = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.layer = nn.Linear(hidden_size, experts, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """``[N, H]`` -> router logits ``[N, E]`` float32."""
@@ -124,32 +124,57 @@ class JetMoeParallelExperts(nn.Module):
 
 
 class JetMoeMoA(nn.Module):
-    """The experts of attention: a query and an output projection each."""
+    """The experts of attention: a query and an output projection each.
 
-    def __init__(self, config: JetMoeConfig) -> None:
+    Args:
+        hidden_size: H.
+        width: of one expert's heads together, Hkv*D.
+        experts: E.
+    """
+
+    def __init__(self, hidden_size: int, width: int, experts: int) -> None:
         super().__init__()
-        hidden, experts = config.hidden_size, config.num_local_experts
-        width = config.num_key_value_heads * config.kv_channels
-        self.bias = nn.Parameter(torch.empty(hidden))
-        self.input_linear = JetMoeParallelExperts(experts, hidden, width)
-        self.output_linear = JetMoeParallelExperts(experts, width, hidden)
-        self.router = JetMoeRouter(config)
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+        self.input_linear = JetMoeParallelExperts(experts, hidden_size, width)
+        self.output_linear = JetMoeParallelExperts(experts, width, hidden_size)
+        self.router = JetMoeRouter(hidden_size, experts)
 
 
 class JetMoeAttention(nn.Module):
-    def __init__(self, config: JetMoeConfig) -> None:
+    """Attention whose query and output projections are experts, over shared keys and values.
+
+    Args:
+        hidden_size: H.
+        key_value_heads: Hkv, as many query heads as each chosen expert brings.
+        head_size: D.
+        experts: E.
+        experts_per_token: K.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        key_value_heads: int,
+        head_size: int,
+        *,
+        experts: int,
+        experts_per_token: int,
+    ) -> None:
         super().__init__()
-        self.config = config
-        width = config.num_key_value_heads * config.kv_channels
-        self.experts = JetMoeMoA(config)
-        self.kv_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
+        self.key_value_heads, self.head_size = key_value_heads, head_size
+        self.experts_per_token = experts_per_token
+        width = key_value_heads * head_size
+        self.experts = JetMoeMoA(hidden_size, width, experts)
+        self.kv_proj = nn.Linear(hidden_size, 2 * width, bias=False)
 
     def states(self, index: int) -> tuple[State, ...]:
-        return key_value_states(index, self.config.num_key_value_heads, self.config.kv_channels)
+        """The caches of the layer of that number."""
+        return key_value_states(index, self.key_value_heads, self.head_size)
 
     def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
-        c, experts = self.config, self.experts
-        chosen, shared = c.num_experts_per_tok, c.num_key_value_heads
+        """``[B, T, H]`` and the caches -> the same, without a residual."""
+        experts, size = self.experts, self.head_size
+        chosen, shared = self.experts_per_token, self.key_value_heads
         batch, length, _ = x.shape
         tokens = x.flatten(0, 1)
         router_logits = experts.router(tokens)
@@ -157,20 +182,20 @@ class JetMoeAttention(nn.Module):
         gates = router_logits.gather(-1, ids).softmax(-1).to(x.dtype)
 
         query = moe_linear(tokens, ids, experts.input_linear.weight)
-        query = rotate(query.view(batch, length, -1, c.kv_channels), step.cos, step.sin)
+        query = rotate(query.view(batch, length, -1, size), step.cos, step.sin)
         # The experts' heads come one expert after another; the K heads that share a key-value
         # head must be neighbours for grouped-query attention.
-        query = query.view(batch, length, chosen, shared, c.kv_channels).transpose(2, 3)
-        key, value = self.kv_proj(x).unflatten(-1, (-1, c.kv_channels)).chunk(2, dim=2)
+        query = query.view(batch, length, chosen, shared, size).transpose(2, 3)
+        key, value = self.kv_proj(x).unflatten(-1, (-1, size)).chunk(2, dim=2)
         out, present = attention(
             query.flatten(2, 3),
             rotate(key, step.cos, step.sin),
             value,
             past,
             step.visible,
-            c.kv_channels**-0.5,
+            size**-0.5,
         )
-        out = out.view(batch * length, shared, chosen, c.kv_channels).transpose(1, 2).flatten(2)
+        out = out.view(batch * length, shared, chosen, size).transpose(1, 2).flatten(2)
         y = moe_linear(out, ids, experts.output_linear.weight)
         y = (gates[..., None] * y).sum(1).view_as(x) + experts.bias
         return Mixed(y, present, (router_logits,))
@@ -187,7 +212,7 @@ class JetMoeMoE(nn.Module):
         self.bias = nn.Parameter(torch.empty(hidden))
         self.input_linear = JetMoeParallelExperts(experts, hidden, 2 * inner)
         self.output_linear = JetMoeParallelExperts(experts, inner, hidden)
-        self.router = JetMoeRouter(config)
+        self.router = JetMoeRouter(hidden, experts)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``[B, T, H]`` -> ``[B, T, H]`` and router logits ``[B*T, E]`` float32."""
@@ -209,7 +234,13 @@ class JetMoeMoE(nn.Module):
 class JetMoeDecoderLayer(Layer):
     def __init__(self, config: JetMoeConfig) -> None:
         super().__init__()
-        self.self_attention = JetMoeAttention(config)
+        self.self_attention = JetMoeAttention(
+            config.hidden_size,
+            config.num_key_value_heads,
+            config.kv_channels,
+            experts=config.num_local_experts,
+            experts_per_token=config.num_experts_per_tok,
+        )
         self.mlp = JetMoeMoE(config)
         self.input_layernorm = RMSNorm(config.hidden_size, LAYER_NORM_EPS)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, LAYER_NORM_EPS)

@@ -104,35 +104,59 @@ class OlmoeConfig(ModelConfig):
 
 
 class OlmoeAttention(nn.Module):
-    def __init__(self, config: OlmoeConfig) -> None:
+    """Grouped-query attention with norms over all heads of the queries and of the keys.
+
+    Args:
+        hidden_size: H.
+        heads: Hq.
+        key_value_heads: Hkv.
+        head_size: D.
+        norm_eps: of the norms.
+        bias: whether the projections have one.
+        clip: largest magnitude of queries, keys and values; None without one.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        key_value_heads: int,
+        head_size: int,
+        *,
+        norm_eps: float,
+        bias: bool = False,
+        clip: float | None = None,
+    ) -> None:
         super().__init__()
-        self.config = config
-        width, bias = config.num_key_value_heads * config.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.q_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.k_norm = RMSNorm(width, config.rms_norm_eps)
+        self.key_value_heads, self.head_size, self.clip = key_value_heads, head_size, clip
+        width, key_width = heads * head_size, key_value_heads * head_size
+        self.q_proj = nn.Linear(hidden_size, width, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, key_width, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, key_width, bias=bias)
+        self.o_proj = nn.Linear(width, hidden_size, bias=bias)
+        self.q_norm = RMSNorm(width, norm_eps)
+        self.k_norm = RMSNorm(key_width, norm_eps)
 
     def states(self, index: int) -> tuple[State, ...]:
-        return key_value_states(index, self.config.num_key_value_heads, self.config.head_dim)
+        """The caches of the layer of that number."""
+        return key_value_states(index, self.key_value_heads, self.head_size)
 
     def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
+        """``[B, T, H]`` and the caches -> the same, without a residual."""
         query = self.q_norm(self.q_proj(x))
         key = self.k_norm(self.k_proj(x))
         value = self.v_proj(x)
-        clip = self.config.clip_qkv
+        clip = self.clip
         if clip is not None:
             query, key, value = (part.clamp(-clip, clip) for part in (query, key, value))
-        heads = (-1, self.config.head_dim)
+        heads = (-1, self.head_size)
         out, present = attention(
             rotate(query.unflatten(-1, heads), step.cos, step.sin),
             rotate(key.unflatten(-1, heads), step.cos, step.sin),
             value.unflatten(-1, heads),
             past,
             step.visible,
-            self.config.head_dim**-0.5,
+            self.head_size**-0.5,
         )
         return Mixed(self.o_proj(out), present)
 
@@ -174,7 +198,15 @@ class OlmoeSparseMoeBlock(nn.Module):
 class OlmoeDecoderLayer(Layer):
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__()
-        self.self_attn = OlmoeAttention(config)
+        self.self_attn = OlmoeAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            norm_eps=config.rms_norm_eps,
+            bias=config.attention_bias,
+            clip=config.clip_qkv,
+        )
         self.mlp = OlmoeSparseMoeBlock(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
