@@ -37,6 +37,7 @@ def open_session(
     weights_folder: Path | None = None,
     weights: Mapping[str, onnxruntime.OrtValue] | None = None,
     libraries: Sequence[Path] = (),
+    optimized: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """ONNX Runtime's session of one graph.
 
@@ -51,6 +52,7 @@ def open_session(
         weights: initializers by name, in place of their external data. The session reads them where
             they are, so the caller keeps them for as long as it runs.
         libraries: shared libraries with custom operators of the graph.
+        optimized: where the graph is written as ONNX Runtime runs it.
 
     Raises:
         SessionError: a provider that this ONNX Runtime does not have, or a graph it cannot load.
@@ -72,6 +74,8 @@ def open_session(
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights_folder))
     if weights is not None:
         options.add_external_initializers(list(weights), list(weights.values()))
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
     source = graph if isinstance(graph, bytes) else str(graph)
     try:
         for library in libraries:

@@ -19,6 +19,7 @@ from one_node import session
 from text_graph import interface, notices, notices_nothing_done, operators, parsed, the
 
 from ingot.export.passes.convolution import CausalConvToBlocked
+from ingot.runtime.onnxruntime_session import open_session
 
 BOUND = 1e-5
 
@@ -85,14 +86,8 @@ def test_the_convolution_moves_to_an_image(activation: str) -> None:
 def test_onnx_runtime_runs_it_in_blocks_without_transposing(tmp_path: Path) -> None:
     model = parsed(convolution_text(24), kernel_and_bias(24))
     CausalConvToBlocked()(model)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    onnxruntime.InferenceSession(
-        ir.serde.serialize_model(model).SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-    )
+    graph = ir.serde.serialize_model(model).SerializeToString()
+    open_session(graph, optimized=tmp_path / "optimized.onnx")
     nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
     found = Counter((node.domain, node.op_type) for node in nodes)
     assert found["com.microsoft.nchwc", "Conv"] == 1

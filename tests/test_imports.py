@@ -126,6 +126,18 @@ def offences(module: str, source: str) -> list[str]:
     return problems
 
 
+def test_opens_a_graph_in_one_place() -> None:
+    found = {
+        file.relative_to(ROOT).as_posix()
+        for folder in (*PARTS, "benchmarks", "tests")
+        for file in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and (_dotted(node.func) or "").rpartition(".")[2] == "InferenceSession"
+    }
+    assert found == {"runtime/onnxruntime_session.py"}
+
+
 def _sources() -> dict[str, Path]:
     """Every Python file outside tests/ by module name."""
     folders = [p for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")]
