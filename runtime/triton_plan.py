@@ -24,8 +24,6 @@ TYPES = {
     "bfloat16": "TYPE_BF16",
     "int64": "TYPE_INT64",
 }
-# What holds the package `ingot`, in a checkout and installed; not resolved, since in a checkout its
-# parts are links.
 
 
 class TritonError(IngotError):

@@ -45,7 +45,6 @@ CARRIED = (
 CARRIED_FOR_ENGINES = (
     "ingot/plugins/activations.py",
     "ingot/plugins/device.py",
-    "ingot/plugins/experts.py",
     "ingot/plugins/library.py",
     "ingot/plugins/operator.py",
     "ingot/plugins/registry.py",
