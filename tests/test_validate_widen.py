@@ -62,15 +62,14 @@ def test_still_rounds_to_a_precision_that_is_not_the_graph_s(
 
 
 def test_widens_functions_branches_and_constants() -> None:
-    two = numpy_helper.from_array(np.array(2, np.float16), "two")
+    two = NODE("Constant", [], ["c"], value=numpy_helper.from_array(np.array(2, np.float16)))
     out = [helper.make_tensor_value_info("b", F32, ["n"])]
     branches = {
-        f"{name}_branch": helper.make_graph([NODE(op, ["h", "c"], ["b"])], name, [], out)
+        f"{name}_branch": helper.make_graph([two, NODE(op, ["h", "c"], ["b"])], name, [], out)
         for name, op in (("then", "Add"), ("else", "Sub"))
     }
     body = [
         NODE("Cast", ["a"], ["h"], to=F16),
-        NODE("Constant", [], ["c"], value=two),
         NODE("Constant", [], ["yes"], value=numpy_helper.from_array(np.array(True))),
         NODE("If", ["yes"], ["r"], **branches),
     ]
