@@ -7,10 +7,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ingot.runtime.onnxruntime_session import open_session
 from ingot.validate.locate.widen import widen, widened
 
 NODE = helper.make_node
@@ -35,9 +35,7 @@ def _model(nodes: list[onnx.NodeProto], **more: Any) -> onnx.ModelProto:
 
 def _run(model: onnx.ModelProto) -> np.ndarray:
     onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    session = open_session(model.SerializeToString())
     return np.asarray(session.run(None, {"x": X})[0])
 
 
