@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -105,7 +106,13 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> InterpretedLibrary:
     from ingot.plugins.kernels.build import all_forms
     from ingot.plugins.kernels.interpret import InterpretedLibrary
 
-    return InterpretedLibrary(all_forms(), tmp_path_factory.mktemp("kernels"))
+    # Compiled by the worker that needs it first, in the folder that holds those of all workers.
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with (folder / "kernels.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return InterpretedLibrary(all_forms(), folder / "kernels")
 
 
 @pytest.fixture(scope="session")
