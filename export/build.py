@@ -77,18 +77,18 @@ def build(
     checkpoint = open_checkpoint(request, stages)
     precision = PRECISIONS[request.precision]
     recipe = Recipe(request.target, request.task, precision, request.extra_outputs)
-    eager = recipe.eager(checkpoint)
+    opened = recipe.open(checkpoint)
     # An engine holds its weights once more.
-    check_space(request.out, parameter_bytes(eager.model) * (2 if builder else 1))
+    check_space(request.out, parameter_bytes(opened.model) * (2 if builder else 1))
     with staged(request.out, replace=request.overwrite) as folder:
-        captured = recipe.graph(eager, stages, capture)
+        captured = recipe.graph(opened, stages, capture)
         if request.for_tensorrt:
             rows = eligibility(captured.model, precision)
-            stages.table(f"{eager.family.model_type} on TensorRT", rows)
+            stages.table(f"{opened.family.model_type} on TensorRT", rows)
             require(rows)
         known = {WEIGHTS: _write_graph(captured.model, folder, stages)}
         _copy_tokenizer(checkpoint.path, folder)
-        manifest = make_manifest(recipe, eager, checkpoint, captured)
+        manifest = make_manifest(recipe, opened, checkpoint, captured)
         if request.for_tensorrt:
             manifest = _build_engine(request, builder, manifest, folder, stages)
         manifest = replace(manifest, files=file_infos(folder, known))

@@ -43,8 +43,8 @@ LOWERINGS: dict[tuple[str, str], Lowering | None] = {
 }
 
 
-class Eager(NamedTuple):
-    """An eager graph on the meta device, its family, and the reader of its weights by block."""
+class Opened(NamedTuple):
+    """An opened checkpoint: its family, its model on the meta device, its weights by block."""
 
     family: Family
     model: Model
@@ -78,8 +78,8 @@ class Recipe:
         dtype: torch.dtype = getattr(torch, self.precision)
         return dtype
 
-    def eager(self, checkpoint: Checkpoint) -> Eager:
-        """The eager graph that is captured; no weight is read.
+    def open(self, checkpoint: Checkpoint) -> Opened:
+        """The model that is captured, and where its weights are; none is read.
 
         Raises:
             IngotError: a config or a task that the family does not implement, an output that it
@@ -93,22 +93,22 @@ class Recipe:
                 )
         model = family.build(checkpoint.config, self.task, self.dtype)
         weight_map = family.weight_map(model, checkpoint, self.task)
-        return Eager(family, model, block_reader(checkpoint, weight_map, model))
+        return Opened(family, model, block_reader(checkpoint, weight_map, model))
 
     def graph(
-        self, eager: Eager, stages: Stages | None = None, capture: Capture | None = None
+        self, opened: Opened, stages: Stages | None = None, capture: Capture | None = None
     ) -> Captured:
         """The graph, lowered for the target, its weights unread.
 
         Args:
-            eager: of ``eager``.
+            opened: the checkpoint, by ``open``.
             stages: shows the steps.
-            capture: traces the eager graph, ``export.capture.capture`` by default.
+            capture: traces the model, ``export.capture.capture`` by default.
         """
         stages = stages or Stages()
         with stages.stage("capture graph"):
             captured = (capture or trace)(
-                eager.model, eager.read, precision=self.dtype, extra_outputs=self.extra_outputs
+                opened.model, opened.read, precision=self.dtype, extra_outputs=self.extra_outputs
             )
         lowering = LOWERINGS[self.target, self.provider]
         if lowering is not None:

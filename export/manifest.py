@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ingot.export.capture import OPSET, Captured
-from ingot.export.graph import Eager, Recipe
+from ingot.export.graph import Opened, Recipe
 from ingot.export.ingot import Manifest, TensorInfo
 from ingot.export.lower_ort import shares_buffers
 from ingot.graphs.checkpoint import Checkpoint
@@ -37,23 +37,23 @@ TOOLS = (
 
 
 def make_manifest(
-    recipe: Recipe, eager: Eager, checkpoint: Checkpoint, captured: Captured
+    recipe: Recipe, opened: Opened, checkpoint: Checkpoint, captured: Captured
 ) -> Manifest:
     """The manifest of a graph; nothing in it is of the files yet, nor of an engine or a verdict.
 
     Args:
         recipe: of the graph.
-        eager: what was captured.
+        opened: what was captured.
         checkpoint: whose weights have all been read, for its hash.
         captured: the graph, lowered.
     """
-    config = eager.model.config
-    total, active = active_parameters(eager.model)
+    config = opened.model.config
+    total, active = active_parameters(opened.model)
     shared = shares_buffers(captured.model)
     graph = captured.model.graph
     operators = Counter(node.op_type for node in graph)
     return Manifest(
-        model_type=eager.family.model_type,
+        model_type=opened.family.model_type,
         task=recipe.task,
         target=recipe.target,
         precision=recipe.precision,
@@ -77,7 +77,7 @@ def make_manifest(
         },
         parameters=total,
         active_parameters=active,
-        weight_bytes=parameter_bytes(eager.model),
+        weight_bytes=parameter_bytes(opened.model),
         tools={"ingot": __version__, **versions(TOOLS)},
         labels=_labels(checkpoint, recipe.task, config),
     )

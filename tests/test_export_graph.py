@@ -46,7 +46,7 @@ def test_each_target_is_lowered_by_its_own_passes(
             note = partial(note_target, name)
             monkeypatch.setitem(LOWERINGS, (name, provider), Lowering(lowering.runtime, note))
     recipe, stages = Recipe(target, "generate", "float32"), Stages()
-    captured = recipe.graph(recipe.eager(Checkpoint.open(tiny)), stages, Tracer())
+    captured = recipe.graph(recipe.open(Checkpoint.open(tiny)), stages, Tracer())
     assert isinstance(captured, Captured)
     assert lowered == ([] if target == "onnx" else [target])
     names = {"ort": ["lower to ONNX Runtime"], "onnx": []}.get(target, ["lower to TensorRT"])
@@ -57,23 +57,23 @@ def test_each_target_is_lowered_by_its_own_passes(
 def test_captures_in_the_precision_that_is_asked_for(tiny: Path, precision: str) -> None:
     tracer, dtype = Tracer(), getattr(torch, precision)
     recipe = Recipe("onnx", "features", precision, ("router_logits",))
-    eager = recipe.eager(Checkpoint.open(tiny))
-    recipe.graph(eager, capture=tracer)
+    opened = recipe.open(Checkpoint.open(tiny))
+    recipe.graph(opened, capture=tracer)
     ((model, options),) = tracer.asked
-    assert model is eager.model
+    assert model is opened.model
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert options == {"precision": dtype, "extra_outputs": ("router_logits",)}
-    assert eager.read("layers.0.self_attn.q_proj.weight", 0).dtype == dtype
+    assert opened.read("layers.0.self_attn.q_proj.weight", 0).dtype == dtype
 
 
 def test_traces_where_nothing_else_is_given(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracer, recipe = Tracer(), Recipe("onnx", "generate", "float32")
     monkeypatch.setattr(graph, "trace", tracer)
-    recipe.graph(recipe.eager(Checkpoint.open(tiny)))
+    recipe.graph(recipe.open(Checkpoint.open(tiny)))
     assert len(tracer.asked) == 1
 
 
 def test_refuses_an_output_that_the_architecture_lacks(make_checkpoint: Any) -> None:
     recipe = Recipe("onnx", "generate", "float32", ("router_logits",))
     with pytest.raises(ExportError, match="mamba2 has no router_logits; it has: hidden_states"):
-        recipe.eager(Checkpoint.open(make_checkpoint("mamba2")))
+        recipe.open(Checkpoint.open(make_checkpoint("mamba2")))

@@ -111,7 +111,7 @@ def _captured(manifest: Manifest, checkpoint: Checkpoint, capture: Capture | Non
     named = {output.name.partition(".")[0] for output in manifest.outputs}
     extra = tuple(name for name in EXTRA_OUTPUTS if name in named)
     recipe = Recipe(manifest.target, manifest.task, manifest.precision, extra)
-    return recipe.graph(recipe.eager(checkpoint), capture=capture)
+    return recipe.graph(recipe.open(checkpoint), capture=capture)
 
 
 class _Calls:
