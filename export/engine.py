@@ -88,7 +88,7 @@ def profiles(
 
     Args:
         inputs: of the graph.
-        states: likewise; without any, each call is a prefill.
+        states: of the graph; without any, each call is a prefill.
         limits: of the calls.
     """
     longest, usual = limits.max_seq, min(limits.opt_seq, limits.max_seq)
@@ -150,7 +150,7 @@ class Builder:
 
     @property
     def version(self) -> str:
-        """Of the Python module."""
+        """The version of the Python module."""
         return str(self.trt.__version__)
 
     def plugin_layers(self, network: Any) -> int:
@@ -158,7 +158,7 @@ class Builder:
         return sum(layer.type == self.trt.LayerType.PLUGIN_V3 for layer in layers(network))
 
     def compute_capabilities(self, precision: str, plugins: bool) -> tuple[int, ...]:
-        """Of the devices that an engine runs on.
+        """Compute capabilities of the devices that an engine runs on, major times ten plus minor.
 
         Args:
             precision: of the engine; bfloat16 begins with Ampere.

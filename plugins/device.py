@@ -20,7 +20,7 @@ def has_gpu() -> bool:
 
 
 def compute_capability() -> int:
-    """Of the first device, major times ten plus minor; ask ``has_gpu`` first."""
+    """The first device's, major times ten plus minor; only where ``has_gpu`` finds one."""
     driver = ctypes.CDLL("libcuda.so.1")
     numbers = []
     for attribute in (MAJOR, MINOR):

@@ -98,5 +98,5 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
-    """As the templates expect it: jinja2's own escapes what HTML gives a meaning to."""
+    """JSON as the templates expect it: jinja2's own filter escapes HTML's characters."""
     return json.dumps(value, ensure_ascii=False, indent=indent)

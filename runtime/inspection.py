@@ -186,7 +186,7 @@ def _by_kind(states: Iterable[State]) -> Iterable[States]:
 
 
 def _bytes(state: State) -> int:
-    """Of one sequence, and of a state that grows of one token."""
+    """The size of a state for one sequence, or for one token of a sequence where it grows."""
     return SIZES[state.dtype] * math.prod(state.shape(1, 1))
 
 

@@ -27,7 +27,7 @@ class OrtSession:
 
     Args:
         folder: the ingot.
-        manifest: of it.
+        manifest: of the ingot.
         threads: see ``runtime.loading.load``.
         graph: to run in place of the ingot's own; it finds its weights in the folder.
         taps: outputs of that graph to keep beside those that the manifest names.

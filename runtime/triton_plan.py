@@ -57,7 +57,7 @@ class Plan:
         settings: with every default filled in.
         graph: whether one of Triton's own backends can run the graph.
         generate: whether the Python model can.
-        why: of the one that is left out, a sentence for the README.
+        why: a sentence for the README on what is left out; empty where nothing is.
     """
 
     settings: Settings
