@@ -22,16 +22,17 @@ from ingot.graphs.family import active_parameters, parameter_bytes
 from ingot.graphs.hub import describe
 from ingot.version import __version__
 
+# Names of the packages that a runtime may be installed by.
+ONNX_RUNTIME = ("onnxruntime", "onnxruntime-gpu")
+TENSORRT = ("tensorrt", "tensorrt-rtx-cu13")
 TOOLS = (
     "torch",
     "onnx",
     "onnx-ir",
     "onnxscript",
-    "onnxruntime",
-    "onnxruntime-gpu",
+    *ONNX_RUNTIME,
     "safetensors",
-    "tensorrt",
-    "tensorrt-rtx-cu13",
+    *TENSORRT,
     "polygraphy",
 )
 

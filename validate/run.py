@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ingot.export.ingot import Manifest
-from ingot.export.manifest import versions
+from ingot.export.manifest import ONNX_RUNTIME, TENSORRT, versions
 from ingot.export.progress import Stages
 from ingot.plugins.device import has_gpu
 from ingot.plugins.errors import IngotError
@@ -24,7 +24,7 @@ from ingot.validate.truth.recording import Layout
 from ingot.validate.truth.reference import TRUTH, Reference
 from ingot.validate.truth.taps import TappedSession
 
-LIBRARIES = ("torch", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13")
+LIBRARIES = ("torch", "numpy", *ONNX_RUNTIME, *TENSORRT)
 # Tokens of a text that see each other where perplexity is measured.
 WINDOW = 256
 ALL_DOUBTFUL = (
