@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from conftest import MakeCheckpoint, MakeIngot
+from damage import copied
 
 from ingot.export.ingot import WEIGHTS, Manifest
-from ingot.runtime.inspection import States, inspect, inspect_command
+from ingot.runtime.inspection import States, _rows, inspect, inspect_command
 
 
 def test_counts_what_one_token_touches(tiny_ort: Path) -> None:
@@ -103,6 +104,16 @@ def test_shows_and_prints_json(tiny_ort: Path) -> None:
         name: {"bytes": info.bytes, "sha256": info.sha256}
         for name, info in Manifest.read(tiny_ort).files.items()
     }
+
+
+def test_shows_a_cache_whose_length_nothing_limits(tiny_ort: Path, tmp_path: Path) -> None:
+    """As of a model with caches and no positions."""
+    generation = {**Manifest.read(tiny_ort).generation, "context_length": None}
+    ingot = copied(tiny_ort, tmp_path / "ingot", generation=generation)
+    rows = dict(_rows(inspect(ingot)))
+    shared = "in buffers that past and present share"
+    assert rows["cache"] == f"512 bytes a token and sequence, {shared}"
+    assert "context" not in rows and "state" not in rows
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "garbage"])

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 from conftest import MakeIngot
+from damage import copied
 from test_runtime_classify import checkpoint as classifier
 from triton_ingots import parsed, with_engine
 
 from ingot.export.ingot import Manifest
 from ingot.plugins.errors import IngotError
 from ingot.runtime.triton_lint import lint
-from ingot.runtime.triton_plan import PLUGINS, Settings, TritonError
+from ingot.runtime.triton_plan import PLUGINS, Settings, TritonError, make_plan
 from ingot.runtime.triton_repository import write_repository
 
 # Minutes of exports; `make test-slow` runs them, and so does CI.
@@ -112,6 +113,18 @@ def test_refuses_a_setting_that_does_not_fit(
     with pytest.raises(TritonError, match=re.escape(sentence)):
         write_repository(tiny_ort, tmp_path / "r", settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_takes_any_capacity_where_nothing_limits_the_context(
+    tiny_ort: Path, tmp_path: Path
+) -> None:
+    generation = {**Manifest.read(tiny_ort).generation, "context_length": None}
+    ingot = copied(tiny_ort, tmp_path / "ingot", generation=generation)
+    with pytest.raises(TritonError, match="--capacity is 1; it must be at least 2"):
+        write_repository(ingot, tmp_path / "r", Settings(capacity=1))
+    manifest = Manifest.read(ingot)
+    assert make_plan(ingot, manifest, Settings(capacity=100_000)).settings.capacity == 100_000
+    assert make_plan(ingot, manifest, Settings()).settings.capacity == 4096
 
 
 @pytest.mark.parametrize("engine", [False, True])
