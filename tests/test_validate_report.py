@@ -316,6 +316,16 @@ def test_summary_names_worst_tensor_location_and_problems() -> None:
     assert "- prefill, present.1.key: score 141 above 4" in text
 
 
+def test_says_why_there_is_no_place() -> None:
+    found = replace(failing_report(), location=None, unlocated="ONNX Runtime cannot load it")
+    place = "a place that could not be found: ONNX Runtime cannot load it"
+    assert f"**It begins at:** {place}" in texts.markdown_text(found)
+    assert f"It begins at: {place}" in html.page(plain_report(unlocated=found.unlocated))
+    properties = {p.get("name"): p.get("value") for p in junit(found).iter("property")}
+    assert properties["location"] == found.summary()["location"] == place
+    assert json.loads(texts.json_text(found))["unlocated"] == "ONNX Runtime cannot load it"
+
+
 def test_summary_lists_some_problems_and_counts_the_rest() -> None:
     found = make_report()
     bad = replace(found, tensors=tuple(replace(t, problem="bad") for t in found.tensors))
