@@ -57,6 +57,7 @@ def test_every_phase_finds_right_numbers(tmp_path: Path) -> None:
     assert list(phases) == [phase.name for phase in gpu.PHASES]
 
 
+@pytest.mark.slow
 def test_models_that_are_computed_have_an_error(tmp_path: Path) -> None:
     models = rehearsed(tmp_path, "--kernels", "interpreter", "--only", "models")["models"]["items"]
     assert models["olmoe two layers"]["error"] > 0

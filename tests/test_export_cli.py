@@ -231,7 +231,9 @@ def test_knows_no_other_command() -> None:
     assert "No such command 'import'" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["validate/__init__.py", "runtime.py"])
+@pytest.mark.parametrize(
+    "name", ["validate/__init__.py", pytest.param("runtime.py", marks=pytest.mark.slow)]
+)
 def test_works_beside_packages_of_its_folders_names(
     tiny: Path, out: Path, tmp_path: Path, name: str
 ) -> None:

@@ -327,7 +327,11 @@ def test_generates_what_a_plain_loop_does(
 
 
 @pytest.mark.parametrize(
-    ("weight", "layer"), [("layers.1.mixer.o_proj.weight", 1), ("layers.2.mixer.conv1d.bias", 2)]
+    ("weight", "layer"),
+    [
+        ("layers.1.mixer.o_proj.weight", 1),
+        pytest.param("layers.2.mixer.conv1d.bias", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_fault_is_located_in_its_layer(
     weight: str, layer: int, checkpoint: Path, ingots: dict[str, Path], tmp_path: Path
