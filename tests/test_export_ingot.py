@@ -286,7 +286,7 @@ MOMENTS: dict[str, Callable[[Export], bool]] = {
     [
         (signal.SIGTERM, "at once"),
         (signal.SIGTERM, "capturing"),
-        (signal.SIGINT, "capturing"),
+        pytest.param(signal.SIGINT, "capturing", marks=pytest.mark.slow),
         (signal.SIGINT, "finishing"),
     ],
 )
