@@ -1,7 +1,6 @@
 """Running an ingot: sessions, generation, serving. Nothing here imports PyTorch.
 
-``runtime.load(folder)`` opens a session, and ``runtime.generate.generate(session, prompts)`` yields
-its tokens.
+``ingot.load(folder)`` opens a session, and ``ingot.generate(session, prompts)`` yields its tokens.
 """
 
 from __future__ import annotations
