@@ -200,6 +200,8 @@ class Wrapped:
     def __init__(self, inner: Session, every_token: bool = False) -> None:
         self.inner = inner
         self.every_token = every_token
+        self.fed: dict[str, Ids] = {}
+        self.tapped: dict[str, Floats] = {}
 
     def reset(self, batch: int, capacity: int) -> None:
         self.inner.reset(batch, capacity)
