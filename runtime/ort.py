@@ -52,13 +52,18 @@ class OrtSession:
         self.fed: dict[str, Ids] = {}
         self.tapped: dict[str, Array] = {}
         self._taps = list(taps)
-        made_with = manifest.tools.get("onnxruntime", "another version")
-        self._session = open_session(
-            folder / GRAPH if graph is None else graph,
-            name=f"{folder / GRAPH} (made with {made_with})",
-            threads=threads,
-            weights_folder=folder,
-        )
+        name = str(folder / GRAPH)
+        try:
+            self._session = open_session(
+                folder / GRAPH if graph is None else graph,
+                name=name,
+                threads=threads,
+                weights_folder=folder,
+            )
+        except SessionError as error:
+            made_with = manifest.tools.get("onnxruntime", "another version")
+            sentence = str(error).replace(name, f"{name} (made with {made_with})", 1)
+            raise SessionError(sentence) from error
         has = {item.name for item in (*self._session.get_inputs(), *self._session.get_outputs())}
         named = {manifest.main_output, *(item.name for item in manifest.inputs)}
         missing = sorted((named | {state.output for state in manifest.states}) - has)
