@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import NamedTuple, cast
 
 import torch
@@ -165,8 +166,12 @@ class Decoder(Model):
     @property
     def states(self) -> tuple[State, ...]:
         """The states of every layer in turn."""
+        return tuple(state for _, own in self._by_layer() for state in own)
+
+    def _by_layer(self) -> list[tuple[Layer, tuple[State, ...]]]:
+        """The layers with their states, in the order of computation."""
         layers = cast(Iterable[Layer], self.layers)
-        return tuple(state for i, layer in enumerate(layers) for state in layer.states(i))
+        return [(layer, layer.states(index)) for index, layer in enumerate(layers)]
 
     def forward(
         self,
@@ -176,21 +181,21 @@ class Decoder(Model):
         past: tuple[torch.Tensor, ...],
     ) -> ModelOutput:
         """See ``Model.forward``."""
-        states = self.states
-        caches = all(state.axis is not None for state in states)
-        if len(past) != len(states) and (past or not caches):
+        layers = self._by_layer()
+        count = sum(len(own) for _, own in layers)
+        caches = all(state.axis is not None for _, own in layers for state in own)
+        if len(past) != count and (past or not caches):
             raise ValueError(
-                f"the model has {len(states)} states and was given {len(past)}; give all of them"
+                f"the model has {count} states and was given {len(past)}; give all of them"
                 f"{', or none for a call that stands alone' if caches else ''}."
             )
         x, step = self.begin(input_ids, attention_mask, position_ids)
         outputs = [x]
         present: tuple[torch.Tensor, ...] = ()
         router_logits: tuple[torch.Tensor, ...] = ()
-        for index, layer in enumerate(cast(Iterable[Layer], self.layers)):
-            count = len(layer.states(index))
-            own, past = past[:count], past[count:]
-            x, new, logits = layer(x, step, own)
+        given = iter(past)
+        for layer, own in layers:
+            x, new, logits = layer(x, step, tuple(islice(given, len(own))))
             outputs.append(x)
             present += new
             router_logits += logits
