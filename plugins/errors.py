@@ -1,5 +1,11 @@
 """The one base class of every error a user can cause, and the words of the commonest."""
 
+from reprlib import Repr
+
+# Enough to find a value in its file; a file from somebody else may hold a hundred megabytes of it.
+_CUT = Repr()
+_CUT.maxstring = _CUT.maxother = _CUT.maxlong = 80
+
 
 class IngotError(Exception):
     """A mistake in the input, not in Ingot: what was found, what was expected, what to do next.
@@ -11,3 +17,8 @@ class IngotError(Exception):
 def install_hint(extra: str) -> str:
     """The command that adds what an extra of Ingot's needs, where Ingot is installed."""
     return f"pip install 'ingot-export[{extra}]'"
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: its ``repr``, cut in the middle where it is long."""
+    return _CUT.repr(value)

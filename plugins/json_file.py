@@ -1,0 +1,83 @@
+"""The one reader of JSON files, all of which may come from somebody else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ingot.plugins.errors import IngotError
+
+# A config, an index or a manifest of the largest models has some megabytes; parsed, a hostile file
+# of this size takes half a gigabyte, and not more.
+MOST_BYTES = 8 << 20
+# What any such file needs, and far from where a recursion over it would end.
+MOST_DEPTH = 64
+
+
+class JsonError(IngotError):
+    """A file that is no JSON, or JSON that nobody needs: too large, too deep, of absurd numbers.
+
+    The message names the file and ends without a full stop: who reads it says what to do.
+    """
+
+
+def read_json(path: Path, *, most_bytes: int = MOST_BYTES) -> Any:
+    """What a JSON file holds, in UTF-8 without a byte order mark.
+
+    ``NaN`` and ``Infinity`` are numbers, as transformers writes them.
+
+    Args:
+        path: the file.
+        most_bytes: a larger file is not read.
+
+    Raises:
+        JsonError: it cannot be read, is no JSON, is larger than ``most_bytes``, is nested more than
+            ``MOST_DEPTH`` deep, or holds an integer of thousands of digits.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(most_bytes + 1)
+    except OSError as error:
+        raise JsonError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(raw) > most_bytes:
+        raise JsonError(f"{path} is larger than {most_bytes:,} bytes, the most that is read of it")
+    return parse_json(raw, str(path))
+
+
+def parse_json(raw: bytes, name: str) -> Any:
+    """What JSON text in UTF-8 holds; ``name`` is what messages call it.
+
+    Raises:
+        JsonError: as ``read_json``.
+    """
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except RecursionError:
+        raise JsonError(_deep(name)) from None
+    except UnicodeDecodeError as error:
+        raise JsonError(f"{name} is not valid JSON: it is not UTF-8 ({error.reason})") from None
+    # Beside JSONDecodeError this is Python's refusal of integers of more than 4,300 digits.
+    except ValueError as error:
+        raise JsonError(f"{name} is not valid JSON: {error}") from None
+    if _deeper_than(value, MOST_DEPTH):
+        raise JsonError(_deep(name))
+    return value
+
+
+def _deep(name: str) -> str:
+    return f"{name} is nested more than {MOST_DEPTH} deep"
+
+
+def _deeper_than(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most + 1):
+        level = [
+            child
+            for each in level
+            if isinstance(each, dict | list)
+            for child in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return False
+    return True
