@@ -26,7 +26,7 @@ def test_prints_lines_of_the_host_layers_tables() -> None:
         "{90, 64, {128, 64}},",
         "{90, 128, {128, 64}},  // b64w8s4",
     ]
-    assert lines[-1] == "{90, 256},  // k64w8s3"
+    assert lines[-1] == '{90, 256, "_k64w8s3"},'
     # As far as a run came.
     assert tables(found[:1], 90)[1:] == ["{90, 0, {64, 64}},"]
     assert tables([], 90) == []

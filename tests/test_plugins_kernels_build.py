@@ -137,7 +137,7 @@ build.build(out / "x.so", (90,), out)
 def test_a_candidate_that_cannot_be_used_whole_is_left_out_and_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    refuses, spills = "moe_down_m64n64_bf16_b64w4s4", "mamba2_outputs_bf16_aligned_b64w8s2"
+    refuses, spills = "moe_down_m64n64_bf16_b64w4s4", "mamba2_outputs_bf16_aligned_b64w8s3"
 
     def compile_all(
         forms: Iterable[Form], *_: object
@@ -157,11 +157,11 @@ def test_a_candidate_that_cannot_be_used_whole_is_left_out_and_named(
     done, left_out = build.build_to_tune(tmp_path / "x.so", (90,), tmp_path)
     assert left_out == {
         "tile 64x64 b64w4s4": "Triton cannot compile it",
-        "scan b64w8s2": f"{spills} spills 16 bytes",
+        "scan b64w8s3": f"{spills} spills 16 bytes",
     }
     assert linked == [compiled.name for compiled, _ in done]
     whole = {*all_forms(), *build.tuning_forms()}
-    gone = {name for name in whole if name.endswith(("m64n64_bf16_b64w4s4", "aligned_b64w8s2"))}
+    gone = {name for name in whole if name.endswith(("m64n64_bf16_b64w4s4", "aligned_b64w8s3"))}
     assert len(gone) == 3 + 2 and set(linked) == whole - gone
 
 
@@ -177,9 +177,10 @@ def test_candidates_have_the_names_that_the_host_layer_looks_up() -> None:
                 names.append(f"{name}_{variant}")
             else:
                 assert 90 in shipped[name].capabilities
-    first, *others = mamba2.tuning_variants()
-    assert first == ""
+    plain, hopper, *others = mamba2.tuning_variants()
+    assert plain == ""
     for use in ("states", "outputs"):
+        assert shipped[f"mamba2_{use}_bf16_aligned_{hopper}"].capabilities == (90,)
         names += [f"mamba2_{use}_bf16_aligned_{variant}" for variant in others]
     assert set(names) == build.tuning_forms().keys() and not set(names) & shipped.keys()
 
@@ -205,7 +206,10 @@ def test_a_candidate_differs_from_what_is_shipped_as_its_name_says() -> None:
 @pytest.mark.parametrize(
     ("variant", "stands_in_for"),
     [
-        ("b64w8s2", {"mamba2_states_bf16_aligned", "mamba2_outputs_bf16_aligned"}),
+        (
+            "b64w8s3",
+            {"mamba2_states_bf16_aligned_b64w8s2", "mamba2_outputs_bf16_aligned_b64w8s2"},
+        ),
         ("b128w4s3", {"moe_gate_up_m64n64_bf16", "moe_down_m64n64_bf16"}),
     ],
 )
@@ -220,7 +224,8 @@ def test_a_candidate_computes_what_the_shipped_form_does(
     from ingot.plugins import check
 
     candidates = build.tuning_forms()
-    forms = {name: candidates[f"{name}_{variant}"] for name in stands_in_for}
+    named = {name: f"{name.removesuffix('_b64w8s2')}_{variant}" for name in stands_in_for}
+    forms = {name: candidates[candidate] for name, candidate in named.items()}
     monkeypatch.setattr(device, "forms", all_forms() | forms)
     device.launches.clear()
     bf16 = torch.bfloat16

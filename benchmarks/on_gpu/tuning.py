@@ -130,7 +130,7 @@ def chunks(bench: Bench, library: Library, tokens: int) -> Found:
 
 
 def tables(items: Iterable[Found], capability: int) -> list[str]:
-    """Lines for kTilings (plugins/csrc/moe.cpp) and kChunkLengths (plugins/csrc/mamba2.cpp).
+    """Lines for kTilings (plugins/csrc/moe.cpp) and kScans (plugins/csrc/mamba2.cpp).
 
     Args:
         items: what the phase found, as far as it came.
@@ -151,8 +151,8 @@ def tables(items: Iterable[Found], capability: int) -> list[str]:
     if times[CHUNKS]:
         longest = _without_built_in(times[CHUNKS][max(times[CHUNKS])])
         chunk, _, variant = min(longest, key=longest.__getitem__).partition(" ")
-        lines.append("// kChunkLengths, by the longest prompt.")
-        lines.append(f"{{{capability}, {chunk}}}," + (f"  // {variant}" if variant else ""))
+        lines.append("// kScans, by the longest prompt.")
+        lines.append(f'{{{capability}, {chunk}, "{"_" * bool(variant)}{variant}"}},')
     return lines
 
 

@@ -15,18 +15,23 @@ constexpr int32_t kMaxTokens = 1 << 30;  // indices of tokens are int32
 constexpr int32_t kMaxHeads = 16384;     // and so are offsets in a tile
 constexpr int32_t kMaxChannels = 1 << 26;
 
-// Tokens per chunk of the 16-bit types, a multiple of kTile, from a compute capability on. A token
-// and head cost 16 Pm Ns / Q bytes of states written and read, and 2 (4 Pm Ns + Q Pm) operations:
-// longer chunks trade memory traffic for products. With these lengths the larger of both times is
-// the least, for Pm 64, Ns 128 and a third of the tensor cores' peak: data sheets, not measured.
-struct ChunkLength {
+// How the 16-bit types are scanned from a compute capability on: tokens per chunk, a multiple of
+// kTile, and what ends the names of the forms of states and outputs. A token and head cost
+// 16 Pm Ns / Q bytes of states written and read, and 2 (4 Pm Ns + Q Pm) operations: longer chunks
+// trade memory traffic for products. Measured on an H200, where 128 is the best of 64, 128 and 256 for
+// a prompt of 1024 tokens or more and within a tenth of it for a shorter one. For the others these are
+// the lengths for which the larger of both times is the least, by data sheets, for Pm 64, Ns 128 and a
+// third of the tensor cores' peak.
+struct Scan {
     int capability;
-    int32_t tokens;
+    int32_t chunk;
+    const char *ending;
 };
-constexpr ChunkLength kChunkLengths[] = {
-    {80, 128},  // A100: 153 operations a byte; A10: 208
-    {89, 256},  // L40S and L4: 420
-    {90, 128},  // H200: 206; B200: 281; RTX PRO 6000 Blackwell: 280
+constexpr Scan kScans[] = {
+    {80, 128, ""},  // A100: 153 operations a byte; A10: 208
+    {89, 256, ""},  // L40S and L4: 420
+    {90, 128, "_b64w8s2"},
+    {100, 128, ""},  // B200: 281; RTX PRO 6000 Blackwell: 280
 };
 
 // A call that would need more workspace is done in parts. A part of this size, thousands of tokens of
@@ -138,17 +143,23 @@ int32_t shortened(int32_t chunk, int32_t tokens) {
     return static_cast<int32_t>(std::min<int64_t>(chunk, tiles(tokens, kTile) * kTile));
 }
 
-ingot_status chunk_length(const ingot_mamba2_scan_params &p, int32_t *chunk) {
+// The chunk of a call, and what ends the names of its forms of states and outputs.
+ingot_status choose_scan(const ingot_mamba2_scan_params &p, bool aligned, int32_t *chunk,
+                         std::string *ending) {
     // A float32 product is three passes at half the rate: shorter chunks have fewer of them.
     *chunk = kTile;
-    if (p.dtype != INGOT_FLOAT32 && tuning().chunk != 0) {
-        *chunk = tuning().chunk;
-    } else if (p.dtype != INGOT_FLOAT32) {
+    ending->clear();
+    if (p.dtype != INGOT_FLOAT32) {
         int capability = 0;
         if (ingot_status s = compute_capability(&capability)) return s;
-        for (const ChunkLength &length : kChunkLengths) {
-            if (length.capability <= capability) *chunk = length.tokens;
+        for (const Scan &scan : kScans) {
+            if (scan.capability > capability) continue;
+            *chunk = scan.chunk;
+            *ending = aligned ? scan.ending : "";
         }
+        // Of a candidate both count, or it would be another one with every table.
+        if (tuning().chunk != 0 || !tuning().scan_ending.empty()) *ending = tuning().scan_ending;
+        if (tuning().chunk != 0) *chunk = tuning().chunk;
     }
     *chunk = shortened(*chunk, p.tokens);
     return INGOT_OK;
@@ -200,8 +211,8 @@ int64_t most_workspace(const ingot_mamba2_scan_params &p) {
     if (p.dtype == INGOT_FLOAT32) return workspace_bound(p, kTile);
     if (tuning().chunk != 0) return workspace_bound(p, tuning().chunk);
     int64_t most = 0;
-    for (const ChunkLength &length : kChunkLengths) {
-        most = std::max(most, workspace_bound(p, length.tokens));
+    for (const Scan &scan : kScans) {
+        most = std::max(most, workspace_bound(p, scan.chunk));
     }
     return most;
 }
@@ -218,11 +229,10 @@ ingot_status step(const ingot_mamba2_scan_params &p, bool aligned, void *stream)
 }
 
 ingot_status scan_part(const ingot_mamba2_scan_params &p, const Part &part, int32_t chunk,
-                       bool aligned, void *workspace, void *stream) {
+                       const std::string &ending, bool aligned, void *workspace, void *stream) {
     const Memory memory(p, part.rows, part.tokens, chunk, workspace);
     const std::string dtype = dtype_name(p.dtype);
     const std::string suffix = aligned ? "_aligned" : "_any";
-    const std::string tuned = suffix + (p.dtype == INGOT_FLOAT32 ? "" : tuning().scan_ending);
     const int64_t rows = part.rows * p.heads;
     const int32_t padded = static_cast<int32_t>(memory.padded);
     const int32_t size = p.head_size * p.states;
@@ -238,7 +248,7 @@ ingot_status scan_part(const ingot_mamba2_scan_params &p, const Part &part, int3
             stream))
         return s;
     if (ingot_status s = launch(
-            "mamba2_states_" + dtype + tuned,
+            "mamba2_states_" + dtype + suffix + ending,
             {rows, tiles(p.head_size, kTile) * tiles(p.states, kTile), memory.chunks},
             {p.x, p.b, memory.steps, memory.sums_high, memory.sums_low, memory.carried, p.tokens,
              p.heads, p.head_size, p.groups, p.states, chunk, first_row, first_token},
@@ -258,7 +268,7 @@ ingot_status scan_part(const ingot_mamba2_scan_params &p, const Part &part, int3
              first_token},
             stream))
         return s;
-    return launch("mamba2_outputs_" + dtype + tuned,
+    return launch("mamba2_outputs_" + dtype + suffix + ending,
                   {rows, tiles(p.head_size, kTile), token_tiles},
                   {p.x, p.c, p.d, memory.steps, memory.sums_high, memory.sums_low, memory.carried,
                    memory.products, p.y, p.tokens, p.heads, p.head_size, p.groups, p.states, chunk,
@@ -270,9 +280,10 @@ ingot_status scan_part(const ingot_mamba2_scan_params &p, const Part &part, int3
 ingot_status scan(const ingot_mamba2_scan_params &p, bool aligned, void *workspace, size_t bytes,
                   void *stream) {
     int32_t chunk = kTile;
+    std::string ending;
     Part part{0, p.batch, 0, 0};
     if (p.tokens > 0) {
-        if (ingot_status s = chunk_length(p, &chunk)) return s;
+        if (ingot_status s = choose_scan(p, aligned, &chunk, &ending)) return s;
         part = first_part(p, chunk);
         const int64_t needed = bytes_of(p, part.rows, part.tokens, chunk);
         if (ingot_status s = check_pointers("Mamba2Scan", {{"workspace", workspace}})) return s;
@@ -285,7 +296,7 @@ ingot_status scan(const ingot_mamba2_scan_params &p, bool aligned, void *workspa
         part.first_token = 0;
         do {
             part.tokens = std::min(tokens, p.tokens - part.first_token);
-            if (ingot_status s = scan_part(p, part, chunk, aligned, workspace, stream)) return s;
+            if (ingot_status s = scan_part(p, part, chunk, ending, aligned, workspace, stream)) return s;
             part.first_token += tokens;
         } while (part.first_token < p.tokens);
     }
