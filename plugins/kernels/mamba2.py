@@ -171,9 +171,9 @@ def _scan_step(
     at_x = row.to(tl.int64) * head_size + p
     x_row = tl.load(x + at_x, mask=in_p, other=0.0).to(tl.float32)
     scaled = step * x_row
-    # One reduction behind the loop, not one in each turn: it is faster, and what it adds are rounded
-    # numbers. Of products it would be fused multiply-adds, by which threads that add the same numbers
-    # get different last bits.
+    # One reduction behind the loop, not one in each turn: it is faster, and what it adds are
+    # rounded numbers. Of products it would be fused multiply-adds, by which threads that add the
+    # same numbers get different last bits.
     products = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     for first in range(0, states, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
@@ -780,7 +780,7 @@ def tuning_forms() -> list[Form]:
 
 
 def tuning_variants() -> list[str]:
-    """The variants of the scan, by which the names of their forms end; the first two are shipped."""
+    """What the names of the scan's forms end with; the first two are shipped."""
     return ["", _HOPPER.variant, *(pipeline.variant for pipeline in _CANDIDATES)]
 
 
