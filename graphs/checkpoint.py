@@ -20,17 +20,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ingot.plugins.errors import IngotError
+from ingot.graphs.folder import CONFIG as CONFIG
+from ingot.graphs.folder import INDEX as INDEX
+from ingot.graphs.folder import SINGLE as SINGLE
+from ingot.graphs.folder import CheckpointError as CheckpointError
+from ingot.graphs.folder import Folder
 
-CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-class CheckpointError(IngotError):
-    """A checkpoint folder that cannot be read, or does not hold what its config promises."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +58,17 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        config: ``config.json``, parsed.
-        entries: tensor name -> where it lies.
+        config: ``config.json``, parsed, as transformers writes it.
+        entries: tensor name of transformers -> where it lies.
         digests: SHA-256 of every tensor read so far, by name.
+        sizes: what messages call the place that says how large each tensor is.
     """
 
     path: Path
     config: dict[str, Any]
     entries: dict[str, Entry]
     digests: dict[str, str] = field(default_factory=dict)
+    sizes: str = CONFIG
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -79,10 +77,12 @@ class Checkpoint:
         Raises:
             CheckpointError: the folder, its config or a header is missing or malformed.
         """
-        if not path.is_dir():
-            raise CheckpointError(f"{path} is not a folder; give a Hugging Face checkpoint folder.")
-        config = _read_json(path / CONFIG)
-        return cls(path, config, _read_index(path))
+        folder = Folder.read(path)
+        stored = _read_index(folder)
+        entries = {folder.tensor_name(name): entry for name, entry in stored.items()}
+        if len(entries) < len(stored):
+            raise CheckpointError(f"{path} holds its embedding twice, in two spellings; keep one.")
+        return cls(path, folder.config, entries, sizes=folder.sizes)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor in the file's dtype, backed by a private memory map of its bytes.
@@ -127,43 +127,12 @@ class Checkpoint:
         return total.hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}; a Hugging Face checkpoint folder holds config.json "
-            "and model.safetensors (or model.safetensors.index.json and its shards)."
-        )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
-    return value
-
-
-def _read_index(path: Path) -> dict[str, Entry]:
-    if (path / SINGLE).is_file():
+def _read_index(folder: Folder) -> dict[str, Entry]:
+    path, weight_map = folder.path, folder.weight_map()
+    if weight_map is None:
         return _read_header(path / SINGLE)
-    if not (path / INDEX).is_file():
-        pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
-        if pickles:
-            raise CheckpointError(
-                f"{path} holds pickle weights only ({', '.join(pickles[:3])}); loading a pickle "
-                "can run any code, so Ingot reads safetensors alone. Convert it with transformers: "
-                "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)."
-            )
-        raise CheckpointError(f"{path} has neither {SINGLE} nor {INDEX}.")
-    weight_map = _read_json(path / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{path / INDEX} has no weight_map object.")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str):
-            raise CheckpointError(f"{INDEX} places {name} in {shard!r}, which is no file name.")
     entries: dict[str, Entry] = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{INDEX} names a shard outside the folder: {shard!r}.")
         if not (path / shard).is_file():
             raise CheckpointError(f"{INDEX} names {shard}, which is not in {path}.")
         for name, entry in _read_header(path / shard).items():
@@ -234,13 +203,13 @@ def check_weights(
         if entry is None:
             raise CheckpointError(
                 f"{checkpoint.path.name}: tensor {part.name} {list(part.shape)} is missing; "
-                "config.json asks for it. Check that every shard is there and the config belongs "
-                "to these weights."
+                f"{checkpoint.sizes} asks for it. Check that every shard is there and the config "
+                "belongs to these weights."
             )
         if entry.shape != part.shape:
             raise CheckpointError(
                 f"{checkpoint.path.name}: tensor {part.name} has shape {list(entry.shape)}; "
-                f"config.json makes it {list(part.shape)}."
+                f"{checkpoint.sizes} makes it {list(part.shape)}."
             )
     tied = tied or {}
     for name in checkpoint.entries:

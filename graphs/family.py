@@ -9,16 +9,15 @@ from typing import Any, cast
 
 import torch
 
-from ingot.graphs import names
 from ingot.graphs.checkpoint import (
     Checkpoint,
-    CheckpointError,
     Part,
     WeightMap,
     check_weights,
     stack_height,
 )
 from ingot.graphs.config import ModelConfig
+from ingot.graphs.folder import family_name, model_type_of
 from ingot.graphs.layers import Model
 from ingot.plugins.errors import IngotError
 
@@ -131,16 +130,13 @@ class Family:
 
 
 def find_family(model_type: str) -> Family:
-    """The family of one ``model_type``.
+    """The family that computes one ``model_type``.
 
     Raises:
         CheckpointError: an architecture Ingot does not have.
     """
-    if model_type not in names.FAMILIES:
-        raise CheckpointError(
-            f"config.json: model_type is {model_type!r}; supported: {', '.join(names.FAMILIES)}."
-        )
-    return cast(Family, importlib.import_module(f"ingot.graphs.{model_type}").FAMILY)
+    name = family_name(model_type)
+    return cast(Family, importlib.import_module(f"ingot.graphs.{name}").FAMILY)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -149,12 +145,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
     Raises:
         CheckpointError: no ``model_type``, or one Ingot does not have.
     """
-    model_type = checkpoint.config.get("model_type")
-    if not isinstance(model_type, str):
-        raise CheckpointError(
-            f"config.json has no model_type; supported: {', '.join(names.FAMILIES)}."
-        )
-    return find_family(model_type)
+    return find_family(model_type_of(checkpoint.config))
 
 
 def active_parameters(model: Model) -> tuple[int, int]:

@@ -4,6 +4,9 @@ Source: Granite team 2024, "Granite 3.0 Language Models", section 3; the multipl
 maximal update parametrisation (Yang et al. 2022, arXiv:2203.03466, table 8). Config and tensor
 names are Hugging Face's. The multipliers stand here where the paper has them; the export folds
 them into weights and attention scales, so they cost nothing at run time.
+
+Llama (Touvron et al. 2023, arXiv:2302.13971, section 2.2) is the same decoder without them, under
+the same tensor names; so are the Granite code models, whose ``model_type`` is ``llama``.
 """
 
 from __future__ import annotations
@@ -33,6 +36,14 @@ from ingot.graphs.rope import RopeParameters, RotaryEmbedding
 from ingot.graphs.state import State
 from ingot.plugins.activations import activate
 
+# The four multipliers where nothing is multiplied, as in a config that names none.
+MULTIPLIERS = {
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+}
+
 
 @dataclass(frozen=True)
 class GraniteConfig(ModelConfig):
@@ -59,7 +70,8 @@ class GraniteConfig(ModelConfig):
         Raises:
             ConfigError: a field of another type, or one that the graph does not implement.
         """
-        config = ConfigReader(raw, "granite")
+        llama = raw.get("model_type") == "llama"
+        config = ConfigReader(raw, "llama" if llama else "granite")
         hidden_size = config.size("hidden_size", 4096)
         heads = config.size("num_attention_heads", 32)
         key_value_heads = config.size("num_key_value_heads", heads)
@@ -69,6 +81,11 @@ class GraniteConfig(ModelConfig):
         head_dim = config.size("head_dim", hidden_size // heads)
         rope = RopeParameters.read(config, head_dim, config.size("max_position_embeddings", 2048))
         layers = config.size("num_hidden_layers", 32)
+        if llama:
+            config.must_be("pretraining_tp", 1, "it computes every product in one piece")
+            multipliers = {**MULTIPLIERS, "attention_multiplier": head_dim**-0.5}
+        else:
+            multipliers = {name: config.take(name, float, 1.0) for name in MULTIPLIERS}
         result = cls(
             vocab_size=config.size("vocab_size", 32000),
             hidden_size=hidden_size,
@@ -81,10 +98,7 @@ class GraniteConfig(ModelConfig):
             rms_norm_eps=config.take("rms_norm_eps", float, 1e-6),
             attention_bias=config.take("attention_bias", bool, False),
             mlp_bias=config.take("mlp_bias", bool, False),
-            embedding_multiplier=config.take("embedding_multiplier", float, 1.0),
-            logits_scaling=config.take("logits_scaling", float, 1.0),
-            residual_multiplier=config.take("residual_multiplier", float, 1.0),
-            attention_multiplier=config.take("attention_multiplier", float, 1.0),
+            **multipliers,
             tie_word_embeddings=config.take("tie_word_embeddings", bool, False),
             rope=rope,
             facts=Facts(

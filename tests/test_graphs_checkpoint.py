@@ -24,6 +24,7 @@ from ingot.graphs.checkpoint import (
     load_parameters,
 )
 from ingot.graphs.family import family_of
+from ingot.plugins.errors import shown
 
 Tensors = dict[str, torch.Tensor]
 
@@ -195,7 +196,7 @@ def test_refuses_a_config_that_is_not_an_object(tmp_path: Path, text: str) -> No
 def test_refuses_pickles_and_says_how_to_convert(tmp_path: Path, name: str) -> None:
     (write(tmp_path, per_expert()) / "model.safetensors").unlink()
     (tmp_path / name).write_bytes(b"never opened")
-    refused(tmp_path, name, "pickle", "save_pretrained")
+    refused(tmp_path, name, "pickle", "save_file", str(tmp_path))
 
 
 def test_refuses_a_folder_without_weights(tmp_path: Path) -> None:
@@ -247,7 +248,7 @@ def test_refuses_a_shard_outside_the_folder(tmp_path: Path, absolute: bool) -> N
     if absolute:
         shard = str(tmp_path / "other" / "model.safetensors")
     edit_index(folder, stolen=shard)
-    refused(folder, "model.safetensors.index.json", "outside the folder", repr(shard))
+    refused(folder, "model.safetensors.index.json", "outside the folder", shown(shard))
 
 
 @pytest.mark.parametrize("shard", [".", "..", "", "sub/../../x", "/etc/passwd"])

@@ -71,7 +71,7 @@ def edit_config(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("model_type", ["llama", "OLMoE", "olmo", "../olmoe", "config", ""])
+@pytest.mark.parametrize("model_type", ["llama2", "OLMoE", "olmo", "../olmoe", "config", ""])
 def test_refuses_an_unknown_model_type_and_lists_the_supported(
     tmp_path: Path, model_type: str
 ) -> None:
@@ -79,6 +79,34 @@ def test_refuses_an_unknown_model_type_and_lists_the_supported(
     refused(folder, "generate", "config.json", "model_type", repr(model_type), *FAMILIES)
     with pytest.raises(CheckpointError):
         find_family(model_type)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("granitemoe", "nearest is granite, but granitemoe has a mixture of experts"),
+        ("granitemoehybrid", "nearest is granite, but granitemoehybrid has Mamba2 layers"),
+        ("bamba", "nearest is mamba2, but bamba has attention layers"),
+        ("mamba", "nearest is mamba2, but mamba has Mamba1 layers"),
+        ("mistral", "nearest is llama, but mistral has attention over a sliding window"),
+        ("OLMoE", "nearest name is olmoe."),
+        ("granite_", "nearest name is granite."),
+        ("llama4", "nearest name is llama."),
+    ],
+)
+def test_names_the_nearest_model_type_and_what_it_lacks(model_type: str, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        find_family(model_type)
+
+
+def test_guesses_nothing_of_a_name_like_none_of_them() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        find_family("whisper")
+    assert str(caught.value).endswith("supported: granite, jetmoe, mamba2, olmoe, llama.")
+
+
+def test_finds_granite_for_llama() -> None:
+    assert find_family("llama") is find_family("granite")
 
 
 @pytest.mark.parametrize("model_type", [None, 3, ["olmoe"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,14 @@ from oracle import (
     tokens,
 )
 from transformers import GraniteConfig as OracleConfig
-from transformers import GraniteModel
+from transformers import GraniteModel, LlamaConfig, LlamaForCausalLM
 
+from ingot.export.ingot import Manifest
 from ingot.export.request import ExportError
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.config import ConfigError
-from ingot.graphs.granite import FAMILY, GraniteConfig
+from ingot.graphs.granite import FAMILY, MULTIPLIERS, GraniteConfig
+from ingot.graphs.preset import write_checkpoint
 from ingot.runtime.loading import load
 from ingot.runtime.onnxruntime_session import open_session
 from ingot.validate.truth.eager import EagerSession
@@ -197,3 +200,127 @@ def test_refuses_router_logits_it_does_not_have(
     folder = make_checkpoint("granite")
     with pytest.raises(ExportError, match="granite has no router_logits; it has: hidden_states"):
         make_ingot(folder, "onnx", extra_outputs=("router_logits",))
+
+
+# Llama, which is Granite without its multipliers.
+
+# Every field of the released Granite 3B and 8B code models, scaled down.
+CODE = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "silu",
+    "hidden_size": 80,
+    "initializer_range": 0.02,
+    "intermediate_size": 160,
+    "max_position_embeddings": 2048,
+    "mlp_bias": True,
+    "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "pad_token_id": 0,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.0",
+    "use_cache": True,
+    "vocab_size": 512,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "rope_type": "llama3",
+}
+LLAMAS: dict[str, dict[str, Any]] = {
+    "granite-3b-code": {},
+    "granite-8b-code": {
+        "hidden_size": 64,
+        "intermediate_size": 224,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 4096,
+        "rope_theta": 10000000,
+    },
+    "untied, without biases": {
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "head_dim": 24,
+    },
+    "rope llama3": {"rope_scaling": LLAMA3, "rope_theta": 50.0},
+}
+
+
+def llama(folder: Path, **fields: Any) -> Path:
+    config = {**CODE, **fields}
+    granite = {**config, "model_type": "granite", **MULTIPLIERS, "pretraining_tp": None}
+    write_checkpoint(folder, FAMILY, granite, seed=3)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@torch.no_grad()
+def llama_logits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Of transformers, and ids ``[1, T]``."""
+    oracle: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = tokens(512)[0][:1]
+    return oracle(torch.from_numpy(ids)).logits.numpy(), ids
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_llama_s_logits_equal_transformers(tmp_path: Path, name: str) -> None:
+    folder = llama(tmp_path, **LLAMAS[name])
+    want, ids = llama_logits(folder)
+    session = EagerSession(Checkpoint.open(folder), "generate")
+    session.reset(1, ids.shape[1])
+    assert relative_rms(want, session.step(ids, np.ones_like(ids))) < LIMIT
+
+
+@pytest.mark.slow
+def test_an_ingot_of_llama_is_granite(tmp_path: Path, make_ingot: MakeIngot) -> None:
+    folder = llama(tmp_path)
+    want, ids = llama_logits(folder)
+    out = make_ingot(folder, "ort")
+    assert Manifest.read(out).model_type == "granite"
+    session = load(out)
+    session.reset(1, ids.shape[1])
+    assert relative_rms(want, session.step(ids, np.ones_like(ids))) < LIMIT
+
+
+def test_absent_fields_of_llama_take_transformers_defaults() -> None:
+    ours, theirs = GraniteConfig.read({"model_type": "llama"}), LlamaConfig()
+    for name in GraniteConfig.__dataclass_fields__:
+        if name not in ("rope", "facts") and "multiplier" not in name and "scaling" not in name:
+            assert getattr(ours, name) == getattr(theirs, name), name
+    assert theirs.head_dim is not None
+    assert ours.attention_multiplier == theirs.head_dim**-0.5
+    assert (ours.embedding_multiplier, ours.residual_multiplier, ours.logits_scaling) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pretraining_tp": 2},
+        {"sliding_window": 4096},
+        {"attention_multiplier": 0.5},
+        {"residual_multiplier": 0.22},
+        {"logits_scaling": 8.0},
+        {"embedding_multiplier": 12.0},
+        {"attn_logit_softcapping": 30.0},
+        {"use_qk_norm": True},
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        {"num_experts": 8},
+    ],
+)
+def test_refuses_what_is_beyond_llama_by_its_name(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    inner = "partial_rotary_factor" if name == "rope_parameters" else name
+    with pytest.raises(ConfigError, match=inner):
+        GraniteConfig.read({**CODE, **fields})
