@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from ingot.export.eligibility import eligibility, require
 from ingot.export.engine import make_engine, plan_engine, profiles, trtexec_options
+from ingot.export.generation import read_generation
 from ingot.export.graph import Capture, Recipe
 from ingot.export.ingot import GRAPH, TRTEXEC, WEIGHTS, Manifest, check_destination, file_infos
 from ingot.export.manifest import make_manifest
@@ -78,6 +79,8 @@ def build(
     precision = PRECISIONS[request.precision]
     recipe = Recipe(request.target, request.task, precision, request.extra_outputs)
     opened = recipe.open(checkpoint)
+    # Before any weight is read: what is wrong in a file of some lines is said at once.
+    generation = read_generation(checkpoint, opened.model.config)
     # An engine holds its weights once more.
     check_space(request.out, parameter_bytes(opened.model) * (2 if builder else 1))
     with staged(request.out, replace=request.overwrite) as folder:
@@ -88,7 +91,7 @@ def build(
             require(rows)
         known = {WEIGHTS: _write_graph(captured.model, folder, stages)}
         _copy_tokenizer(checkpoint.path, folder)
-        manifest = make_manifest(recipe, opened, checkpoint, captured)
+        manifest = make_manifest(recipe, opened, checkpoint, captured, generation)
         if request.for_tensorrt:
             manifest = _build_engine(request, builder, manifest, folder, stages)
         manifest = replace(manifest, files=file_infos(folder, known))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -38,7 +37,11 @@ TOOLS = (
 
 
 def make_manifest(
-    recipe: Recipe, opened: Opened, checkpoint: Checkpoint, captured: Captured
+    recipe: Recipe,
+    opened: Opened,
+    checkpoint: Checkpoint,
+    captured: Captured,
+    generation: dict[str, Any],
 ) -> Manifest:
     """The manifest of a graph; nothing in it is of the files yet, nor of an engine or a verdict.
 
@@ -47,6 +50,7 @@ def make_manifest(
         opened: what was captured.
         checkpoint: whose weights have all been read, for its hash.
         captured: the graph, lowered.
+        generation: of ``export.generation.read_generation``.
     """
     config = opened.model.config
     total, active = active_parameters(opened.model)
@@ -69,7 +73,7 @@ def make_manifest(
             **describe(checkpoint.path),
             "sha256": checkpoint.digest(),
         },
-        generation=_generation(checkpoint, config),
+        generation=generation,
         graph={
             "opset": OPSET,
             "nodes": sum(operators.values()),
@@ -101,28 +105,6 @@ def _tensor_info(value: ir.Value) -> TensorInfo:
     assert value.name is not None and value.dtype is not None and value.shape is not None
     dimensions = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
     return TensorInfo(value.name, value.dtype.numpy().name, dimensions)
-
-
-def _generation(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
-    """What ends, begins and pads a sequence; ``generation_config.json`` wins where it is there."""
-    facts = config.facts
-    raw: dict[str, Any] = {
-        "eos_token_id": list(facts.eos_token_ids),
-        "pad_token_id": facts.pad_token_id,
-    }
-    file = checkpoint.path / "generation_config.json"
-    if file.is_file():
-        given = json.loads(file.read_text(encoding="utf-8"))
-        raw.update({name: value for name, value in given.items() if value is not None})
-    eos = raw.get("eos_token_id")
-    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    pad = raw.get("pad_token_id")
-    return {
-        "eos_token_ids": ends,
-        # Padding is masked, so any id of the vocabulary serves.
-        "pad_token_id": pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else 0,
-        "context_length": facts.context_length,
-    }
 
 
 def _labels(checkpoint: Checkpoint, task: str, config: ModelConfig) -> tuple[str, ...]:
