@@ -7,10 +7,9 @@ command runs, so that ``--help`` answers at once and works without them.
 from __future__ import annotations
 
 import importlib
-import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, ClassVar
 
 import click
@@ -30,6 +29,7 @@ from ingot.export.request import (
     Task,
 )
 from ingot.graphs.names import FAMILIES
+from ingot.plugins.command_line import Command, Group, close_output, sentence
 from ingot.plugins.errors import IngotError
 from ingot.version import __version__
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 PREVIEW_TOKENS = 16
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """A group whose commands live in modules that are imported when used."""
 
     commands_at: ClassVar = {
@@ -63,12 +63,7 @@ class LazyGroup(click.Group):
         return command
 
 
-def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
-    # SystemExit unwinds the stack, so the temporary folder is removed.
-    sys.exit(143)
-
-
-@click.command("export")
+@click.command("export", cls=Command)
 @click.option(
     "--model",
     required=True,
@@ -136,43 +131,49 @@ def export_command(
     """
     from ingot.export.progress import RichStages
 
-    signal.signal(signal.SIGTERM, _on_terminate)
     name = Path(model).name + (f"-{preset}" if preset else "")
     folder = out or Path(f"{name}-{target}")
-    try:
-        stages = RichStages()
-        with stages.stage("load PyTorch and the exporter"):
-            from ingot.export.api import export
-            from ingot.export.summary import print_summary
-        result = export(
-            model,
-            folder,
-            target=target,
-            task=task,
-            precision=precision,
-            preset=preset,
-            revision=revision,
-            seed=seed,
-            extra_outputs=extra_outputs,
-            builder=builder,
-            max_batch=max_batch,
-            max_seq=max_seq,
-            opt_seq=opt_seq,
-            embed_plugins=embed_plugins,
-            validate=not no_validate,
-            overwrite=overwrite,
-            stages=stages,
-        )
-        print_summary(folder, result.checkpoint, result.manifest, stages)
-        if preview:
-            _preview(folder, result.manifest)
-    except IngotError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        click.echo("interrupted; nothing was left behind", err=True)
-        sys.exit(130)
+    stages = RichStages()
+    with stages.stage("load PyTorch and the exporter"):
+        from ingot.export.api import export
+        from ingot.export.summary import print_summary
+    result = export(
+        model,
+        folder,
+        target=target,
+        task=task,
+        precision=precision,
+        preset=preset,
+        revision=revision,
+        seed=seed,
+        extra_outputs=extra_outputs,
+        builder=builder,
+        max_batch=max_batch,
+        max_seq=max_seq,
+        opt_seq=opt_seq,
+        embed_plugins=embed_plugins,
+        validate=not no_validate,
+        overwrite=overwrite,
+        stages=stages,
+    )
+    _tell(folder, lambda: print_summary(folder, result.checkpoint, result.manifest, stages))
+    if preview:
+        _tell(folder, lambda: _preview(folder, result.manifest))
     sys.exit(1 if result.manifest.verdict == "failed" else 0)
+
+
+def _tell(folder: Path, tell: Callable[[], None]) -> None:
+    """Tell something of an ingot that is there; the exit status stays that of its verdict."""
+    try:
+        tell()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {folder} is there, and whole") from None
+    except BrokenPipeError:
+        close_output()
+    except Exception as error:
+        said = str(error) if isinstance(error, IngotError) else sentence(error)
+        click.echo(f"{folder} is there, and whole; but: {said}", err=True)
 
 
 def _preview(folder: Path, manifest: Manifest) -> None:

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ingot.plugins.command_line import console
+from ingot.plugins.errors import IngotError
+
 Advance = Callable[[int], None]
 Unit = Literal["bytes", "steps"]
 
@@ -43,8 +46,14 @@ class Stages:
         """
         _reset_peak()
         start = time.perf_counter()
-        with self.show(name, total, unit) as advance:
-            yield advance
+        try:
+            with self.show(name, total, unit) as advance:
+                yield advance
+        # For what has no sentence of its own, such as memory that is not there: what it was for.
+        except Exception as error:
+            if not isinstance(error, IngotError):
+                error.add_note(name)
+            raise
         self.finished.append(Stage(name, time.perf_counter() - start, peak_bytes()))
 
     @contextlib.contextmanager
@@ -60,7 +69,6 @@ class RichStages(Stages):
     """Steps as progress bars on a terminal, one line each in a log."""
 
     def table(self, title: str, rows: Sequence[Any]) -> None:
-        from rich.console import Console
         from rich.table import Table
 
         table = Table(title=title, title_justify="left")
@@ -68,16 +76,15 @@ class RichStages(Stages):
             table.add_column(column.name.replace("_", " "), overflow="fold")
         for row in rows:
             table.add_row(*(_cell(getattr(row, column.name)) for column in fields(row)))
-        Console(stderr=True).print(table)
+        console(stderr=True).print(table)
 
     @contextlib.contextmanager
     def show(self, name: str, total: int | None, unit: Unit) -> Iterator[Advance]:
         from rich import progress as bars
-        from rich.console import Console
 
-        console = Console(stderr=True)
-        if not console.is_terminal:
-            console.print(f"{name} ...")
+        errors = console(stderr=True)
+        if not errors.is_terminal:
+            errors.print(f"{name} ...")
             yield lambda _amount: None
             return
         columns: list[bars.ProgressColumn] = [
@@ -89,7 +96,7 @@ class RichStages(Stages):
         elif total is not None:
             columns += [bars.BarColumn(), bars.MofNCompleteColumn()]
         columns.append(bars.TimeElapsedColumn())
-        with bars.Progress(*columns, console=console) as progress:
+        with bars.Progress(*columns, console=errors) as progress:
             task = progress.add_task(name, total=total)
             yield lambda done: progress.advance(task, done)
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from ingot.export.ingot import EngineInfo, Manifest
 from ingot.export.progress import Stages
+from ingot.plugins.command_line import console
 from ingot.plugins.registry import OPERATORS
 
 
 def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stages) -> None:
     """What was made, what each step cost, and the verdict, on standard output."""
-    console = Console()
     table = Table(title=f"{manifest.model_type} -> {manifest.target}", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -39,7 +38,7 @@ def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stage
     table.add_section()
     for name, value in _verdict_rows(manifest):
         table.add_row(name, value)
-    console.print(table)
+    console().print(table)
 
 
 # Of tensors, as a validation has them.

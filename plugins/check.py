@@ -23,6 +23,7 @@ import torch
 
 from ingot.plugins import torch_kernels
 from ingot.plugins.causal_conv import causal_conv
+from ingot.plugins.command_line import ended
 from ingot.plugins.device import has_gpu
 from ingot.plugins.library import Library, LibraryError
 from ingot.plugins.mamba2_scan import mamba2_scan
@@ -409,4 +410,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ended():
+        sys.exit(main())

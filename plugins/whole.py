@@ -32,6 +32,8 @@ NEW, OLD, LOCK = "new", "old", "lock"
 STALE = 24 * 60 * 60
 # What a rename to a destination fails with where something is: a full folder, a file or a link.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+# How libraries that are written in Rust, such as safetensors, pass on what the system refused.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class WriteError(IngotError):
@@ -40,6 +42,14 @@ class WriteError(IngotError):
 
 class TakenError(WriteError):
     """A destination that another process made first."""
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """An exception as what the system refused; None where it is something else."""
+    if isinstance(error, OSError):
+        return error
+    found = _OS_ERROR.search(str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def sha256(path: Path, advance: Callable[[int], None] = lambda _bytes: None) -> str:

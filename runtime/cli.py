@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ingot.export.ingot import Manifest
+from ingot.plugins.command_line import Command, Group, console
 from ingot.plugins.errors import IngotError
 from ingot.runtime.chat import chat_text
 from ingot.runtime.inspection import inspect_command
@@ -43,14 +44,13 @@ def _one_of(**given: tuple[str, ...]) -> None:
 
 def _load(folder: Path, threads: int, *, verify: bool, allow_failed: bool) -> Session:
     """``load`` with a progress bar over the hashes, on a terminal."""
-    from rich.console import Console
     from rich.progress import Progress
 
     from ingot.runtime.loading import load
 
-    console = Console(stderr=True)
+    errors = console(stderr=True)
     # Elsewhere than on a terminal, Progress would leave an empty line.
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
         size = sum(file.bytes for file in Manifest.read(folder).files.values())
         task = bar.add_task("checking hashes", total=size, visible=verify)
         return load(
@@ -62,7 +62,7 @@ def _load(folder: Path, threads: int, *, verify: bool, allow_failed: bool) -> Se
         )
 
 
-@click.command("generate")
+@click.command("generate", cls=Command)
 @click.argument("ingot", type=click.Path(path_type=Path))
 @click.option("--prompt", multiple=True, help="Text; give it several times for a batch.")
 @click.option("--prompt-ids", multiple=True, help="Token ids such as 1,2,3, instead of text.")
@@ -94,22 +94,18 @@ def generate_command(
     """Generate from an ingot folder; tokens appear as they are made."""
     from ingot.runtime.generate import Sampling
 
-    try:
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        _one_of(prompt=prompt, prompt_ids=prompt_ids, chat=chat)
-        prompts = [_ids(text) for text in prompt_ids]
-        session = _load(ingot, threads, verify=not no_verify, allow_failed=allow_failed)
-        tokenizer = None if prompt_ids else load_tokenizer(ingot)
-        if tokenizer is not None:
-            # A template writes the special tokens itself.
-            texts = [chat_text(ingot, [{"role": "user", "content": said}]) for said in chat]
-            whole = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-            prompts = whole or [tokenizer.encode(text).ids for text in prompt]
-        stop = list(stop_id) or None
-        _stream(session, prompts, tokenizer, max_new_tokens, sampling, stop)
-    except IngotError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    _one_of(prompt=prompt, prompt_ids=prompt_ids, chat=chat)
+    prompts = [_ids(text) for text in prompt_ids]
+    session = _load(ingot, threads, verify=not no_verify, allow_failed=allow_failed)
+    tokenizer = None if prompt_ids else load_tokenizer(ingot)
+    if tokenizer is not None:
+        # A template writes the special tokens itself.
+        texts = [chat_text(ingot, [{"role": "user", "content": said}]) for said in chat]
+        whole = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        prompts = whole or [tokenizer.encode(text).ids for text in prompt]
+    stop = list(stop_id) or None
+    _stream(session, prompts, tokenizer, max_new_tokens, sampling, stop)
 
 
 def _stream(
@@ -153,7 +149,7 @@ def _stream(
     click.echo(f"prefill {prefill:.3f} s{speed}", err=True)
 
 
-@click.command("classify")
+@click.command("classify", cls=Command)
 @click.argument("ingot", type=click.Path(path_type=Path))
 @click.option("--prompt", multiple=True, help="Text; give it several times for a batch.")
 @click.option("--prompt-ids", multiple=True, help="Token ids such as 1,2,3, instead of text.")
@@ -171,17 +167,13 @@ def classify_command(
     """Class scores of an ingot exported with --task classify: a line for each prompt."""
     from ingot.runtime.classify import classify, probabilities
 
-    try:
-        _one_of(prompt=prompt, prompt_ids=prompt_ids)
-        prompts = [_ids(text) for text in prompt_ids]
-        session = _load(ingot, threads, verify=not no_verify, allow_failed=allow_failed)
-        if prompt:
-            tokenizer = load_tokenizer(ingot)
-            prompts = [tokenizer.encode(text).ids for text in prompt]
-        logits = classify(session, prompts)
-    except IngotError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    _one_of(prompt=prompt, prompt_ids=prompt_ids)
+    prompts = [_ids(text) for text in prompt_ids]
+    session = _load(ingot, threads, verify=not no_verify, allow_failed=allow_failed)
+    if prompt:
+        tokenizer = load_tokenizer(ingot)
+        prompts = [tokenizer.encode(text).ids for text in prompt]
+    logits = classify(session, prompts)
     labels = session.manifest.labels
     # One class is a regression: its number is the answer.
     scores = probabilities(logits) if len(labels) > 1 else logits
@@ -190,7 +182,7 @@ def classify_command(
         click.echo("  ".join(f"{labels[n]} {row[n]:.4f}" for n in order))
 
 
-@click.command("bench")
+@click.command("bench", cls=Command)
 @click.argument("ingot", type=click.Path(path_type=Path))
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Default 1, 4.")
 @click.option(
@@ -202,7 +194,6 @@ def bench_command(
     ingot: Path, batches: tuple[int, ...], lengths: tuple[int, ...], repetitions: int, threads: int
 ) -> None:
     """Measure prefill and decode at several lengths and batch sizes."""
-    from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
 
@@ -214,27 +205,21 @@ def bench_command(
         title=f"{ingot}, median of {repetitions}",
         title_justify="left",
     )
-    console = Console(stderr=True)
-    try:
-        session = _load(ingot, threads, verify=True, allow_failed=False)
-        lengths = lengths or usual_lengths(session, repetitions)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("measuring", total=2 * len(batches) * len(lengths))
-            for row in bench(
-                session, batches, lengths, repetitions, lambda n: bar.advance(task, n)
-            ):
-                cells = (str(row.batch), str(row.length), f"{row.tokens_per_second:,.1f}")
-                table.add_row(row.what, *cells, f"±{row.spread:.0%}")
-    except IngotError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    Console().print(table)
+    errors = console(stderr=True)
+    session = _load(ingot, threads, verify=True, allow_failed=False)
+    lengths = lengths or usual_lengths(session, repetitions)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("measuring", total=2 * len(batches) * len(lengths))
+        for row in bench(session, batches, lengths, repetitions, lambda n: bar.advance(task, n)):
+            cells = (str(row.batch), str(row.length), f"{row.tokens_per_second:,.1f}")
+            table.add_row(row.what, *cells, f"±{row.spread:.0%}")
+    console().print(table)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
     click.echo(f"peak memory of the process: {peak / 1e6:,.0f} MB")
 
 
-@click.group()
+@click.group(cls=Group)
 def main() -> None:
     """Run an ingot."""
 

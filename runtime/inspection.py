@@ -9,7 +9,6 @@ import json
 import math
 import re
 import struct
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import click
 
 from ingot.export.ingot import SIZES, WEIGHTS, Manifest
 from ingot.graphs.state import State
+from ingot.plugins.command_line import Command, console
 from ingot.plugins.errors import IngotError
 from ingot.plugins.registry import OPERATORS
 
@@ -213,16 +213,12 @@ def _grouped(entries: Mapping[str, Any]) -> Iterable[Weights]:
         yield Weights(name, len(sizes), dtype, sum(sizes))
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Command)
 @click.argument("ingot", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect_command(ingot: Path, as_json: bool) -> None:
     """Show an ingot's operators, weights, states and hashes, without running it."""
-    try:
-        found = inspect(ingot)
-    except IngotError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    found = inspect(ingot)
     if as_json:
         click.echo(json.dumps(asdict(found), indent=1))
     else:
@@ -230,34 +226,33 @@ def inspect_command(ingot: Path, as_json: bool) -> None:
 
 
 def _show(found: Inspection) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     # Shapes and paths may hold brackets, which are no markup.
-    console = Console(markup=False)
+    out = console(markup=False)
     table = Table(title=found.path, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in _rows(found):
         table.add_row(name, value)
-    console.print(table)
+    out.print(table)
     weights = Table("tensor", "count", "dtype", "bytes", title="weights", title_justify="left")
     for each in found.weights:
         weights.add_row(each.name, str(each.count), each.dtype, f"{each.bytes:,}")
-    console.print(weights)
+    out.print(weights)
     states = Table("kind", "count", "dtype", "shape", "bytes", title="states", title_justify="left")
     for state in found.states:
         size = f"{state.bytes:,} a {'token' if state.grows else 'sequence'}"
         shape = ", ".join(map(str, state.shape))
         states.add_row(state.kind, str(state.count), state.dtype, f"[{shape}]", size)
     if found.states:
-        console.print(states)
+        out.print(states)
     files = Table("file", "bytes", title="files", title_justify="left")
     # In lines of 32 where the terminal is narrow, rather than cut off.
     files.add_column("SHA-256", overflow="fold", min_width=32)
     for name, info in found.files.items():
         files.add_row(name, f"{info['bytes']:,}", info["sha256"])
-    console.print(files)
+    out.print(files)
 
 
 def _rows(found: Inspection) -> Iterable[tuple[str, str]]:

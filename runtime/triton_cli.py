@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from ingot.plugins.errors import IngotError
+from ingot.plugins.command_line import Command
 from ingot.runtime.triton_lint import lint
 from ingot.runtime.triton_plan import MOST_CAPACITY, Settings, TritonError
 from ingot.runtime.triton_repository import write_repository
 
 
-@click.command("triton")
+@click.command("triton", cls=Command)
 @click.argument("ingot", type=click.Path(path_type=Path), required=False)
 @click.option("--out", type=click.Path(path_type=Path), help="The repository to make.")
 @click.option("--name", default="", help="Of the model; by default its type.")
@@ -45,19 +45,15 @@ def triton_command(
     Exit status: 0 it is there, or nothing is wrong with it; 1 --check found something, one line
     each; 2 it could not be made and nothing was left behind.
     """
-    try:
-        if check is not None:
-            if ingot is not None or out is not None:
-                raise TritonError("--check takes neither INGOT nor --out.")
-            _check(check)
-            return
-        if ingot is None or out is None:
-            raise TritonError("give an INGOT and --out REPO, or --check REPO.")
-        settings = Settings(name, streams, threads, capacity, max_batch)
-        plan = write_repository(ingot, out, settings, overwrite=overwrite)
-    except IngotError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    if check is not None:
+        if ingot is not None or out is not None:
+            raise TritonError("--check takes neither INGOT nor --out.")
+        _check(check)
+        return
+    if ingot is None or out is None:
+        raise TritonError("give an INGOT and --out REPO, or --check REPO.")
+    settings = Settings(name, streams, threads, capacity, max_batch)
+    plan = write_repository(ingot, out, settings, overwrite=overwrite)
     click.echo(f"{out}: {', '.join(plan.models)}")
     if plan.why:
         click.echo(f"one model only: {plan.why}")

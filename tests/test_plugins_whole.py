@@ -256,7 +256,7 @@ def _interruptible() -> None:
 STEPS = """
 import os, signal, sys
 from pathlib import Path
-from ingot.export import cli
+from ingot.plugins import command_line
 from ingot.plugins.errors import IngotError
 from ingot.plugins.whole import staged
 
@@ -266,7 +266,7 @@ def pause(name):
     print(name, flush=True)
     sys.stdin.readline()
 
-signal.signal(signal.SIGTERM, cli._on_terminate)
+signal.signal(signal.SIGTERM, command_line._on_terminate)
 try:
     with staged(Path(sys.argv[1]), replace=sys.argv[2] == "replace") as folder:
         pause("begun")

@@ -8,12 +8,12 @@ from typing import Literal
 
 import click
 
-from ingot.plugins.errors import IngotError
+from ingot.plugins.command_line import Command
 
 STATUS = {"passed": 0, "failed": 1, "skipped": 2}
 
 
-@click.command("validate")
+@click.command("validate", cls=Command)
 @click.argument("ingot", type=click.Path(path_type=Path))
 @click.option(
     "--checkpoint",
@@ -84,26 +84,22 @@ def validate_command(
     from ingot.validate.report.terminal import print_report
     from ingot.validate.report.texts import json_text
 
-    try:
-        report = validate(
-            ingot,
-            checkpoint,
-            plan=plan or "standard",
-            seed=seed,
-            against=against,
-            tokens=tokens,
-            text=text,
-            baseline=baseline,
-            stages=RichStages(),
-        )
-        if baseline is not None and report.verdict == "failed":
-            click.echo(f"{baseline} was not written: what failed is no baseline", err=True)
-        if folder is not None:
-            write(report, folder)
-        worse = [] if gated is None else gate(report, gated)
-    except IngotError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    report = validate(
+        ingot,
+        checkpoint,
+        plan=plan or "standard",
+        seed=seed,
+        against=against,
+        tokens=tokens,
+        text=text,
+        baseline=baseline,
+        stages=RichStages(),
+    )
+    if baseline is not None and report.verdict == "failed":
+        click.echo(f"{baseline} was not written: what failed is no baseline", err=True)
+    if folder is not None:
+        write(report, folder)
+    worse = [] if gated is None else gate(report, gated)
     if as_json:
         click.echo(json_text(report), nl=False)
         for problem in worse:

@@ -20,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ingot.plugins.command_line import ended, terminable
 from ingot.plugins.errors import IngotError, install_hint
 from ingot.plugins.kernels import ptxas, wgmma
 from ingot.plugins.kernels.form import COMPUTE_CAPABILITIES, Form
@@ -390,20 +391,17 @@ def main(arguments: list[str] | None = None) -> int:
     capabilities = options.sm or COMPUTE_CAPABILITIES
     out = options.out or (TUNE_PATH if options.tune else PATH)
     left_out: dict[str, str] = {}
-    try:
+    with ended(), terminable():
         if options.tune:
             done, left_out = build_to_tune(out, capabilities, ptxas_choice=options.ptxas)
         else:
             done = build(out, capabilities, ptxas_choice=options.ptxas)
         line = Library(out.absolute()).build_line
-    except IngotError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(report(done))
-    for candidate, reason in left_out.items():
-        print(f"left out {candidate}: {reason}")
-    print(f"{out}: {len(done)} kernels, {out.stat().st_size / 1e6:.1f} MB")
-    print(line)
+        print(report(done))
+        for candidate, reason in left_out.items():
+            print(f"left out {candidate}: {reason}")
+        print(f"{out}: {len(done)} kernels, {out.stat().st_size / 1e6:.1f} MB")
+        print(line)
     return 0
 
 

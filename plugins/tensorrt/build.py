@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +20,7 @@ import click
 
 from ingot.plugins import library
 from ingot.plugins.activations import ACTIVATIONS
+from ingot.plugins.command_line import Command
 from ingot.plugins.errors import IngotError
 from ingot.plugins.kernels.build import FOLDER
 from ingot.plugins.kernels.link import SOURCES, run_compiler
@@ -214,7 +214,7 @@ def build(out: Path, tensorrt: Path, cuda: Path, kernels: Sequence[str | Path]) 
         )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -232,11 +232,7 @@ def main(out: Path) -> None:
     if cuda is None:
         click.echo(NO_CUDA)
         return
-    try:
-        build(out.resolve(), tensorrt, cuda, kernels_inside())
-    except IngotError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    build(out.resolve(), tensorrt, cuda, kernels_inside())
     click.echo(f"{out}: with the headers of {tensorrt}")
 
 

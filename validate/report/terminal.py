@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ingot.plugins.command_line import console
 from ingot.validate.report.words import LISTED, figures, headline, number
 from ingot.validate.result import Report
 
@@ -21,22 +21,22 @@ def print_report(report: Report, worse: Sequence[str]) -> None:
         report: what was found.
         worse: what got worse since a baseline.
     """
-    console = Console(soft_wrap=True, highlight=False)
+    out = console(soft_wrap=True, highlight=False)
     verdict, _, rest = headline(report).partition(":")
-    console.print(f"[bold {COLOURS[report.verdict]}]{verdict}[/]:{escape(rest)}")
+    out.print(f"[bold {COLOURS[report.verdict]}]{verdict}[/]:{escape(rest)}")
     if report.place is not None:
-        console.print(f"It begins at: {escape(report.place)}")
+        out.print(f"It begins at: {escape(report.place)}")
     if report.worst:
-        Console().print(_scores(report))
+        console().print(_scores(report))
     for name, text in figures(report):
-        console.print(f"{name}: {text}", markup=False)
+        out.print(f"{name}: {text}", markup=False)
     for failure in report.failures[:LISTED]:
-        console.print(f"FAILED {failure}", markup=False)
+        out.print(f"FAILED {failure}", markup=False)
     if len(report.failures) > LISTED:
         more = len(report.failures) - LISTED
-        console.print(f"and {more} more problems; --report FOLDER writes all of them")
+        out.print(f"and {more} more problems; --report FOLDER writes all of them")
     for problem in worse:
-        console.print(f"WORSE {problem}", markup=False)
+        out.print(f"WORSE {problem}", markup=False)
 
 
 def _scores(report: Report) -> Table:
