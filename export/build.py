@@ -22,7 +22,7 @@ from ingot.export.source import check_space, open_checkpoint
 from ingot.export.write_weights import weight_bytes, write_weights
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import parameter_bytes
-from ingot.plugins.whole import staged
+from ingot.plugins.whole import keep_apart, staged
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -68,7 +68,8 @@ def build(
         IngotError: anything wrong with the request, the checkpoint or the destination; nothing is
             left at ``request.out`` that was not there before.
     """
-    check_destination(request.out, request.overwrite)
+    # A folder is known before anything is read; what a name stands for, once it is found.
+    check_destination(request.out, request.overwrite, Path(request.model))
     if request.precision != "fp32" and not request.for_tensorrt:
         raise ExportError(
             f"--precision {request.precision} goes with a TensorRT target; {request.target} ingots "
@@ -76,6 +77,7 @@ def build(
         )
     builder = plan_engine(request) if request.for_tensorrt else None
     checkpoint = open_checkpoint(request, stages)
+    keep_apart(request.out, checkpoint.path)
     precision = PRECISIONS[request.precision]
     recipe = Recipe(request.target, request.task, precision, request.extra_outputs)
     opened = recipe.open(checkpoint)

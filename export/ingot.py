@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ingot.graphs.state import State
+from ingot.plugins import whole
 from ingot.plugins.errors import IngotError
 from ingot.plugins.whole import sha256
 
@@ -236,19 +237,21 @@ def file_infos(folder: Path, known: dict[str, str]) -> dict[str, FileInfo]:
     }
 
 
-def check_destination(out: Path, overwrite: bool) -> None:
-    """Refuse a destination that is taken, before any work is done.
+def check_destination(out: Path, overwrite: bool, *read: Path) -> None:
+    """Refuse a destination of an ingot that is taken or cannot be made, before any work is done.
+
+    Args:
+        out: the folder to make.
+        overwrite: whether an ingot that is there may be replaced.
+        read: folders that are read meanwhile.
 
     Raises:
-        ManifestError: ``out`` exists and may not be replaced, or lies below a file.
+        ManifestError: ``out`` exists and may not be replaced, cannot be made, or holds or lies in
+            one of those.
     """
-    above = next(path for path in out.absolute().parents if path.exists())
-    if not above.is_dir():
-        raise ManifestError(f"{out} cannot be made: {above} is a file; give another --out.")
-    if not out.exists():
-        return
-    if not overwrite:
-        raise ManifestError(f"{out} exists; give --overwrite to replace it, or another --out.")
-    empty = out.is_dir() and not any(out.iterdir())
-    if not empty and not (out / MANIFEST).is_file():
-        raise ManifestError(f"{out} exists and is not an ingot, so it is left alone.")
+    try:
+        whole.check_destination(
+            out, overwrite=overwrite, mark=MANIFEST, foreign="is not an ingot", read=read
+        )
+    except whole.WriteError as error:
+        raise ManifestError(str(error)) from error

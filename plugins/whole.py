@@ -19,11 +19,11 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from ingot.plugins.errors import IngotError
+from ingot.plugins.errors import IngotError, shown
 
 # In a workplace: what is made, what it replaces, and the lock.
 NEW, OLD, LOCK = "new", "old", "lock"
@@ -32,6 +32,8 @@ NEW, OLD, LOCK = "new", "old", "lock"
 STALE = 24 * 60 * 60
 # What a rename to a destination fails with where something is: a full folder, a file or a link.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+# What only who writes is told, mostly without the name of the file.
+_UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # How libraries that are written in Rust, such as safetensors, pass on what the system refused.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -65,6 +67,104 @@ def sha256(path: Path, advance: Callable[[int], None] = lambda _bytes: None) -> 
             total.update(piece)
             advance(len(piece))
     return total.hexdigest()
+
+
+def check_destination(
+    out: Path, *, overwrite: bool, mark: str, foreign: str, read: Iterable[Path] = ()
+) -> None:
+    """Refuse a destination that is taken or cannot be made, before any work is done.
+
+    An earlier process may have been killed in the middle of an overwrite: what it had moved away is
+    put back first.
+
+    Args:
+        out: the folder to make.
+        overwrite: whether what is there may be replaced.
+        mark: a file that only such a folder has; without it a full one is never replaced.
+        foreign: what a folder without it is, such as ``is not an ingot``.
+        read: files and folders that are read meanwhile, where they exist.
+
+    Raises:
+        WriteError: ``out`` exists and may not be replaced, cannot be made, or holds or lies in
+            something that is read.
+    """
+    try:
+        # Not of the path as it is written: `folder/..` may name what a link leads to.
+        above = next((path for path in out.absolute().parents if path.exists()), out)
+        if not above.is_dir():
+            raise WriteError(f"{out} cannot be made: {above} is a file; give another --out.")
+        if out.parent.is_dir():
+            with contextlib.suppress(OSError):
+                remove_abandoned(out.parent, re.escape(out.name))
+        if out.is_symlink() and not out.exists():
+            raise WriteError(
+                f"{out} is a link to {shown(str(out.readlink()))}, which is not there; remove it, "
+                "or give another --out."
+            )
+        if out.exists():
+            if not overwrite:
+                raise WriteError(f"{out} exists; give --overwrite to replace it, or another --out.")
+            empty = out.is_dir() and not any(out.iterdir())
+            if not empty and not (out / mark).is_file():
+                raise WriteError(f"{out} exists and {foreign}, so it is left alone.")
+        keep_apart(out, *read)
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise WriteError(f"{out} cannot be made: {above} cannot be written to.")
+    except OSError as error:
+        raise WriteError(f"{out} cannot be made: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise WriteError(f"{shown(str(out))} is no path: {error}.") from error
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that could not be written, before any work is done.
+
+    Raises:
+        WriteError: a folder is in its place, or it lies where nothing can be written.
+    """
+    try:
+        if path.is_dir():
+            raise WriteError(f"cannot write {path}: it is a folder.")
+        above = next(each for each in path.absolute().parents if each.exists())
+        if not above.is_dir():
+            raise WriteError(f"cannot write {path}: {above} is a file.")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise WriteError(f"cannot write {path}: {above} cannot be written to.")
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+def keep_apart(out: Path, *read: Path) -> None:
+    """Refuse a destination that holds, or lies in, what is read while it is made.
+
+    Compared are the places themselves, whatever the links and names that lead there. What does not
+    exist is left out: it may be a name of something else.
+
+    Raises:
+        WriteError: naming both.
+    """
+    place = Path(os.path.realpath(out))
+    for source in filter(os.path.lexists, read):
+        found = Path(os.path.realpath(source))
+        links = (
+            [Path(os.path.realpath(path)) for path in found.iterdir() if path.is_symlink()]
+            if found.is_dir()
+            else []
+        )
+        if _holds(found, place) or any(_holds(place, path) for path in (found, *links)):
+            raise WriteError(f"{out} and {source} lie in one another; give another place.")
+
+
+def _holds(folder: Path, path: Path) -> bool:
+    """Whether a path is a folder, or lies in it."""
+    return any(_same(folder, each) for each in (path, *path.parents))
+
+
+def _same(one: Path, other: Path) -> bool:
+    # The file itself, where it exists: a disk may not tell upper case from lower.
+    with contextlib.suppress(OSError):
+        return one.samefile(other)
+    return one == other
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -159,16 +259,44 @@ def _remove_if_abandoned(work: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def _workplace(out: Path) -> Iterator[Path]:
-    """A locked folder beside ``out`` for as long as the block lasts."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(out.parent, re.escape(out.name))
+    """A locked folder beside ``out`` for as long as the block lasts.
+
+    Raises:
+        WriteError: the system does not let us write, or the folder was removed from outside.
+    """
     work = _new_workplace(out)
+    try:
+        with _work_in(work, out):
+            yield work
+    except Exception as error:
+        refused = system_error(error)
+        if refused is None or not _is_writing(refused, work, out):
+            raise
+        raise WriteError(
+            f"cannot write {out}: {refused.strerror}; make room, or give another place."
+        ) from error
+
+
+def _is_writing(error: OSError, work: Path, out: Path) -> bool:
+    """Whether the system refused what is written, and not what is read meanwhile."""
+    if error.filename is None:
+        return error.errno in _UNWRITTEN
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    path = Path(name)
+    return path in (out, *out.parents) or work in (path, *path.parents)
+
+
+@contextlib.contextmanager
+def _work_in(work: Path, out: Path) -> Iterator[None]:
+    missing = [folder for folder in out.parents if not folder.exists()]
     lock = None
     try:
         # Inside the block, so that a signal right after it still finds its way to the removal.
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(out.parent, re.escape(out.name))
         work.mkdir()
         lock = _locked(work)
-        yield work
+        yield
     except FileNotFoundError as error:
         if work.exists():
             raise
@@ -178,6 +306,10 @@ def _workplace(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         _clear(work, out, lock)
+        for folder in missing:
+            # Those that nothing was made in.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _new_workplace(out: Path) -> Path:

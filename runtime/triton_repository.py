@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ingot.export.ingot import MANIFEST, Manifest
 from ingot.plugins.registry import OPERATORS
-from ingot.plugins.whole import sha256, staged
+from ingot.plugins.whole import WriteError, check_destination, keep_apart, sha256, staged
 from ingot.runtime.triton_plan import RECORD, SCHEMA_VERSION, Plan, Settings, TritonError, make_plan
 from ingot.runtime.triton_texts import rendered
 
@@ -58,24 +58,18 @@ CARRIED_FOR_ENGINES = (
 
 
 def check_out(ingot: Path, out: Path, overwrite: bool) -> None:
-    """Refuse a destination that is taken, before any work is done.
+    """Refuse a destination that is taken or cannot be made, before any work is done.
 
     Raises:
-        TritonError: ``out`` exists and may not be replaced, or holds the ingot.
+        TritonError: ``out`` exists and may not be replaced, cannot be made, or holds or lies in the
+            ingot.
     """
-    above = next(path for path in out.absolute().parents if path.exists())
-    if not above.is_dir():
-        raise TritonError(f"{out} cannot be made: {above} is a file; give another --out.")
-    inside = out.resolve() in (ingot.resolve(), *ingot.resolve().parents)
-    if inside or ingot.resolve() in out.resolve().parents:
-        raise TritonError(f"{out} and {ingot} lie in one another; give another --out.")
-    if not out.exists():
-        return
-    if not overwrite:
-        raise TritonError(f"{out} exists; give --overwrite to replace it, or another --out.")
-    empty = out.is_dir() and not any(out.iterdir())
-    if not empty and not (out / RECORD).is_file():
-        raise TritonError(f"{out} exists and was not made by ingot triton, so it is left alone.")
+    foreign = "was not made by ingot triton"
+    try:
+        keep_apart(out, ingot)
+        check_destination(out, overwrite=overwrite, mark=RECORD, foreign=foreign)
+    except WriteError as error:
+        raise TritonError(str(error)) from error
 
 
 def write_repository(

@@ -149,6 +149,17 @@ def test_never_overwrites_what_is_not_an_ingot(tiny: Path) -> None:
     assert (tiny / "model.safetensors").is_file()
 
 
+def test_never_replaces_the_checkpoint_that_it_reads(copy: Path, tmp_path: Path) -> None:
+    # As a folder that an export and its checkpoint were both put into.
+    (copy / MANIFEST).write_text("{}")
+    (tmp_path / "link").symlink_to(copy.name)
+    for model, out in ((copy, tmp_path / "link"), (tmp_path / "link", copy), (copy, copy / "out")):
+        result = _export("--model", model, "--out", out, "--overwrite")
+        assert result.exit_code == 2
+        _refused(result.stderr, f"{out} and {model} lie in one another")
+    assert (copy / "model.safetensors").is_file() and not (copy / "out").exists()
+
+
 def test_refuses_a_destination_below_a_file(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     result = _export("--model", tiny, "--out", tmp_path / "file" / "out")

@@ -27,6 +27,8 @@ from ingot.plugins.whole import (
     STALE,
     TakenError,
     WriteError,
+    check_destination,
+    check_file,
     remove_abandoned,
     sha256,
     staged,
@@ -35,6 +37,7 @@ from ingot.plugins.whole import (
 )
 
 LONGEST_WAIT = 120.0
+MARK = "mark.json"
 
 
 def make(out: Path, text: str, *, replace: bool = True) -> None:
@@ -229,9 +232,9 @@ def test_is_whole_or_as_it_was_wherever_a_signal_strikes(
         now = (out / "a").read_text() if out.exists() else None
         assert now in ("new", before), line
         # Only what strikes the cleaning itself can leave something; the next one removes it.
-        source = inspect.getsource(whole._workplace)
+        source = inspect.getsource(whole._work_in)
         cleaning = function in ("_clear", "_remove", "_moved") or (
-            function == "_workplace" and "finally:" in source.partition(line)[0]
+            function == "_work_in" and "finally:" in source.partition(line)[0]
         )
         siblings = set(names(out.parent)) if out.parent.exists() else set()
         assert cleaning or siblings <= {"out"}, line
@@ -585,3 +588,164 @@ def test_two_processes_write_one_file_at_once(tmp_path: Path) -> None:
         assert path.read_text() == "second"
     assert path.read_text() == "first"
     assert names(tmp_path) == ["file"]
+
+
+# --- before any work
+
+
+def check(out: Path, *read: Path, overwrite: bool = True) -> None:
+    check_destination(out, overwrite=overwrite, mark=MARK, foreign="is none of ours", read=read)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder that is read, and could be replaced."""
+    (tmp_path / "Source" / "part").mkdir(parents=True)
+    (tmp_path / "Source" / MARK).touch()
+    (tmp_path / "Source" / "weights").write_text("years")
+    (tmp_path / "link").symlink_to("Source")
+    return tmp_path / "Source"
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        "Source",
+        "Source/",
+        "Source/out",
+        "Source/not/there/yet",
+        "Source/part/..",
+        "link",
+        "link/out",
+        "link/../Source/out",
+        "elsewhere/../Source/out",
+        ".",
+        "../{parent}",
+    ],
+)
+def test_refuses_what_holds_or_lies_in_what_is_read(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (tmp_path / MARK).touch()
+    monkeypatch.chdir(tmp_path)
+    place = out.format(parent=tmp_path.name)
+    for destination in (Path(place), tmp_path / place):
+        for read in (source, Path("Source"), Path("link")):
+            with pytest.raises(WriteError, match="lie in one another"):
+                check(destination, read)
+    assert (source / "weights").read_text() == "years"
+
+
+def test_refuses_what_holds_the_files_that_links_lead_to(source: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "weights").symlink_to("../Source/weights")
+    with pytest.raises(WriteError, match="lie in one another"):
+        check(source, linked)
+    check(tmp_path / "out", linked)
+
+
+def test_takes_what_lies_apart_from_what_is_read(source: Path, tmp_path: Path) -> None:
+    for out in ("out", "Source2", "Sour", "new/out", "link2"):
+        check(tmp_path / out, source)
+    # A name that is no folder's, as of a family, may be the destination's own.
+    check(tmp_path / "olmoe", Path("olmoe"), tmp_path / "olmoe")
+    assert names(tmp_path) == ["Source", "link"]
+
+
+UNMAKEABLE: dict[str, tuple[str, str]] = {
+    "the root": ("/", "left alone"),
+    "a file": ("Source/weights", "exists and is none of ours"),
+    "below a file": ("Source/weights/out", "is a file; give another --out"),
+    "a dangling link": ("dangling", "is a link to 'nowhere', which is not there"),
+    "a circle of links": ("circle", "is a link to 'circle', which is not there"),
+    "a long name": ("x" * 256, "cannot be made: File name too long"),
+    "a long path": ("x/" * 4096, "cannot be made: File name too long"),
+    "no name": ("a\0b", "is no path: "),
+}
+
+
+@pytest.mark.parametrize("kind", UNMAKEABLE)
+def test_refuses_what_cannot_be_made(source: Path, tmp_path: Path, kind: str) -> None:
+    place, said = UNMAKEABLE[kind]
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "circle").symlink_to("circle")
+    before = names(tmp_path)
+    for out in (Path("/"),) if place == "/" else (tmp_path / place,):
+        with pytest.raises(WriteError, match=said) as caught:
+            check(out)
+        assert "\n" not in str(caught.value)
+    assert names(tmp_path) == before
+
+
+def test_refuses_what_may_not_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # For root every folder may be; a disk that is read-only has the same answer.
+    monkeypatch.setattr(os, "access", lambda *_arguments: False)
+    with pytest.raises(WriteError, match=f"{tmp_path} cannot be written to"):
+        check(tmp_path / "new" / "out")
+    with pytest.raises(WriteError, match=f"{tmp_path} cannot be written to"):
+        check_file(tmp_path / "new" / "report.json")
+
+
+def test_refuses_a_file_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
+    check_file(tmp_path / "new" / "report.json")
+    check_file(source / "weights")
+    for path, said in (
+        (source, "it is a folder"),
+        (source / "weights" / "report.json", "weights is a file"),
+        (tmp_path / ("x" * 256), "File name too long"),
+    ):
+        with pytest.raises(WriteError, match=rf"^cannot write [^\n]*{said}\.$"):
+            check_file(path)
+
+
+def test_puts_back_what_a_kill_took_before_it_looks(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _left_behind(tmp_path / ".out.partial-12ab", old="old")
+    with pytest.raises(WriteError, match="out exists; give --overwrite"):
+        check(out, overwrite=False)
+    assert (out / "a").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+REFUSALS: dict[str, tuple[type[Exception], tuple[Any, ...]]] = {
+    "full": (OSError, (errno.ENOSPC, "No space left on device")),
+    "over a quota": (OSError, (errno.EDQUOT, "Disk quota exceeded")),
+    "too large": (OSError, (errno.EFBIG, "File too large")),
+    "in Rust": (RuntimeError, ("I/O error: No space left on device (os error 28)",)),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_says_where_the_system_refused_to_write(tmp_path: Path, kind: str) -> None:
+    refusal, arguments = REFUSALS[kind]
+    out = tmp_path / "new" / "out"
+    said = rf"^cannot write {out}: [A-Z][a-z ]+; make room, or give another place\.$"
+    with pytest.raises(WriteError, match=said), staged(out, replace=False):
+        raise refusal(*arguments)
+    # Not even the folder that was made for it is left.
+    assert names(tmp_path) == []
+
+
+def test_leaves_what_could_not_be_read_to_who_read_it(tmp_path: Path) -> None:
+    for error in (
+        PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "weights")),
+        ConnectionError("reset"),
+    ):
+        with pytest.raises(type(error)), staged(tmp_path / "out", replace=False):
+            raise error
+
+
+@pytest.mark.parametrize("file", [False, True], ids=["folder", "file"])
+def test_a_place_without_room_for_anything_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: bool
+) -> None:
+    def refuse(path: Path, *_arguments: object, **_options: object) -> NoReturn:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    work = staged_file(tmp_path / "out") if file else staged(tmp_path / "out", replace=True)
+    with pytest.raises(WriteError, match="out: Read-only file system"), work:
+        pass

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ingot.plugins.whole import remove_abandoned, sha256, staged_file
+from ingot.plugins.whole import WriteError, remove_abandoned, sha256, staged_file
 
 # One dict of arrays a call.
 Recording = list[dict[str, npt.NDArray[Any]]]
@@ -103,7 +103,7 @@ class Cache:
         if sum(array.nbytes for call in calls for array in call.values()) > self.limit:
             return
         # safetensors reports what the system refuses, such as a full disk, as an error of its own.
-        with suppress(OSError, SafetensorError):
+        with suppress(OSError, SafetensorError, WriteError):
             self._write(path, calls)
 
     def _path(self, key: str) -> Path:
