@@ -56,7 +56,9 @@ def make_manifest(
     total, active = active_parameters(opened.model)
     shared = shares_buffers(captured.model)
     graph = captured.model.graph
-    operators = Counter(node.op_type for node in graph)
+    # Those inside of branches and loops, too: a kernel may be nowhere else. The function body of an
+    # operator is part of that operator.
+    operators = Counter(node.op_type for node in graph.all_nodes())
     return Manifest(
         model_type=opened.family.model_type,
         task=recipe.task,

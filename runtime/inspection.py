@@ -82,7 +82,8 @@ class Inspection:
     Attributes:
         path: of the folder.
         model_type: as are target, task, precision, verdict and source those of the manifest.
-        operators: every operator of the graph and how often it is there.
+        operators: every operator of the graph, those inside of branches and loops as well, and how
+            often it is there.
         lowered: of the operators that are not ONNX's own, what runs each.
         parameters: in all.
         active_parameters: that one token uses.

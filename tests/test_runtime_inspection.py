@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
 import pytest
 from click.testing import CliRunner
 from conftest import MakeCheckpoint, MakeIngot
 from damage import copied
 
-from ingot.export.ingot import WEIGHTS, Manifest
+from ingot.export.ingot import GRAPH, WEIGHTS, Manifest
+from ingot.export.progress import Stages
+from ingot.export.summary import print_summary
 from ingot.runtime.inspection import States, _rows, inspect, inspect_command
 
 
@@ -86,6 +93,40 @@ def test_knows_a_state_of_fixed_size_and_half_precision(
     # A_log, D and dt_bias stay in float32.
     assert {each.dtype for each in found.weights} == {"F16", "F32"}
     assert found.lowered["Mamba2Scan"] == "function body of standard operators"
+
+
+def test_counts_kernels_inside_of_branches(
+    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
+) -> None:
+    folder = make_ingot(make_checkpoint("mamba2"), "ort")
+
+    def nodes(graph: onnx.GraphProto) -> Iterator[str]:
+        for node in graph.node:
+            yield node.op_type
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    yield from nodes(attribute.g)
+
+    graph = onnx.load(folder / GRAPH, load_external_data=False).graph
+    found = inspect(folder)
+    assert found.operators == Counter(nodes(graph))
+    # One branch for one token, one for several, in each of two layers; and nowhere else.
+    assert found.operators["LinearAttention"] == 4
+    assert "LinearAttention" not in {node.op_type for node in graph.node}
+    how = "ONNX Runtime's kernel, for Mamba2Scan"
+    assert found.lowered == {"LinearAttention": how}
+    shown = CliRunner().invoke(inspect_command, [str(folder)]).output
+    assert "4 LinearAttention" in shown and how in shown
+    printed = json.loads(CliRunner().invoke(inspect_command, [str(folder), "--json"]).output)
+    assert printed["operators"]["LinearAttention"] == 4
+    assert printed["lowered"] == {"LinearAttention": how}
+    table = io.StringIO()
+    stages = Stages()
+    with stages.stage("all"):
+        pass
+    with contextlib.redirect_stdout(table):
+        print_summary(folder, folder, Manifest.read(folder), stages)
+    assert f"{sum(found.operators.values())} (4 LinearAttention)" in table.getvalue()
 
 
 def test_shows_and_prints_json(tiny_ort: Path) -> None:
