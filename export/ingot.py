@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+from ingot.export.external_data import GraphError, external_files
+from ingot.export.ingot_schema import FIELDS, check
+from ingot.export.ingot_schema import MODULES as MODULES
+from ingot.export.ingot_schema import SIZES as SIZES
+from ingot.export.ingot_schema import TARGETS as TARGETS
+from ingot.export.ingot_schema import Target as Target
+from ingot.export.ingot_schema import Verdict as Verdict
 from ingot.graphs.state import State
 from ingot.plugins import whole
-from ingot.plugins.errors import IngotError
-from ingot.plugins.whole import sha256
+from ingot.plugins.errors import IngotError, shown
+from ingot.plugins.json_fields import Field, FieldError
+from ingot.plugins.json_file import JsonError, read_json
+from ingot.plugins.links import require_inside
 
-# Bytes of an element, by the names that inputs, outputs and states have their dtypes under.
-SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 SCHEMA_VERSION = 1
 MANIFEST = "ingot.json"
 GRAPH = "model.onnx"
@@ -25,12 +32,16 @@ WEIGHTS = "weights.safetensors"
 ENGINE = "model.engine"
 TRTEXEC = "trtexec.txt"
 REPORT = "report"
-# Builder of an engine -> the Python package that builds and runs it.
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-
-Target = Literal["onnx", "ort", "trt", "trt-rtx"]
-TARGETS: tuple[Target, ...] = get_args(Target)
-Verdict = Literal["passed", "failed", "skipped"]
+# What is read beside the graph: whoever can add one of these changes what a text's tokens are.
+SIDE_FILES = (
+    "*token*.json",
+    "*.jinja",
+    "*.model",
+    "chat_templates/*",
+    "generation_config.json",
+    "merges.txt",
+    "vocab.*",
+)
 
 
 class ManifestError(IngotError):
@@ -139,37 +150,66 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read ``ingot.json``.
+        """Read ``ingot.json``, and refuse whatever is not as ``export.ingot_schema`` has it.
 
         Raises:
-            ManifestError: no manifest, or one of another schema version.
+            ManifestError: no manifest, a damaged one, or one of another schema version.
+            LinkError: it is a link out of the folder.
         """
-        path = folder / MANIFEST
-        if not path.is_file():
+        path = require_inside(folder, MANIFEST)
+        try:
+            there = path.is_file()
+        # A path that is too long, or below a folder that may not be read.
+        except OSError as error:
+            raise ManifestError(f"{path} cannot be read ({error.strerror}).") from error
+        if not there:
             raise ManifestError(
                 f"{folder} is not an ingot: it has no {MANIFEST}. Make one with "
                 "`ingot export --model CHECKPOINT --target ort --out DIR`."
             )
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            version = raw["schema_version"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raw = read_json(path)
+            version = Field(raw).members(("schema_version",), None)["schema_version"].value
+            if type(version) is not int or version != SCHEMA_VERSION:
+                raise ManifestError(
+                    f"{path} has schema version {shown(version)}; this Ingot reads "
+                    f"{SCHEMA_VERSION}. Export again, or use the version of Ingot that wrote it."
+                )
+            later = {each.name for each in fields(cls)} - set(FIELDS)
+            check(Field(raw).members(FIELDS, later))
+        except JsonError as error:
+            raise ManifestError(f"{error}; it is damaged, export again.") from error
+        except FieldError as error:
             raise ManifestError(f"{path} is damaged ({error}); export again.") from error
-        if version != SCHEMA_VERSION:
+        raw["inputs"] = tuple(_tensor(item) for item in raw["inputs"])
+        raw["outputs"] = tuple(_tensor(item) for item in raw["outputs"])
+        raw["states"] = tuple(_state(item) for item in raw["states"])
+        raw["labels"] = tuple(raw["labels"])
+        raw["engine"] = _engine(raw["engine"]) if raw["engine"] else None
+        raw["files"] = {name: FileInfo(**item) for name, item in raw["files"].items()}
+        manifest = cls(**raw)
+        for name in manifest.loaded:
+            manifest.listed(folder, name)
+        return manifest
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The files that a session opens by itself; the weights are those that the graph names."""
+        return (GRAPH,) if self.engine is None else (GRAPH, ENGINE, *self.engine.libraries)
+
+    def listed(self, folder: Path, name: str) -> Path:
+        """The path of a file of the folder that is about to be read.
+
+        Raises:
+            ManifestError: ``files`` lacks it, so that nobody vouches for it.
+            LinkError: it lies elsewhere.
+        """
+        if name not in self.files:
             raise ManifestError(
-                f"{path} has schema version {version}; this Ingot reads {SCHEMA_VERSION}. "
-                "Export again, or use the version of Ingot that wrote it."
+                f"{folder / MANIFEST} lists no {shown(name)}, so what lies there was never "
+                "exported or validated; export again."
             )
-        try:
-            raw["inputs"] = tuple(_tensor(item) for item in raw["inputs"])
-            raw["outputs"] = tuple(_tensor(item) for item in raw["outputs"])
-            raw["states"] = tuple(_state(item) for item in raw["states"])
-            raw["labels"] = tuple(raw["labels"])
-            raw["engine"] = _engine(raw["engine"]) if raw.get("engine") else None
-            raw["files"] = {name: FileInfo(**item) for name, item in raw["files"].items()}
-            return cls(**raw)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ManifestError(f"{path} is damaged ({error}); export again.") from error
+        return require_inside(folder, name)
 
     def check_files(
         self,
@@ -178,7 +218,11 @@ class Manifest:
         hashes: bool = True,
         advance: Callable[[int], None] = lambda _bytes: None,
     ) -> None:
-        """Prove that the folder holds the files this manifest describes.
+        """Prove that the folder holds the files this manifest describes, and no others are read.
+
+        Beside the files that are listed this looks at what is going to be opened: the graph, its
+        weights by the names that it has for them, the engine and its libraries, and what tokenizers
+        and chat templates are read from. A file that nothing reads may lie there unlisted.
 
         Args:
             folder: the ingot.
@@ -186,18 +230,36 @@ class Manifest:
             advance: told the bytes hashed.
 
         Raises:
-            ManifestError: naming the first file that is missing or changed.
+            ManifestError: naming the first file that is missing, changed, or read and not listed.
+            LinkError: naming a file that is a link out of the folder.
         """
+        try:
+            self._check_files(folder, hashes, advance)
+        except OSError as error:
+            raise ManifestError(
+                f"{error.filename or folder} cannot be read: {error.strerror or error}."
+            ) from error
+
+    def _check_files(self, folder: Path, hashes: bool, advance: Callable[[int], None]) -> None:
         for name, expected in self.files.items():
-            path = folder / name
+            path = self.listed(folder, name)
             if not path.is_file():
                 raise ManifestError(f"{folder} is incomplete: {name} is missing; export again.")
             same = path.stat().st_size == expected.bytes
-            if not same or (hashes and sha256(path, advance) != expected.sha256):
+            if not same or (hashes and whole.sha256(path, advance) != expected.sha256):
                 raise ManifestError(
                     f"{path} is not the file that was validated (its "
                     f"{'SHA-256' if same else 'size'} differs from {MANIFEST}); export again."
                 )
+        side_files = (path for pattern in SIDE_FILES for path in folder.glob(pattern))
+        for name in sorted(path.relative_to(folder).as_posix() for path in side_files):
+            self.listed(folder, name)
+        try:
+            weights = external_files((folder / GRAPH).read_bytes())
+        except GraphError as error:
+            raise ManifestError(f"{folder / GRAPH} is damaged ({error}); export again.") from error
+        for name in sorted(weights):
+            self.listed(folder, name)
 
 
 def _tensor(item: dict[str, Any]) -> TensorInfo:
@@ -232,7 +294,7 @@ def file_infos(folder: Path, known: dict[str, str]) -> dict[str, FileInfo]:
     names = {path.relative_to(folder).as_posix(): path for path in files}
     names.pop(MANIFEST, None)
     return {
-        name: FileInfo(path.stat().st_size, known.get(name) or sha256(path))
+        name: FileInfo(path.stat().st_size, known.get(name) or whole.sha256(path))
         for name, path in names.items()
     }
 

@@ -15,10 +15,13 @@ from ingot.export.capture import OPSET, Captured
 from ingot.export.graph import Opened, Recipe
 from ingot.export.ingot import Manifest, TensorInfo
 from ingot.export.lower_ort import shares_buffers
+from ingot.export.request import ExportError
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.config import ModelConfig
 from ingot.graphs.family import active_parameters, parameter_bytes
 from ingot.graphs.hub import describe
+from ingot.plugins.errors import shown
+from ingot.plugins.json_fields import safe
 from ingot.version import __version__
 
 # Names of the packages that a runtime may be installed by.
@@ -72,7 +75,7 @@ def make_manifest(
         ),
         vocab_size=config.vocab_size,
         source={
-            **describe(checkpoint.path),
+            **{name: said and safe(said) for name, said in describe(checkpoint.path).items()},
             "sha256": checkpoint.digest(),
         },
         generation=generation,
@@ -114,7 +117,11 @@ def _labels(checkpoint: Checkpoint, task: str, config: ModelConfig) -> tuple[str
     if task != "classify":
         return ()
     named = checkpoint.config.get("id2label") or {}
-    return tuple(str(named.get(str(n), f"LABEL_{n}")) for n in range(config.facts.num_labels))
+    if not isinstance(named, dict):
+        raise ExportError(
+            f"config.json: id2label is {shown(named)}; it must be an object of names by number."
+        )
+    return tuple(safe(str(named.get(str(n), f"LABEL_{n}"))) for n in range(config.facts.num_labels))
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

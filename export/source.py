@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import find_family
 from ingot.graphs.hub import resolve
 from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.plugins.json_file import read_json
 from ingot.plugins.whole import TakenError, staged
 
 
@@ -70,7 +70,7 @@ def _folder(request: ExportRequest, stages: Stages) -> Path:
     name += "" if task == "generate" else f"-{task}"
     folder = request.out.absolute().parent / "checkpoints" / name
     if (folder / "config.json").is_file():
-        written = json.loads((folder / "config.json").read_text())
+        written = read_json(folder / "config.json")
         if {**written, **config} == written:
             return folder
         raise ExportError(f"{folder} holds another config than preset {request.preset}; remove it.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ingot.export.ingot import TARGETS, Manifest
+from ingot.export.ingot import Manifest
 from ingot.runtime.session import Session, SessionError
 
 # ONNX Runtime hangs when asked for more threads than the system gives.
@@ -26,7 +26,8 @@ def load(
     Args:
         path: the ingot folder.
         threads: of the backend; 0 lets it choose.
-        verify: compare the SHA-256 of every file with the manifest, not only sizes.
+        verify: compare the SHA-256 of every file with the manifest, not only sizes. Either way all
+            that is opened must be listed there.
         allow_failed: open an ingot whose validation failed.
         graph_only: run the graph on ONNX Runtime, also where the ingot holds an engine.
         advance: told the bytes compared; gigabytes of weights take a while.
@@ -43,10 +44,6 @@ def load(
         raise SessionError(
             f"{folder} failed its validation, so its numbers are wrong; see {folder / 'report'}. "
             "Export it again, or give --allow-failed to run it all the same."
-        )
-    if manifest.target not in TARGETS:
-        raise SessionError(
-            f"{folder} is for {manifest.target}; this version runs {', '.join(TARGETS)}."
         )
     if manifest.engine is not None and not graph_only:
         from ingot.runtime.trt import TrtSession

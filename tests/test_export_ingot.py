@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import pytest
 from conftest import MakeCheckpoint
+from damage import copied
 
 from ingot.export.ingot import (
     GRAPH,
@@ -48,25 +49,33 @@ def _edit(folder: Path, **changes: Any) -> None:
 
 def _example() -> Manifest:
     """A manifest that uses every field."""
-    shape: tuple[int | str, ...] = ("batch", 2, "past_sequence", 16)
+    past: tuple[int | str, ...] = ("batch", 2, "past_sequence", 16)
+    present: tuple[int | str, ...] = ("batch", 2, "total_sequence", 16)
     return Manifest(
         model_type="olmoe",
         task="generate",
         target="ort",
         precision="float32",
         main_output="logits",
-        inputs=(TensorInfo("input_ids", "int64", ("batch", "sequence")),),
-        outputs=(TensorInfo("logits", "float32", ("batch", "sequence", 512)),),
-        states=(State("key", "past.0", "present.0", "float32", shape, shape, 2, True),),
+        inputs=(
+            TensorInfo("input_ids", "int64", ("batch", "sequence")),
+            TensorInfo("attention_mask", "int64", ("batch", "total_sequence")),
+            TensorInfo("past.0", "float32", past),
+        ),
+        outputs=(
+            TensorInfo("logits", "float32", ("batch", "sequence", 512)),
+            TensorInfo("present.0", "float32", present),
+        ),
+        states=(State("key", "past.0", "present.0", "float32", past, present, 2, True),),
         vocab_size=512,
         source={"checkpoint": "émile", "revision": None, "sha256": "0" * 64},
         generation={"eos_token_ids": [2], "pad_token_id": 1, "context_length": 64},
-        graph={"opset": 23, "nodes": 3, "operators": {"MoE": 3}},
+        graph={"opset": 23, "nodes": 3, "operators": {"MoE": 3}, "unread_bytes": 0},
         parameters=10,
         active_parameters=5,
         weight_bytes=40,
         tools={"torch": "2.13.0"},
-        files={"report/report.json": FileInfo(3, "ab")},
+        files={GRAPH: FileInfo(9, "c" * 64), "report/report.json": FileInfo(3, "ab" * 32)},
         validation={"verdict": "passed", "main_max_abs": 1.25e-7},
     )
 
@@ -106,7 +115,7 @@ def test_refuses_a_folder_without_a_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 def test_refuses_another_schema_version(ingot: Path, version: Any) -> None:
     _edit(ingot, schema_version=version)
-    with pytest.raises(ManifestError, match=rf"schema version {version}; this Ingot reads 1"):
+    with pytest.raises(ManifestError, match=rf"schema version {version!r}; this Ingot reads 1"):
         Manifest.read(ingot)
 
 
@@ -127,7 +136,7 @@ def test_refuses_another_schema_version(ingot: Path, version: Any) -> None:
 )
 def test_refuses_a_damaged_manifest(ingot: Path, text: str) -> None:
     (ingot / MANIFEST).write_text(text)
-    with pytest.raises(ManifestError, match=r"ingot\.json is damaged .*export again"):
+    with pytest.raises(ManifestError, match=r"ingot\.json .*is damaged.*export again"):
         Manifest.read(ingot)
 
 
@@ -186,12 +195,12 @@ def test_refuses_an_ingot_that_failed_unless_told_otherwise(ingot: Path) -> None
 
 def test_refuses_a_target_it_cannot_run(ingot: Path) -> None:
     _edit(ingot, target="coreml")
-    with pytest.raises(SessionError, match="is for coreml; this version runs onnx, ort, trt"):
+    with pytest.raises(ManifestError, match="target is 'coreml' and must be one of onnx, ort, trt"):
         load(ingot)
 
 
-def test_refuses_a_graph_in_bfloat16(ingot: Path) -> None:
-    _edit(ingot, target="trt", precision="bfloat16")
+def test_refuses_a_graph_in_bfloat16(tiny_onnx: Path, tmp_path: Path) -> None:
+    ingot = copied(tiny_onnx, tmp_path / "ingot", target="trt", precision="bfloat16")
     with pytest.raises(SessionError, match=r"computes no bfloat16; export with --precision fp32"):
         load(ingot)
 

@@ -16,6 +16,19 @@ OURS = tuple(f"ingot.{part}" for part in PARTS)
 # Folders without source of ours, and tests/, which may import everything.
 SKIPPED = {"tests", "out", "build", "dist", "docs"}
 
+# What a manifest is read by; all of it stays with the standard library.
+MANIFEST_READS = (
+    "ingot.export.external_data",
+    "ingot.export.ingot_schema",
+    "ingot.graphs.names",
+    "ingot.graphs.state",
+    "ingot.plugins.errors",
+    "ingot.plugins.json_fields",
+    "ingot.plugins.json_file",
+    "ingot.plugins.links",
+    "ingot.plugins.whole",
+)
+
 # What a module may import of ours, beside its own folder; the longest match of its name counts.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ingot.plugins": (),
@@ -23,12 +36,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ingot.export": ("ingot.graphs", "ingot.plugins"),
     "ingot.export.api": OURS,
     "ingot.export.cli": OURS,
-    "ingot.export.ingot": ("ingot.graphs.state", "ingot.plugins.errors", "ingot.plugins.whole"),
+    "ingot.export.ingot": MANIFEST_READS,
+    "ingot.export.ingot_schema": MANIFEST_READS,
+    "ingot.export.external_data": (),
     "ingot.runtime": (
         "ingot.graphs.state",
         "ingot.plugins.command_line",
         "ingot.plugins.device",
         "ingot.plugins.errors",
+        "ingot.plugins.json_fields",
+        "ingot.plugins.json_file",
         "ingot.plugins.library",
         "ingot.plugins.registry",
         "ingot.plugins.tensorrt",
@@ -41,10 +58,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 VERSION = "ingot.version.__version__"
 # Modules that leave the standard library for nothing but this.
 STANDARD_LIBRARY_AND: dict[str, tuple[str, ...]] = {
-    "ingot.export.ingot": ("ingot.graphs.state", "ingot.plugins.errors", "ingot.plugins.whole"),
+    "ingot.export.ingot": MANIFEST_READS,
+    "ingot.export.ingot_schema": MANIFEST_READS,
+    "ingot.export.external_data": (),
     "ingot.graphs.names": (),
     "ingot.graphs.state": (),
     "ingot.plugins.errors": (),
+    "ingot.plugins.json_fields": ("ingot.plugins.errors",),
+    "ingot.plugins.json_file": ("ingot.plugins.errors",),
+    "ingot.plugins.links": ("ingot.plugins.errors",),
     "ingot.plugins.whole": ("ingot.plugins.errors",),
     "ingot.validate.judge.metrics": ("numpy",),
 }
