@@ -14,7 +14,15 @@ from ingot.export.eligibility import eligibility, require
 from ingot.export.engine import make_engine, plan_engine, profiles, trtexec_options
 from ingot.export.generation import read_generation
 from ingot.export.graph import Capture, Recipe
-from ingot.export.ingot import GRAPH, TRTEXEC, WEIGHTS, Manifest, check_destination, file_infos
+from ingot.export.ingot import (
+    GRAPH,
+    SIDE_FILES,
+    TRTEXEC,
+    WEIGHTS,
+    Manifest,
+    check_destination,
+    file_infos,
+)
 from ingot.export.manifest import make_manifest
 from ingot.export.progress import Stages
 from ingot.export.request import PRECISIONS, ExportError, ExportRequest
@@ -22,6 +30,7 @@ from ingot.export.source import check_space, open_checkpoint
 from ingot.export.write_weights import weight_bytes, write_weights
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import parameter_bytes
+from ingot.plugins.links import require_inside
 from ingot.plugins.whole import keep_apart, staged
 
 TOKENIZER_FILES = (
@@ -78,6 +87,7 @@ def build(
     builder = plan_engine(request) if request.for_tensorrt else None
     checkpoint = open_checkpoint(request, stages)
     keep_apart(request.out, checkpoint.path)
+    _check_links(checkpoint.path)
     precision = PRECISIONS[request.precision]
     recipe = Recipe(request.target, request.task, precision, request.extra_outputs)
     opened = recipe.open(checkpoint)
@@ -116,8 +126,20 @@ def _write_graph(model: ir.Model, folder: Path, stages: Stages) -> str:
 
 def _copy_tokenizer(checkpoint: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, folder / name)
+        path = require_inside(checkpoint, name, hub=True)
+        if path.is_file():
+            shutil.copyfile(path, folder / name)
+
+
+def _check_links(checkpoint: Path) -> None:
+    """Refuse links out of the checkpoint where files are read or copied that end in the ingot.
+
+    Raises:
+        LinkError: naming the file.
+    """
+    for pattern in SIDE_FILES:
+        for path in checkpoint.glob(pattern):
+            require_inside(checkpoint, path.relative_to(checkpoint).as_posix(), hub=True)
 
 
 def _build_engine(
