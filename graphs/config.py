@@ -6,70 +6,23 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ingot.plugins.errors import IngotError
+from ingot.graphs.config_fields import NEUTRAL, NO_EFFECT, SYNONYMS
+from ingot.plugins.errors import IngotError, named, shown
 
 T = TypeVar("T")
 
-# Fields transformers writes that cannot change what the forward pass computes.
-NO_EFFECT = frozenset(
-    {
-        "_commit_hash",
-        "_name_or_path",
-        "architectures",
-        "aux_loss_coef",
-        "attention_dropout",
-        "bos_token_id",
-        "decoder_start_token_id",
-        "dtype",
-        "eos_token_id",
-        "finetuning_task",
-        "id2label",
-        "initializer_range",
-        "label2id",
-        "model_type",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pad_token_id",
-        "prefix",
-        "problem_type",
-        "return_dict",
-        "router_aux_loss_coef",
-        "sep_token_id",
-        "task_specific_params",
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        # Generation defaults that transformers 4 wrote into config.json; they steer sampling only.
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "chunk_size_feed_forward",
-        "diversity_penalty",
-        "do_sample",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "exponential_decay_length_penalty",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "output_scores",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict_in_generate",
-        "suppress_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-    }
-)
+# The largest sizes that are read, so far above any model that what is larger is damage or malice: a
+# layer is made at a millisecond and an expert is listed by name before any weight is looked at.
+MOST_LAYERS = 1 << 10
+MOST_EXPERTS = 1 << 16
+MOST_SIZE = 1 << 20
+# Of heads, their sizes, states and groups, which are multiplied with one another.
+MOST_FACTOR = 1 << 12
+# Positions are counted in 32 bits by some kernels.
+MOST_POSITIONS = (1 << 31) - 1
+# Every number of a config is one of the graph's, in float32.
+MOST_FLOAT = 3.4e38
+LEAST_FLOAT = 1.2e-38
 
 
 class ConfigError(IngotError):
@@ -133,24 +86,61 @@ class ConfigReader:
             self.taken[name] = default
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            # An integer may have more digits than a float has.
+            value = float(value) if abs(value) < MOST_FLOAT else math.inf
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ConfigError(
-                f"config.json: {name} is {value!r}; {self.model_type} expects "
+                f"config.json: {name} is {shown(value)}; {self.model_type} expects "
                 f"{'an' if kind is int else 'a'} {kind.__name__}."
             )
         # Python's JSON reader takes NaN and Infinity, which JSON itself does not have.
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"config.json: {name} is {value}; it must be finite.")
+        if isinstance(value, float) and not abs(value) < MOST_FLOAT:
+            given = shown(self.raw[name])
+            raise ConfigError(f"config.json: {name} is {given}; it must be finite in float32.")
         self.taken[name] = value
         return value
 
-    def size(self, name: str, default: int) -> int:
-        """A positive integer."""
+    def size(self, name: str, default: int, most: int = MOST_SIZE) -> int:
+        """A positive integer, of no more than ``most``."""
         value = self.take(name, int, default)
         if value < 1:
-            raise ConfigError(f"config.json: {name} is {value}; it must be at least 1.")
+            raise ConfigError(f"config.json: {name} is {shown(value)}; it must be at least 1.")
+        if value > most:
+            raise ConfigError(f"config.json: {name} is {shown(value)}; it must be at most {most}.")
         return value
+
+    def layers(self, name: str = "num_hidden_layers", *, default: int) -> int:
+        """How many layers a model has."""
+        return self.size(name, default, MOST_LAYERS)
+
+    def epsilon(self, name: str, default: float) -> float:
+        """What a norm adds to a mean of squares; not negative."""
+        value = self.take(name, float, default)
+        if value < 0:
+            raise ConfigError(f"config.json: {name} is {value}; it must not be negative.")
+        return value
+
+    def divisor(self, name: str, default: float) -> float:
+        """A number that something is divided by; not zero, nor zero in float32."""
+        value = self.take(name, float, default)
+        if abs(value) < LEAST_FLOAT:
+            raise ConfigError(f"config.json: {name} is {value}; the model divides by it.")
+        return value
+
+    def all_layers(self, layers: int, **kinds: tuple[str, ...]) -> None:
+        """Fields that list what each layer is, which must be what every layer is here.
+
+        Args:
+            layers: how many there are.
+            kinds: by the field's name, what it may call a layer.
+        """
+        for name, known in kinds.items():
+            given = self.take(name, list, [])
+            if given and (len(given) != layers or any(kind not in known for kind in given)):
+                raise ConfigError(
+                    f"config.json: {name} is {shown(given)}; every one of the {layers} layers of "
+                    f"Ingot's {self.model_type} is {known[0]!r}."
+                )
 
     def multiple(self, name: str, of: str) -> None:
         """One field taken before must be a multiple of another."""
@@ -170,7 +160,7 @@ class ConfigReader:
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(type(token) is int for token in ids):
             raise ConfigError(
-                f"config.json: {name} is {value!r}; {self.model_type} expects a token id or a "
+                f"config.json: {name} is {shown(value)}; {self.model_type} expects a token id or a "
                 "list of them."
             )
         return tuple(ids)
@@ -185,7 +175,7 @@ class ConfigReader:
         value = self.take(name, str, default)
         if value not in supported:
             raise ConfigError(
-                f"config.json: {name} is {value!r}, which Ingot's {self.model_type} does not "
+                f"config.json: {name} is {shown(value)}, which Ingot's {self.model_type} does not "
                 f"implement; supported: {', '.join(supported)}."
             )
         return supported[value]
@@ -205,29 +195,69 @@ class ConfigReader:
         """A field that is accepted with one value only (or absent)."""
         self.taken.setdefault(name, expected)
         value = self.raw.get(name)
-        if value is not None and value != expected:
+        if value is not None and not _same(value, expected):
             raise ConfigError(
-                f"config.json: {name} is {value!r}; Ingot's {self.model_type} supports only "
+                f"config.json: {name} is {shown(value)}; Ingot's {self.model_type} supports only "
                 f"{expected!r} because {why}."
             )
 
     def finish(self) -> None:
-        """Refuse every field nobody took, unless it cannot change the result."""
-        if self.raw.get("quantization_config"):
-            method = self.raw["quantization_config"]
-            if isinstance(method, dict):
-                method = method.get("quant_method", "unknown")
-            raise ConfigError(
-                f"config.json: quantization_config (quant_method {method!r}): quantised "
-                "checkpoints are not supported; export the float32, float16 or bfloat16 original."
-            )
+        """Refuse every field nobody took, unless it cannot change the result.
+
+        Raises:
+            ConfigError: a field that says something else than the graph does, or one that nobody
+                knows.
+        """
+        refuse_quantised(self.raw)
         for name, value in self.raw.items():
             # Absent, null, false and empty all mean "feature off" in Hugging Face configs.
             off = value is None or value is False or value in ({}, [])
             if name in self.taken or name in NO_EFFECT or off:
                 continue
+            if name in NEUTRAL and _same(value, NEUTRAL[name]):
+                continue
+            counts = next((known for known in SYNONYMS.get(name, ()) if known in self.taken), None)
+            if counts is not None:
+                self.must_be(name, self.taken[counts], f"it is another name of {counts}")
+                continue
             raise ConfigError(
-                f"config.json: {name} is {value!r}, a field Ingot's {self.model_type} does not "
-                f"implement; fields it reads: {', '.join(sorted(self.taken))}. Remove the field if "
-                "it does not change what the model computes."
+                f"config.json: {named(name)} is {shown(value)}, a field Ingot's "
+                f"{self.model_type} does not implement; fields it reads: "
+                f"{', '.join(sorted(self.taken))}. Remove the field if it does not change what the "
+                "model computes."
             )
+
+
+def refuse_quantised(raw: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose ``config.json`` says that its weights are quantised.
+
+    Where the tensors are plain floats all the same, the config is that of another file, or asks the
+    loader to quantise them; either way it is not known what the model should compute.
+
+    Raises:
+        ConfigError: naming the method.
+    """
+    for name in ("quantization_config", "compression_config", "quantization"):
+        given = raw.get(name)
+        if not given:
+            continue
+        raise ConfigError(
+            f"config.json: {name} (quant_method {_method(given)}): quantised checkpoints are not "
+            "supported; export the float32, float16 or bfloat16 original. If the tensors here are "
+            f"that original, remove {name} from config.json."
+        )
+
+
+def _method(given: Any) -> str:
+    if not isinstance(given, dict):
+        return shown(given)
+    method = given.get("quant_method")
+    if method is None and (given.get("load_in_4bit") or given.get("load_in_8bit")):
+        method = "bitsandbytes"
+    # compressed-tensors writes no method where it has a format.
+    return shown(method or given.get("format") or "unknown")
+
+
+def _same(value: Any, expected: Any) -> bool:
+    """Whether JSON says the same: 1 is 1.0, and neither is true."""
+    return isinstance(value, bool) == isinstance(expected, bool) and bool(value == expected)

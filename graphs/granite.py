@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ingot.graphs.config import ConfigReader, Facts, ModelConfig
+from ingot.graphs.config import (
+    MOST_FACTOR,
+    MOST_POSITIONS,
+    ConfigReader,
+    Facts,
+    ModelConfig,
+)
+from ingot.graphs.config_fields import ATTENTION, DENSE
 from ingot.graphs.family import Family
 from ingot.graphs.layers import (
     HIDDEN_ACT,
@@ -73,19 +80,22 @@ class GraniteConfig(ModelConfig):
         llama = raw.get("model_type") == "llama"
         config = ConfigReader(raw, "llama" if llama else "granite")
         hidden_size = config.size("hidden_size", 4096)
-        heads = config.size("num_attention_heads", 32)
-        key_value_heads = config.size("num_key_value_heads", heads)
+        heads = config.size("num_attention_heads", 32, MOST_FACTOR)
+        key_value_heads = config.size("num_key_value_heads", heads, MOST_FACTOR)
         if raw.get("head_dim") is None:
             config.multiple("hidden_size", of="num_attention_heads")
         config.multiple("num_attention_heads", of="num_key_value_heads")
-        head_dim = config.size("head_dim", hidden_size // heads)
-        rope = RopeParameters.read(config, head_dim, config.size("max_position_embeddings", 2048))
-        layers = config.size("num_hidden_layers", 32)
+        head_dim = config.size("head_dim", hidden_size // heads, MOST_FACTOR)
+        context = config.size("max_position_embeddings", 2048, MOST_POSITIONS)
+        rope = RopeParameters.read(config, head_dim, context)
+        layers = config.layers(default=32)
+        config.all_layers(layers, layer_types=ATTENTION, mlp_layer_types=DENSE)
         if llama:
             config.must_be("pretraining_tp", 1, "it computes every product in one piece")
             multipliers = {**MULTIPLIERS, "attention_multiplier": head_dim**-0.5}
         else:
             multipliers = {name: config.take(name, float, 1.0) for name in MULTIPLIERS}
+            config.divisor("logits_scaling", 1.0)
         result = cls(
             vocab_size=config.size("vocab_size", 32000),
             hidden_size=hidden_size,
@@ -95,7 +105,7 @@ class GraniteConfig(ModelConfig):
             num_key_value_heads=key_value_heads,
             head_dim=head_dim,
             hidden_act=config.choice("hidden_act", HIDDEN_ACT, "silu"),
-            rms_norm_eps=config.take("rms_norm_eps", float, 1e-6),
+            rms_norm_eps=config.epsilon("rms_norm_eps", 1e-6),
             attention_bias=config.take("attention_bias", bool, False),
             mlp_bias=config.take("mlp_bias", bool, False),
             **multipliers,

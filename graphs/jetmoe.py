@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ingot.graphs.config import ConfigReader, Facts, ModelConfig
+from ingot.graphs.config import (
+    MOST_EXPERTS,
+    MOST_FACTOR,
+    MOST_POSITIONS,
+    ConfigReader,
+    Facts,
+    ModelConfig,
+)
+from ingot.graphs.config_fields import ATTENTION, EXPERTS
 from ingot.graphs.family import Family
 from ingot.graphs.layers import (
     HIDDEN_ACT,
@@ -62,10 +70,10 @@ class JetMoeConfig(ModelConfig):
             ConfigError: a field of another type, or one that the graph does not implement.
         """
         config = ConfigReader(raw, "jetmoe")
-        key_value_heads = config.size("num_key_value_heads", 16)
-        kv_channels = config.size("kv_channels", 128)
-        experts = config.size("num_local_experts", 8)
-        chosen = config.size("num_experts_per_tok", 2)
+        key_value_heads = config.size("num_key_value_heads", 16, MOST_FACTOR)
+        kv_channels = config.size("kv_channels", 128, MOST_FACTOR)
+        experts = config.size("num_local_experts", 8, MOST_EXPERTS)
+        chosen = config.size("num_experts_per_tok", 2, MOST_EXPERTS)
         config.at_most("num_experts_per_tok", "num_local_experts")
         config.must_be(
             "num_attention_heads",
@@ -73,10 +81,16 @@ class JetMoeConfig(ModelConfig):
             "each chosen expert has one query head for each of num_key_value_heads",
         )
         config.must_be("head_dim", kv_channels, "it is another name of kv_channels")
-        rope = RopeParameters.read(
-            config, kv_channels, config.size("max_position_embeddings", 4096)
-        )
-        layers = config.size("num_hidden_layers", 12)
+        # Names of the released checkpoint, whose own code had them; its other old names are in
+        # `config_fields.SYNONYMS`. transformers has the biases and the gated MLP always.
+        config.must_be("glu", True, "each expert is a gated MLP")
+        config.must_be("bias", True, "the experts of attention and MLP have a bias each")
+        # The final norm's is rms_norm_eps, and that of the layers is fixed.
+        config.ignore("layer_norm_epsilon")
+        context = config.size("max_position_embeddings", 4096, MOST_POSITIONS)
+        rope = RopeParameters.read(config, kv_channels, context)
+        layers = config.layers(default=12)
+        config.all_layers(layers, layer_types=ATTENTION, mlp_layer_types=EXPERTS)
         result = cls(
             vocab_size=config.size("vocab_size", 32000),
             hidden_size=config.size("hidden_size", 2048),
@@ -85,7 +99,7 @@ class JetMoeConfig(ModelConfig):
             num_key_value_heads=key_value_heads,
             kv_channels=kv_channels,
             activation_function=config.choice("activation_function", HIDDEN_ACT, "silu"),
-            rms_norm_eps=config.take("rms_norm_eps", float, 1e-6),
+            rms_norm_eps=config.epsilon("rms_norm_eps", 1e-6),
             num_local_experts=experts,
             num_experts_per_tok=chosen,
             tie_word_embeddings=config.take("tie_word_embeddings", bool, True),

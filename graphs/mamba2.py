@@ -17,11 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ingot.graphs.config import ConfigError, ConfigReader, Facts, ModelConfig
+from ingot.graphs.config import (
+    MOST_FACTOR,
+    MOST_FLOAT,
+    ConfigError,
+    ConfigReader,
+    Facts,
+    ModelConfig,
+)
 from ingot.graphs.family import Family
 from ingot.graphs.layers import HIDDEN_ACT, CausalLM, Decoder, Layer, Mixed, RMSNorm, Step
 from ingot.graphs.state import State, recurrent_states
 from ingot.plugins.causal_conv import causal_conv
+from ingot.plugins.errors import shown
 from ingot.plugins.mamba2_scan import mamba2_scan
 
 # Fields that only steer how new weights are drawn.
@@ -34,6 +42,10 @@ INITIALISATION = (
     "time_step_rank",
     "time_step_scale",
 )
+
+
+# What `layer_types` may call a layer.
+RECURRENCE = ("linear_attention", "mamba", "mamba2")
 
 
 @dataclass(frozen=True)
@@ -81,9 +93,10 @@ class Mamba2Config(ModelConfig):
         config = ConfigReader(raw, "mamba2")
         config.ignore(*INITIALISATION)
         hidden_size = config.size("hidden_size", 4096)
-        heads, head_dim = config.size("num_heads", 128), config.size("head_dim", 64)
-        groups = config.size("n_groups", 8)
-        expand = config.size("expand", 2)
+        heads = config.size("num_heads", 128, MOST_FACTOR)
+        head_dim = config.size("head_dim", 64, MOST_FACTOR)
+        groups = config.size("n_groups", 8, MOST_FACTOR)
+        expand = config.size("expand", 2, MOST_FACTOR)
         if expand * hidden_size != heads * head_dim:
             raise ConfigError(
                 f"config.json: expand {expand} times hidden_size {hidden_size} is "
@@ -92,19 +105,22 @@ class Mamba2Config(ModelConfig):
             )
         config.multiple("num_heads", of="n_groups")
         config.must_be("intermediate_size", heads * head_dim, "it is expand times hidden_size")
-        kernel = config.size("conv_kernel", 4)
+        kernel = config.size("conv_kernel", 4, MOST_FACTOR)
         if kernel < 2:
             raise ConfigError(f"config.json: conv_kernel is {kernel}; it must be at least 2.")
         # Released checkpoints carry this field, and transformers gates before the norm either way.
         config.ignore("norm_before_gate")
-        layers, chunk_size = config.size("num_hidden_layers", 64), config.size("chunk_size", 256)
+        # A recurrence has no positions, so nothing limits them.
+        config.ignore("max_position_embeddings", "n_positions", "n_ctx")
+        layers, chunk_size = config.layers(default=64), config.size("chunk_size", 256)
+        config.all_layers(layers, layer_types=RECURRENCE, layers_block_type=RECURRENCE)
         result = cls(
             vocab_size=config.size("vocab_size", 32768),
             hidden_size=hidden_size,
             num_hidden_layers=layers,
             num_heads=heads,
             head_dim=head_dim,
-            state_size=config.size("state_size", 128),
+            state_size=config.size("state_size", 128, MOST_FACTOR),
             n_groups=groups,
             conv_kernel=kernel,
             chunk_size=chunk_size,
@@ -114,7 +130,7 @@ class Mamba2Config(ModelConfig):
             time_step_limit=_time_step_limit(config),
             residual_in_fp32=config.take("residual_in_fp32", bool, True),
             rms_norm=config.take("rms_norm", bool, True),
-            layer_norm_epsilon=config.take("layer_norm_epsilon", float, 1e-5),
+            layer_norm_epsilon=config.epsilon("layer_norm_epsilon", 1e-5),
             tie_word_embeddings=config.take("tie_word_embeddings", bool, False),
             facts=Facts(
                 routers=(0,) * layers,
@@ -131,10 +147,10 @@ def _time_step_limit(config: ConfigReader) -> tuple[float, float]:
     """``[least, most]``; infinity may be written as JSON's extension or as transformers 5 does."""
     given = config.take("time_step_limit", list, [0.0, math.inf])
     bounds = [math.inf if n == {"__float__": "Infinity"} else n for n in given]
-    numbers = [n for n in bounds if type(n) in (int, float)]
+    numbers = [n for n in bounds if type(n) in (int, float) and (n == math.inf or n < MOST_FLOAT)]
     if len(numbers) != 2 or len(bounds) != 2 or not 0 <= numbers[0] < numbers[1]:
         raise ConfigError(
-            f"config.json: time_step_limit is {given!r}; it must be two numbers, the first at "
+            f"config.json: time_step_limit is {shown(given)}; it must be two numbers, the first at "
             "least 0 and below the second, which may be Infinity."
         )
     return float(numbers[0]), float(numbers[1])

@@ -15,7 +15,15 @@ import torch
 from torch import nn
 
 from ingot.graphs.checkpoint import Part
-from ingot.graphs.config import ConfigReader, Facts, ModelConfig
+from ingot.graphs.config import (
+    MOST_EXPERTS,
+    MOST_FACTOR,
+    MOST_POSITIONS,
+    ConfigReader,
+    Facts,
+    ModelConfig,
+)
+from ingot.graphs.config_fields import ATTENTION, EXPERTS
 from ingot.graphs.family import Family
 from ingot.graphs.layers import (
     HIDDEN_ACT,
@@ -62,19 +70,20 @@ class OlmoeConfig(ModelConfig):
         """
         config = ConfigReader(raw, "olmoe")
         hidden_size = config.size("hidden_size", 2048)
-        heads = config.size("num_attention_heads", 16)
-        key_value_heads = config.size("num_key_value_heads", heads)
-        experts = config.size("num_experts", config.size("num_local_experts", 64))
+        heads = config.size("num_attention_heads", 16, MOST_FACTOR)
+        key_value_heads = config.size("num_key_value_heads", heads, MOST_FACTOR)
+        experts = config.size("num_local_experts", 64, MOST_EXPERTS)
+        experts = config.size("num_experts", experts, MOST_EXPERTS)
         config.must_be("num_local_experts", experts, "it is another name of num_experts")
-        chosen = config.size("num_experts_per_tok", 8)
+        chosen = config.size("num_experts_per_tok", 8, MOST_EXPERTS)
         config.multiple("hidden_size", of="num_attention_heads")
         config.multiple("num_attention_heads", of="num_key_value_heads")
         config.at_most("num_experts_per_tok", "num_experts")
         config.must_be("head_dim", hidden_size // heads, "q_norm spans hidden_size")
-        rope = RopeParameters.read(
-            config, hidden_size // heads, config.size("max_position_embeddings", 4096)
-        )
-        layers = config.size("num_hidden_layers", 16)
+        context = config.size("max_position_embeddings", 4096, MOST_POSITIONS)
+        rope = RopeParameters.read(config, hidden_size // heads, context)
+        layers = config.layers(default=16)
+        config.all_layers(layers, layer_types=ATTENTION, mlp_layer_types=EXPERTS)
         result = cls(
             vocab_size=config.size("vocab_size", 50304),
             hidden_size=hidden_size,
@@ -83,7 +92,7 @@ class OlmoeConfig(ModelConfig):
             num_attention_heads=heads,
             num_key_value_heads=key_value_heads,
             hidden_act=config.choice("hidden_act", HIDDEN_ACT, "silu"),
-            rms_norm_eps=config.take("rms_norm_eps", float, 1e-5),
+            rms_norm_eps=config.epsilon("rms_norm_eps", 1e-5),
             attention_bias=config.take("attention_bias", bool, False),
             clip_qkv=config.optional_float("clip_qkv"),
             num_experts=experts,

@@ -22,3 +22,8 @@ def install_hint(extra: str) -> str:
 def shown(value: object) -> str:
     """A value as a message quotes it: its ``repr``, cut in the middle where it is long."""
     return _CUT.repr(value)
+
+
+def named(name: str) -> str:
+    """A name as a message has it: the name itself, quoted and cut where it is long or odd."""
+    return name if name.isprintable() and len(name) <= 120 else shown(name)

@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import OlmoeConfig as TheirConfig
 
-from ingot.graphs.config import NO_EFFECT, ConfigError, ConfigReader
+from ingot.graphs.config import ConfigError, ConfigReader
+from ingot.graphs.config_fields import NO_EFFECT
 from ingot.graphs.olmoe import OlmoeConfig
+from ingot.plugins.errors import named
 
 # allenai/OLMoE-1B-7B-0924, config.json as released, written by transformers 4.
 RELEASED: dict[str, Any] = {
@@ -152,7 +154,7 @@ def test_accepts_an_unknown_field_that_is_off(value: Any) -> None:
 def test_refuses_any_field_it_does_not_know(name: str) -> None:
     known = {"hidden_act", "head_dim", "rope_parameters", "rope_scaling", "quantization_config"}
     if name not in known:
-        refused({name: 3}, name)
+        refused({name: 3}, named(name))
 
 
 def test_reads_the_released_config() -> None:

@@ -102,6 +102,50 @@ TABLE: dict[str, tuple[dict[str, Any], int, int]] = {
     "yarn, long context": ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, 64, 131072),
     # The ramp starts below dimension 0.
     "yarn, short context": ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, 16, CONTEXT),
+    "yarn, factor from the lengths": (
+        {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": None,
+            "original_max_position_embeddings": 1024,
+        },
+        64,
+        4096,
+    ),
+    "longrope": (
+        {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0, 2.5],
+            "long_factor": [1.0, 2, 4.5, 8, 16.0, 25.0, 40.0, 64.0],
+            "original_max_position_embeddings": 48,
+        },
+        16,
+        CONTEXT,
+    ),
+    "longrope, factor": (
+        {
+            "rope_type": "longrope",
+            "rope_theta": 5e5,
+            "short_factor": [1.05] * 4,
+            "long_factor": [8.0, 7.0, 6.0, 5.0],
+            "factor": 16.0,
+            "original_max_position_embeddings": 100,
+        },
+        8,
+        CONTEXT,
+    ),
+    "longrope, attention_factor": (
+        {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8,
+            "attention_factor": 1.19,
+        },
+        16,
+        CONTEXT,
+    ),
     "llama3": (
         {
             "rope_type": "llama3",
@@ -332,6 +376,90 @@ def test_dynamic_tables_grow_from_call_to_call_as_in_transformers(name: str) -> 
     assert_same_tables(mine, reference, torch.arange(context - 1)[None])
 
 
+@pytest.mark.parametrize("name", [name for name in TABLE if name.startswith("longrope")])
+def test_longrope_tables_switch_with_the_length_of_the_call_as_in_transformers(name: str) -> None:
+    rope, dim, context = TABLE[name]
+    mine = RotaryEmbedding(ours(context, dim, rope_parameters=rope))
+    # One module for all calls, since transformers writes the frequencies into its buffer.
+    reference = theirs(context, dim, rope_parameters=rope)
+    original = rope.get("original_max_position_embeddings", context)
+    for length in (1, original - 1, original, original + 1, 3 * original, original, 2):
+        assert_same_tables(mine, reference, torch.arange(length)[None])
+    # Decoding over the switch, of two rows: the longer one decides for both.
+    for last in (original - 2, original - 1, original, original + 5):
+        assert_same_tables(mine, reference, torch.tensor([[last], [3]]))
+    within, past = (torch.tensor([[5, original - 1 + more]]) for more in (0, 1))
+    assert not torch.allclose(mine(within)[1][:, :1], mine(past)[1][:, :1], atol=1e-3)
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+@pytest.mark.parametrize("rope_type", ["longrope", "su"])
+def test_reads_longrope_in_every_spelling(spelling: str, key: str, rope_type: str) -> None:
+    rope, dim, context = TABLE["longrope"]
+    fields = {name: value for name, value in rope.items() if name not in ("rope_type",)}
+    expected = ours(context, dim, rope_parameters=rope)
+    assert ours(context, dim, **{spelling: {**fields, key: rope_type}}) == expected
+
+
+@pytest.mark.parametrize("name", ["yarn, original context", "longrope", "llama3"])
+def test_a_pretraining_length_outside_the_object_goes_first(name: str) -> None:
+    rope, dim, context = TABLE[name]
+    outside = {"rope_parameters": rope, "original_max_position_embeddings": 77}
+    mine = ours(context, dim, **outside)
+    assert mine.original_max_position_embeddings == 77
+    assert_same_frequencies(mine, theirs(context, dim, **outside))
+    tables = RotaryEmbedding(mine), theirs(context, dim, **outside)
+    for length in (77, 78):
+        assert_same_tables(*tables, torch.arange(length)[None])
+
+
+def test_a_pretraining_length_outside_is_nothing_to_other_types() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0}
+    mine = ours(CONTEXT, 16, rope_parameters=rope, original_max_position_embeddings=16)
+    assert mine == ours(CONTEXT, 16, rope_parameters=rope)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("short_factor", None),
+        ("short_factor", 2.0),
+        ("long_factor", [1.0] * 7),
+        ("long_factor", [1.0] * 7 + ["1"]),
+        ("long_factor", [1.0] * 7 + [0]),
+        ("short_factor", [1.0] * 7 + [True]),
+        ("short_factor", [1.0] * 7 + [float("inf")]),
+        ("short_factor", [10**400] * 8),
+        ("original_max_position_embeddings", 1),
+        ("original_max_position_embeddings", "48"),
+        ("attention_factor", -1.0),
+        ("factor", 0),
+    ],
+)
+def test_refuses_a_malformed_longrope(name: str, value: Any) -> None:
+    rope, dim, _ = TABLE["longrope"]
+    refused(name, dim=dim, rope_parameters={**rope, name: value})
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0},
+        {"rope_type": "linear", "factor": 1e-30, "rope_theta": 1e-30},
+        {"rope_type": "default", "rope_theta": 1e-320},
+        {"rope_type": "linear", "factor": 10**400},
+        {"rope_type": "dynamic", "factor": 1e-320},
+        {"rope_type": "yarn", "factor": 2.0, "beta_slow": 1e-320},
+    ],
+    ids=lambda rope: f"{rope['rope_type']} {len(str(rope))}",
+)
+def test_refuses_numbers_that_leave_no_frequencies(rope: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json") as caught:
+        RotaryEmbedding(ours(CONTEXT, 16, rope_parameters=rope))
+    assert len(str(caught.value)) < 400
+
+
 def test_dynamic_tables_depend_on_the_call_alone() -> None:
     """A graph has no memory between calls, so a longer call before must leave no trace."""
     rope, dim, context = TABLE["dynamic"]
@@ -351,11 +479,34 @@ def test_dynamic_frequencies_stretch_past_the_context_only() -> None:
     assert not torch.allclose(mine(outside)[1][:, :1], plain(outside)[1][:, :1], rtol=0, atol=1e-3)
 
 
-def test_context_length_stretches_with_dynamic_scaling_only() -> None:
-    assert ours(128, 16).context_length == 128
-    for rope_type, length in (("dynamic", 320), ("linear", 128)):
-        rope = {"type": rope_type, "factor": 2.5}
-        assert ours(128, 16, rope_scaling=rope).context_length == length
+LLAMA3 = {"type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LISTS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        (None, 128),
+        ({"type": "linear", "factor": 2.5}, 320),
+        ({"type": "linear", "factor": 0.5}, 128),
+        ({"type": "dynamic", "factor": 2.5}, 320),
+        ({"type": "yarn", "factor": 4.0}, 512),
+        # The length of the pretraining is that of the config, which was left as it was.
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        # The config has the stretched length.
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, 128),
+        ({"type": "yarn", "factor": 1e30}, 2**31 - 1),
+        ({**LLAMA3, "factor": 8.0, "original_max_position_embeddings": 16}, 128),
+        ({**LLAMA3, "factor": 8.0}, 1024),
+        ({"type": "longrope", **LISTS, "original_max_position_embeddings": 32}, 128),
+        ({"type": "su", **LISTS, "factor": 4.0}, 512),
+    ],
+)
+def test_context_length_is_what_the_scaling_is_for(
+    rope: dict[str, Any] | None, length: int
+) -> None:
+    assert ours(128, 16, rope_scaling=rope).context_length == length
 
 
 def test_rotation_is_that_of_transformers() -> None:
@@ -391,9 +542,9 @@ def refused(*named: str, dim: int = 16, **raw: Any) -> None:
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("value", ["longrope", "su", 5, ["linear"]])
+@pytest.mark.parametrize("value", ["proportional", "Linear", "", 5, 0, False, [], {}, ["linear"]])
 def test_refuses_an_unknown_rope_type(value: Any) -> None:
-    supported = ("default", "linear", "dynamic", "yarn", "llama3")
+    supported = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
     refused(repr(value), *supported, rope_parameters={"rope_type": value, "factor": 2.0})
     refused(repr(value), *supported, rope_scaling={"type": value, "factor": 2.0})
 
@@ -404,7 +555,8 @@ def test_refuses_a_missing_factor(rope_type: str) -> None:
     if rope_type == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     refused(rope_type, "factor", rope_parameters=rope)
-    refused(rope_type, "factor", rope_parameters={**rope, "factor": None})
+    if rope_type != "yarn":
+        refused(rope_type, "factor", rope_parameters={**rope, "factor": None})
 
 
 @pytest.mark.parametrize("name", ["low_freq_factor", "high_freq_factor"])
@@ -415,14 +567,33 @@ def test_refuses_a_missing_llama3_band(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rope_type", "key"),
-    [("default", "factor"), ("linear", "beta_fast"), ("dynamic", "mscale"), ("yarn", "short")],
+    ("rope_type", "more"),
+    [
+        ("default", {"factor": 8.0}),
+        ("default", {"factor": "all", "low_freq_factor": None, "original": [1]}),
+        ("linear", {"beta_fast": 32, "beta_slow": 1, "attention_factor": 3.0}),
+        ("linear", {"original_max_position_embeddings": 64}),
+        ("dynamic", {"mscale": 0.7, "original_max_position_embeddings": 16}),
+        ("yarn", {"finetuned": True, "short_factor": [1.0]}),
+        ("yarn", {"low_freq_factor": 1.0, "mrope_section": [1, 2], "comment": "8x"}),
+        ("llama3", {"attention_factor": 2.0, "mscale": 0.5, "truncate": False}),
+        ("longrope", {"beta_fast": 4, "long_mscale": 1.2, "short_mscale": 1.1}),
+    ],
 )
-def test_refuses_an_extra_key(rope_type: str, key: str) -> None:
-    rope = {"rope_type": rope_type, key: 2.0}
-    if rope_type != "default":
-        rope["factor"] = 2.0
-    refused(key, rope_type, rope_parameters=rope)
+def test_ignores_what_belongs_to_another_type_as_transformers_does(
+    rope_type: str, more: dict[str, Any]
+) -> None:
+    rope = next(rope for rope, dim, _ in TABLE.values() if rope["rope_type"] == rope_type)
+    _, dim, context = next(entry for entry in TABLE.values() if entry[0] is rope)
+    mine = ours(context, dim, rope_parameters={**rope, **more})
+    assert mine == ours(context, dim, rope_parameters=rope)
+    assert_same_frequencies(mine, theirs(context, dim, rope_parameters={**rope, **more}))
+
+
+@pytest.mark.parametrize("name", ["full_attention", "sliding_attention", "main"])
+def test_refuses_parameters_for_each_kind_of_layer(name: str) -> None:
+    rope = {name: {"rope_type": "linear", "factor": 2.0}}
+    refused(name, "every layer", rope_parameters=rope)
 
 
 @pytest.mark.parametrize("value", ["4", True, [4.0], -4.0, 0, float("nan"), float("inf")])
