@@ -91,7 +91,7 @@ class Recipe:
                 raise ExportError(
                     f"{family.model_type} has no {name}; it has: {', '.join(family.extra_outputs)}."
                 )
-        model = family.build(checkpoint.config, self.task, self.dtype)
+        model = family.build(checkpoint.config, self.task, self.dtype, checkpoint.entries)
         weight_map = family.weight_map(model, checkpoint, self.task)
         return Opened(family, model, block_reader(checkpoint, weight_map, model))
 

@@ -13,20 +13,61 @@ import json
 import math
 import mmap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ingot.graphs.config import ModelConfig, refuse_quantised
 from ingot.graphs.folder import CONFIG as CONFIG
 from ingot.graphs.folder import INDEX as INDEX
 from ingot.graphs.folder import SINGLE as SINGLE
 from ingot.graphs.folder import CheckpointError as CheckpointError
 from ingot.graphs.folder import Folder
+from ingot.plugins.errors import named, shown
+from ingot.plugins.json_file import MOST_BYTES, JsonError, parse_json
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# A weight in float64 is rounded to the nearest float32, as transformers rounds it where it loads in
+# float32; where the graph runs in half precision, from there, as PyTorch does.
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+}
+# Tensors that earlier versions of transformers and other trainers stored beside the weights: how
+# their names end, with how many axes, and why they may be left aside. transformers leaves them too.
+BUFFERS: tuple[tuple[tuple[str, ...], int, str], ...] = (
+    (
+        ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq", "rotary_emb.long_inv_freq"),
+        1,
+        "the rotary frequencies follow from config.json",
+    ),
+    (("rope.freqs", "rotary_emb.freqs"), 1, "the rotary frequencies follow from config.json"),
+    (
+        ("rotary_emb.cos_cached", "rotary_emb.sin_cached"),
+        4,
+        "the rotary tables follow from config.json",
+    ),
+    (
+        ("rotary_emb.cos_cached", "rotary_emb.sin_cached"),
+        2,
+        "the rotary tables follow from config.json",
+    ),
+    (
+        ("attn.bias", "self_attn.bias", "attention.bias", "self_attention.bias", "causal_mask"),
+        4,
+        "the causal mask follows from the length of a call",
+    ),
+    (
+        ("attn.masked_bias", "self_attn.masked_bias", "attention.masked_bias"),
+        0,
+        "it is what masked scores were set to",
+    ),
+    (("position_ids",), 2, "the positions of a call are counted from its mask"),
+)
 
 
 @dataclass(frozen=True)
@@ -78,10 +119,21 @@ class Checkpoint:
             CheckpointError: the folder, its config or a header is missing or malformed.
         """
         folder = Folder.read(path)
+        # Before the dtypes of its tensors, which would be named in its place.
+        refuse_quantised(folder.config)
         stored = _read_index(folder)
         entries = {folder.tensor_name(name): entry for name, entry in stored.items()}
         if len(entries) < len(stored):
             raise CheckpointError(f"{path} holds its embedding twice, in two spellings; keep one.")
+        for name, entry in list(entries.items()):
+            if is_buffer(name, entry.shape):
+                del entries[name]
+            elif entry.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{entry.file.name}: {named(name)} is {entry.dtype}; supported: "
+                    f"{', '.join(DTYPES)}. Quantised checkpoints are not supported; export the "
+                    "original."
+                )
         return cls(path, folder.config, entries, sizes=folder.sizes)
 
     def read(self, name: str) -> torch.Tensor:
@@ -110,13 +162,17 @@ class Checkpoint:
         return tensor
 
     def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
-        # One pass without a copy: NaN and infinity both reach the extremes.
-        if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
-            index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+        # One pass without a copy: NaN and infinity both reach the extremes. What float64 alone
+        # holds is infinite where the graph runs.
+        wide = tensor.dtype == torch.float64
+        extremes = torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor
+        if not torch.isfinite(extremes.float() if wide else extremes).all():
+            index = (~torch.isfinite(tensor.float() if wide else tensor)).nonzero()[0].tolist()
+            found = tensor[tuple(index)].item()
             raise CheckpointError(
-                f"{self.entries[name].file.name}: {name} holds a {tensor[tuple(index)].item()} at "
-                f"index {index}; every weight must be finite. The file is damaged, or the training "
-                "run diverged."
+                f"{self.entries[name].file.name}: {named(name)} holds a {found} at index {index}; "
+                f"every weight must be finite{' in float32' if wide else ''}. The file is damaged, "
+                "or the training run diverged."
             )
 
     def digest(self) -> str:
@@ -134,44 +190,86 @@ def _read_index(folder: Folder) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for shard in sorted(set(weight_map.values())):
         if not (path / shard).is_file():
-            raise CheckpointError(f"{INDEX} names {shard}, which is not in {path}.")
+            raise CheckpointError(f"{INDEX} names {named(shard)}, which is not in {path}.")
         for name, entry in _read_header(path / shard).items():
             if weight_map.get(name) != shard:
                 raise CheckpointError(
-                    f"{shard} holds {name}, which {INDEX} places in {weight_map.get(name)}."
+                    f"{named(shard)} holds {named(name)}, which {INDEX} places in "
+                    f"{shown(weight_map.get(name))}."
                 )
             entries[name] = entry
     for name, shard in weight_map.items():
         if name not in entries:
-            raise CheckpointError(f"{INDEX} places {name} in {shard}, which does not hold it.")
+            raise CheckpointError(
+                f"{INDEX} places {named(name)} in {named(shard)}, which does not hold it."
+            )
     return entries
 
 
 def _read_header(file: Path) -> dict[str, Entry]:
     try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > MOST_BYTES:
+                # Of a damaged file mostly, whose first bytes are no length.
+                raise CheckpointError(
+                    f"{file.name} is not a whole safetensors file: its header would be {length:,} "
+                    f"bytes, and the most that is read is {MOST_BYTES:,}. Download or copy it "
+                    "again."
+                )
+            raw = stream.read(length)
+        header = parse_json(raw, f"the header of {file.name}")
         # The library proves that the header covers the file exactly, without holes or overlaps.
         with safe_open(file, framework="numpy"):
             pass
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, JsonError) as error:
         raise CheckpointError(
             f"{file.name} is not a whole safetensors file ({error}); it may be truncated. "
             "Download or copy it again."
         ) from error
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
     entries = {}
     for name, info in header.items():
         if name == "__metadata__":
             continue
-        if info["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"{file.name}: {name} is {info['dtype']}; supported: {', '.join(DTYPES)}. "
-                "Quantised checkpoints are not supported; export the original."
-            )
         begin, end = (8 + length + offset for offset in info["data_offsets"])
         entries[name] = Entry(file, info["dtype"], tuple(info["shape"]), begin, end)
     return entries
+
+
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is no weight, and is left aside as transformers leaves it."""
+    return any(
+        len(shape) == axes and any(name == end or name.endswith("." + end) for end in ends)
+        for ends, axes, _ in BUFFERS
+    )
+
+
+def check_sizes(config: ModelConfig, stored: Mapping[str, Entry]) -> None:
+    """Each size of a config is one that the stored tensors can hold, by their headers alone.
+
+    A layer has tensors of its own, and every other size is part of a dimension of some tensor. So
+    damage and malice are refused before a module is made for each of a billion layers.
+
+    Args:
+        config: every integer of it a size, but for the length of a scan's chunks.
+        stored: the tensors by name.
+
+    Raises:
+        CheckpointError: naming the first size that is too large.
+    """
+    widest = max((size for entry in stored.values() for size in entry.shape), default=0)
+    for field_ in fields(config):
+        value = getattr(config, field_.name)
+        if type(value) is not int or field_.name == "chunk_size":
+            continue
+        of_layers = field_.name == "num_hidden_layers"
+        most = len(stored) if of_layers else widest
+        if value > most:
+            has = f"{most} tensors" if of_layers else f"no dimension above {most}"
+            raise CheckpointError(
+                f"config.json: {field_.name} is {value}, and the checkpoint has {has}; the config "
+                "does not belong to these weights, or some of them are missing."
+            )
 
 
 def check_weights(
@@ -179,6 +277,7 @@ def check_weights(
     weight_map: WeightMap,
     *,
     tied: Mapping[str, str] | None = None,
+    untied: Mapping[str, str] | None = None,
     unused: Iterable[str] = (),
 ) -> None:
     """Every tensor the graph needs is there with its shape; every tensor there is used once.
@@ -187,6 +286,7 @@ def check_weights(
         checkpoint: the opened folder.
         weight_map: what the graph needs.
         tied: checkpoint tensors that may repeat another one, name -> the one repeated.
+        untied: tensors that another model would share, each with the one that it shares it with.
         unused: tensors that the task leaves aside, such as the language-model head.
 
     Raises:
@@ -201,10 +301,17 @@ def check_weights(
     for part in needed.values():
         entry = checkpoint.entries.get(part.name)
         if entry is None:
+            twin = (untied or {}).get(part.name)
+            hint = (
+                f" Where the model shares it with {twin}, set tie_word_embeddings in config.json "
+                "to true; it is false there, or absent and false by default."
+                if twin in needed and twin in checkpoint.entries
+                else ""
+            )
             raise CheckpointError(
                 f"{checkpoint.path.name}: tensor {part.name} {list(part.shape)} is missing; "
                 f"{checkpoint.sizes} asks for it. Check that every shard is there and the config "
-                "belongs to these weights."
+                f"belongs to these weights.{hint}"
             )
         if entry.shape != part.shape:
             raise CheckpointError(
@@ -216,14 +323,19 @@ def check_weights(
         if name in needed or name in unused:
             continue
         if name in tied:
-            if not torch.equal(checkpoint.read(name), checkpoint.read(tied[name])):
+            entry, repeated = checkpoint.entries[name], checkpoint.entries[tied[name]]
+            if entry.shape != repeated.shape or not torch.equal(
+                checkpoint.read(name), checkpoint.read(tied[name])
+            ):
                 raise CheckpointError(
-                    f"{checkpoint.path.name}: tie_word_embeddings is true, yet {name} differs from "
-                    f"{tied[name]}. Set tie_word_embeddings to false, or remove {name}."
+                    f"{checkpoint.path.name}: tie_word_embeddings is true, yet {named(name)} "
+                    f"differs from {tied[name]}. Set tie_word_embeddings to false, or remove "
+                    f"{named(name)}."
                 )
             continue
         raise CheckpointError(
-            f"{checkpoint.path.name}: tensor {name} {list(checkpoint.entries[name].shape)} is in "
+            f"{checkpoint.path.name}: tensor {named(name)} "
+            f"{list(checkpoint.entries[name].shape)} is in "
             "the file but nothing in the graph uses it, so the export would silently drop it."
         )
 

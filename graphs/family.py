@@ -11,8 +11,10 @@ import torch
 
 from ingot.graphs.checkpoint import (
     Checkpoint,
+    Entry,
     Part,
     WeightMap,
+    check_sizes,
     check_weights,
     stack_height,
 )
@@ -37,6 +39,11 @@ def no_gain(_name: str, _config: dict[str, Any]) -> float:
     return 1.0
 
 
+def as_read(config: ModelConfig, _stored: Mapping[str, Entry]) -> ModelConfig:
+    """``Family.as_stored`` of an architecture whose config says all."""
+    return config
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture.
@@ -47,6 +54,7 @@ class Family:
         read_config: parsed ``config.json`` -> the architecture's config.
         tasks: task name -> module class, each taking that config.
         other_spelling: parameter name and shape -> the parts it may be split into on disk, or ().
+        as_stored: config and stored tensors -> the config, where the tensors decide a part of it.
         tied: tensors that repeat another where ``tie_word_embeddings`` is true.
         prefix: what the names of the bare model's tensors begin with in a whole model.
         head_tensors: tensors of the heads, which the bare model leaves aside.
@@ -64,6 +72,7 @@ class Family:
     read_config: Callable[[dict[str, Any]], ModelConfig]
     tasks: Mapping[str, type[Model]]
     other_spelling: Callable[[str, tuple[int, ...]], tuple[Part, ...]] = one_spelling
+    as_stored: Callable[[ModelConfig, Mapping[str, Entry]], ModelConfig] = as_read
     prefix: str = "model."
     tied: Mapping[str, str] = field(default_factory=dict)
     head_tensors: tuple[str, ...] = ()
@@ -74,18 +83,33 @@ class Family:
     preset_gain: Callable[[str, dict[str, Any]], float] = no_gain
 
     def build(
-        self, raw_config: dict[str, Any], task: str, dtype: torch.dtype = torch.float32
+        self,
+        raw_config: dict[str, Any],
+        task: str,
+        dtype: torch.dtype = torch.float32,
+        stored: Mapping[str, Entry] | None = None,
     ) -> Model:
         """The eager graph on the meta device: shapes and dtypes, but no weights yet.
 
+        Args:
+            raw_config: parsed ``config.json``.
+            task: one of ``tasks``.
+            dtype: of the parameters, but for ``keep_in_fp32``.
+            stored: a checkpoint's tensors, which bound the sizes before a module is made, and may
+                decide a part of the config.
+
         Raises:
-            IngotError: a task the family lacks, or a config it does not implement.
+            IngotError: a task the family lacks, a config it does not implement, or one that asks
+                for more than is stored.
         """
         if task not in self.tasks:
             raise IngotError(
                 f"{self.model_type} has no task {task!r}; it has: {', '.join(self.tasks)}."
             )
         config = self.read_config(raw_config)
+        if stored is not None:
+            check_sizes(config, stored)
+            config = self.as_stored(config, stored)
         with torch.device("meta"):
             model = self.tasks[task](config).eval()
         if dtype != torch.float32:
@@ -113,19 +137,28 @@ class Family:
                 return on_disk + name.removeprefix(in_graph)
             return name
 
+        # Of two tied tensors some programs keep one name, and not always the same.
+        twins = {on_disk + of.removeprefix(self.prefix): name for name, of in self.tied.items()}
+        tie = model.config.tie_word_embeddings
         result: dict[str, tuple[Part, ...]] = {}
         for name, parameter in model.named_parameters():
             shape = tuple(parameter.shape)
-            whole = (Part(spelled(name), shape),)
+            found_as = spelled(name)
+            if tie and found_as not in stored and twins.get(found_as) in stored:
+                found_as = twins[found_as]
+            whole = (Part(found_as, shape),)
             split = self.other_spelling(spelled(name), shape)
             found = split and any(part.name in stored for part in split)
             result[name] = split if found else whole
-        tied = {}
-        if model.config.tie_word_embeddings:
-            for name, repeated in self.tied.items():
-                tied[name] = on_disk + repeated.removeprefix(self.prefix)
+        heads = {head: embedding for embedding, head in twins.items()}
         unused = self.head_tensors if task == "features" else ()
-        check_weights(checkpoint, result, tied=tied, unused=unused)
+        check_weights(
+            checkpoint,
+            result,
+            tied=heads if tie else {},
+            untied={} if tie else {**heads, **twins},
+            unused=unused,
+        )
         return result
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ingot.graphs import mamba_ssm, names
-from ingot.plugins.errors import IngotError, shown
-from ingot.plugins.json_file import JsonError, read_json
+from ingot.plugins.errors import IngotError, named, shown
+from ingot.plugins.json_file import MOST_BYTES, JsonError, read_json
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Of config.json: a field that is far too long is refused by its name.
+MOST_CONFIG_BYTES = 32 << 20
 SUPPORTED = ", ".join((*names.FAMILIES, *names.ALIASES))
 # Weights by the name that transformers and mamba_ssm give them; then those of other tools, among
 # which a trainer leaves its own states.
@@ -144,9 +146,9 @@ def read_object(path: Path) -> dict[str, Any]:
             "and model.safetensors (or model.safetensors.index.json and its shards)."
         )
     try:
-        value = read_json(path)
+        value = read_json(path, most_bytes=MOST_CONFIG_BYTES if path.name == CONFIG else MOST_BYTES)
     except JsonError as error:
-        raise CheckpointError(f"{error}.") from error
+        raise CheckpointError(f"{error}. Download or copy it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
     return value
@@ -164,7 +166,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             raise CheckpointError(
-                f"{INDEX} places {shown(name)} in {shown(shard)}, which is no file name."
+                f"{INDEX} places {named(name)} in {shown(shard)}, which is no file name."
             )
         if Path(shard).name != shard:
             raise CheckpointError(f"{INDEX} names a shard outside the folder: {shown(shard)}.")

@@ -10,13 +10,15 @@ each group and an output projection close it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ingot.graphs.checkpoint import Entry
 from ingot.graphs.config import (
     MOST_FACTOR,
     MOST_FLOAT,
@@ -338,6 +340,14 @@ class Mamba2ForCausalLM(CausalLM):
     embeddings = "embeddings"
 
 
+def as_stored(config: ModelConfig, stored: Mapping[str, Entry]) -> ModelConfig:
+    """A norm that is stored is computed, as in transformers, which reads no ``rms_norm``."""
+    assert isinstance(config, Mamba2Config)
+    if any(name.endswith(".mixer.norm.weight") for name in stored):
+        return replace(config, rms_norm=True)
+    return config
+
+
 def draw(name: str, normal: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
     """A mixer as Mamba2 is initialised with: A from -16 to -1, time steps from 0.001 to 0.1."""
     if name.endswith(".D"):
@@ -362,6 +372,7 @@ FAMILY = Family(
     model_type="mamba2",
     hub_name="AntonV/mamba2-2.7b-hf",
     read_config=Mamba2Config.read,
+    as_stored=as_stored,
     tasks={"generate": Mamba2ForCausalLM, "features": Mamba2Model},
     prefix="backbone.",
     keep_in_fp32=("A_log", "D", "dt_bias"),

@@ -13,6 +13,9 @@ from ingot.plugins.errors import IngotError
 MOST_BYTES = 8 << 20
 # What any such file needs, and far from where a recursion over it would end.
 MOST_DEPTH = 64
+# What a file of MOST_BYTES can hold; a reader of larger ones allows longer texts, and not more of
+# what takes memory.
+MOST_VALUES = MOST_BYTES
 
 
 class JsonError(IngotError):
@@ -33,7 +36,8 @@ def read_json(path: Path, *, most_bytes: int = MOST_BYTES) -> Any:
 
     Raises:
         JsonError: it cannot be read, is no JSON, is larger than ``most_bytes``, is nested more than
-            ``MOST_DEPTH`` deep, or holds an integer of thousands of digits.
+            ``MOST_DEPTH`` deep, holds more than ``MOST_VALUES`` values, or has an integer of
+            thousands of digits.
     """
     try:
         with path.open("rb") as file:
@@ -51,6 +55,9 @@ def parse_json(raw: bytes, name: str) -> Any:
     Raises:
         JsonError: as ``read_json``.
     """
+    # Text may have such characters too, so this counts too many rather than too few.
+    if sum(map(raw.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise JsonError(f"{name} holds more than {MOST_VALUES:,} values")
     try:
         value = json.loads(raw.decode("utf-8"))
     except RecursionError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from ingot.graphs.checkpoint import (
     Part,
     assemble,
     assemble_row,
+    block_reader,
     check_weights,
     load_parameters,
 )
 from ingot.graphs.family import family_of
-from ingot.plugins.errors import shown
+from ingot.plugins.errors import IngotError, shown
 
 Tensors = dict[str, torch.Tensor]
 
@@ -354,7 +356,6 @@ def test_refuses_a_header_that_is_not_json(tmp_path: Path) -> None:
     ("dtype", "name"),
     [
         (torch.int8, "I8"),
-        (torch.float64, "F64"),
         (torch.int64, "I64"),
         (torch.uint8, "U8"),
         (torch.bool, "BOOL"),
@@ -528,6 +529,257 @@ def test_names_no_tensor_twice(tmp_path: Path) -> None:
     part = (Part("a", (2,)),)
     with pytest.raises(AssertionError, match="twice"):
         check_weights(checkpoint, {"x": part, "y": part})
+
+
+# One of two tied names, and what is no weight
+
+
+def only(weights: Tensors, keep: str) -> Tensors:
+    """Tied weights that keep one of the two names, as writers of shared tensors do."""
+    weights = dict(weights)
+    shared = weights.pop("model.embed_tokens.weight")
+    weights.pop("lm_head.weight")
+    return {**weights, keep: shared}
+
+
+@pytest.mark.parametrize("make", [write, write_sharded])
+@pytest.mark.parametrize("task", ["generate", "features"])
+def test_reads_a_tied_model_by_either_name(tmp_path: Path, task: str, make: Any) -> None:
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    folders = [
+        make(tmp_path / name, only(per_expert(), name), tie_word_embeddings=True) for name in names
+    ]
+    assert_same(*(load(folder, task)[0] for folder in folders))
+
+
+@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": False}])
+@pytest.mark.parametrize("keep", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_names_tie_word_embeddings_where_one_of_two_is_missing(
+    tmp_path: Path, keep: str, fields: dict[str, Any]
+) -> None:
+    folder = write(tmp_path, only(per_expert(), keep), **fields)
+    refused(folder, "is missing", "tie_word_embeddings", "to true", keep)
+
+
+def test_says_nothing_of_ties_where_both_are_missing(tmp_path: Path) -> None:
+    weights = only(per_expert(), "model.embed_tokens.weight")
+    del weights["model.embed_tokens.weight"]
+    with pytest.raises(CheckpointError) as caught:
+        load(write(tmp_path, weights))
+    assert "tie_word_embeddings" not in str(caught.value)
+
+
+def test_refuses_a_tied_head_without_elements(tmp_path: Path) -> None:
+    weights = {
+        **only(per_expert(), "model.embed_tokens.weight"),
+        "lm_head.weight": torch.empty(0, 16),
+    }
+    refused(write(tmp_path, weights, tie_word_embeddings=True), "differs", "lm_head.weight")
+
+
+BUFFERS: Tensors = {
+    "model.rotary_emb.inv_freq": torch.ones(4),
+    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4, dtype=torch.float64),
+    "model.layers.1.self_attn.rotary_emb.cos_cached": torch.ones(1, 1, 8, 4),
+    "model.layers.1.self_attn.rotary_emb.sin_cached": torch.ones(8, 4),
+    "model.layers.0.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+    "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+    "model.layers.0.attn.masked_bias": torch.tensor(-1e4),
+    "model.position_ids": torch.arange(8)[None],
+}
+
+
+@pytest.mark.parametrize("make", [write, write_sharded])
+def test_leaves_known_buffers_aside(tmp_path: Path, make: Any) -> None:
+    plain = load(write(tmp_path / "plain", per_expert()))[0]
+    loaded, checkpoint = load(make(tmp_path / "old", {**per_expert(), **BUFFERS}))
+    assert_same(loaded, plain)
+    assert not checkpoint.entries.keys() & BUFFERS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        # Each of the name of a buffer, but of the shape of a weight.
+        ("model.layers.0.self_attn.bias", (16,)),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", (4, 4)),
+        ("model.layers.0.self_attn.q_proj.bias", (16,)),
+        ("model.layers.0.self_attn.xrotary_emb.inv_freq", (4,)),
+        ("position_ids", (8,)),
+    ],
+)
+def test_refuses_what_only_looks_like_a_buffer(
+    tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    refused(write(tmp_path, {**per_expert(), name: torch.ones(shape)}), name, "silently drop")
+
+
+# Weights in float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rounds_float64_to_float32_and_from_there(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weights = {
+        name: torch.randn(w.shape, dtype=torch.float64) for name, w in fused(per_expert()).items()
+    }
+    loaded, checkpoint = load(write(tmp_path, weights), dtype=dtype)
+    for name, weight in loaded.items():
+        assert checkpoint.read(name).dtype == torch.float64
+        assert torch.equal(weight, weights[name].float().to(dtype)), name
+
+
+def test_rounds_float64_of_one_expert_alike(tmp_path: Path) -> None:
+    weights = {name: weight.double() + 2**-40 for name, weight in per_expert().items()}
+    for folder, held in (("a", weights), ("b", fused(weights))):
+        loaded, checkpoint = load(write(tmp_path / folder, held))
+        family = family_of(checkpoint)
+        model = family.build(checkpoint.config, "generate")
+        read = block_reader(checkpoint, family.weight_map(model, checkpoint, "generate"), model)
+        name = "model.layers.1.mlp.experts.gate_up_proj"
+        assert torch.equal(read(name, 2), loaded[name][2])
+        assert torch.equal(loaded[name], fused(weights)[name].float())
+
+
+def test_refuses_what_float64_alone_holds(tmp_path: Path) -> None:
+    weights = per_expert()
+    weights["model.norm.weight"] = torch.ones(16, dtype=torch.float64)
+    weights["model.norm.weight"][3] = -1e39
+    refused(write(tmp_path, weights), "model.norm.weight", "[3]", "-1e+39", "finite in float32")
+
+
+def test_digest_of_float64_is_of_its_own_bytes(tmp_path: Path) -> None:
+    one = torch.ones(4, dtype=torch.float64)
+    digests = {
+        read_all(write(tmp_path / "a", {"x": one})),
+        read_all(write(tmp_path / "b", {"x": one + 2**-50})),
+        read_all(write(tmp_path / "c", {"x": one.float()})),
+    }
+    assert len(digests) == 3
+
+
+# Bounds before any module is made
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 1000),
+        ("num_experts", 10**9),
+        ("num_experts", 60_000),
+        ("hidden_size", 10**18),
+        ("intermediate_size", 2**21),
+        ("vocab_size", 2**63),
+        ("vocab_size", 10**400),
+        ("num_attention_heads", 2**31),
+        ("max_position_embeddings", 10**18),
+    ],
+)
+def test_refuses_sizes_that_nothing_stored_can_have_at_once(
+    tmp_path: Path, name: str, value: int, stored: bool
+) -> None:
+    folder = write(tmp_path, per_expert(), **{name: value})
+    checkpoint = Checkpoint.open(folder)
+    if not stored and value < 10**6:
+        return  # the tensors alone can tell
+    began = time.process_time()
+    with pytest.raises(IngotError) as caught:
+        family_of(checkpoint).build(
+            checkpoint.config, "generate", stored=checkpoint.entries if stored else None
+        )
+    assert name in str(caught.value) and len(str(caught.value)) < 300
+    assert time.process_time() - began < 0.5
+
+
+def test_says_what_is_stored_of_layers_and_of_sizes(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write(tmp_path, per_expert()))
+    family = family_of(checkpoint)
+    count = len(checkpoint.entries)
+    for fields, said in (
+        ({"num_hidden_layers": count + 1}, f"num_hidden_layers is {count + 1}.* {count} tensors"),
+        ({"vocab_size": 49}, "vocab_size is 49.* no dimension above 48"),
+        ({"intermediate_size": 49}, "intermediate_size is 49.* no dimension above 48"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            family.build({**checkpoint.config, **fields}, "generate", stored=checkpoint.entries)
+
+
+# What is quoted, and how it is read
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"zzz": "A" * 300_000},
+        {"z" * 300_000: 1},
+        {"hidden_act": "A" * 300_000},
+        {"model_type": "A" * 300_000},
+        {"num_experts": "A" * 300_000},
+        {"quantization_config": {"quant_method": "A" * 300_000}},
+        {"rope_scaling": {"type": "A" * 300_000}},
+        {"rope_scaling": {"type": "linear", "factor": ["A" * 300_000]}},
+        {"num_local_experts": 10**3000},
+        {"eos_token_id": [[1]] * 100_000},
+    ],
+    ids=lambda fields: next(iter(fields))[:20],
+)
+def test_quotes_no_more_than_a_line(tmp_path: Path, fields: dict[str, Any]) -> None:
+    with pytest.raises(IngotError) as caught:
+        load(write(tmp_path, per_expert(), **fields))
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("config.json", "[" * 100_000 + "]" * 100_000),
+        ("config.json", '{"vocab_size": 1' + "0" * 5000 + "}"),
+        ("config.json", '{"a":' * 100 + "1" + "}" * 100),
+        ("config.json", "\ufeff{}"),
+        ("config.json", "[" + "[],[]," * 3_000_000 + "1]"),
+        ("model.safetensors.index.json", '{"weight_map":' + "[" * 100_000 + "]" * 100_000 + "}"),
+        ("model.safetensors.index.json", '{"weight_map":{}, "n": 1' + "0" * 5000 + "}"),
+        ("model.safetensors.index.json", '{"weight_map":"' + "A" * (9 << 20) + '"}'),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_refuses_json_that_nobody_needs(tmp_path: Path, file: str, text: str) -> None:
+    folder = write_sharded(tmp_path, per_expert())
+    (folder / file).write_text(text, encoding="utf-8")
+    refused(folder, file, "again")
+
+
+def test_refuses_a_deep_or_long_header(tmp_path: Path) -> None:
+    folder = write(tmp_path, per_expert())
+    for text in (b'{"a":' + b"[" * 9000 + b"]" * 9000 + b"}", b" " * (9 << 20)):
+        content = len(text).to_bytes(8, "little") + text
+        (folder / "model.safetensors").write_bytes(content)
+        refused(folder, "model.safetensors", "not a whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("fields", "method"),
+    [
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
+        ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"format": "pack-quantized"}}, "pack-quantized"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "unknown"),
+        ({"quantization_config": "mxfp4"}, "mxfp4"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_names_the_method_of_a_quantised_checkpoint(
+    tmp_path: Path, fields: dict[str, Any], method: str, dtype: torch.dtype
+) -> None:
+    weights = per_expert()
+    weights["model.layers.0.self_attn.q_proj.weight"] = torch.ones(16, 16).to(dtype)
+    folder = write(tmp_path, weights, **fields)
+    with pytest.raises(IngotError) as caught:
+        load(folder)
+    assert next(iter(fields)) in str(caught.value) and method in str(caught.value)
 
 
 # Reading

@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Mamba2ForCausalLM, 
 from transformers import Mamba2Config as OracleConfig
 
 from ingot.export.ingot import Manifest, TensorInfo
-from ingot.graphs.checkpoint import Checkpoint, CheckpointError, load_parameters
+from ingot.graphs.checkpoint import Checkpoint, load_parameters
 from ingot.graphs.config import ConfigError
 from ingot.graphs.layers import Step
 from ingot.graphs.mamba2 import FAMILY, Mamba2Config
@@ -658,7 +658,7 @@ def test_absent_fields_take_transformers_defaults() -> None:
         ({"conv_kernel": 1}, "conv_kernel is 1; it must be at least 2"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
-        ({"use_mambapy": True}, "use_mambapy is True"),
+        ({"use_mlp": True}, "use_mlp is True"),
         ({"sliding_window": 4096}, "sliding_window is 4096"),
     ],
 )
@@ -758,11 +758,18 @@ def test_reads_the_weights_that_transformers_writes(
     assert relative_rms(oracle(torch.from_numpy(ids))[0].numpy(), found) < LIMIT
 
 
-def test_refuses_a_norm_that_rms_norm_false_does_not_use(make_checkpoint: MakeCheckpoint) -> None:
+def test_computes_a_norm_that_is_stored_whatever_rms_norm_says_as_transformers_does(
+    make_checkpoint: MakeCheckpoint,
+) -> None:
     folder = make_checkpoint("mamba2")
     _edit_config(folder, {"rms_norm": False})
-    with pytest.raises(CheckpointError, match=r"mixer\.norm\.weight .* nothing in the graph uses"):
-        EagerSession(Checkpoint.open(folder), "generate")
+    ids = np.random.default_rng(2).integers(0, 512, (2, 11))
+    oracle: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = oracle(torch.from_numpy(ids)).logits.numpy()
+    session = EagerSession(Checkpoint.open(folder), "generate")
+    session.reset(*ids.shape)
+    assert relative_rms(expected, session.step(ids, np.ones_like(ids))) < LIMIT
 
 
 # Presets

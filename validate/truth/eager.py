@@ -47,7 +47,7 @@ class EagerSession:
         advance: Callable[[int], None] = lambda _bytes: None,
     ) -> None:
         family = family_of(checkpoint)
-        self.model = family.build(checkpoint.config, task, precision)
+        self.model = family.build(checkpoint.config, task, precision, checkpoint.entries)
         self.precision = precision
         weight_map = family.weight_map(self.model, checkpoint, task)
         size = parameter_bytes(self.model)

@@ -69,7 +69,9 @@ class Reference:
         self.task = task
         self.precision = precision
         self.cache = cache
-        self._model = family_of(checkpoint).build(checkpoint.config, task)
+        self._model = family_of(checkpoint).build(
+            checkpoint.config, task, stored=checkpoint.entries
+        )
         self._sessions: dict[torch.dtype, EagerSession] = {}
         facts = self._model.config.facts
         self.chunk_size = facts.chunk_size
