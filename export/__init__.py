@@ -14,7 +14,7 @@ __all__ = ["export"]
 
 
 def __getattr__(name: str) -> Any:
-    # At its first use, since it imports PyTorch; a session needs only the manifest of this folder.
+    # At its first use; a session needs only the manifest of this folder.
     if name != "export":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ingot.export.api import export

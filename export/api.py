@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ingot.export.build import Result, build
+from ingot.export.early import check_request, find_source
 from ingot.export.ingot import TARGETS, Target
 from ingot.export.progress import Stages
 from ingot.export.request import (
@@ -28,7 +28,12 @@ from ingot.export.request import (
     Preset,
     Task,
 )
-from ingot.graphs.checkpoint import Checkpoint
+from ingot.graphs.names import nearest
+from ingot.plugins.errors import shown
+
+if TYPE_CHECKING:
+    from ingot.export.build import Result
+    from ingot.graphs.checkpoint import Checkpoint
 
 
 def export(
@@ -93,8 +98,12 @@ def export(
         *(("extra output", output, EXTRA_OUTPUTS) for output in extra_outputs),
     ):
         if value not in known:
-            names = ", ".join(filter(None, known))
-            raise ExportError(f"{value!r} is no {name}; give one of: {names}.")
+            names = tuple(filter(None, known))
+            meant = nearest(str(value), names)
+            raise ExportError(
+                f"{shown(value)} is no {name}; give one of: {', '.join(names)}."
+                f"{f' Did you mean {meant}?' if meant else ''}"
+            )
     request = ExportRequest(
         model=str(model),
         target=target,
@@ -110,15 +119,22 @@ def export(
         limits=Limits(max_batch, max_seq, opt_seq),
         embed_plugins=embed_plugins,
     )
-    return build(request, stages or Stages(), _compare if validate else None)
+    stages = stages or Stages()
+    check_request(request)
+    source = find_source(request)
+    with stages.stage("load PyTorch and the exporter"):
+        # Here: what is refused above needs none of it, and answers at once.
+        from ingot.export.build import build
+    return build(request, stages, _compare if validate else None, source=source)
 
 
 def _compare(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str, Any]:
     """What ``ingot.json`` says of the comparison of a staged ingot with eager PyTorch."""
     # Here: an export that compares nothing needs no ONNX Runtime.
     from ingot.export.ingot import REPORT, Manifest
+    from ingot.validate.early import cannot_compare
     from ingot.validate.report.files import write_json
-    from ingot.validate.run import cannot_compare, examine
+    from ingot.validate.run import examine
     from ingot.validate.truth.cache import default_cache
     from ingot.validate.truth.reference import Reference
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ingot.export.early import check_request
 from ingot.export.eligibility import eligibility, require
 from ingot.export.engine import make_engine, plan_engine, profiles, trtexec_options
 from ingot.export.generation import read_generation
@@ -20,16 +21,16 @@ from ingot.export.ingot import (
     TRTEXEC,
     WEIGHTS,
     Manifest,
-    check_destination,
     file_infos,
 )
 from ingot.export.manifest import make_manifest
 from ingot.export.progress import Stages
-from ingot.export.request import PRECISIONS, ExportError, ExportRequest
+from ingot.export.request import PRECISIONS, ExportRequest
 from ingot.export.source import check_space, open_checkpoint
 from ingot.export.write_weights import weight_bytes, write_weights
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import parameter_bytes
+from ingot.graphs.hub import Source
 from ingot.plugins.links import require_inside
 from ingot.plugins.whole import keep_apart, staged
 
@@ -64,6 +65,7 @@ def build(
     validate: Validate | None,
     *,
     capture: Capture | None = None,
+    source: Source | None = None,
 ) -> Result:
     """Export, validate and put the ingot in place.
 
@@ -72,20 +74,15 @@ def build(
         stages: shows and measures the steps.
         validate: runs before the folder appears; None skips it and says so in ``ingot.json``.
         capture: traces the eager graph, ``export.capture.capture`` by default.
+        source: where the checkpoint is, by ``find_source``, where it has looked already.
 
     Raises:
         IngotError: anything wrong with the request, the checkpoint or the destination; nothing is
             left at ``request.out`` that was not there before.
     """
-    # A folder is known before anything is read; what a name stands for, once it is found.
-    check_destination(request.out, request.overwrite, Path(request.model))
-    if request.precision != "fp32" and not request.for_tensorrt:
-        raise ExportError(
-            f"--precision {request.precision} goes with a TensorRT target; {request.target} ingots "
-            "are float32."
-        )
+    check_request(request)
     builder = plan_engine(request) if request.for_tensorrt else None
-    checkpoint = open_checkpoint(request, stages)
+    checkpoint = open_checkpoint(request, stages, source)
     keep_apart(request.out, checkpoint.path)
     _check_links(checkpoint.path)
     precision = PRECISIONS[request.precision]

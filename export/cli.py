@@ -134,9 +134,9 @@ def export_command(
     name = Path(model).name + (f"-{preset}" if preset else "")
     folder = out or Path(f"{name}-{target}")
     stages = RichStages()
-    with stages.stage("load PyTorch and the exporter"):
-        from ingot.export.api import export
-        from ingot.export.summary import print_summary
+    from ingot.export.api import export
+    from ingot.export.summary import print_summary
+
     result = export(
         model,
         folder,

@@ -6,7 +6,7 @@ here: what one of them did otherwise would look like a fault of the ingot.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +41,19 @@ LOWERINGS: dict[tuple[str, str], Lowering | None] = {
     ("trt", ""): Lowering("TensorRT", lower_trt),
     ("trt-rtx", ""): Lowering("TensorRT", lower_trt),
 }
+
+
+def check_outputs(family: Family, extra_outputs: Iterable[str]) -> None:
+    """Refuse an output that a family does not have.
+
+    Raises:
+        ExportError: naming it, and those there are.
+    """
+    for name in extra_outputs:
+        if name not in family.extra_outputs:
+            raise ExportError(
+                f"{family.model_type} has no {name}; it has: {', '.join(family.extra_outputs)}."
+            )
 
 
 class Opened(NamedTuple):
@@ -86,11 +99,7 @@ class Recipe:
                 does not have, or tensors that are missing, extra or misshapen.
         """
         family = family_of(checkpoint)
-        for name in self.extra_outputs:
-            if name not in family.extra_outputs:
-                raise ExportError(
-                    f"{family.model_type} has no {name}; it has: {', '.join(family.extra_outputs)}."
-                )
+        check_outputs(family, self.extra_outputs)
         model = family.build(checkpoint.config, self.task, self.dtype, checkpoint.entries)
         weight_map = family.weight_map(model, checkpoint, self.task)
         return Opened(family, model, block_reader(checkpoint, weight_map, model))

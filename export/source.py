@@ -8,24 +8,33 @@ from pathlib import Path
 
 import torch
 
+from ingot.export.early import find_source
+from ingot.export.graph import check_outputs
 from ingot.export.progress import Stages
 from ingot.export.request import ExportError, ExportRequest
-from ingot.graphs import names
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import find_family
-from ingot.graphs.hub import resolve
+from ingot.graphs.folder import Folder
+from ingot.graphs.hub import Source, find
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.plugins.json_file import read_json
 from ingot.plugins.whole import TakenError, staged
 
 
-def open_checkpoint(request: ExportRequest, stages: Stages) -> Checkpoint:
+def open_checkpoint(
+    request: ExportRequest, stages: Stages, source: Source | None = None
+) -> Checkpoint:
     """The checkpoint to export: found, downloaded, or made from a preset beside the destination.
+
+    Args:
+        request: what to export.
+        stages: shows the steps.
+        source: by ``find_source``, where it has looked already.
 
     Raises:
         IngotError: none that the request fits, or no room to make one.
     """
-    return Checkpoint.open(_folder(request, stages))
+    return Checkpoint.open(_folder(request, stages, source))
 
 
 def check_space(path: Path, needed: int) -> None:
@@ -46,22 +55,13 @@ def check_space(path: Path, needed: int) -> None:
         )
 
 
-def _folder(request: ExportRequest, stages: Stages) -> Path:
-    if request.model not in names.FAMILIES:
-        if request.preset is not None:
-            raise ExportError(
-                f"--preset goes with a family name ({', '.join(names.FAMILIES)}), not "
-                f"{request.model!r}."
-            )
-        return resolve(request.model, request.revision)
+def _folder(request: ExportRequest, stages: Stages, source: Source | None) -> Path:
+    source = source or find_source(request)
+    if source is not None:
+        return _fetched(source, request)
     family = find_family(request.model)
-    if Path(request.model).is_dir():
-        raise ExportError(
-            f"{request.model!r} is a family name and also a folder here; write ./{request.model} "
-            "for the folder."
-        )
     if request.preset is None:
-        return resolve(family.hub_name, request.revision)
+        return _fetched(find(family.hub_name, request.revision), request)
     config = preset_config(family, request.preset)
     dtype = torch.bfloat16 if request.preset == "full" else torch.float32
     # One model of the preset serves both tasks without a head of their own.
@@ -87,3 +87,13 @@ def _folder(request: ExportRequest, stages: Stages) -> Path:
             made, family, config, task=task, dtype=dtype, seed=request.seed, advance=advance
         )
     return folder
+
+
+def _fetched(source: Source, request: ExportRequest) -> Path:
+    """The folder of a source; gigabytes are downloaded only where the config can be exported."""
+    if source.hub_name is not None:
+        folder = Folder.read(source.folder)
+        family = find_family(folder.family)
+        check_outputs(family, request.extra_outputs)
+        family.build(folder.config, request.task)
+    return source.fetch()

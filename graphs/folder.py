@@ -64,7 +64,7 @@ class Folder:
             IngotError: no folder or config, or one that is no JSON object or of another kind of
                 layout than its fields say.
         """
-        if not path.is_dir():
+        if not is_folder(path):
             raise CheckpointError(f"{path} is not a folder; give a Hugging Face checkpoint folder.")
         config = read_object(path / CONFIG)
         if mamba_ssm.wrote(config):
@@ -105,6 +105,14 @@ class Folder:
                 or f"{self.path} has neither {SINGLE} nor {INDEX}."
             )
         return read_weight_map(self.path / INDEX)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder is there; a name that no file system takes is none, nor is an empty one."""
+    try:
+        return bool(str(path)) and Path(path).is_dir()
+    except OSError:
+        return False
 
 
 def model_type_of(config: dict[str, Any]) -> str:

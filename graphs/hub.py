@@ -3,17 +3,94 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
-from ingot.graphs.checkpoint import CheckpointError
+from ingot.graphs.folder import (
+    INDEX,
+    SINGLE,
+    CheckpointError,
+    Folder,
+    is_folder,
+    pickles,
+    read_weight_map,
+)
+from ingot.graphs.names import FAMILIES, nearest
+from ingot.plugins.errors import shown
 
-# Weights, configuration and tokenizer; never pickles, never code.
-PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "vocab.txt", "merges.txt")
-HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+# Configuration and tokenizer, which come before any weight; never pickles, never code.
+PATTERNS = ("*.json", "*.model", "*.jinja", "vocab.txt", "merges.txt")
+# Folders of a repository hold the same weights for other programs.
+ELSEWHERE = "*/*"
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
+# A branch, tag, commit or pull request (refs/pr/1): a path of names, none of them hidden.
+REVISION = re.compile(r"[A-Za-z0-9_][\w.+@=-]*(/[A-Za-z0-9_][\w.+@=-]*)*\Z", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 OFFLINE = (
     "Without a network: give the path of a checkpoint folder, a hub name that is already in the "
     "Hugging Face cache, or a family name with --preset tiny for seeded random weights."
 )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was found; one on the hub has no weights here yet.
+
+    Attributes:
+        folder: the local folder, with all but the weights.
+        hub_name: ``org/name`` where the weights are; None where they are in the folder.
+    """
+
+    folder: Path
+    hub_name: str | None = None
+
+    def fetch(self) -> Path:
+        """The folder with its weights: those that are read of it, each once.
+
+        Raises:
+            CheckpointError: no weights of a kind that is read, or no network.
+        """
+        if self.hub_name is None or self._has_weights():
+            return self.folder
+        name, commit = self.hub_name, self.folder.name
+        import huggingface_hub as hub
+
+        with _hub_errors(name, commit):
+            files = list(hub.HfApi().list_repo_files(name, revision=commit))
+        _download(name, commit, tuple(map(escape, self._weights(files))))
+        return self.folder
+
+    def _has_weights(self) -> bool:
+        """Whether an earlier download left them in the cache."""
+        if (self.folder / SINGLE).is_file():
+            return True
+        if not (self.folder / INDEX).is_file():
+            return False
+        shards = set(read_weight_map(self.folder / INDEX).values())
+        return all((self.folder / shard).is_file() for shard in shards)
+
+    def _weights(self, files: list[str]) -> list[str]:
+        """Which of the repository's files hold the weights, in the order they are looked for."""
+        if SINGLE in files:
+            return [SINGLE]
+        if INDEX not in files:
+            top = sorted(file for file in files if "/" not in file)
+            layout = Folder.read(self.folder).layout
+            raise CheckpointError(
+                pickles(top, str(self.hub_name), layout)
+                or f"{self.hub_name} has neither {SINGLE} nor {INDEX} on the hub."
+            )
+        shards = sorted(set(read_weight_map(self.folder / INDEX).values()))
+        for shard in shards:
+            if shard not in files or not shard.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{self.hub_name}: {INDEX} names {shown(shard)}, which is no safetensors file "
+                    "of that repository; its upload may be unfinished."
+                )
+        return shards
 
 
 def describe(folder: Path) -> dict[str, str | None]:
@@ -24,8 +101,8 @@ def describe(folder: Path) -> dict[str, str | None]:
     return {"checkpoint": folder.resolve().name, "revision": None}
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
-    """The local folder of ``model``.
+def find(model: str, revision: str | None = None) -> Source:
+    """Where ``model`` is; of one on the hub, all but the weights is downloaded.
 
     Args:
         model: a folder, or ``org/name`` on the hub (downloaded with huggingface_hub's own
@@ -35,30 +112,84 @@ def resolve(model: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: no such folder, hub name, revision or network.
     """
-    if Path(model).is_dir():
-        return Path(model)
+    if is_folder(model):
+        return Source(Path(model))
     if not HUB_NAME.match(model):
+        meant = nearest(model, FAMILIES)
         raise CheckpointError(
-            f"{model!r} is neither a folder, nor a family name, nor org/name on the hub."
+            f"{shown(model)} is neither a folder, nor a family name ({', '.join(FAMILIES)}), nor "
+            f"org/name on the hub{f'; did you mean {meant}?' if meant else '.'}"
         )
+    # It becomes part of paths in the client's cache.
+    if revision is not None and not (REVISION.match(revision) and ".." not in revision):
+        raise CheckpointError(
+            f"{shown(revision)} is no revision; give a branch, a tag or a commit of {model}."
+        )
+    folder = _download(model, revision, PATTERNS)
+    if not COMMIT.match(folder.name):
+        raise CheckpointError(
+            f"the hub calls the commit of {model} {shown(folder.name)}, which is none; look whom "
+            "HF_ENDPOINT names."
+        )
+    return Source(folder, model)
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """The local folder of ``model``, with its weights; see ``find``."""
+    return find(model, revision).fetch()
+
+
+def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """The client's folder of one commit, with the files at the top of it that fit a pattern."""
     import huggingface_hub as hub
+
+    with _hub_errors(name, revision):
+        return Path(
+            hub.snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=[ELSEWHERE],
+            )
+        )
+
+
+@contextmanager
+def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """The client's errors as sentences."""
     from huggingface_hub import errors
 
     try:
-        return Path(hub.snapshot_download(model, revision=revision, allow_patterns=list(PATTERNS)))
+        yield
     except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{model} has no revision {revision!r} on the hub.") from error
+        raise CheckpointError(f"{name} has no revision {shown(revision)} on the hub.") from error
     except errors.GatedRepoError as error:
         raise CheckpointError(
-            f"{model} is gated on the hub: accept its terms there, then run `hf auth login`."
+            f"{name} is gated on the hub: accept its terms there, then run `hf auth login`."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"there is no folder {model}, and no public model of that name on the hub."
+            f"there is no folder {name}, and no public model of that name on the hub."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise _unreached(name, error) from error
+    except ValueError as error:
+        # Of a name, an answer or a file's name in it, that the client does not take.
+        raise CheckpointError(
+            f"there is no folder {name}, and the hub's client refused the name or what the hub "
+            f"answered ({_reason(error)}). {OFFLINE}"
         ) from error
     # The client's transport errors derive from no class of huggingface_hub's own.
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"there is no folder {model}, and the hub could not be reached ({reason[0]}). {OFFLINE}"
-        ) from error
+        raise _unreached(name, error) from error
+
+
+def _unreached(name: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"there is no folder {name}, and the hub could not be reached ({_reason(error)}). {OFFLINE}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

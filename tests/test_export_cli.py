@@ -102,7 +102,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         f"{WRONG} has shape [33]; config.json makes it [32]",
     ),
     "truncated": (_truncate, "model.safetensors is not a whole safetensors file"),
-    "another family": (lambda f: _edit_config(f, model_type="llama"), "model_type is 'llama'"),
+    "another family": (lambda f: _edit_config(f, model_type="mixtral"), "model_type is 'mixtral'"),
     "a NaN": (
         lambda f: _edit_weights(f, lambda w: w["lm_head.weight"][3].fill_(torch.nan)),
         "lm_head.weight holds a nan at index [3, 0]",

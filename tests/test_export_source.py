@@ -13,6 +13,7 @@ from ingot.export.progress import Stages
 from ingot.export.request import ExportError, ExportRequest
 from ingot.export.source import check_space, open_checkpoint
 from ingot.graphs.family import find_family
+from ingot.graphs.hub import Source
 
 
 def _opened(model: str, out: Path, **request: Any) -> Path:
@@ -40,11 +41,11 @@ def test_takes_a_family_s_released_model_without_a_preset(
 ) -> None:
     asked = []
 
-    def resolve(model: str, revision: str | None) -> Path:
+    def find(model: str, revision: str | None) -> Source:
         asked.append((model, revision))
-        return tiny
+        return Source(tiny)
 
-    monkeypatch.setattr("ingot.export.source.resolve", resolve)
+    monkeypatch.setattr("ingot.export.source.find", find)
     assert _opened("olmoe", tmp_path / "out", revision="v1") == tiny
     assert asked == [(find_family("olmoe").hub_name, "v1")]
 

@@ -22,9 +22,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_export_early import run_commands
 
-from ingot.graphs.checkpoint import CheckpointError
-from ingot.graphs.hub import PATTERNS, resolve
+from ingot.graphs.family import find_family
+from ingot.graphs.folder import CheckpointError
+from ingot.graphs.hub import PATTERNS, REVISION, resolve
+from ingot.graphs.preset import preset_config
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -33,7 +36,7 @@ WAYS = ("the path of a checkpoint folder", "Hugging Face cache", "--preset tiny"
 
 LOOK_UP = """
 import json, sys
-from ingot.graphs.checkpoint import CheckpointError
+from ingot.graphs.folder import CheckpointError
 from ingot.graphs.hub import resolve
 for model, revision in json.loads(sys.argv[1]):
     try:
@@ -93,6 +96,7 @@ def fill_cache(cache: Path, name: str) -> Path:
     snapshot = repository / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors").write_bytes(b"weights")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     return snapshot
@@ -115,7 +119,18 @@ def test_resolves_a_folder_that_looks_like_a_hub_name(
 
 @pytest.mark.parametrize(
     "model",
-    ["no such model", "/no/such/folder", "olmo", "a/b/c", "../a/b", "org/", "/name", "org/na me"],
+    [
+        "no such model",
+        "/no/such/folder",
+        "olmo",
+        "a/b/c",
+        "../a/b",
+        "org/",
+        "/name",
+        "org/na me",
+        "org/name\n",
+        "",
+    ],
 )
 def test_refuses_what_is_neither_a_folder_nor_a_hub_name(model: str) -> None:
     with pytest.raises(CheckpointError) as caught:
@@ -183,22 +198,65 @@ def test_unreachable_hub_is_told_quickly_and_the_cache_used(tmp_path: Path) -> N
 
 @dataclass
 class Hub:
-    """A hub of one public and one gated model, and what was asked of it."""
+    """A hub of public models and a gated one, and what was asked of it."""
 
     endpoint: str
     asked: list[str] = field(default_factory=list)
 
+    def files(self, model: str) -> list[str]:
+        """The files of a model that were asked for, in that order, each as often."""
+        start = f"/{model}/resolve/{COMMIT}/"
+        return [path.removeprefix(start) for path in self.asked if path.startswith(start)]
 
+
+def index(*shards: str) -> bytes:
+    return json.dumps({"weight_map": {f"w{n}": shard for n, shard in enumerate(shards)}}).encode()
+
+
+INDEX = "model.safetensors.index.json"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 FILES = {
     "config.json": b"{}",
     "model.safetensors": b"weights",
     "tokenizer.model": b"pieces",
     "chat_template.jinja": b"template",
+    # What other programs read of the same model.
     "pytorch_model.bin": b"pickle",
     "consolidated.00.pth": b"pickle",
+    "consolidated.safetensors": b"weights",
+    "model.fp16.safetensors": b"weights",
     "original/model.pt": b"pickle",
+    "original/params.json": b"{}",
+    "onnx/model.safetensors": b"weights",
+    "onnx/config.json": b"{}",
     "modeling_olmoe.py": b"code",
     "README.md": b"words",
+}
+SHARDED = {
+    **{name: data for name, data in FILES.items() if name != "model.safetensors"},
+    INDEX: index(*SHARDS, SHARDS[0]),
+    **dict.fromkeys((*SHARDS, "model-00003-of-00003.safetensors"), b"weights"),
+}
+OLMOE = json.dumps(preset_config(find_family("olmoe"), "tiny")).encode()
+REPOSITORIES = {
+    "org/model": FILES,
+    "org/sharded": SHARDED,
+    "org/both": {**SHARDED, "model.safetensors": b"weights"},
+    "org/escaped": {**SHARDED, INDEX: index("model-0000?-of-00002.safetensors")},
+    "org/unfinished": {**SHARDED, INDEX: index(SHARDS[0], "model-00009.safetensors")},
+    "org/outside": {**SHARDED, INDEX: index(SHARDS[0], "onnx/model.safetensors")},
+    "org/pickles": {
+        "config.json": json.dumps({"d_model": 64, "ssm_cfg": {"layer": "Mamba2"}}).encode(),
+        "pytorch_model.bin": b"pickle",
+        "training_args.bin": b"pickle",
+    },
+    "org/none": {"config.json": b"{}", "README.md": b"words"},
+    "org/granitemoe": {**FILES, "config.json": b'{"model_type": "granitemoe"}'},
+    "org/softcapped": {
+        **FILES,
+        "config.json": OLMOE[:-1] + b', "attn_logit_softcapping": 30.0}',
+    },
+    "org/olmoe": {**FILES, "config.json": OLMOE},
 }
 
 
@@ -216,24 +274,29 @@ def hub() -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
-            state.asked.append(path)
+            if self.command == "GET":
+                state.asked.append(path)
+            model = "/".join(path.removeprefix("/api/models").split("/")[1:3])
+            files = REPOSITORIES.get(model, {})
+            # Each name with one name a file, as a hash of its content is.
             tree = [
                 {"type": "file", "path": name, "size": len(data), "oid": f"{index:040x}"}
-                for index, (name, data) in enumerate(FILES.items())
+                for index, (name, data) in enumerate(files.items())
             ]
+            commit = "../../../x" if "org/hostile" in path else COMMIT
             if "org/gated" in path:
                 self.answer(403, b"{}", X_Error_Code="GatedRepo")
-            elif "org/model" not in path:
+            elif model not in REPOSITORIES and model != "org/hostile":
                 self.answer(404, b"{}", X_Error_Code="RepoNotFound")
-            elif path in ("/api/models/org/model", "/api/models/org/model/revision/main"):
-                info = {"id": "org/model", "sha": COMMIT, "siblings": []}
+            elif path in (f"/api/models/{model}", f"/api/models/{model}/revision/main"):
+                info = {"id": model, "sha": commit, "siblings": []}
                 self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
-            elif path == f"/api/models/org/model/tree/{COMMIT}":
+            elif path.startswith(f"/api/models/{model}/tree/"):
                 self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
-            elif path.startswith(f"/org/model/resolve/{COMMIT}/"):
-                name = path.removeprefix(f"/org/model/resolve/{COMMIT}/")
-                tag = f'"{list(FILES).index(name):040x}"'
-                self.answer(200, FILES[name], ETag=tag, X_Repo_Commit=COMMIT)
+            elif path.startswith(f"/{model}/resolve/{COMMIT}/"):
+                name = path.removeprefix(f"/{model}/resolve/{COMMIT}/")
+                tag = f'"{list(files).index(name):040x}"'
+                self.answer(200, files[name], ETag=tag, X_Repo_Commit=COMMIT)
             else:
                 self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
 
@@ -259,10 +322,82 @@ def test_downloads_weights_and_tokenizer_but_neither_pickles_nor_code(
     got = {file.name: file.read_bytes() for file in Path(path).rglob("*") if file.is_file()}
     wanted = ("config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja")
     assert got == {name: FILES[name] for name in wanted}
-    asked = [name for name in FILES if any(path.endswith("/" + name) for path in hub.asked)]
-    assert asked == list(wanted)
+    # Each once, the weights last.
+    asked = hub.files("org/model")
+    assert sorted(asked) == sorted(wanted)
+    assert asked[-1] == "model.safetensors"
     # And from then on, without the hub.
     assert look_up(tmp_path, "org/model", HF_HUB_OFFLINE="1") == [("found", path)]
+
+
+def test_downloads_the_weights_that_are_read_and_each_once(tmp_path: Path, hub: Hub) -> None:
+    names = ("org/sharded", "org/both", "org/sharded")
+    outcomes = look_up(tmp_path, *names, HF_ENDPOINT=hub.endpoint)
+    assert [outcome for outcome, _ in outcomes] == ["found"] * 3
+    small = {"config.json", "tokenizer.model", "chat_template.jinja", INDEX}
+    assert sorted(hub.files("org/sharded")) == sorted((*small, *SHARDS))
+    assert sorted(hub.files("org/both")) == sorted((*small, "model.safetensors"))
+
+
+def test_refuses_a_repository_without_whole_weights_and_downloads_none(
+    tmp_path: Path, hub: Hub
+) -> None:
+    expected = {
+        "org/unfinished": ("model-00009.safetensors", "no safetensors file of that repository"),
+        "org/escaped": ("model-0000?-of-00002.safetensors", "no safetensors file"),
+        "org/outside": ("outside the folder", "onnx/model.safetensors"),
+        "org/none": ("neither model.safetensors nor model.safetensors.index.json",),
+        "org/pickles": (
+            "pickle weights only",
+            "in the layout of mamba_ssm",
+            "hf download org/pickles --local-dir pickles && python -c",
+            "pickles pytorch_model.bin",
+        ),
+    }
+    told = look_up(tmp_path, *expected, HF_ENDPOINT=hub.endpoint)
+    for model, (outcome, message) in zip(expected, told, strict=True):
+        assert outcome == "refused"
+        assert all(part in message for part in expected[model]), message
+        assert not [name for name in hub.files(model) if not name.endswith((".json", ".jinja"))
+                    and name != "tokenizer.model"]  # fmt: skip
+
+
+def test_an_export_refuses_a_config_before_it_downloads_weights(tmp_path: Path, hub: Hub) -> None:
+    expected = {
+        ("org/granitemoe",): (False, "nearest is granite"),
+        ("org/softcapped",): (True, "attn_logit_softcapping is 30.0"),
+        ("org/olmoe", "--task", "classify"): (True, "olmoe has no task 'classify'"),
+        ("org/olmoe", "--output", "router_logits"): (True, "not a whole safetensors file"),
+    }
+    commands = [["export", "--out", str(tmp_path / "out"), "--model", *words] for words in expected]
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    told = run_commands(*commands, **environment, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path))
+    for (status, said, torch), wanted in zip(told, expected.values(), strict=True):
+        assert status == 2
+        assert torch == wanted[0]
+        assert wanted[1] in said
+    for model, weights in (("granitemoe", 0), ("softcapped", 0), ("olmoe", 1)):
+        assert hub.files(f"org/{model}").count("model.safetensors") == weights
+
+
+def test_refuses_a_commit_that_is_none(tmp_path: Path, hub: Hub) -> None:
+    [(outcome, message)] = look_up(tmp_path, "org/hostile", HF_ENDPOINT=hub.endpoint)
+    assert outcome == "refused"
+    assert "reached" not in message
+
+
+@pytest.mark.parametrize(
+    "revision",
+    ["../../x", "/etc", "a//b", "a/../b", ".git", "main\n", "-x", "a b", "", "a\\b", "main/"],
+)
+def test_refuses_what_is_no_revision(revision: str) -> None:
+    with pytest.raises(CheckpointError, match="is no revision; give a branch, a tag or a commit"):
+        resolve("org/name", revision)
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", "feature/x-y", "refs/pr/12", COMMIT])
+def test_knows_a_revision(revision: str) -> None:
+    assert REVISION.match(revision)
 
 
 def test_tells_the_refusals_of_the_hub_apart(tmp_path: Path, hub: Hub) -> None:
@@ -301,8 +436,6 @@ def test_patterns_match_no_name_that_ends_in_a_pickle(stem: str, ending: str) ->
     [
         "config.json",
         "generation_config.json",
-        "model.safetensors",
-        "model-00001-of-00003.safetensors",
         "model.safetensors.index.json",
         "tokenizer.json",
         "tokenizer.model",
@@ -314,5 +447,5 @@ def test_patterns_match_no_name_that_ends_in_a_pickle(stem: str, ending: str) ->
         "chat_template.jinja",
     ],
 )
-def test_patterns_match_what_an_export_needs(name: str) -> None:
+def test_patterns_match_what_an_export_needs_beside_weights(name: str) -> None:
     assert any(fnmatch(name, pattern) for pattern in PATTERNS)

@@ -11,17 +11,14 @@ from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.plugins.errors import IngotError
 from ingot.runtime.session import Ids
+from ingot.validate.early import EAGER, PLANS, check_request
 from ingot.validate.gate import save_baseline
 from ingot.validate.judge.distribution import read_text, read_tokens
 from ingot.validate.result import Report
-from ingot.validate.run import cannot_compare, examine, spread, validate_ingot
+from ingot.validate.run import examine, spread, validate_ingot
 from ingot.validate.truth.against import OtherReference, other_ingot
 from ingot.validate.truth.cache import default_cache
-from ingot.validate.truth.inputs import QUICK, STANDARD, THOROUGH
 from ingot.validate.truth.reference import Reference
-
-EAGER = "eager"
-PLANS = {"quick": QUICK, "standard": STANDARD, "thorough": THOROUGH}
 
 
 def validate(
@@ -62,15 +59,10 @@ def validate(
         IngotError: a damaged ingot, one that cannot be compared on this machine, or another
             checkpoint than it was made from.
     """
-    if plan not in PLANS:
-        raise IngotError(f"{plan!r} is no plan; give one of: {', '.join(PLANS)}.")
     folder, source = Path(ingot), Path(checkpoint)
     stages = stages or Stages()
-    manifest = Manifest.read(folder)
+    manifest = check_request(folder, source, plan=plan, against=str(against))
     words = _words(manifest, folder, tokens, text)
-    reason = cannot_compare(manifest)
-    if reason is not None:
-        raise IngotError(f"{folder} cannot be compared: {reason}.")
     opened = Checkpoint.open(source)
     reference = Reference(opened, manifest.task, manifest.precision, default_cache())
     made_from, given = manifest.source.get("sha256"), reference.hash(stages)

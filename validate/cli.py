@@ -78,11 +78,15 @@ def validate_command(
     of an engine could.
     """
     from ingot.export.progress import RichStages
-    from ingot.validate.api import validate
+    from ingot.validate.early import check_request
     from ingot.validate.gate import gate
     from ingot.validate.report.files import write
     from ingot.validate.report.terminal import print_report
     from ingot.validate.report.texts import json_text
+
+    # Before PyTorch is imported, so that a mistake is told at once.
+    check_request(ingot, checkpoint, plan=plan or "standard", against=against)
+    from ingot.validate.api import validate
 
     report = validate(
         ingot,

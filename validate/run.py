@@ -34,16 +34,6 @@ ALL_DOUBTFUL = (
 NO_GPU = "the engine did not run, for want of a GPU; its graph passed on ONNX Runtime"
 
 
-def cannot_compare(manifest: Manifest) -> str | None:
-    """Why an ingot cannot be compared with eager PyTorch on this machine; None where it can."""
-    if manifest.precision != "bfloat16" or (manifest.engine is not None and has_gpu()):
-        return None
-    return (
-        "this ingot is bfloat16, an engine needs a GPU, and ONNX Runtime's CPU provider computes "
-        "no bfloat16; --precision fp32 compares the same graph"
-    )
-
-
 class Target:
     """The ingot that is judged: as it is delivered, and its graph with taps.
 

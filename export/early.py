@@ -1,0 +1,78 @@
+"""What can be refused of an export before PyTorch is imported, which takes seconds.
+
+Nothing here needs it: what an export is asked for, where it is to lie, and where its checkpoint is.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ingot.export.ingot import check_destination
+from ingot.export.request import PRESETS, ExportError, ExportRequest
+from ingot.graphs.folder import Folder, is_folder
+from ingot.graphs.hub import Source, find
+from ingot.graphs.names import FAMILIES, nearest
+from ingot.plugins.errors import shown
+
+
+def check_request(request: ExportRequest) -> None:
+    """Refuse options that do not go together, and a destination that cannot be.
+
+    Raises:
+        IngotError: the first of them.
+    """
+    # A folder is known before anything is read; what a name stands for, once it is found.
+    check_destination(request.out, request.overwrite, Path(request.model))
+    if request.precision != "fp32" and not request.for_tensorrt:
+        raise ExportError(
+            f"--precision {request.precision} goes with a TensorRT target; {request.target} ingots "
+            "are float32."
+        )
+    if request.for_tensorrt:
+        # Here, for it imports onnx, which other targets need later.
+        from ingot.export.engine import plan_engine
+
+        plan_engine(request)
+
+
+def find_source(request: ExportRequest) -> Source | None:
+    """Where the checkpoint of an export is, its config read as far as its architecture.
+
+    Returns:
+        The source; None of a family name, whose file knows its presets and its released model.
+
+    Raises:
+        IngotError: no such folder, family or hub name, or a checkpoint that nothing here exports.
+    """
+    model = request.model
+    if model in FAMILIES:
+        if is_folder(model):
+            raise ExportError(
+                f"{model!r} is a family name and also a folder here; write ./{model} for the "
+                "folder."
+            )
+        return None
+    if not is_folder(model) and (meant := _preset_meant(model)):
+        raise ExportError(f"there is no {shown(model)}; did you mean --model {meant}?")
+    if request.preset is not None:
+        meant = nearest(model, FAMILIES)
+        raise ExportError(
+            f"--preset goes with a family name ({', '.join(FAMILIES)}), not {shown(model)}"
+            f"{f'; did you mean {meant}?' if meant else '.'}"
+        )
+    source = find(model, request.revision)
+    folder = Folder.read(source.folder)
+    # Read for their refusals; on the hub the weights are looked for when they are fetched.
+    _ = folder.family
+    if source.hub_name is None:
+        folder.weight_map()
+    return source
+
+
+def _preset_meant(model: str) -> str | None:
+    """The options that somebody meant by ``olmoe-tiny`` and the like."""
+    family, _, preset = re.sub(r"[_: ]", "-", model.lower()).partition("-")
+    if family in FAMILIES and preset in PRESETS:
+        return f"{family} --preset {preset}"
+    return None

@@ -1,0 +1,63 @@
+"""What can be refused of a validation before PyTorch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ingot.export.ingot import TARGETS, Manifest
+from ingot.graphs.folder import Folder, is_folder
+from ingot.graphs.names import nearest
+from ingot.plugins.device import has_gpu
+from ingot.plugins.errors import IngotError, shown
+from ingot.validate.truth.inputs import QUICK, STANDARD, THOROUGH
+
+EAGER = "eager"
+PLANS = {"quick": QUICK, "standard": STANDARD, "thorough": THOROUGH}
+
+
+def cannot_compare(manifest: Manifest) -> str | None:
+    """Why an ingot cannot be compared with eager PyTorch on this machine; None where it can."""
+    if manifest.precision != "bfloat16" or (manifest.engine is not None and has_gpu()):
+        return None
+    return (
+        "this ingot is bfloat16, an engine needs a GPU, and ONNX Runtime's CPU provider computes "
+        "no bfloat16; --precision fp32 compares the same graph"
+    )
+
+
+def check_request(ingot: Path, checkpoint: Path, *, plan: str, against: str) -> Manifest:
+    """Refuse what cannot be validated, as far as it shows without a graph.
+
+    Args:
+        ingot: the ingot folder.
+        checkpoint: the checkpoint folder it was made from.
+        plan: of ``PLANS``.
+        against: ``EAGER``, a target or the folder of another ingot.
+
+    Returns:
+        The manifest of the ingot.
+
+    Raises:
+        IngotError: no such ingot, plan or other ingot, an ingot that cannot be compared here, or a
+            checkpoint without weights or of an architecture that is not there.
+    """
+    if plan not in PLANS:
+        raise IngotError(f"{shown(plan)} is no plan; give one of: {', '.join(PLANS)}.")
+    manifest = Manifest.read(ingot)
+    if against not in (EAGER, *TARGETS):
+        if not is_folder(against):
+            known = (EAGER, *TARGETS)
+            meant = nearest(against, known)
+            raise IngotError(
+                f"{shown(against)} is nothing to compare with; give one of {', '.join(known)}, or "
+                f"the folder of another ingot{f'; did you mean {meant}?' if meant else '.'}"
+            )
+        Manifest.read(Path(against))
+    reason = cannot_compare(manifest)
+    if reason is not None:
+        raise IngotError(f"{ingot} cannot be compared: {reason}.")
+    folder = Folder.read(checkpoint)
+    # Read for their refusals.
+    _ = folder.family
+    folder.weight_map()
+    return manifest
