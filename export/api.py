@@ -45,6 +45,7 @@ def export(
     precision: Precision | None = None,
     preset: Preset | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     seed: int = 0,
     extra_outputs: Sequence[ExtraOutput] = (),
     builder: Builder = "auto",
@@ -68,6 +69,8 @@ def export(
         preset: with a family name, first make a seeded random checkpoint of this shape: ``tiny``,
             ``small`` or ``full``.
         revision: branch, tag or commit on the hub.
+        adapter: a PEFT LoRA adapter to merge into the weights, its folder or ``org/name`` on the
+            hub.
         seed: of a preset's weights.
         extra_outputs: of ``router_logits`` and ``hidden_states``, each layer's tensor as a further
             output.
@@ -111,6 +114,7 @@ def export(
         task=task,
         preset=preset,
         revision=revision,
+        adapter=None if adapter is None else str(adapter),
         seed=seed,
         extra_outputs=tuple(dict.fromkeys(extra_outputs)),
         overwrite=overwrite,

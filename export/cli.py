@@ -78,6 +78,9 @@ class LazyGroup(Group):
     help="With a family name: first make a seeded random checkpoint of this shape.",
 )
 @click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option(
+    "--adapter", help="Merge a PEFT LoRA adapter into the weights: its folder, or a hub name."
+)
 @click.option("--seed", default=0, show_default=True, help="Of a preset's weights.")
 @click.option(
     "--output",
@@ -112,6 +115,7 @@ def export_command(
     task: Task,
     preset: Preset | None,
     revision: str | None,
+    adapter: str | None,
     seed: int,
     extra_outputs: tuple[ExtraOutput, ...],
     precision: Precision | None,
@@ -145,6 +149,7 @@ def export_command(
         precision=precision,
         preset=preset,
         revision=revision,
+        adapter=adapter,
         seed=seed,
         extra_outputs=extra_outputs,
         builder=builder,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ingot.export.ingot import check_destination
 from ingot.export.request import PRESETS, ExportError, ExportRequest
+from ingot.graphs.adapter import refuse_forgotten
 from ingot.graphs.folder import Folder, is_folder
 from ingot.graphs.hub import Source, find
 from ingot.graphs.names import FAMILIES, nearest
@@ -62,6 +63,8 @@ def find_source(request: ExportRequest) -> Source | None:
             f"{f'; did you mean {meant}?' if meant else '.'}"
         )
     source = find(model, request.revision)
+    # Before its config, which a folder that is an adapter and nothing else does not have.
+    refuse_forgotten(source.folder, None if request.adapter is None else Path(request.adapter))
     folder = Folder.read(source.folder)
     # Read for their refusals; on the hub the weights are looked for when they are fetched.
     _ = folder.family

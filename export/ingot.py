@@ -103,7 +103,8 @@ class Manifest:
     """``ingot.json``, schema version 1.
 
     Attributes:
-        source: checkpoint name, revision and SHA-256.
+        source: checkpoint name, revision and SHA-256, which is of the merged weights where
+            ``adapter`` has the same of an adapter.
         generation: token ids that end or pad a generation, and the longest context, which is None
             where nothing limits it.
         labels: names of a classifier's classes.

@@ -231,6 +231,12 @@ def _source(field: Field) -> None:
     if source["revision"].value is not None:
         source["revision"].text()
     source["sha256"].matching(SHA256, "a SHA-256 in hexadecimal")
+    if "adapter" in source:
+        adapter = source["adapter"].members(("name", "revision", "sha256"), None)
+        adapter["name"].text()
+        if adapter["revision"].value is not None:
+            adapter["revision"].text()
+        adapter["sha256"].matching(SHA256, "a SHA-256 in hexadecimal")
 
 
 def _generation(field: Field, vocab_size: int) -> None:

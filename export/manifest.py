@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from ingot.export.graph import Opened, Recipe
 from ingot.export.ingot import Manifest, TensorInfo
 from ingot.export.lower_ort import shares_buffers
 from ingot.export.request import ExportError
+from ingot.graphs.adapter_weights import MergedCheckpoint
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.config import ModelConfig
 from ingot.graphs.family import active_parameters, parameter_bytes
@@ -74,10 +76,7 @@ def make_manifest(
             replace(state, shared=shared and state.axis is not None) for state in captured.states
         ),
         vocab_size=config.vocab_size,
-        source={
-            **{name: said and safe(said) for name, said in describe(checkpoint.path).items()},
-            "sha256": checkpoint.digest(),
-        },
+        source=_source(checkpoint),
         generation=generation,
         graph={
             "opset": OPSET,
@@ -91,6 +90,24 @@ def make_manifest(
         tools={"ingot": __version__, **versions(TOOLS)},
         labels=_labels(checkpoint, recipe.task, config),
     )
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Name, revision and hash of a checkpoint, and of the adapter that is merged into it."""
+    source: dict[str, Any] = {**_described(checkpoint.path), "sha256": checkpoint.digest()}
+    if isinstance(checkpoint, MergedCheckpoint):
+        adapter = checkpoint.adapter
+        said = _described(adapter.path)
+        source["adapter"] = {
+            "name": said["checkpoint"],
+            "revision": said["revision"],
+            "sha256": adapter.sha256,
+        }
+    return source
+
+
+def _described(folder: Path) -> dict[str, str | None]:
+    return {name: said and safe(said) for name, said in describe(folder).items()}
 
 
 def _unread_bytes(graph: ir.Graph) -> int:

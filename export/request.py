@@ -52,6 +52,7 @@ class ExportRequest:
         task: one of ``TASKS``.
         preset: with a family name, the shape of a seeded random checkpoint made first.
         revision: branch, tag or commit on the hub.
+        adapter: the folder of a PEFT LoRA adapter, or its ``org/name`` on the hub.
         seed: of a preset's weights.
         extra_outputs: of ``EXTRA_OUTPUTS``, each layer's tensor as a further output.
         overwrite: replace an ingot that is at ``out``.
@@ -67,6 +68,7 @@ class ExportRequest:
     task: str = "generate"
     preset: str | None = None
     revision: str | None = None
+    adapter: str | None = None
     seed: int = 0
     extra_outputs: tuple[str, ...] = ()
     overwrite: bool = False

@@ -12,10 +12,11 @@ from ingot.export.early import find_source
 from ingot.export.graph import check_outputs
 from ingot.export.progress import Stages
 from ingot.export.request import ExportError, ExportRequest
+from ingot.graphs import merge
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import find_family
 from ingot.graphs.folder import Folder
-from ingot.graphs.hub import Source, find
+from ingot.graphs.hub import Source, find, resolve_adapter
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.plugins.json_file import read_json
 from ingot.plugins.whole import TakenError, staged
@@ -26,6 +27,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint to export: found, downloaded, or made from a preset beside the destination.
 
+    Its weights are read with the request's adapter in them.
+
     Args:
         request: what to export.
         stages: shows the steps.
@@ -34,7 +37,9 @@ def open_checkpoint(
     Raises:
         IngotError: none that the request fits, or no room to make one.
     """
-    return Checkpoint.open(_folder(request, stages, source))
+    # Before the model, whose weights may have to be downloaded: an adapter is small.
+    adapter = None if request.adapter is None else resolve_adapter(request.adapter)
+    return merge.open_checkpoint(_folder(request, stages, source), adapter)
 
 
 def check_space(path: Path, needed: int) -> None:

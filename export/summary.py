@@ -20,6 +20,9 @@ def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stage
     operators = manifest.graph["operators"]
     kernels = [f"{n} {op}" for op, n in operators.items() if op in NOTABLE]
     table.add_row("checkpoint", str(checkpoint))
+    adapter = manifest.source.get("adapter")
+    if adapter is not None:
+        table.add_row("adapter", str(adapter["name"]))
     table.add_row("ingot", str(out))
     table.add_row("nodes", f"{manifest.graph['nodes']} ({', '.join(kernels)})")
     share = manifest.active_parameters / manifest.parameters

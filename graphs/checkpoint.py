@@ -161,6 +161,10 @@ class Checkpoint:
             self.digests[name] = hashlib.sha256(view).hexdigest()
         return tensor
 
+    def read_row(self, name: str, row: int) -> torch.Tensor:
+        """One matrix of a stack ``[E, ...]``."""
+        return self.read(name)[row]
+
     def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
         # One pass without a copy: NaN and infinity both reach the extremes. What float64 alone
         # holds is infinite where the graph runs.
@@ -186,12 +190,12 @@ class Checkpoint:
 def _read_index(folder: Folder) -> dict[str, Entry]:
     path, weight_map = folder.path, folder.weight_map()
     if weight_map is None:
-        return _read_header(path / SINGLE)
+        return read_header(path / SINGLE)
     entries: dict[str, Entry] = {}
     for shard in sorted(set(weight_map.values())):
         if not (path / shard).is_file():
             raise CheckpointError(f"{INDEX} names {named(shard)}, which is not in {path}.")
-        for name, entry in _read_header(path / shard).items():
+        for name, entry in read_header(path / shard).items():
             if weight_map.get(name) != shard:
                 raise CheckpointError(
                     f"{named(shard)} holds {named(name)}, which {INDEX} places in "
@@ -206,7 +210,12 @@ def _read_index(folder: Folder) -> dict[str, Entry]:
     return entries
 
 
-def _read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> dict[str, Entry]:
+    """Where each tensor of a safetensors file lies.
+
+    Raises:
+        CheckpointError: a damaged file, or a tensor of another dtype than ``DTYPES``.
+    """
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -373,7 +382,7 @@ def assemble_row(
 ) -> torch.Tensor:
     """``assemble(...)[row]``, reading no more than that row needs: one expert of many."""
     if len(parts) == 1:
-        return checkpoint.read(parts[0].name).reshape(shape)[row].to(dtype)
+        return checkpoint.read_row(parts[0].name, row).reshape(shape[1:]).to(dtype)
     each = len(parts) // shape[0]
     return assemble(checkpoint, parts[row * each : (row + 1) * each], shape[1:], dtype)
 

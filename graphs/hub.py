@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 
+from ingot.graphs.adapter import ADAPTER_WEIGHTS
 from ingot.graphs.folder import (
     INDEX,
     SINGLE,
@@ -23,6 +24,7 @@ from ingot.plugins.errors import shown
 
 # Configuration and tokenizer, which come before any weight; never pickles, never code.
 PATTERNS = ("*.json", "*.model", "*.jinja", "vocab.txt", "merges.txt")
+ADAPTER_PATTERNS = (ADAPTER_WEIGHTS, *PATTERNS)
 # Folders of a repository hold the same weights for other programs.
 ELSEWHERE = "*/*"
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
@@ -137,6 +139,21 @@ def find(model: str, revision: str | None = None) -> Source:
 def resolve(model: str, revision: str | None = None) -> Path:
     """The local folder of ``model``, with its weights; see ``find``."""
     return find(model, revision).fetch()
+
+
+def resolve_adapter(adapter: str) -> Path:
+    """The local folder of an adapter: a folder, or ``org/name`` on the hub.
+
+    Raises:
+        CheckpointError: no such folder, hub name or network.
+    """
+    if is_folder(adapter):
+        return Path(adapter)
+    if not HUB_NAME.match(adapter):
+        raise CheckpointError(
+            f"--adapter {shown(adapter)} is neither a folder nor org/name on the hub."
+        )
+    return _download(adapter, None, ADAPTER_PATTERNS)
 
 
 def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:

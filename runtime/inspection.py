@@ -256,11 +256,16 @@ def _show(found: Inspection) -> None:
     out.print(files)
 
 
+def _named(source: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in source.items() if value is not None)
+
+
 def _rows(found: Inspection) -> Iterable[tuple[str, str]]:
     yield "model", f"{found.model_type}, {found.task}, {found.precision}, for {found.target}"
     yield "verdict", found.verdict
-    known = {name: value for name, value in found.source.items() if value is not None}
-    yield "checkpoint", ", ".join(f"{name} {value}" for name, value in known.items())
+    yield "checkpoint", _named({**found.source, "adapter": None})
+    if found.source.get("adapter") is not None:
+        yield "adapter", _named(found.source["adapter"])
     share = found.active_parameters / found.parameters
     yield "parameters", f"{found.parameters:,}, {found.weight_bytes:,} bytes"
     yield "active per token", f"{found.active_parameters:,} ({share:.0%})"

@@ -8,8 +8,9 @@ from typing import Literal
 
 from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
-from ingot.graphs.checkpoint import Checkpoint
-from ingot.plugins.errors import IngotError
+from ingot.graphs.hub import resolve_adapter
+from ingot.graphs.merge import open_checkpoint
+from ingot.plugins.errors import IngotError, shown
 from ingot.runtime.session import Ids
 from ingot.validate.early import EAGER, PLANS, check_request
 from ingot.validate.gate import save_baseline
@@ -25,6 +26,7 @@ def validate(
     ingot: str | Path,
     checkpoint: str | Path,
     *,
+    adapter: str | Path | None = None,
     plan: Literal["quick", "standard", "thorough"] = "standard",
     seed: int = 0,
     against: str | Path = EAGER,
@@ -38,6 +40,7 @@ def validate(
     Args:
         ingot: the ingot folder.
         checkpoint: the checkpoint folder it was made from.
+        adapter: the adapter that was merged into it, its folder or ``org/name`` on the hub.
         plan: how much is fed: ``quick`` 8 decode steps, ``standard`` 32, ``thorough`` 3 seeds of
             128 each.
         seed: of the token ids.
@@ -63,12 +66,20 @@ def validate(
     stages = stages or Stages()
     manifest = check_request(folder, source, plan=plan, against=str(against))
     words = _words(manifest, folder, tokens, text)
-    opened = Checkpoint.open(source)
+    merged = manifest.source.get("adapter")
+    if merged is not None and adapter is None:
+        raise IngotError(
+            f"{folder} was made with the adapter {shown(merged.get('name'))} merged into its "
+            "checkpoint; give its folder with --adapter."
+        )
+    found = None if adapter is None else resolve_adapter(str(adapter))
+    opened = open_checkpoint(source, found)
     reference = Reference(opened, manifest.task, manifest.precision, default_cache())
     made_from, given = manifest.source.get("sha256"), reference.hash(stages)
     if given != made_from:
+        adapted = "" if adapter is None else f" with the adapter {adapter}"
         raise IngotError(
-            f"{folder} was made from another checkpoint than {source}: its SHA-256 is "
+            f"{folder} was made from another checkpoint than {source}{adapted}: its SHA-256 is "
             f"{given[:12]}… and the ingot's {str(made_from)[:12]}…; give the "
             "folder it was made from, or export again."
         )

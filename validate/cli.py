@@ -21,6 +21,7 @@ STATUS = {"passed": 0, "failed": 1, "skipped": 2}
     type=click.Path(path_type=Path),
     help="The checkpoint folder the ingot was made from.",
 )
+@click.option("--adapter", help="The adapter that was merged into it: its folder, or a hub name.")
 @click.option("--seed", default=0, show_default=True, help="Of the token ids.")
 @click.option("--quick", "plan", flag_value="quick", help="8 decode steps in place of 32.")
 @click.option("--thorough", "plan", flag_value="thorough", help="3 seeds, 128 decode steps each.")
@@ -62,6 +63,7 @@ STATUS = {"passed": 0, "failed": 1, "skipped": 2}
 def validate_command(
     ingot: Path,
     checkpoint: Path,
+    adapter: str | None,
     seed: int,
     plan: Literal["quick", "thorough"] | None,
     against: str,
@@ -91,6 +93,7 @@ def validate_command(
     report = validate(
         ingot,
         checkpoint,
+        adapter=adapter,
         plan=plan or "standard",
         seed=seed,
         against=against,

@@ -16,6 +16,7 @@ from ingot.export.build import build
 from ingot.export.ingot import TARGETS, Manifest
 from ingot.export.progress import Stages
 from ingot.export.request import PRECISIONS, ExportRequest
+from ingot.graphs.adapter_weights import MergedCheckpoint
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.plugins.errors import IngotError
 from ingot.validate.truth.inputs import Inputs
@@ -97,6 +98,9 @@ def other_ingot(
         Manifest.read(folder).check_files(folder)
         yield folder, f"the ingot {against}"
         return
+    adapter = None
+    if isinstance(checkpoint, MergedCheckpoint):
+        adapter = str(checkpoint.adapter.path)
     precision = next(short for short, full in PRECISIONS.items() if full == manifest.precision)
     with TemporaryDirectory(prefix="ingot-against-") as temporary:
         folder = Path(temporary) / against
@@ -104,6 +108,7 @@ def other_ingot(
             str(checkpoint.path),
             against,
             folder,
+            adapter=adapter,
             task=manifest.task,
             precision=precision,
             builder="none",
