@@ -2,8 +2,16 @@
 
 from reprlib import Repr
 
+
+class _Cut(Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        # Python writes no more than 4,300 digits.
+        bits = x.bit_length()
+        return super().repr_int(x, level) if bits < 4300 else f"<an integer of {bits} bits>"
+
+
 # Enough to find a value in its file; a file from somebody else may hold a hundred megabytes of it.
-_CUT = Repr()
+_CUT = _Cut()
 _CUT.maxstring = _CUT.maxother = _CUT.maxlong = 80
 
 

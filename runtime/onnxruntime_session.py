@@ -7,13 +7,15 @@ once, for an ingot's session and for what is run beside it in a validation.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ingot.plugins.errors import IngotError
 from ingot.runtime.session import SessionError
 
 # ONNX Runtime's wheel (1.31) otherwise keeps a database of its use in the home folder to report it.
@@ -23,6 +25,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
 CPU = "CPUExecutionProvider"
+# Characters of a message of ONNX Runtime.
+MOST_SAID = 500
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _SPINNING = "session.intra_op.allow_spinning"
 
@@ -66,8 +70,9 @@ def open_session(
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Warnings about unused constants of the function bodies are of no use to a user.
-    options.log_severity_level = 3
+    # Its warnings about unused constants of the function bodies are of no use to a user, and its
+    # errors are raised as well.
+    options.log_severity_level = 4
     if not spinning:
         options.add_session_config_entry(_SPINNING, "0")
     if weights_folder is not None:
@@ -85,8 +90,33 @@ def open_session(
     except Exception as error:
         name = name or ("the graph" if isinstance(graph, bytes) else str(graph))
         raise SessionError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {error}"
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {_said(error)}"
         ) from error
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Turns what ONNX Runtime and numpy raise over an ingot that is not whole into one of ours.
+
+    Raises:
+        SessionError: in place of any exception but Ingot's own.
+    """
+    try:
+        yield
+    except IngotError:
+        raise
+    # ONNX Runtime's exceptions share no public base class.
+    except Exception as error:
+        raise SessionError(
+            f"ONNX Runtime {onnxruntime.__version__} could not run this ingot: {_said(error)}; if "
+            "its files are those of one export, report this."
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    """An exception in one line; names in it come from the graph, which may be anybody's."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MOST_SAID else f"{text[:MOST_SAID]}..."
 
 
 def ort_value(array: npt.NDArray[Any]) -> onnxruntime.OrtValue:

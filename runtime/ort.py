@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ingot.export.ingot import GRAPH, MANIFEST, Manifest
-from ingot.graphs.state import State
-from ingot.runtime.onnxruntime_session import open_session, ort_value
+from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL, State
+from ingot.plugins.errors import shown
+from ingot.runtime.onnxruntime_session import guarded, open_session, ort_value
 from ingot.runtime.session import Floats, Ids, SessionError
-from ingot.runtime.tokens import TokenInputs
+from ingot.runtime.tokens import TokenInputs, no_memory
 
 Array = npt.NDArray[Any]
+
+# ONNX Runtime's names of what a main output may be.
+_FLOATS = ("tensor(float)", "tensor(float16)")
 
 
 class OrtSession:
@@ -72,18 +78,43 @@ class OrtSession:
                 f"{folder / GRAPH} has no {', '.join(missing)}, which {MANIFEST} names; the two "
                 "are not of one export: export again."
             )
+        types = {item.name: item.type for item in self._session.get_outputs()}
+        if types[manifest.main_output] not in _FLOATS:
+            raise SessionError(
+                f"{folder / GRAPH} computes {shown(manifest.main_output)} as "
+                f"{shown(types[manifest.main_output])}, which must be one of {', '.join(_FLOATS)}: "
+                "export again."
+            )
         self._inputs = {item.name for item in manifest.inputs}
         self._tokens = TokenInputs(manifest.vocab_size, manifest.states)
         self.reset(1, 0)
 
+    @property
+    def changes(self) -> int:
+        """See ``Session``."""
+        return self._tokens.changes
+
     def reset(self, batch: int, capacity: int) -> None:
         """See ``Session.reset``."""
-        self._tokens.reset(batch, capacity)
-        self._state = {state.input: ort_value(self._zeros(state)) for state in self.manifest.states}
+        with self._tokens.call, guarded():
+            self._tokens.reset(batch, capacity)
+            self._tokens.lost = True
+            # The old ones are given back first, since both may not fit.
+            self._state: dict[str, Any] = {}
+            try:
+                self._state = {
+                    state.input: ort_value(self._zeros(state)) for state in self.manifest.states
+                }
+            except MemoryError as error:
+                raise no_memory(self.manifest.states, batch, capacity) from error
+            self._tokens.lost = False
 
     def _zeros(self, state: State) -> Array:
-        room = self._tokens.capacity if state.shared else 0
-        return np.zeros(state.shape(self._tokens.batch, room), dtype=state.dtype)
+        shape = state.shape(self._tokens.batch, self._tokens.capacity if state.shared else 0)
+        # numpy has another exception for what no address reaches.
+        if math.prod(shape) > sys.maxsize // np.dtype(state.dtype).itemsize:
+            raise MemoryError
+        return np.zeros(shape, dtype=state.dtype)
 
     def fork(self) -> OrtSession:
         """See ``Session.fork``; ONNX Runtime's own session has no state."""
@@ -94,20 +125,27 @@ class OrtSession:
 
     def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         """See ``Session.step``."""
-        self._tokens.check(input_ids, attention_mask)
-        batch, tokens = input_ids.shape
-        # ONNX Runtime's GroupQueryAttention refuses several rows of several tokens after a past.
-        shared = any(state.shared for state in self.manifest.states)
-        if self._tokens.seen and tokens > 1 and batch > 1 and shared:
-            pieces = [
-                self._run(input_ids[:, t : t + 1], attention_mask[:, t : t + 1])
-                for t in range(tokens)
-            ]
-            return np.concatenate(pieces, axis=1)
-        return self._run(input_ids, attention_mask)
+        with self._tokens.call, guarded():
+            self._tokens.check(input_ids, attention_mask)
+            self._tokens.changes += 1
+            self._tokens.lost = True
+            batch, tokens = input_ids.shape
+            # GroupQueryAttention refuses several rows of several tokens after a past.
+            shared = any(state.shared for state in self.manifest.states)
+            if self._tokens.seen and tokens > 1 and batch > 1 and shared:
+                pieces = [
+                    self._run(input_ids[:, t : t + 1], attention_mask[:, t : t + 1])
+                    for t in range(tokens)
+                ]
+                output: Floats = np.concatenate(pieces, axis=1)
+            else:
+                output = self._run(input_ids, attention_mask)
+            self._tokens.lost = False
+        return output
 
     def _run(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        self._tokens.lost = True
+        (batch, tokens), seen = input_ids.shape, self._tokens.seen
+        sizes = {BATCH: batch, SEQUENCE: tokens, PAST: seen, TOTAL: seen + tokens}
         feeds = self._tokens.append(input_ids, attention_mask)
         self.fed = {name: array for name, array in feeds.items() if name in self._inputs}
         binding = self._session.io_binding()
@@ -126,21 +164,45 @@ class OrtSession:
         self._session.run_with_iobinding(binding)
         names = [main, *(state.output for state in self.manifest.states), *self._taps]
         results = dict(zip(names, binding.get_outputs(), strict=True))
+        _expect(main, self._main_shape(batch, tokens), results[main])
         for state in self.manifest.states:
             if not state.shared:
+                shape = (sizes[d] if isinstance(d, str) else d for d in state.output_shape)
+                _expect(state.output, tuple(shape), results[state.output])
                 self._state[state.input] = results[state.output]
         self.tapped = {name: results[name].numpy() for name in self._taps}
-        self._tokens.lost = False
         output: Floats = results[main].numpy().astype(np.float32, copy=False)
         return output
 
+    def _main_shape(self, batch: int, tokens: int) -> tuple[int | None, ...]:
+        """What the task says of the main output; None for a size that it leaves open."""
+        if self.manifest.task == "classify":
+            return batch, len(self.manifest.labels)
+        return batch, tokens, self.manifest.vocab_size if self.manifest.task == "generate" else None
+
     def state(self) -> dict[str, Floats]:
         """See ``Session.state``."""
-        seen = self._tokens.seen
-        result = {}
-        for state in self.manifest.states:
-            array = self._state[state.input].numpy()
-            if state.shared and state.axis is not None:
-                array = array.take(range(seen), axis=state.axis)
-            result[state.output] = array.astype(np.float32)
+        with self._tokens.call, guarded():
+            self._tokens.usable()
+            seen = self._tokens.seen
+            result = {}
+            for state in self.manifest.states:
+                array = self._state[state.input].numpy()
+                if state.shared and state.axis is not None:
+                    array = array.take(range(seen), axis=state.axis)
+                result[state.output] = array.astype(np.float32)
         return result
+
+
+def _expect(name: str, shape: tuple[int | None, ...], value: Any) -> None:
+    """Refuse an output of another shape, which would be read as something else."""
+    found = value.shape()
+    fits = len(found) == len(shape) and all(
+        wanted in (None, size) for size, wanted in zip(found, shape, strict=True)
+    )
+    if not fits:
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise SessionError(
+            f"the graph gave {shown(name)} of shape {found}, and {MANIFEST} says [{sizes}]; the "
+            "two are not of one export: export again."
+        )

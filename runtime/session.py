@@ -26,6 +26,8 @@ class Session(Protocol):
 
     Attributes:
         manifest: of the ingot.
+        changes: counts the calls that changed the state, each ``reset`` and each ``step``; by it
+            who goes on over a state finds out whether anybody else has been there.
         fed: the token inputs that the last call gave the graph, by name.
         tapped: values inside of the graph after the last call, by name; empty without taps.
     """
@@ -34,22 +36,32 @@ class Session(Protocol):
     fed: dict[str, Ids]
     tapped: dict[str, Floats]
 
+    @property
+    def changes(self) -> int: ...
+
     def reset(self, batch: int, capacity: int) -> None:
-        """Forget all state and make room for ``batch`` sequences of ``capacity`` tokens."""
+        """Forget all state and make room for ``batch`` sequences of ``capacity`` tokens.
+
+        Raises:
+            SessionError: a batch below 1, a capacity below 0, what is no whole number below 2^31,
+                or no memory. The session takes no step until a reset that succeeds.
+        """
 
     def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         """Feed T new tokens of every sequence; without state, each call stands alone.
 
         Args:
             input_ids: ``[B, T]``.
-            attention_mask: ``[B, T]``, 1 for tokens, 0 for left padding.
+            attention_mask: ``[B, T]``, 1 for tokens, 0 for padding, which stands anywhere where
+                all states grow, and before the first token of its row where one is recurrent.
 
         Returns:
             The main output: ``logits [B, T, V]``, ``last_hidden_state [B, T, H]``, or of a
             classifier ``logits [B, num_labels]``.
 
         Raises:
-            SessionError: another batch, ids outside the vocabulary, or no room left.
+            SessionError: another batch, ids outside the vocabulary, padding that the state does
+                not take, no room left, or a call in another thread that is not done.
         """
 
     def state(self) -> dict[str, Floats]:

@@ -209,6 +209,11 @@ class TrtSession:
         self._fixed = all(state.axis is None for state in manifest.states)
         self.reset(1, 0)
 
+    @property
+    def changes(self) -> int:
+        """See ``Session``."""
+        return self._tokens.changes
+
     def fork(self) -> TrtSession:
         """See ``Session.fork``; the engine is shared, its contexts and memory are not."""
         return TrtSession(self._folder, self.manifest, hashed=True, engine=self._engine)
@@ -219,24 +224,26 @@ class TrtSession:
         Raises:
             SessionError: more than the engine was built for.
         """
-        most = self._profiles[0].shapes["input_ids"][2]
-        if batch > most[0] or capacity > most[1]:
-            raise SessionError(
-                f"{batch} sequences of {capacity} tokens are more than this engine was built for "
-                f"({most[0]} of {most[1]}); export with a larger --max-batch or --max-seq."
-            )
-        self._tokens.reset(batch, capacity)
-        self._tokens.lost = True
-        self._turn = 0
-        self._calls: dict[int, int] = {}
-        self._drop_graphs()
-        for state in self.manifest.states:
-            size = self._bytes(state.dtype, state.shape(batch, capacity))
-            before, _ = (self._room(f"{state.input}/{turn}", size) for turn in self._turns())
-            # A cache that grows holds nothing yet, and the other buffer is written first.
-            if state.axis is None:
-                self._memory.zero(before, size)
-        self._tokens.lost = False
+        with self._tokens.call:
+            # First, since it refuses sizes that make no sense.
+            self._tokens.reset(batch, capacity)
+            self._tokens.lost = True
+            most = self._profiles[0].shapes["input_ids"][2]
+            if batch > most[0] or capacity > most[1]:
+                raise SessionError(
+                    f"{batch} sequences of {capacity} tokens are more than this engine was built "
+                    f"for ({most[0]} of {most[1]}); export with a larger --max-batch or --max-seq."
+                )
+            self._turn = 0
+            self._calls: dict[int, int] = {}
+            self._drop_graphs()
+            for state in self.manifest.states:
+                size = self._bytes(state.dtype, state.shape(batch, capacity))
+                before, _ = (self._room(f"{state.input}/{turn}", size) for turn in self._turns())
+                # A cache that grows holds nothing yet, and the other buffer is written first.
+                if state.axis is None:
+                    self._memory.zero(before, size)
+            self._tokens.lost = False
 
     def _bytes(self, dtype: str, shape: tuple[int, ...]) -> int:
         return SIZES[dtype] * int(np.prod(shape, dtype=np.int64))
@@ -261,9 +268,16 @@ class TrtSession:
 
     def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         """See ``Session.step``."""
-        self._tokens.check(input_ids, attention_mask)
+        with self._tokens.call:
+            self._tokens.check(input_ids, attention_mask)
+            self._tokens.changes += 1
+            self._tokens.lost = True
+            output = self._step(input_ids, attention_mask)
+            self._tokens.lost = False
+        return output
+
+    def _step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         seen = self._tokens.seen
-        self._tokens.lost = True
         feeds = self._tokens.append(input_ids, attention_mask)
         self.fed = {name: array for name, array in feeds.items() if name in self._inputs}
         batch, tokens = input_ids.shape
@@ -283,9 +297,7 @@ class TrtSession:
         context.set_tensor_address(main.name, address)
         self._run(context, tokens)
         self._turn = 1 - self._turn
-        output = self._download(main.dtype, shape, address)
-        self._tokens.lost = False
-        return output
+        return self._download(main.dtype, shape, address)
 
     def _turns(self) -> tuple[int, int]:
         return self._turn, 1 - self._turn
@@ -334,11 +346,13 @@ class TrtSession:
 
     def state(self) -> dict[str, Floats]:
         """See ``Session.state``."""
-        return {
-            state.output: self._download(
-                state.dtype,
-                state.shape(self._tokens.batch, self._tokens.seen),
-                self._buffers[f"{state.input}/{self._turn}"].address,
-            )
-            for state in self.manifest.states
-        }
+        with self._tokens.call:
+            self._tokens.usable()
+            return {
+                state.output: self._download(
+                    state.dtype,
+                    state.shape(self._tokens.batch, self._tokens.seen),
+                    self._buffers[f"{state.input}/{self._turn}"].address,
+                )
+                for state in self.manifest.states
+            }

@@ -152,3 +152,36 @@ def check_padded_batch(subject: Subject, way: str) -> None:
         session.reset(1, ids.shape[1])
         alone = session.step(ids[row : row + 1, padding:], mask[row : row + 1, padding:])
         assert relative_rms(alone[0], together[row, padding:]) < LIMIT
+
+
+# Three rows over calls of 7, 1 and 4 tokens: whole; padded on the right, padding alone, padded on
+# the left; padded on the left, with holes, padded on the right.
+ANYWHERE = (
+    "1111111 1 1111",
+    "1111000 0 0011",
+    "0011011 1 1010",
+)
+
+
+@torch.no_grad()
+def check_padding_anywhere(subject: Subject, way: str) -> None:
+    """A cache takes padding wherever it stands: each row is what transformers says of it alone."""
+    if subject.name == "rope dynamic":
+        pytest.skip("dynamic frequencies depend on the longest row of the batch, by definition")
+    calls = [
+        np.array([list(map(int, part)) for part in parts])
+        for parts in zip(*map(str.split, ANYWHERE), strict=True)
+    ]
+    mask = np.concatenate(calls, axis=1)
+    ids = np.random.default_rng(8).integers(0, 512, mask.shape)
+    session = subject.sessions[way]
+    session.reset(*ids.shape)
+    at, found = 0, []
+    for call in calls:
+        end = at + call.shape[1]
+        found.append(session.step(ids[:, at:end], call))
+        at = end
+    together = np.concatenate(found, axis=1)
+    for row, real in enumerate(mask != 0):
+        expected = subject.oracle(torch.from_numpy(ids[row : row + 1, real])).logits.numpy()[0]
+        assert relative_rms(expected, together[row, real]) < LIMIT, row

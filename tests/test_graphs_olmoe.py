@@ -19,6 +19,7 @@ from oracle import (
     check_greedy_generation,
     check_logits_and_caches,
     check_padded_batch,
+    check_padding_anywhere,
     every_other_is_slow,
     oracle_steps,
     relative_rms,
@@ -90,6 +91,11 @@ def test_greedy_generation_is_identical(subject: Subject, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_padded_batch_equals_each_row_alone(subject: Subject, way: str) -> None:
     check_padded_batch(subject, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_cache_takes_padding_anywhere(subject: Subject, way: str) -> None:
+    check_padding_anywhere(subject, way)
 
 
 def test_the_kernels_are_swapped_where_they_are_right(subject: Subject) -> None:

@@ -45,6 +45,10 @@ class Clocked:
     def state(self) -> dict[str, Any]:
         return {}
 
+    @property
+    def changes(self) -> int:
+        return len(self.calls)
+
     def fork(self) -> Clocked:
         raise AssertionError("one session is measured")
 

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 import pytest
+from onnx import save
+from onnx.parser import parse_model
 
-from ingot.export.ingot import Manifest
+from ingot.export.ingot import GRAPH, Manifest, TensorInfo
+from ingot.graphs.state import State
+from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Floats, Ids, Session, SessionError
@@ -307,3 +314,208 @@ def test_names_the_versions_where_the_graph_cannot_be_loaded(
 def test_refuses_a_thread_count_no_machine_has(tiny_ort: Path, threads: int) -> None:
     with pytest.raises(SessionError, match=f"threads is {threads}"):
         load(tiny_ort, threads=threads)
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+def test_takes_no_call_after_a_reset_that_was_refused(
+    request: pytest.FixtureRequest, target: str
+) -> None:
+    session = load(request.getfixturevalue(f"tiny_{target}"))
+    ids, mask = _tokens(2)
+    expected = _feed(session, ids, mask, [5])
+    # A cache that grows has nothing to make room for.
+    most = ((2**31 - 1, 2**31 - 1),) if target == "ort" else ()
+    for batch, capacity in ((0, 4), (2.0, TOKENS), (2, 2**63), *most):
+        session.reset(2, TOKENS)
+        with pytest.raises(
+            SessionError, match=r"give a batch of at least 1|there is no memory for"
+        ):
+            session.reset(batch, capacity)
+        for call in (lambda: session.step(ids, mask), session.state):
+            with pytest.raises(SessionError, match="the state is lost; call reset first"):
+                call()
+        _assert_same(_feed(session, ids, mask, [5]), expected, mask)
+
+
+def test_names_the_memory_that_is_not_there(tiny_ort: Path) -> None:
+    session = load(tiny_ort)
+    # Four states of 2 heads of 16 float32 numbers.
+    with pytest.raises(SessionError, match=r"2147483647 tokens, .* take 8,796,093.0 GB; reset"):
+        session.reset(8000, 2**31 - 1)
+
+
+def test_refuses_a_call_beside_one_in_another_thread(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, mask = _tokens(2)
+    expected = _feed(session, ids, mask, [])
+    run = onnxruntime.InferenceSession.run_with_iobinding
+    inside, go_on, found = threading.Event(), threading.Event(), []
+
+    def wait(*given: Any) -> None:
+        inside.set()
+        assert go_on.wait(60)
+        run(*given)
+
+    session.reset(2, TOKENS)
+    fork = session.fork()
+    fork.reset(2, TOKENS)
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", wait)
+        thread = threading.Thread(target=lambda: found.append(session.step(ids, mask)))
+        thread.start()
+        assert inside.wait(60)
+    calls = (lambda: session.step(ids, mask), lambda: session.reset(1, 4), session.state)
+    try:
+        for call in (*calls, lambda: list(generate(session, [[1]], max_new_tokens=1))):
+            with pytest.raises(SessionError, match="busy with a call of another thread"):
+                call()
+        # Forks are made, and run, all the same.
+        fork.step(ids, mask)
+        _assert_same(_feed(session.fork(), ids, mask, []), expected, mask)
+    finally:
+        go_on.set()
+        thread.join()
+    _assert_same((found[0], session.state()), expected, mask)
+
+
+def test_gives_no_other_thread_s_tokens(session: Session) -> None:
+    prompts = [[n, 300, n + 1] for n in range(4)]
+    right = [list(generate(session, [prompt], max_new_tokens=24)) for prompt in prompts]
+    ended: list[bool | None] = []
+
+    def work(number: int) -> None:
+        for _ in range(6):
+            try:
+                made = list(generate(session, [prompts[number]], max_new_tokens=24))
+            except SessionError:
+                ended.append(None)
+            else:
+                ended.append(made == right[number])
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ended) == 24 and False not in ended
+    assert list(generate(session, [prompts[0]], max_new_tokens=24)) == right[0]
+
+
+def _odd(tmp_path: Path, ingot: Path, text: str, **fields: Any) -> OrtSession:
+    """A session of a graph that is written in text, under the manifest of another one."""
+    save(parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {text}'), tmp_path / GRAPH)
+    inputs = tuple(TensorInfo(n, "int64", ("batch", "sequence")) for n in ("input_ids", "mask"))
+    plain: dict[str, Any] = {"inputs": inputs[:1], "states": (), "main_output": "y"}
+    return OrtSession(tmp_path, replace(Manifest.read(ingot), **{**plain, **fields}))
+
+
+HEAD = "odd (int64[b, t] input_ids) => ({} y)"
+ODD = {
+    "rank 2": ("float[b, w]", "y = ConstantOfShape(shape)", [1, 2000]),
+    "the last token only": ("float[b, t, w]", "y = ConstantOfShape(shape)", [1, 1, 512]),
+    "other rows": ("float[b, t, w]", "y = ConstantOfShape(shape)", [2, 3, 512]),
+    "more words": ("float[b, t, w]", "y = ConstantOfShape(shape)", [1, 3, 513]),
+    "no words": ("float[b, t, w]", "y = ConstantOfShape(shape)", [1, 3, 0]),
+    "a number": ("float", "y = ReduceMax <keepdims = 0> (all)", [1]),
+    "rank 4": ("float[b, t, w, x]", "y = ConstantOfShape(shape)", [1, 3, 512, 1]),
+}
+
+
+@pytest.mark.parametrize(("kind", "node", "shape"), ODD.values(), ids=ODD)
+def test_refuses_an_output_of_another_shape(
+    tiny_ort: Path, tmp_path: Path, kind: str, node: str, shape: list[int]
+) -> None:
+    numbers = ", ".join(map(str, shape))
+    text = f"{HEAD.format(kind)} <int64[{len(shape)}] shape = {{{numbers}}}> {{"
+    text += " all = Cast <to = 1> (input_ids) " if "all" in node else " "
+    session = _odd(tmp_path, tiny_ort, f"{text} {node} }}")
+    ids = np.ones((1, 3), np.int64)
+    session.reset(1, 3)
+    message = r"the graph gave 'y' of shape \[.*\], and ingot.json says \[1, 3, 512\]"
+    with pytest.raises(SessionError, match=message):
+        session.step(ids, ids)
+    with pytest.raises(SessionError, match=message):
+        list(generate(session, [[1, 2, 3]], max_new_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("string[b, t]", "y = Cast <to = 8> (input_ids)"),
+        ("int64[b, t]", "y = Identity (input_ids)"),
+        ("bool[b, t]", "y = Cast <to = 9> (input_ids)"),
+        ("double[b, t]", "y = Cast <to = 11> (input_ids)"),
+        ("seq(int64[b, t])", "y = SequenceConstruct (input_ids)"),
+    ],
+)
+def test_refuses_an_output_that_is_no_float(
+    tiny_ort: Path, tmp_path: Path, kind: str, body: str
+) -> None:
+    with pytest.raises(SessionError, match=r"computes 'y' as .*, which must be one of tensor"):
+        _odd(tmp_path, tiny_ort, f"{HEAD.format(kind)} {{ {body} }}")
+
+
+def test_says_in_one_sentence_what_the_runtime_refuses(
+    tiny_ort: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = "<float[2, 512] table> { y = Gather (table, input_ids) }".replace(
+        "table>", "table = {" + ", ".join(["0.5"] * 1024) + "}>"
+    )
+    session = _odd(tmp_path, tiny_ort, HEAD.format("float[b, t, w]") + table)
+    session.reset(1, 3)
+    for call in (
+        lambda: session.step(np.full((1, 3), 7), np.ones((1, 3), np.int64)),
+        lambda: list(generate(session, [[7]], max_new_tokens=1)),
+    ):
+        with pytest.raises(SessionError, match=r"^ONNX Runtime \d.* could not run this ingot: .*"):
+            call()
+        session.reset(1, 3)
+    (tmp_path / GRAPH).write_bytes(b"no graph")
+    with pytest.raises(SessionError, match="cannot load"):
+        OrtSession(tmp_path, session.manifest)
+    # One message only: the runtime has no line of its own.
+    assert "".join(capfd.readouterr()) == ""
+
+
+def _fixed(**changes: Any) -> State:
+    fixed = State("ssm", "old", "new", "float32", ("batch", 4), ("batch", 4), None, False)
+    return replace(fixed, **changes)
+
+
+STATEFUL = """odd (int64[b, t] input_ids, float[b, w] old) => (float[b, t, v] y, float[b, x] new)
+<int64[1] words = {512}, int64[2] sizes = {1, 5}> {
+    shape = Shape (input_ids)
+    whole = Concat <axis = 0> (shape, words)
+    y = ConstantOfShape (whole)
+    new = NEW
+}"""
+GROWN = STATEFUL.replace("NEW", "ConstantOfShape (sizes)")
+KEPT = STATEFUL.replace("NEW", "Identity (old)")
+
+
+@pytest.mark.parametrize(
+    ("graph", "changes", "message"),
+    [
+        (GROWN, {}, r"gave 'new' of shape \[1, 5\], and ingot.json says \[1, 4\]"),
+        (KEPT, {"dtype": "float16"}, "could not run this ingot"),
+        (KEPT, {"dtype": "bfloat16"}, "could not run this ingot"),
+        (KEPT, {"dtype": "no dtype"}, "could not run this ingot"),
+        (KEPT, {"input_shape": ("batch", 4, 4)}, "could not run this ingot"),
+        (KEPT, {"input_shape": ("batch", "rows")}, "could not run this ingot"),
+        (KEPT, {"input_shape": ("batch", -4)}, "could not run this ingot"),
+        (KEPT, {"output_shape": ("batch", "rows")}, "could not run this ingot"),
+        (KEPT, {"axis": 7, "shared": True}, "could not run this ingot"),
+    ],
+)
+def test_refuses_states_that_are_not_the_graph_s(
+    tiny_ort: Path, tmp_path: Path, graph: str, changes: dict[str, Any], message: str
+) -> None:
+    def run() -> None:
+        session = _odd(tmp_path, tiny_ort, graph, states=(_fixed(**changes),))
+        session.reset(1, 4)
+        session.step(np.ones((1, 2), np.int64), np.ones((1, 2), np.int64))
+        session.state()
+
+    with pytest.raises(SessionError, match=message):
+        run()
