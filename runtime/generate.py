@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from ingot.plugins.errors import shown
 from ingot.runtime.loading import load
 from ingot.runtime.session import Floats, Ids, Session, SessionError
+from ingot.runtime.tokens import items, token_ids, whole
+
+_NUMBERS = (int, float, np.integer, np.floating)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, count in (("top-k", self.top_k), ("seed", self.seed)):
+            if whole(count) is None:
+                raise SessionError(f"{name} is {shown(count)}; it must be a whole number.")
+        for name, value in (("temperature", self.temperature), ("top-p", self.top_p)):
+            if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+                raise SessionError(f"{name} is {shown(value)}; it must be a number.")
         # Written so that NaN is refused too.
         if not 0.0 <= self.temperature < float("inf"):
             raise SessionError(f"temperature is {self.temperature}; it must be 0 or more.")
@@ -77,18 +87,27 @@ def _sample(logits: Floats, sampling: Sampling, random: np.random.Generator) -> 
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Ids, Ids]:
-    """Prompts as one ``[B, T]`` batch of ids and its attention mask."""
-    if not prompts or not all(len(prompt) for prompt in prompts):
+    """Prompts as one ``[B, T]`` batch of ids and its attention mask.
+
+    Raises:
+        SessionError: no prompts, an empty one, or one that holds anything but whole numbers.
+    """
+    given = items(prompts)
+    if given is None:
+        raise SessionError(f"prompts is {shown(prompts)}; it must be a list of lists of token ids.")
+    rows = [token_ids(prompt, f"prompt {number}") for number, prompt in enumerate(given)]
+    if not rows or not all(rows):
         raise SessionError("every prompt needs at least one token.")
-    longest = max(len(prompt) for prompt in prompts)
-    ids = np.full((len(prompts), longest), pad, dtype=np.int64)
+    longest = max(map(len, rows))
+    ids = np.full((len(rows), longest), pad, dtype=np.int64)
     mask = np.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
+    for number, row in enumerate(rows):
         try:
-            ids[row, longest - len(prompt) :] = prompt
+            ids[number, longest - len(row) :] = row
         except OverflowError as error:
-            raise SessionError(f"token id {max(prompt, key=abs)} is in no vocabulary.") from error
-        mask[row, longest - len(prompt) :] = 1
+            largest = shown(max(row, key=abs))
+            raise SessionError(f"token id {largest} is in no vocabulary.") from error
+        mask[number, longest - len(row) :] = 1
     return ids, mask
 
 
@@ -105,7 +124,8 @@ def generate(
     Args:
         ingot: a session of a ``generate`` ingot, whose state is reset; or the ingot's folder, which
             is opened for this one call.
-        prompts: token ids, any lengths; shorter ones are padded on the left.
+        prompts: token ids, any lengths; shorter ones are padded on the left. Lists of whole numbers
+            or integer arrays.
         max_new_tokens: at most so many for each prompt.
         sampling: greedy where absent.
         stop_ids: ids that end a sequence; the ingot's ``eos_token_id`` where absent.
@@ -115,7 +135,8 @@ def generate(
         sequence is yielded.
 
     Raises:
-        SessionError: an ingot without logits, an empty prompt, or a prompt that does not fit.
+        SessionError: an ingot without logits, an empty prompt, one that holds no token ids or does
+            not fit, or a session that something else was done with since the last token.
         IngotError: a folder that ``load`` refuses.
     """
     session = load(ingot) if isinstance(ingot, str | Path) else ingot
@@ -125,27 +146,44 @@ def generate(
             f"this ingot was exported for the task {manifest.task!r} and cannot generate; export "
             "it with --task generate."
         )
-    if max_new_tokens < 1:
-        raise SessionError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    count = whole(max_new_tokens)
+    if count is None or count < 1:
+        raise SessionError(f"max_new_tokens is {shown(max_new_tokens)}; it must be at least 1.")
     sampling = sampling or Sampling()
-    stops = set(manifest.generation["eos_token_ids"] if stop_ids is None else stop_ids)
+    ends = manifest.generation["eos_token_ids"] if stop_ids is None else stop_ids
+    # Their order means nothing, so a set is one of them.
+    stops = set(token_ids(list(ends) if isinstance(ends, Set) else ends, "stop_ids"))
     ids, mask = pad_left(prompts, manifest.generation["pad_token_id"])
     longest = manifest.generation["context_length"]
     # None where nothing limits it.
-    if longest is not None and ids.shape[1] + max_new_tokens > longest:
+    if longest is not None and ids.shape[1] + count > longest:
         raise SessionError(
-            f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones exceed this model's "
+            f"a prompt of {ids.shape[1]} tokens and {shown(count)} new ones exceed this model's "
             f"context of {longest}; shorten the prompt or lower --max-new-tokens."
         )
-    session.reset(len(prompts), ids.shape[1] + max_new_tokens)
+    changes = session.changes + 1
+    session.reset(len(ids), ids.shape[1] + count)
     random = np.random.default_rng(sampling.seed)
-    running = np.ones(len(prompts), dtype=bool)
-    for _ in range(max_new_tokens):
+    running = np.ones(len(ids), dtype=bool)
+    for _ in range(count):
+        _check_own(session, changes)
         logits = session.step(ids, mask)[:, -1]
+        changes += 1
+        # Again, since another thread may have come in between.
+        _check_own(session, changes)
         chosen = choose(logits, sampling, random)
         yield [int(token) if on else None for token, on in zip(chosen, running, strict=True)]
-        running &= ~np.isin(chosen, list(stops))
+        running &= [token not in stops for token in chosen.tolist()]
         if not running.any():
             return
         ids = chosen[:, None]
         mask = np.ones_like(ids)
+
+
+def _check_own(session: Session, changes: int) -> None:
+    """Refuse to go on over a state that is not, or not only, this generation's."""
+    if session.changes != changes:
+        raise SessionError(
+            "this generation was interrupted: its session was reset, or fed other tokens, in the "
+            "meantime; fork() the session for each of several generations at once."
+        )

@@ -485,3 +485,98 @@ def test_holds_back_a_character_until_it_is_whole(
 def test_prints_each_text_of_a_batch(reciter: Path) -> None:
     result = _invoke(reciter, "--prompt", "he", "--prompt", "я", "--max-new-tokens", "60")
     assert result.stdout.splitlines() == ["llo €uräжя😀z", "😀z"]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        *[None, "12", 7, {"a": [1]}, {(1, 2)}, [1, 2], np.array([1, 2]), [None], iter([[1]])],
+        *[[[1.5, 2.9]], [[1.0]], [[np.float32(7.9)]], [["3", "4"]], ["34"], [b"34"]],
+        *[[[True, False]], [[1, np.True_]], [[math.nan]], [[None]], [[[1]]], [{1: 2}], [{1, 2}]],
+        *[[np.array([1.0, 2.0])], [np.array([True])], [np.array(3)], [np.array([[3]])]],
+        *[[[1, 2], [3.0]], [[2**63]], [[-(2**63) - 1]], [[10**5000]], [np.array([2**63], "u8")]],
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_refuses_prompts_that_are_no_token_ids(session: Session, prompts: Any) -> None:
+    with pytest.raises(SessionError, match=r"token ids|in no vocabulary") as caught:
+        list(generate(session, prompts, max_new_tokens=2))
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int16, np.uint32, np.int64, np.uint64])
+def test_takes_ids_of_any_integer_type(session: Session, kind: type[np.integer[Any]]) -> None:
+    right = _rows(session, [[9, 8, 20], [4, 5, 6]], 4)
+    arrays = np.array([[9, 8, 20], [4, 5, 6]], kind)
+    every: tuple[Any, ...] = (arrays, list(arrays), [list(row) for row in arrays])
+    for prompts in (*every, [(9, 8, 20), range(4, 7)]):
+        assert _rows(session, prompts, 4, stop_ids=arrays[:0, 0]) == right
+    # What ends a row may be a set as well.
+    for ends in ({right[0][1]}, frozenset(right[0][1:2]), np.array(right[0][1:2], np.int32)):
+        assert _rows(session, [[9, 8, 20]], 4, stop_ids=ends) == [right[0][:2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("stop_ids", value) for value in ("12", 3, [1.0], ["1"], [None], [True], {1: 2})],
+        *[("max_new_tokens", value) for value in (1.5, "4", None, True, math.nan, -(10**5000))],
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_refuses_an_option_of_another_type(session: Session, name: str, value: Any) -> None:
+    with pytest.raises(SessionError, match=f"{name} is .*; it must be") as caught:
+        list(generate(session, [[1, 2]], **{"max_new_tokens": 2, name: value}))
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("temperature", value) for value in ("hot", None, True, [1.0], 1j)],
+        *[("top_p", value) for value in ("0.5", None, True)],
+        *[("top_k", value) for value in (2.5, "2", None, True, math.nan)],
+        *[("seed", value) for value in (0.5, "0", None, False)],
+    ],
+)
+def test_refuses_a_sampling_value_of_another_type(field: str, value: Any) -> None:
+    with pytest.raises(SessionError, match=rf"{field.replace('_', '-')} is .*; it must be"):
+        Sampling(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda session: next(generate(session, [[9, 9]], max_new_tokens=20)),
+        lambda session: list(generate(session, [[9, 9]], max_new_tokens=2)),
+        # The same prompt, whose state would even fit.
+        lambda session: next(generate(session, PROMPTS[:1], max_new_tokens=8)),
+        lambda session: session.reset(1, 50),
+        lambda session: session.reset(2, 50),
+        lambda session: session.step(np.ones((1, 1), np.int64), np.ones((1, 1), np.int64)),
+    ],
+    ids=["another", "another whole", "itself", "reset", "other rows", "step"],
+)
+def test_goes_on_over_no_state_but_its_own(ingot: Path, between: Any) -> None:
+    session = load(ingot)
+    steps = generate(session, PROMPTS[:1], max_new_tokens=8, stop_ids=())
+    for _ in range(3):
+        next(steps)
+    between(session)
+    with pytest.raises(SessionError, match=r"this generation was interrupted: .*fork\(\)"):
+        next(steps)
+    assert list(steps) == []
+
+
+def test_goes_on_where_its_session_was_only_looked_at(
+    session: Session, oracle: list[list[int]]
+) -> None:
+    steps = generate(session, PROMPTS[:1], max_new_tokens=8, stop_ids=())
+    made = [next(steps)[0] for _ in range(3)]
+    session.state()
+    fork = session.fork()
+    assert _rows(fork, PROMPTS[1:2], 8, stop_ids=()) == [oracle[1][:8]]
+    # Refused before anything was fed.
+    with pytest.raises(SessionError, match="outside the vocabulary"):
+        session.step(np.full((1, 1), 600), np.ones((1, 1), np.int64))
+    assert made + [step[0] for step in steps] == oracle[0][:8]
