@@ -144,6 +144,7 @@ def keep_apart(out: Path, *read: Path) -> None:
         WriteError: naming both.
     """
     place = Path(os.path.realpath(out))
+    keep_out(out, *read)
     for source in filter(os.path.lexists, read):
         found = Path(os.path.realpath(source))
         links = (
@@ -151,7 +152,19 @@ def keep_apart(out: Path, *read: Path) -> None:
             if found.is_dir()
             else []
         )
-        if _holds(found, place) or any(_holds(place, path) for path in (found, *links)):
+        if any(_holds(place, path) for path in (found, *links)):
+            raise WriteError(f"{out} and {source} lie in one another; give another place.")
+
+
+def keep_out(out: Path, *read: Path) -> None:
+    """Refuse a destination that lies in a folder which is to stay as it is.
+
+    Raises:
+        WriteError: naming both.
+    """
+    place = Path(os.path.realpath(out))
+    for source in filter(os.path.lexists, read):
+        if _holds(Path(os.path.realpath(source)), place):
             raise WriteError(f"{out} and {source} lie in one another; give another place.")
 
 

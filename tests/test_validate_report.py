@@ -21,7 +21,16 @@ import pytest
 
 from ingot.plugins.whole import WriteError
 from ingot.validate.report import files, html, texts, words
-from ingot.validate.result import Distribution, Flip, Location, Report, Routing, TensorResult
+from ingot.validate.result import (
+    Distribution,
+    Flip,
+    Gate,
+    Growth,
+    Location,
+    Report,
+    Routing,
+    TensorResult,
+)
 
 HOSTILE = '<script>alert("1")</script>&\x00\x1b\ud800|`*_[x](http://y)$\\frac @all\n# head'
 FILES = ["junit.xml", "report.html", "report.json", "summary.md"]
@@ -335,7 +344,7 @@ def test_summary_lists_some_problems_and_counts_the_rest() -> None:
 
 
 def test_summary_of_a_skip_says_why() -> None:
-    assert "NOT PROVEN: olmoe, ort, float32" in texts.markdown_text(make_report(reason="no GPU"))
+    assert "SKIPPED: olmoe, ort, float32" in texts.markdown_text(make_report(reason="no GPU"))
 
 
 def test_summary_without_routing_or_distribution() -> None:
@@ -416,7 +425,7 @@ def test_page_says_what_was_found() -> None:
     passed = Page(page_of(make_report)).words
     assert "PASSED" in passed
     assert "It begins at" not in passed
-    assert "NOT PROVEN" in Page(html.page(plain_report(reason="no GPU"))).words
+    assert "SKIPPED" in Page(html.page(plain_report(reason="no GPU"))).words
 
 
 def test_page_escapes_every_text() -> None:
@@ -555,3 +564,59 @@ def test_plots_of_margins_tell_failing_flips_apart() -> None:
 def test_writing_the_other_files_needs_no_matplotlib() -> None:
     code = "import sys, ingot.validate.report.files; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- gates
+
+
+WORSE = ("prefill, logits: score 2, was 1", "kl_max <0.1> nats, was 0.05")
+
+
+def test_every_report_names_what_got_worse() -> None:
+    found = make_report(gate=Gate("old.json", WORSE))
+    assert (found.verdict, found.failures) == ("failed", [])
+    headline = "WORSE: olmoe, ort, float32, against eager PyTorch, float64: 2 figures are worse"
+    summary = texts.markdown_text(found)
+    assert summary.startswith(f"## Validation: {headline} than in old.json.")
+    assert "PASSED" not in summary
+    assert "- WORSE prefill, logits: score 2, was 1\n" in summary
+    assert "- **Gate:** 2 worse than in old.json\n" in summary
+    suite = junit(found)
+    assert (suite.get("tests"), suite.get("failures")) == ("68", "2")
+    messages = [failure.get("message") for failure in suite.iter("failure")]
+    assert messages == [f"WORSE {problem}" for problem in WORSE]
+    page = html.page(plain_report(gate=found.gate))
+    assert headline in page and "WORSE kl_max &lt;0.1&gt; nats" in page
+    assert 'class="verdict failed"' in page and "PASSED" not in page
+    data = strict(texts.json_text(found))
+    assert (data["verdict"], data["summary"]["first_worse"]) == ("failed", WORSE[0])
+    assert data["gate"] == {"baseline": "old.json", "worse": list(WORSE)}
+
+
+def test_every_report_names_a_gate_that_holds() -> None:
+    found = make_report(gate=Gate("old.json", ()))
+    assert found.verdict == "passed"
+    held = "nothing worse than in old.json"
+    assert held in texts.markdown_text(found) and held in html.page(plain_report(gate=found.gate))
+    suite = junit(found)
+    assert (suite.get("tests"), suite.get("failures")) == ("66", "0")
+    assert strict(texts.json_text(found))["gate"] == {"baseline": "old.json", "worse": []}
+
+
+def test_a_report_without_a_gate_says_nothing_of_one() -> None:
+    assert "gate" not in strict(texts.json_text(make_report()))
+    assert "gate" not in texts.markdown_text(make_report()).lower()
+
+
+def test_a_failure_and_a_gate_are_both_named() -> None:
+    found = replace(failing_report(), gate=Gate("old.json", WORSE[:1]))
+    text = texts.markdown_text(found)
+    assert "FAILED: " in text and "- WORSE prefill" in text and "### Problems" in text
+    assert junit(found).get("failures") == "4"
+
+
+def test_junit_fails_for_an_error_that_grows() -> None:
+    found = make_report(growth=(Growth("key", 1.0, 9.0, 4.0), Growth("value", 1.0, 1.0, 4.0)))
+    (failure,) = junit(found).iter("failure")
+    assert (failure.get("message") or "").startswith("the error of key grows over decode")
+    assert len(found.failures) == 1

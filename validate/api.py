@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,12 +12,19 @@ from ingot.export.progress import Stages
 from ingot.graphs.hub import resolve_adapter
 from ingot.graphs.merge import open_checkpoint
 from ingot.plugins.errors import IngotError, shown
+from ingot.plugins.whole import check_file, keep_out
 from ingot.runtime.session import Ids
-from ingot.validate.early import EAGER, PLANS, check_request
-from ingot.validate.gate import save_baseline
+from ingot.validate.early import EAGER, PLANS, cannot_compare, check_request
+from ingot.validate.gate import (
+    GateError,
+    gated,
+    read_baseline,
+    require_comparable,
+    save_baseline,
+)
 from ingot.validate.judge.distribution import read_text, read_tokens
 from ingot.validate.result import Report
-from ingot.validate.run import examine, spread, validate_ingot
+from ingot.validate.run import empty_report, examine, spread, validate_ingot
 from ingot.validate.truth.against import OtherReference, other_ingot
 from ingot.validate.truth.cache import default_cache
 from ingot.validate.truth.reference import Reference
@@ -33,6 +41,7 @@ def validate(
     tokens: str | Path | None = None,
     text: str | Path | None = None,
     baseline: str | Path | None = None,
+    gate: str | Path | None = None,
     stages: Stages | None = None,
 ) -> Report:
     """A comparison of an ingot with eager PyTorch, as ``ingot validate`` makes it.
@@ -50,22 +59,27 @@ def validate(
         text: a text file whose perplexity is measured, encoded by the ingot's tokenizer.
         baseline: a file to remember the result in; the validation runs twice, to measure its
             spread. What failed is no baseline, and writes none.
+        gate: a file of an earlier ``baseline``: where anything is worse, the verdict is ``failed``,
+            and the report says what.
         stages: shows the steps; where absent, nothing is shown.
 
     Returns:
-        What was found: ``verdict`` is ``passed``, ``failed``, or ``skipped`` where only the graph
-        of an engine could run. ``write``, imported from ``ingot.validate.report.files``, makes
-        files of it, and ``gate``, imported from ``ingot.validate.gate``, compares it with a
-        baseline.
+        What was found: ``verdict`` is ``passed``, ``failed``, or ``skipped`` where nothing of the
+        ingot, or only the graph of an engine, could run on this machine, as an export says it.
+        ``write``, imported from ``ingot.validate.report.files``, makes files of it.
 
     Raises:
-        IngotError: a damaged ingot, one that cannot be compared on this machine, or another
-            checkpoint than it was made from.
+        IngotError: a damaged ingot, another checkpoint than it was made from, or a baseline of
+            something else.
     """
     folder, source = Path(ingot), Path(checkpoint)
     stages = stages or Stages()
     manifest = check_request(folder, source, plan=plan, against=str(against))
     words = _words(manifest, folder, tokens, text)
+    earlier = None if gate is None else read_baseline(Path(gate))
+    if baseline is not None:
+        keep_out(Path(baseline), folder, source)
+        check_file(Path(baseline))
     merged = manifest.source.get("adapter")
     if merged is not None and adapter is None:
         raise IngotError(
@@ -75,6 +89,12 @@ def validate(
     found = None if adapter is None else resolve_adapter(str(adapter))
     opened = open_checkpoint(source, found)
     reference = Reference(opened, manifest.task, manifest.precision, default_cache())
+    reason = cannot_compare(manifest)
+    if reason is not None:
+        if earlier is not None or baseline is not None:
+            raise GateError(f"{folder} cannot be compared, so there is nothing to gate: {reason}.")
+        manifest.check_files(folder)
+        return replace(empty_report(manifest, reference.against, folder.name, seed), reason=reason)
     made_from, given = manifest.source.get("sha256"), reference.hash(stages)
     if given != made_from:
         adapted = "" if adapter is None else f" with the adapter {adapter}"
@@ -88,7 +108,14 @@ def validate(
         if str(against) != EAGER:
             other, name = stack.enter_context(other_ingot(str(against), manifest, opened, stages))
             reference = OtherReference(reference, other, name)
+        if earlier is not None and gate is not None:
+            # Before minutes of work; whether an engine runs, only these show.
+            expected = empty_report(manifest, reference.against, folder.name, seed)
+            expected = replace(expected, reason=earlier.identity["reason"])
+            require_comparable(expected, earlier, Path(gate))
         report = examine(folder, reference, stages, plan=chosen, seed=seed, text=words)
+        if earlier is not None and gate is not None:
+            report = gated(report, earlier, Path(gate))
         if baseline is not None and report.verdict != "failed":
             again = validate_ingot(
                 folder, reference, stages, plan=chosen, seed=seed, verify=False, text=words

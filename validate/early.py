@@ -38,8 +38,8 @@ def check_request(ingot: Path, checkpoint: Path, *, plan: str, against: str) -> 
         The manifest of the ingot.
 
     Raises:
-        IngotError: no such ingot, plan or other ingot, an ingot that cannot be compared here, or a
-            checkpoint without weights or of an architecture that is not there.
+        IngotError: no such ingot, plan or other ingot, or a checkpoint without weights or of an
+            architecture that is not there.
     """
     if plan not in PLANS:
         raise IngotError(f"{shown(plan)} is no plan; give one of: {', '.join(PLANS)}.")
@@ -53,9 +53,6 @@ def check_request(ingot: Path, checkpoint: Path, *, plan: str, against: str) -> 
                 f"the folder of another ingot{f'; did you mean {meant}?' if meant else '.'}"
             )
         Manifest.read(Path(against))
-    reason = cannot_compare(manifest)
-    if reason is not None:
-        raise IngotError(f"{ingot} cannot be compared: {reason}.")
     folder = Folder.read(checkpoint)
     # Read for their refusals.
     _ = folder.family

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ingot.plugins.whole import write_whole
 from ingot.validate.judge.limits import SCORE_FLOOR
 from ingot.validate.report.texts import plain
 from ingot.validate.report.words import number
-from ingot.validate.result import Distribution, Report, TensorResult
+from ingot.validate.result import SCHEMA_VERSION, Distribution, Gate, Report, TensorResult
 
 # How many measured run-to-run spreads a figure may rise: three are chance once in hundreds of runs.
 SPREADS = 3.0
@@ -84,6 +84,8 @@ def save_baseline(report: Report, path: Path, spread: Mapping[str, float]) -> No
     """
     if report.failures:
         raise GateError(f"a report that failed is no baseline: {report.failures[0]}.")
+    if not report.tensors:
+        raise GateError(f"nothing was compared, which is no baseline: {report.reason}.")
     tensors: dict[str, dict[str, Any]] = {}
     for tensor in report.tensors:
         if tensor.error is not None:
@@ -108,8 +110,25 @@ def gate(report: Report, path: Path) -> list[str]:
     Raises:
         GateError: the baseline cannot be read, or is of something else.
     """
-    baseline = _read(path, report.schema_version)
-    _require_comparable(report, baseline, path)
+    return list(gated(report, read_baseline(path, report.schema_version), path).worse)
+
+
+def gated(report: Report, baseline: Baseline, path: Path) -> Report:
+    """The report with what its baseline says of it.
+
+    Args:
+        report: what was found.
+        baseline: of ``read_baseline``.
+        path: of its file.
+
+    Raises:
+        GateError: the baseline is of something else.
+    """
+    require_comparable(report, baseline, path)
+    return replace(report, gate=Gate(str(path), tuple(_regressions(report, baseline))))
+
+
+def _regressions(report: Report, baseline: Baseline) -> list[str]:
     return [
         *_failed(report),
         *_tensors(report, baseline),
@@ -142,7 +161,12 @@ def _distribution(found: Distribution | None) -> dict[str, float]:
     return {"tokens": found.tokens, "top1": min(1.0, share), **kl}
 
 
-def _read(path: Path, version: int) -> Baseline:
+def read_baseline(path: Path, version: int = SCHEMA_VERSION) -> Baseline:
+    """What ``save_baseline`` wrote.
+
+    Raises:
+        GateError: the file cannot be read, is damaged, or has another schema version.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -216,7 +240,12 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _require_comparable(report: Report, baseline: Baseline, path: Path) -> None:
+def require_comparable(report: Report, baseline: Baseline, path: Path) -> None:
+    """Refuse a baseline of something else; the report need not have any figures yet.
+
+    Raises:
+        GateError: saying what differs.
+    """
     changed = _differences(baseline.identity, _identity(report))
     if changed:
         raise GateError(f"the baseline {path} is of something else: {', '.join(changed)}; {_NEW}.")

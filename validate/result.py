@@ -200,6 +200,19 @@ class Location:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """What a baseline says of a validation.
+
+    Attributes:
+        baseline: the file.
+        worse: what got worse since, one sentence each.
+    """
+
+    baseline: str
+    worse: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """One validation.
 
@@ -219,6 +232,7 @@ class Report:
         reason: why passing says nothing about the ingot itself, if it does not.
         seconds: the whole took.
         router_margin: smallest difference between the truth's K-th and next router logit.
+        gate: what a baseline says, where the validation was held against one.
     """
 
     ingot: str
@@ -238,6 +252,7 @@ class Report:
     reason: str | None = None
     seconds: float = 0.0
     router_margin: float | None = None
+    gate: Gate | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -259,8 +274,13 @@ class Report:
         return found
 
     @property
+    def worse(self) -> tuple[str, ...]:
+        """What got worse since the baseline, one sentence each."""
+        return () if self.gate is None else self.gate.worse
+
+    @property
     def verdict(self) -> Verdict:
-        if self.failures:
+        if self.failures or self.worse:
             return "failed"
         return "passed" if self.reason is None else "skipped"
 
@@ -315,4 +335,6 @@ class Report:
             result["first_failure"] = self.failures[0]
         if self.place is not None:
             result["location"] = self.place
+        if self.worse:
+            result["first_worse"] = self.worse[0]
         return result

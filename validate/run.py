@@ -113,20 +113,13 @@ def validate_ingot(
     session, observed = _observe(target, judges, stages)
     for judge, found in zip(judges, observed, strict=True):
         judge.judge_session(found)
-    source = target.manifest.source.get("sha256", "unknown")
-    report = Report(
-        ingot=name or folder.name,
-        model_type=target.manifest.model_type,
-        target=target.manifest.target,
-        precision=target.manifest.precision,
-        against=reference.against,
-        seed=seed,
+    report = replace(
+        empty_report(target.manifest, reference.against, name or folder.name, seed),
         tensors=totals.tensors(judges, seeds),
         routing=totals.routing(judges),
         growth=totals.worst_growth(judges),
         hidden=totals.hidden(judges),
         router_margin=totals.margin(judges),
-        environment={**environment(), "checkpoint": source},
         reason=_reason(target, judges),
     )
     if target.manifest.main_output == "logits" and target.manifest.states:
@@ -136,6 +129,27 @@ def validate_ingot(
             tokens = _with_perplexity(tokens, session, reference, text, stages)
         report = replace(report, distribution=tokens)
     return replace(report, seconds=time.perf_counter() - began)
+
+
+def empty_report(manifest: Manifest, against: str, name: str, seed: int) -> Report:
+    """What a report says before anything is compared.
+
+    Args:
+        manifest: of the ingot.
+        against: what it is compared with, in words.
+        name: of the ingot.
+        seed: of the first set of token ids.
+    """
+    return Report(
+        ingot=name,
+        model_type=manifest.model_type,
+        target=manifest.target,
+        precision=manifest.precision,
+        against=against,
+        seed=seed,
+        tensors=(),
+        environment={**environment(), "checkpoint": manifest.source.get("sha256", "unknown")},
+    )
 
 
 def _reason(target: Target, judges: Sequence[Judge]) -> str | None:

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ingot.plugins.errors import install_hint
 from ingot.validate.judge.growth import over_decode, step_scores
 from ingot.validate.report.words import clean, figures, headline, number
 from ingot.validate.result import Report, TensorResult
@@ -97,14 +98,32 @@ def page(report: Report) -> str:
             figures=figures(report),
             failures=report.failures[:LISTED],
             unlisted=max(0, len(report.failures) - LISTED),
+            worse=report.worse[:LISTED],
+            worse_unlisted=max(0, len(report.worse) - LISTED),
             plots=plots(report),
         )
     )
 
 
 def plots(report: Report) -> list[Plot]:
-    """The four figures."""
+    """The four figures; where what draws them is missing, one without a drawing that says so."""
+    missing = cannot_draw()
+    if missing is not None:
+        return [Plot("No plots", missing)]
     return [_by_layer(report), _over_decode(report), _kl(report), _margins(report)]
+
+
+def cannot_draw() -> str | None:
+    """Why there are no plots, in one sentence; None where there are."""
+    try:
+        # What a figure needs of it; a package may be there and broken.
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        return (
+            f"The page has no plots, for matplotlib cannot be imported ({error}); install it with: "
+            f"{install_hint('report')}"
+        )
+    return None
 
 
 def _by_layer(report: Report) -> Plot:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.markup import escape
 from rich.table import Table
 
@@ -14,13 +12,8 @@ from ingot.validate.result import Report
 COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 
 
-def print_report(report: Report, worse: Sequence[str]) -> None:
-    """The verdict, the worst tensor of each kind, the figures, and every problem, on stdout.
-
-    Args:
-        report: what was found.
-        worse: what got worse since a baseline.
-    """
+def print_report(report: Report) -> None:
+    """The verdict, the worst tensor of each kind, the figures, and every problem, on stdout."""
     out = console(soft_wrap=True, highlight=False)
     verdict, _, rest = headline(report).partition(":")
     out.print(f"[bold {COLOURS[report.verdict]}]{verdict}[/]:{escape(rest)}")
@@ -35,7 +28,7 @@ def print_report(report: Report, worse: Sequence[str]) -> None:
     if len(report.failures) > LISTED:
         more = len(report.failures) - LISTED
         out.print(f"and {more} more problems; --report FOLDER writes all of them")
-    for problem in worse:
+    for problem in report.worse:
         out.print(f"WORSE {problem}", markup=False)
 
 

@@ -22,6 +22,9 @@ def json_text(report: Report) -> str:
     data = asdict(report)
     for row, tensor in zip(data["tensors"], report.tensors, strict=True):
         row["score"] = tensor.score
+    if report.gate is None:
+        # Most have none, those of exports among them, whose bytes do not change.
+        del data["gate"]
     data["verdict"] = report.verdict
     data["failures"] = report.failures
     data["summary"] = report.summary()
@@ -46,7 +49,7 @@ def plain(value: Any) -> Any:
 
 
 def junit_text(report: Report) -> str:
-    """One test case per tensor of a stage and one per routing mode."""
+    """One test case per tensor of a stage, per routing mode and per figure that got worse."""
     suite = ElementTree.Element("testsuite", name="validate", time=f"{report.seconds:.3f}")
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in _properties(report).items():
@@ -64,9 +67,18 @@ def junit_text(report: Report) -> str:
             if flip.fails
         ]
         _case(suite, f"{prefix}.routing", mode, problems, report.reason)
+    for growth in report.growth:
+        if growth.problem:
+            _case(suite, f"{prefix}.growth", growth.kind, [growth.problem], report.reason)
+    if report.gate is not None:
+        # One that passes, so that a gate is seen to have been there.
+        _case(suite, f"{prefix}.gate", f"against {report.gate.baseline}", [], report.reason)
+        for problem in report.worse:
+            _case(suite, f"{prefix}.gate", problem, [f"WORSE {problem}"], report.reason)
     if not any(tensor.error is not None for tensor in report.tensors):
         # Without this, a report that compared nothing would be a green suite.
-        _case(suite, prefix, "compared tensors", ["nothing was compared"], report.reason)
+        problems = ["nothing was compared"] if report.reason is None else []
+        _case(suite, prefix, "compared tensors", problems, report.reason)
     for name, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped", "skipped")):
         suite.set(name, str(sum(1 for _ in suite.iter(tag))))
     suite.set("errors", "0")
@@ -119,6 +131,11 @@ def markdown_text(report: Report) -> str:
         lines += [f"- {_escape(failure)}" for failure in failures[:LISTED]]
         if len(failures) > LISTED:
             lines.append(f"- and {len(failures) - LISTED} more in report.json")
+    if report.worse:
+        lines += ["", "### Worse than the baseline", ""]
+        lines += [f"- WORSE {_escape(problem)}" for problem in report.worse[:LISTED]]
+        if len(report.worse) > LISTED:
+            lines.append(f"- and {len(report.worse) - LISTED} more in report.json")
     lines += ["", f"Seed {report.seed}; {report.seconds:.1f} s; {_escape(report.ingot)}"]
     return "\n".join(lines) + "\n"
 

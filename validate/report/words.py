@@ -31,14 +31,23 @@ def headline(report: Report) -> str:
     if report.verdict == "passed":
         return f"PASSED: {what}, against {report.against}."
     if report.verdict == "skipped":
-        return f"NOT PROVEN: {what}, against {report.against}: {report.reason}."
+        return f"SKIPPED: {what}, against {report.against}: {report.reason}."
     count = len(report.failures)
-    return f"FAILED: {what}, against {report.against}: {count} problem{'s' * (count != 1)}."
+    if count:
+        return f"FAILED: {what}, against {report.against}: {count} problem{'s' * (count != 1)}."
+    assert report.gate is not None
+    count = len(report.worse)
+    figures = "figure is" if count == 1 else "figures are"
+    since = report.gate.baseline
+    return f"WORSE: {what}, against {report.against}: {count} {figures} worse than in {since}."
 
 
 def figures(report: Report) -> list[tuple[str, str]]:
-    """Routing, growth and distribution figures, each in words."""
+    """Routing, gate, growth and distribution figures, each in words."""
     rows = [(f"Routing, {mode}", _routing(found)) for mode, found in report.routing.items()]
+    if report.gate is not None:
+        found_worse = f"{len(report.worse)} worse" if report.worse else "nothing worse"
+        rows.append(("Gate", f"{found_worse} than in {report.gate.baseline}"))
     if report.growth:
         by_kind = ", ".join(f"{each.kind} {number(each.ratio)}" for each in report.growth)
         rows.append(("Growth of the error over decode, in floors", f"{by_kind}-fold"))
