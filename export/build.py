@@ -83,8 +83,9 @@ def build(
     check_request(request)
     builder = plan_engine(request) if request.for_tensorrt else None
     checkpoint = open_checkpoint(request, stages, source)
-    keep_apart(request.out, checkpoint.path)
-    _check_links(checkpoint.path)
+    for read in checkpoint.folders:
+        keep_apart(request.out, read)
+        _check_links(read)
     precision = PRECISIONS[request.precision]
     recipe = Recipe(request.target, request.task, precision, request.extra_outputs)
     opened = recipe.open(checkpoint)
@@ -99,7 +100,7 @@ def build(
             stages.table(f"{opened.family.model_type} on TensorRT", rows)
             require(rows)
         known = {WEIGHTS: _write_graph(captured.model, folder, stages)}
-        _copy_tokenizer(checkpoint.path, folder)
+        _copy_tokenizer(checkpoint, folder)
         manifest = make_manifest(recipe, opened, checkpoint, captured, generation)
         if request.for_tensorrt:
             manifest = _build_engine(request, builder, manifest, folder, stages)
@@ -121,9 +122,9 @@ def _write_graph(model: ir.Model, folder: Path, stages: Stages) -> str:
     return digest
 
 
-def _copy_tokenizer(checkpoint: Path, folder: Path) -> None:
+def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     for name in TOKENIZER_FILES:
-        path = require_inside(checkpoint, name, hub=True)
+        path = require_inside(checkpoint.side_folder(name), name, hub=True)
         if path.is_file():
             shutil.copyfile(path, folder / name)
 

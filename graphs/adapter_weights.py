@@ -24,6 +24,8 @@ from ingot.graphs.adapter import (
 )
 from ingot.graphs.checkpoint import Checkpoint, read_header
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -174,6 +176,24 @@ class MergedCheckpoint(Checkpoint):
     base: Checkpoint = field(kw_only=True)
     sources: dict[str, tuple[Checkpoint, str]] = field(kw_only=True)
     pieces: dict[str, list[Piece]] = field(kw_only=True)
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """All folders that are read."""
+        return (*self.base.folders, self.adapter.path)
+
+    def side_folder(self, name: str) -> Path:
+        """The adapter's where it has such a file: what it was trained with.
+
+        With a vocabulary come all files of its tokenizer: a template of the base's beside it would
+        win over one in the adapter's ``tokenizer_config.json``.
+        """
+        folder = self.adapter.path
+        # Of the model, and read from its folder.
+        if name == "generation_config.json":
+            return self.base.side_folder(name)
+        whole = any((folder / each).is_file() for each in VOCABULARIES)
+        return folder if whole or (folder / name).is_file() else self.base.side_folder(name)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor; float32 where the adapter changes it, and else in its file's dtype.

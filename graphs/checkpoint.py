@@ -136,6 +136,15 @@ class Checkpoint:
                 )
         return cls(path, folder.config, entries, sizes=folder.sizes)
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """All folders that are read."""
+        return (self.path,)
+
+    def side_folder(self, _name: str) -> Path:
+        """The folder that a file beside the weights, such as ``tokenizer.json``, is taken from."""
+        return self.path
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor in the file's dtype, backed by a private memory map of its bytes.
 

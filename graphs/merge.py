@@ -198,6 +198,7 @@ class _Merge:
             entries={self._stored_name(name): entry for name, entry in self.entries.items()},
             adapter=self.adapter,
             base=self.base,
+            sizes=self.base.sizes,
             sources={self._stored_name(name): source for name, source in self.sources.items()},
             pieces={self._stored_name(name): made for name, made in pieces.items()},
         )
