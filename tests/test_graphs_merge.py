@@ -253,7 +253,7 @@ def test_equals_the_merge_of_a_model_that_was_untied_first(
     check_merged(open_checkpoint(base, adapter), merged_model(base, adapter, untied=True))
 
 
-EXPERTS = {
+EXPERTS: dict[str, Any] = {
     "target_modules": ["q_proj"],
     "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
 }
@@ -315,7 +315,7 @@ def test_merges_experts_of_either_spelling_into_either(
 
 
 def test_whole_experts_replace_those_of_another_spelling(tiny: Path, tmp_path: Path) -> None:
-    config = {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}
+    config: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}
     adapter = make_adapter(tiny, tmp_path / "adapter", **config)
     oracle = merged_model(tiny, adapter)
 
@@ -346,7 +346,7 @@ def test_takes_names_with_the_name_of_the_adapter_in_them(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     base = make_checkpoint("granite", tie_word_embeddings=False)
-    config = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}
+    config: dict[str, Any] = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}
     adapter = make_adapter(base, tmp_path, modules_to_save=["lm_head"], **config)
     oracle = merged_model(base, adapter)
 
@@ -364,7 +364,10 @@ def test_a_bare_model_and_its_adapter_have_names_without_a_prefix(
     whole_adapter: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     base = make_checkpoint("granite")
-    config = {"target_modules": ["q_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 2}}
+    config: dict[str, Any] = {
+        "target_modules": ["q_proj"],
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+    }
     adapter = make_adapter(base, tmp_path / "adapter", **config)
     expected = weights_of(open_checkpoint(base, adapter))
     if not whole_adapter:
