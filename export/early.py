@@ -13,7 +13,7 @@ from ingot.export.request import PRESETS, ExportError, ExportRequest
 from ingot.graphs.adapter import refuse_forgotten
 from ingot.graphs.folder import Folder, is_folder
 from ingot.graphs.hub import Source, find
-from ingot.graphs.names import FAMILIES, nearest
+from ingot.graphs.names import FAMILIES, RELEASED, nearest
 from ingot.plugins.errors import shown
 
 
@@ -41,7 +41,7 @@ def find_source(request: ExportRequest) -> Source | None:
     """Where the checkpoint of an export is, its config read as far as its architecture.
 
     Returns:
-        The source; None of a family name, whose file knows its presets and its released model.
+        The source; None of a preset, which is made.
 
     Raises:
         IngotError: no such folder, family or hub name, or a checkpoint that nothing here exports.
@@ -53,10 +53,12 @@ def find_source(request: ExportRequest) -> Source | None:
                 f"{model!r} is a family name and also a folder here; write ./{model} for the "
                 "folder."
             )
-        return None
-    if not is_folder(model) and (meant := _preset_meant(model)):
+        if request.preset is not None:
+            return None
+        model = RELEASED[model]
+    elif not is_folder(model) and (meant := _preset_meant(model)):
         raise ExportError(f"there is no {shown(model)}; did you mean --model {meant}?")
-    if request.preset is not None:
+    elif request.preset is not None:
         meant = nearest(model, FAMILIES)
         raise ExportError(
             f"--preset goes with a family name ({', '.join(FAMILIES)}), not {shown(model)}"

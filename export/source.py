@@ -16,7 +16,7 @@ from ingot.graphs import merge
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import find_family
 from ingot.graphs.folder import Folder
-from ingot.graphs.hub import Source, find, resolve_adapter
+from ingot.graphs.hub import Source, resolve_adapter
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.plugins.json_file import read_json
 from ingot.plugins.whole import TakenError, staged
@@ -65,8 +65,7 @@ def _folder(request: ExportRequest, stages: Stages, source: Source | None) -> Pa
     if source is not None:
         return _fetched(source, request)
     family = find_family(request.model)
-    if request.preset is None:
-        return _fetched(find(family.hub_name, request.revision), request)
+    assert request.preset is not None
     config = preset_config(family, request.preset)
     dtype = torch.bfloat16 if request.preset == "full" else torch.float32
     # One model of the preset serves both tasks without a head of their own.

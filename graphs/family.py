@@ -50,7 +50,6 @@ class Family:
 
     Attributes:
         model_type: Hugging Face's name, and the module's.
-        hub_name: the released checkpoint on the hub.
         read_config: parsed ``config.json`` -> the architecture's config.
         tasks: task name -> module class, each taking that config.
         other_spelling: parameter name and shape -> the parts it may be split into on disk, or ().
@@ -68,7 +67,6 @@ class Family:
     """
 
     model_type: str
-    hub_name: str
     read_config: Callable[[dict[str, Any]], ModelConfig]
     tasks: Mapping[str, type[Model]]
     other_spelling: Callable[[str, tuple[int, ...]], tuple[Part, ...]] = one_spelling

@@ -115,6 +115,14 @@ def is_folder(path: str | Path) -> bool:
         return False
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there; see ``is_folder``."""
+    try:
+        return Path(path).is_file()
+    except OSError:
+        return False
+
+
 def model_type_of(config: dict[str, Any]) -> str:
     """The ``model_type`` of a ``config.json``.
 

@@ -219,7 +219,6 @@ def preset_gain(name: str, config: dict[str, Any]) -> float:
 
 FAMILY = Family(
     model_type="granite",
-    hub_name="ibm-granite/granite-3.3-2b-instruct",
     read_config=GraniteConfig.read,
     tasks={"generate": GraniteForCausalLM, "features": GraniteModel},
     tied={"lm_head.weight": "model.embed_tokens.weight"},

@@ -15,6 +15,7 @@ from ingot.graphs.folder import (
     SINGLE,
     CheckpointError,
     Folder,
+    is_file,
     is_folder,
     pickles,
     read_weight_map,
@@ -116,6 +117,8 @@ def find(model: str, revision: str | None = None) -> Source:
     """
     if is_folder(model):
         return Source(Path(model))
+    if is_file(model):
+        raise CheckpointError(f"{shown(model)} is a file; give the folder that holds it.")
     if not HUB_NAME.match(model):
         meant = nearest(model, FAMILIES)
         raise CheckpointError(

@@ -351,7 +351,6 @@ def preset_gain(name: str, config: dict[str, Any]) -> float:
 
 FAMILY = Family(
     model_type="jetmoe",
-    hub_name="jetmoe/jetmoe-8b",
     read_config=JetMoeConfig.read,
     tasks={
         "generate": JetMoeForCausalLM,

@@ -370,7 +370,6 @@ def preset_gain(name: str, config: dict[str, Any]) -> float:
 
 FAMILY = Family(
     model_type="mamba2",
-    hub_name="AntonV/mamba2-2.7b-hf",
     read_config=Mamba2Config.read,
     as_stored=as_stored,
     tasks={"generate": Mamba2ForCausalLM, "features": Mamba2Model},

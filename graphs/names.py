@@ -5,6 +5,14 @@ from difflib import get_close_matches
 # Each has a file of its name in this folder.
 FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
 
+# The released checkpoint on the hub that is meant where the name alone is given.
+RELEASED = {
+    "granite": "ibm-granite/granite-3.3-2b-instruct",
+    "jetmoe": "jetmoe/jetmoe-8b",
+    "mamba2": "AntonV/mamba2-2.7b-hf",
+    "olmoe": "allenai/OLMoE-1B-7B-0924",
+}
+
 # Model types that one of them computes, with another reading of config.json.
 ALIASES = {"llama": "granite"}
 

@@ -285,7 +285,6 @@ def preset_gain(name: str, _config: dict[str, Any]) -> float:
 
 FAMILY = Family(
     model_type="olmoe",
-    hub_name="allenai/OLMoE-1B-7B-0924",
     read_config=OlmoeConfig.read,
     tasks={"generate": OlmoeForCausalLM, "features": OlmoeModel},
     other_spelling=expert_parts,

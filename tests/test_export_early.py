@@ -76,6 +76,8 @@ def test_mistakes_are_told_before_torch_is_imported(
         "neither a folder": ["./no/such/folder"],
         "org/name": [""],
         "could not be reached": ["org/name"],
+        "folder allenai/OLMoE-1B-7B-0924, and": ["olmoe"],
+        "give the folder that holds it": [str(tiny / "model.safetensors")],
         "is no revision": ["org/name", "--revision", "../../x"],
         "'org/name\\n' is neither": ["org/name\n"],
         "goes with a family name": [str(tiny), "--preset", "tiny"],

@@ -12,7 +12,6 @@ import pytest
 from ingot.export.progress import Stages
 from ingot.export.request import ExportError, ExportRequest
 from ingot.export.source import check_space, open_checkpoint
-from ingot.graphs.family import find_family
 from ingot.graphs.hub import Source
 
 
@@ -45,9 +44,9 @@ def test_takes_a_family_s_released_model_without_a_preset(
         asked.append((model, revision))
         return Source(tiny)
 
-    monkeypatch.setattr("ingot.export.source.find", find)
+    monkeypatch.setattr("ingot.export.early.find", find)
     assert _opened("olmoe", tmp_path / "out", revision="v1") == tiny
-    assert asked == [(find_family("olmoe").hub_name, "v1")]
+    assert asked == [("allenai/OLMoE-1B-7B-0924", "v1")]
 
 
 def test_makes_a_preset_beside_the_ingot_and_finds_it_again(tmp_path: Path) -> None:

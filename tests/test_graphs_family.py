@@ -15,7 +15,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, OlmoeModel
 from ingot.graphs.checkpoint import Checkpoint, CheckpointError, load_parameters
 from ingot.graphs.config import Facts
 from ingot.graphs.family import active_parameters, family_of, find_family
-from ingot.graphs.names import FAMILIES
+from ingot.graphs.names import FAMILIES, RELEASED
 from ingot.graphs.olmoe import OlmoeForCausalLM as OurCausalLM
 from ingot.graphs.olmoe import OlmoeModel as OurModel
 from ingot.graphs.preset import preset_config, write_checkpoint
@@ -119,6 +119,7 @@ def test_refuses_a_config_without_a_model_type(tmp_path: Path, model_type: Any) 
 def test_every_family_is_complete(name: str) -> None:
     family = find_family(name)
     assert family.model_type == name
+    assert name in RELEASED
     assert {"tiny", "small", "full"} == set(family.presets)
     for task in family.tasks:
         model = family.build(preset_config(family, "tiny"), task)

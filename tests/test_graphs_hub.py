@@ -142,7 +142,7 @@ def test_refuses_what_is_neither_a_folder_nor_a_hub_name(model: str) -> None:
 def test_refuses_a_file(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="neither a folder"):
+    with pytest.raises(CheckpointError, match="is a file; give the folder"):
         resolve(str(file))
 
 

@@ -192,7 +192,6 @@ def preset_gain(name: str, _config: dict[str, Any]) -> float:
 
 FAMILY = Family(
     model_type="toy_hybrid",
-    hub_name="",
     read_config=ToyConfig.read,
     tasks={"generate": ToyForCausalLM, "features": ToyModel},
     tied={"lm_head.weight": "model.embed_tokens.weight"},
