@@ -244,12 +244,21 @@ def remove_abandoned(folder: Path, names: str) -> None:
         folder: of the destinations.
         names: of the destinations; a regular expression without groups.
     """
-    pattern = re.compile(rf"\.({names})\.partial-[0-9a-f]+")
+    pattern = _workplaces(names)
     for work in folder.iterdir():
         if match := pattern.fullmatch(work.name):
             # Another process may be removing it, or may not let us.
             with contextlib.suppress(OSError):
                 _remove_if_abandoned(work, folder / match[1])
+
+
+def is_workplace(path: Path, names: str) -> bool:
+    """Whether something is made there for one of the destinations that an expression names."""
+    return _workplaces(names).fullmatch(path.name) is not None
+
+
+def _workplaces(names: str) -> re.Pattern[str]:
+    return re.compile(rf"\.({names})\.partial-[0-9a-f]+")
 
 
 def _remove_if_abandoned(work: Path, out: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ingot.plugins.whole import staged_file
 from ingot.validate.truth import cache as cache_module
 from ingot.validate.truth.cache import (
     Cache,
@@ -254,6 +255,40 @@ def test_the_newest_stays_whatever_the_clock_says(cache: Cache) -> None:
     size = file_of(cache, KEYS[0]).stat().st_size
     Cache(cache.folder, limit=size).put(KEYS[2], recording(2))
     assert [path.stem for path in cache.folder.iterdir()] == [KEYS[2]]
+
+
+def test_what_is_dated_in_the_future_goes_first(cache: Cache) -> None:
+    for number in range(3):
+        cache.put(KEYS[number], recording(number))
+    ahead = time.time() + 3600
+    os.utime(file_of(cache, KEYS[1]), (ahead, ahead))
+    size = file_of(cache, KEYS[0]).stat().st_size
+    small = Cache(cache.folder, limit=3 * size + size // 2)
+    small.put(KEYS[3], recording(3))
+    assert {name for name in KEYS if file_of(cache, name).exists()} == {KEYS[0], KEYS[2], KEYS[3]}
+    # A use dates it anew; the clock of another machine may be a little ahead.
+    os.utime(file_of(cache, KEYS[2]), (ahead, ahead))
+    assert small.get(KEYS[2]) is not None
+    os.utime(file_of(cache, KEYS[3]), (time.time() + 5,) * 2)
+    small.put(KEYS[4], recording(4))
+    assert {name for name in KEYS if file_of(cache, name).exists()} == {KEYS[2], KEYS[3], KEYS[4]}
+
+
+def test_what_another_process_is_writing_counts_and_stays(cache: Cache) -> None:
+    for number in range(3):
+        cache.put(KEYS[number], recording(number))
+    size = file_of(cache, KEYS[0]).stat().st_size
+    small = Cache(cache.folder, limit=4 * size)
+    with staged_file(file_of(cache, KEYS[4])) as part:
+        part.write_bytes(b"x" * (2 * size))
+        small.put(KEYS[3], recording(3))
+        names = {name for name in KEYS if file_of(cache, name).exists()}
+        assert names == {KEYS[2], KEYS[3]}
+        assert part.stat().st_size == 2 * size
+        # However much it is, what was put stays.
+        part.write_bytes(b"x" * (9 * size))
+        small.put(KEYS[5], recording(5))
+        assert {name for name in KEYS if file_of(cache, name).exists()} == {KEYS[5]}
 
 
 def test_what_is_larger_than_the_limit_is_not_kept(cache: Cache) -> None:

@@ -23,7 +23,13 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ingot.plugins.whole import WriteError, remove_abandoned, sha256, staged_file
+from ingot.plugins.whole import (
+    WriteError,
+    is_workplace,
+    remove_abandoned,
+    sha256,
+    staged_file,
+)
 
 # One dict of arrays a call.
 Recording = list[dict[str, npt.NDArray[Any]]]
@@ -45,6 +51,9 @@ _CODE = (
 )
 _SUFFIX = ".safetensors"
 _KEY = re.compile(r"[0-9a-f]{64}")
+_FILE = _KEY.pattern + re.escape(_SUFFIX)
+# Nanoseconds that the clock of another machine may be ahead.
+_AHEAD = 60 * 10**9
 
 
 class _DamagedError(Exception):
@@ -120,19 +129,27 @@ class Cache:
         self._shrink(keep=path)
 
     def _shrink(self, keep: Path) -> None:
-        """Remove what was used longest ago until the rest is within the limit, but not ``keep``."""
-        remove_abandoned(self.folder, _KEY.pattern + re.escape(_SUFFIX))
-        found = []
+        """Remove what was used longest ago until the rest is within the limit, but not ``keep``.
+
+        What killed processes left goes first; what others are writing counts, and stays.
+        """
+        remove_abandoned(self.folder, _FILE)
+        found, total = [], 0
+        latest = time.time_ns() + _AHEAD
         for path in self.folder.iterdir():
             # Another process may have removed it since.
             with suppress(OSError):
                 status = path.stat()
                 if path.suffix == _SUFFIX and _KEY.fullmatch(path.stem):
-                    found.append((path == keep, status.st_mtime_ns, status.st_size, path))
-        total = sum(size for _, _, size, _ in found)
+                    # Of a clock that was wrong, or a hand: it would stay for ever as the newest.
+                    used = status.st_mtime_ns if status.st_mtime_ns <= latest else 0
+                    found.append((path == keep, used, status.st_size, path))
+                    total += status.st_size
+                elif is_workplace(path, _FILE):
+                    total += sum(each.stat().st_size for each in path.iterdir())
         # ``keep`` is the last, and within the limit by itself.
-        for _, _, size, path in sorted(found):
-            if total <= self.limit:
+        for kept, _, size, path in sorted(found):
+            if kept or total <= self.limit:
                 return
             path.unlink(missing_ok=True)
             total -= size
