@@ -62,11 +62,6 @@ PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PROFILE = re.compile(r"[A-Za-z0-9_]{1,64}")
 # An output that is neither a state nor the main one has any size, such as ``batch*sequence``.
 SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_ +*/()-]{0,127}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
-# One part of a path: no dot or hyphen at the beginning, no dot or space at the end, and nothing
-# that is special on any system.
-_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_ .+@=,()-]{0,126}[A-Za-z0-9_+@=,()-])?"
-FILE = re.compile(rf"(?=.{{1,255}}$){_PART}(?:/{_PART}){{0,7}}")
 # What Python would import, had it been copied to where an interpreter looks.
 CODE = (".py", ".pyc", ".pyd", ".pyi", ".pth", ".so")
 
@@ -111,18 +106,6 @@ def check(held: Mapping[str, Field]) -> None:
     validation = held["validation"].members((), None)
     if "verdict" in validation:
         validation["verdict"].one_of(VERDICTS)
-
-
-def relative_name(field: Field) -> str:
-    """The name of a file of the folder, which every system reads alike.
-
-    Raises:
-        FieldError: a name that leads out, or that is no plain one.
-    """
-    return field.matching(
-        FILE,
-        "the name of a file in the folder, without .. and of letters, digits and _ . + @ = , ( ) -",
-    )
 
 
 def _tensors(field: Field) -> dict[str, tuple[str, Shape]]:
@@ -230,13 +213,13 @@ def _source(field: Field) -> None:
     source["checkpoint"].text()
     if source["revision"].value is not None:
         source["revision"].text()
-    source["sha256"].matching(SHA256, "a SHA-256 in hexadecimal")
+    source["sha256"].sha256()
     if "adapter" in source:
         adapter = source["adapter"].members(("name", "revision", "sha256"), None)
         adapter["name"].text()
         if adapter["revision"].value is not None:
             adapter["revision"].text()
-        adapter["sha256"].matching(SHA256, "a SHA-256 in hexadecimal")
+        adapter["sha256"].sha256()
 
 
 def _generation(field: Field, vocab_size: int) -> None:
@@ -261,10 +244,10 @@ def _graph(field: Field) -> None:
 def _files(field: Field) -> dict[str, Field]:
     files = field.entries(most=MOST_FILES)
     for name, info in files.items():
-        relative_name(Field(name, "a name in files"))
+        Field(name, "a name in files").file_name()
         entry = info.members(("bytes", "sha256"))
         entry["bytes"].whole(0, MOST_BYTES)
-        entry["sha256"].matching(SHA256, "a SHA-256 in hexadecimal")
+        entry["sha256"].sha256()
     # One file on a system that tells no capitals from small letters, and a file that is a folder.
     distinct([Field(name, f"files[{name!r}]") for name in files], str.lower)
     for name in files:
@@ -288,13 +271,13 @@ def _engine(field: Field, inputs: Tensors, files: Collection[str]) -> list[str]:
     engine["version"].matching(VERSION, "a version")
     for each in engine["compute_capabilities"].elements(least=1, most=64):
         each.whole(10, 9999)
-    engine["graph_sha256"].matching(SHA256, "a SHA-256 in hexadecimal")
+    engine["graph_sha256"].sha256()
     for name, count in engine["plugins"].entries(most=256).items():
         Field(name, "a name in engine.plugins").matching(OPERATOR, "that of an operator")
         count.whole(1, MOST_SIZE)
     libraries = engine["libraries"].elements(most=16)
     for library in libraries:
-        if "/" in relative_name(library) or library.value not in files:
+        if "/" in library.file_name() or library.value not in files:
             library.refuse("a file of the folder that files lists")
     engine["embedded"].flag()
     profiles = engine["profiles"].elements(least=1, most=16)

@@ -12,6 +12,11 @@ from ingot.plugins.errors import IngotError, shown
 # or cannot be written in UTF-8. Joiners stay: Persian and emoji are spelled with them.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LETTERS = 400
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# One part of a path: no dot or hyphen at the beginning, no dot or space at the end, and nothing
+# that is special on any system.
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_ .+@=,()-]{0,126}[A-Za-z0-9_+@=,()-])?"
+_FILE = re.compile(rf"(?=.{{1,255}}$){_PART}(?:/{_PART}){{0,7}}")
 # Names that a message lists.
 _LISTED = 12
 
@@ -20,9 +25,9 @@ class FieldError(IngotError):
     """A value of the wrong kind; the message names its place and ends without a full stop."""
 
 
-def safe(text: str) -> str:
+def safe(text: str, most: int = LETTERS) -> str:
     """A text as ``Field.text`` takes it: cut, and without characters that act on their reader."""
-    return UNSAFE.sub("\ufffd", text)[:LETTERS]
+    return UNSAFE.sub("\ufffd", text)[:most]
 
 
 class Field:
@@ -66,6 +71,18 @@ class Field:
         if not isinstance(self.value, str) or not pattern.fullmatch(self.value):
             self.refuse(expected)
         return self.value
+
+    def sha256(self) -> str:
+        """A SHA-256 in hexadecimal, in small letters."""
+        return self.matching(_SHA256, "a SHA-256 in hexadecimal")
+
+    def file_name(self) -> str:
+        """The name of a file in a folder and below, which every system reads alike."""
+        return self.matching(
+            _FILE,
+            "the name of a file in the folder, without .. and of letters, digits and "
+            "_ . + @ = , ( ) -",
+        )
 
     def one_of(self, known: Collection[str]) -> str:
         """One of the known names."""

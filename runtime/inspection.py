@@ -20,6 +20,8 @@ from ingot.export.ingot import SIZES, WEIGHTS, Manifest
 from ingot.graphs.state import State
 from ingot.plugins.command_line import Command, console
 from ingot.plugins.errors import IngotError
+from ingot.plugins.json_fields import Field, FieldError
+from ingot.plugins.json_file import MOST_BYTES, JsonError, parse_json
 from ingot.plugins.registry import OPERATORS
 
 # The operators of Ingot's own, as a canonical graph and a lowered one have them: what runs each.
@@ -33,6 +35,7 @@ _IN_GRAPH = {
     "GroupQueryAttention": "ONNX Runtime's kernel, for Attention and its caches",
 }
 _PLUGIN = "TensorRT plugin"
+_DTYPE = re.compile("[A-Z0-9_]{1,16}")
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def inspect(folder: Path) -> Inspection:
         state_bytes_per_sequence=sum(each.bytes for each in states if not each.grows),
         shared_buffers=any(each.shared for each in states),
         context_length=manifest.generation["context_length"],
-        weights=_weights(folder / WEIGHTS),
+        weights=_weights(manifest.listed(folder, WEIGHTS)),
         states=states,
         profiles={p.name: p.shapes for p in engine.profiles} if engine is not None else {},
         engine=f"{engine.builder} {engine.version}" if engine is not None else None,
@@ -195,20 +198,28 @@ def _weights(path: Path) -> tuple[Weights, ...]:
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            if size > path.stat().st_size:
-                raise ValueError(f"it says to have {size} bytes of it")
-            header = json.loads(file.read(size))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        return tuple(_grouped(entries))
-    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+            most = path.stat().st_size
+            if size > min(most, MOST_BYTES):
+                raise FieldError(f"it says to have {size} bytes of it")
+            header = parse_json(file.read(size), "the header")
+        return tuple(_grouped(Field(header, "the header").members((), None), most))
+    except (OSError, struct.error, JsonError, FieldError) as error:
         raise IngotError(f"{path} has no readable header ({error}); export again.") from error
 
 
-def _grouped(entries: Mapping[str, Any]) -> Iterable[Weights]:
+def _grouped(header: Mapping[str, Field], most: int) -> Iterable[Weights]:
+    """By name and dtype, of a safetensors header whose file has so many bytes."""
     groups: dict[tuple[str, str], list[int]] = {}
-    for name, entry in entries.items():
-        begin, end = entry["data_offsets"]
-        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name), entry["dtype"]
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        Field(name, "a name in the header").text()
+        held = entry.members(("dtype", "shape", "data_offsets"))
+        offsets = held["data_offsets"].elements(least=2, most=2)
+        begin, end = (each.whole(0, most) for each in offsets)
+        if begin > end:
+            held["data_offsets"].refuse("where a tensor begins and ends")
+        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name), held["dtype"].matching(_DTYPE, "a dtype")
         groups.setdefault(key, []).append(end - begin)
     for (name, dtype), sizes in sorted(groups.items()):
         yield Weights(name, len(sizes), dtype, sum(sizes))

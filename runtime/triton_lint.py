@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ingot.export.ingot import ENGINE, GRAPH, MANIFEST, Manifest, ManifestError
-from ingot.plugins.errors import install_hint
+from ingot.export.ingot import ENGINE, GRAPH, MANIFEST, Manifest
+from ingot.plugins.errors import IngotError, install_hint, shown
+from ingot.plugins.json_fields import Field, FieldError, safe
+from ingot.plugins.json_file import JsonError, read_json
+from ingot.plugins.links import LinkError, require_inside
 from ingot.plugins.whole import sha256
-from ingot.runtime.triton_plan import CONFIG, PLUGINS, RECORD, SCHEMA_VERSION, TYPES, TritonError
+from ingot.runtime.triton_plan import (
+    CONFIG,
+    NAMES,
+    PLUGINS,
+    RECORD,
+    SCHEMA_VERSION,
+    TYPES,
+    TritonError,
+)
 
 Shape = Sequence[int | str]
+# One that is written here has some kilobytes.
+_MOST_CONFIG = 1 << 20
+# Of a sentence.
+_MOST_LETTERS = 1000
+_MODEL = re.compile(rf"{NAMES.pattern}(?:_generate)?")
 
 
 def lint(repository: Path) -> list[str]:
@@ -22,50 +40,98 @@ def lint(repository: Path) -> list[str]:
         TritonError: not a repository of ours, or the parser of configs is not installed.
     """
     record = _record(repository)
-    problems = []
-    for file, digest in record["files"].items():
-        path = repository / file
-        if not path.is_file():
-            problems.append(f"{file} is missing.")
-        elif sha256(path) != digest:
-            problems.append(f"{file} is not the file that was written (its SHA-256 differs).")
-    place = repository / record["ingot"]
+    problems = list(_files(repository, record))
+    place = repository / record.ingot
     manifest = None
     try:
         manifest = Manifest.read(place)
         manifest.check_files(place)
-    except ManifestError as error:
+    except IngotError as error:
         problems.append(str(error))
-    for name in record["models"]:
+    for name in record.models:
         folder = repository / name
         config = _config(folder, problems)
         if config is None:
             continue
         if config.name != name:
-            problems.append(f"{name}/{CONFIG} names the model {config.name!r}, and not {name!r}.")
+            problems.append(
+                f"{name}/{CONFIG} names the model {shown(config.name)}, and not {name!r}."
+            )
         found = (
             _generate(folder, config)
             if config.backend == "python"
             else _graph(folder, config, manifest)
         )
         problems += [f"{name}/{CONFIG}: {problem}" for problem in found]
-    return problems
+    # Names and dims in them are those of files that anybody may have edited.
+    return [safe(problem, _MOST_LETTERS) for problem in problems]
 
 
-def _record(repository: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Record:
+    """``triton.json``.
+
+    Attributes:
+        models: folders of the repository.
+        ingot: where in it the ingot lies.
+        files: name -> SHA-256 of what nobody is to edit.
+    """
+
+    models: tuple[str, ...]
+    ingot: str
+    files: dict[str, str]
+
+
+def _record(repository: Path) -> Record:
     path = repository / RECORD
     if not path.is_file():
         raise TritonError(f"{repository} has no {RECORD}; make it with `ingot triton INGOT --out`.")
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = record["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise TritonError(f"{path} is damaged ({error}); make the repository again.") from error
-    if version != SCHEMA_VERSION:
-        raise TritonError(
-            f"{path} has schema version {version}; this Ingot reads {SCHEMA_VERSION}."
+        raw = Field(read_json(path))
+        version = raw.members(("schema_version",), None)["schema_version"].value
+        if type(version) is not int or version != SCHEMA_VERSION:
+            raise TritonError(
+                f"{path} has schema version {shown(version)}; this Ingot reads {SCHEMA_VERSION}."
+            )
+        held = raw.members(("schema_version", "models", "ingot", "settings", "files"))
+        files = held["files"].entries(most=1000)
+        return Record(
+            tuple(
+                each.matching(_MODEL, "the name of a model")
+                for each in held["models"].elements(least=1, most=2)
+            ),
+            held["ingot"].file_name(),
+            {
+                Field(name, "a name in files").file_name(): digest.sha256()
+                for name, digest in files.items()
+            },
         )
-    return record
+    except (JsonError, FieldError) as error:
+        raise TritonError(f"{path} is damaged ({error}); make the repository again.") from error
+
+
+def _files(repository: Path, record: Record) -> Iterator[str]:
+    """What is not as it was written, and what was added where the Python model imports from."""
+    for file, digest in record.files.items():
+        try:
+            path = require_inside(repository, file)
+            if not path.is_file():
+                yield f"{file} is missing."
+            elif sha256(path) != digest:
+                yield f"{file} is not the file that was written (its SHA-256 differs)."
+        except LinkError as error:
+            yield str(error)
+        except OSError as error:
+            yield f"{file} cannot be read: {error.strerror or error}."
+    for name in record.models:
+        version = repository / name / "1"
+        if f"{name}/1/model.py" not in record.files:
+            continue
+        for path in sorted(version.rglob("*")):
+            file = path.relative_to(repository).as_posix()
+            # What Python itself leaves there, of the files beside it.
+            if file not in record.files and not path.is_dir() and path.parent.name != "__pycache__":
+                yield f"{file} was not written here, and lies where the Python model imports from."
 
 
 def _config(folder: Path, problems: list[str]) -> Any:
@@ -82,10 +148,35 @@ def _config(folder: Path, problems: list[str]) -> Any:
         problems.append(f"{folder.name}/{CONFIG} is missing.")
         return None
     try:
-        return text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
-    except text_format.ParseError as error:
-        problems.append(f"{folder.name}/{CONFIG} cannot be read: {error}")
+        with path.open("rb") as file:
+            data = file.read(_MOST_CONFIG + 1)
+        if len(data) > _MOST_CONFIG:
+            problems.append(f"{folder.name}/{CONFIG} is larger than {_MOST_CONFIG:,} bytes.")
+            return None
+        return text_format.Parse(data.decode("utf-8"), model_config_pb2.ModelConfig())
+    # Beside ParseError: text that is no UTF-8, numbers of thousands of digits, and messages without
+    # end inside of messages that the parser does not know.
+    except (text_format.Error, ValueError, RecursionError, OSError) as error:
+        problems.append(f"{folder.name}/{CONFIG} cannot be read: {_first_line(error)}")
         return None
+
+
+def _first_line(error: BaseException) -> str:
+    """What an exception of a library says, on one line of some length."""
+    return safe((str(error).splitlines() or [type(error).__name__])[0])
+
+
+def _number(text: str, least: int) -> bool:
+    """Whether a parameter is a number that a server can read; it may be of any length."""
+    return len(text) < 10 and text.isascii() and text.isdecimal() and int(text) >= least
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file is there; a config may name what no system takes for a path."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _generate(folder: Path, config: Any) -> Iterator[str]:
@@ -97,12 +188,14 @@ def _generate(folder: Path, config: Any) -> Iterator[str]:
     settings = {name: value.string_value for name, value in config.parameters.items()}
     for name, least in (("streams", 1), ("threads", 0), ("capacity", 2), ("max_new_tokens", 1)):
         value = settings.get(name, "")
-        if not value.isdecimal() or int(value) < least:
-            yield f"the parameter {name} is {value!r}; it must be a number of at least {least}."
+        if not _number(value, least):
+            found = shown(value)
+            yield f"the parameter {name} is {found}; it must be a number of at least {least}."
     if settings.get("verify") not in ("true", "false"):
-        yield f"the parameter verify is {settings.get('verify')!r}; it must be true or false."
-    if not (folder / settings.get("ingot", "") / MANIFEST).is_file() or "ingot" not in settings:
-        yield f"the parameter ingot is {settings.get('ingot')!r}, where no ingot lies."
+        yield f"the parameter verify is {shown(settings.get('verify'))}; it must be true or false."
+    place = settings.get("ingot")
+    if place is None or not _is_file(folder / place / MANIFEST):
+        yield f"the parameter ingot is {shown(place)}, where no ingot lies."
     if not (folder / "1" / "model.py").is_file():
         yield "1/model.py is missing."
 
@@ -110,9 +203,9 @@ def _generate(folder: Path, config: Any) -> Iterator[str]:
 def _graph(folder: Path, config: Any, manifest: Manifest | None) -> Iterator[str]:
     """The graph's own model."""
     engine = config.backend == "tensorrt"
-    file = folder / "1" / (config.default_model_filename or (ENGINE if engine else GRAPH))
-    if not file.is_file():
-        yield f"1/{file.name}, which it runs, is missing."
+    file = config.default_model_filename or (ENGINE if engine else GRAPH)
+    if not _is_file(folder / "1" / file):
+        yield f"1/{safe(file)}, which it runs, is missing."
     graph = folder / "1" / GRAPH
     if not graph.is_file():
         return
@@ -120,7 +213,7 @@ def _graph(folder: Path, config: Any, manifest: Manifest | None) -> Iterator[str
         inputs, outputs = _tensors(graph)
     # onnx's parser raises protobuf's errors, of any implementation.
     except Exception as error:
-        yield f"1/{GRAPH} cannot be read: {error}"
+        yield f"1/{GRAPH} cannot be read: {_first_line(error)}"
         return
     batching = config.max_batch_size > 0
     if not batching:
@@ -168,13 +261,11 @@ def _tensor(
     what: str, name: str, data_type: int, dims: Sequence[int], known: dict[str, tuple[str, Shape]]
 ) -> Iterator[str]:
     """Compare a name, a dtype and dims without the batch's with the graph."""
-    from tritonclient.grpc import model_config_pb2
-
     if name not in known:
         yield f"{what} {name} is not in {GRAPH}."
         return
     wanted, shape = known[name]
-    found = model_config_pb2.DataType.Name(data_type)
+    found = _type_name(data_type)
     if found != wanted:
         yield f"{what} {name} is {found}; in {GRAPH} it is {wanted}."
     rest = list(shape[1:])
@@ -197,11 +288,22 @@ def _names(
     given += [control.name for control in config.sequence_batching.control_input]
     for name in sorted(set(inputs) - set(given)):
         yield f"{name}, an input of {GRAPH}, is neither an input nor a state."
-    for name in sorted({name for name in given if given.count(name) > 1}):
+    for name in _repeated(given):
         yield f"{name} is given more than once."
-    made = [state.output_name for state in states]
-    for name in sorted({name for name in made if made.count(name) > 1}):
+    for name in _repeated(state.output_name for state in states):
         yield f"{name} is the output of more than one state."
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
+def _type_name(number: int) -> str:
+    """Triton's name of a dtype; a config may hold the number of one that it does not have."""
+    from tritonclient.grpc import model_config_pb2
+
+    known = dict(model_config_pb2.DataType.items())
+    return next((name for name, each in known.items() if each == number), str(number))
 
 
 def _state(
@@ -210,8 +312,6 @@ def _state(
     outputs: dict[str, tuple[str, Shape]],
     manifest: Manifest | None,
 ) -> Iterator[str]:
-    from tritonclient.grpc import model_config_pb2
-
     name, dims = state.input_name, list(state.dims)
     yield from _tensor("state input", name, state.data_type, dims, inputs)
     yield from _tensor("state output", state.output_name, state.data_type, dims, outputs)
@@ -223,7 +323,7 @@ def _state(
         return
     first = state.initial_state[0]
     if first.data_type != state.data_type:
-        types = [model_config_pb2.DataType.Name(t) for t in (first.data_type, state.data_type)]
+        types = [_type_name(each) for each in (first.data_type, state.data_type)]
         yield f"the initial state of {name} is {types[0]} and the state {types[1]}."
     if not first.name:
         yield f"the initial state of {name} has no name."
@@ -278,5 +378,5 @@ def _engine(folder: Path, config: Any, manifest: Manifest) -> Iterator[str]:
         yield f"max_batch_size is {config.max_batch_size}; the engine was built for {most}."
     for group in config.instance_group:
         for profile in group.profile:
-            if not profile.isdecimal() or int(profile) >= len(engine.profiles):
-                yield f"the engine has no profile {profile}."
+            if not _number(profile, 0) or int(profile) >= len(engine.profiles):
+                yield f"the engine has no profile {shown(profile)}."

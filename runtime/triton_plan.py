@@ -10,7 +10,7 @@ from pathlib import Path
 from ingot.export.ingot import EngineInfo, Manifest
 from ingot.graphs.state import State
 from ingot.plugins import library
-from ingot.plugins.errors import IngotError
+from ingot.plugins.errors import IngotError, shown
 
 SCHEMA_VERSION = 1
 RECORD = "triton.json"
@@ -82,10 +82,6 @@ def make_plan(folder: Path, manifest: Manifest, settings: Settings) -> Plan:
         raise TritonError(
             f"{folder} failed its validation, so its numbers are wrong; export it again."
         )
-    if settings.name and not NAMES.fullmatch(settings.name):
-        raise TritonError(
-            f"--name {settings.name!r} is no model name; give at most 40 letters, digits, _ and -."
-        )
     for option, value, least, most in (
         ("--streams", settings.streams, 1, 1024),
         ("--threads", settings.threads, 0, 1024),
@@ -151,6 +147,10 @@ def _filled(manifest: Manifest, settings: Settings) -> Settings:
         allowed = "at least 2" if longest == sys.maxsize else f"2 to {longest}"
         raise TritonError(f"--capacity is {settings.capacity}; it must be {allowed}.")
     name = settings.name or manifest.model_type
+    if not NAMES.fullmatch(name):
+        raise TritonError(
+            f"--name {shown(name)} is no model name; give at most 40 letters, digits, _ and -."
+        )
     return replace(settings, name=name, capacity=capacity, max_batch=max_batch)
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ingot.export.ingot import MANIFEST, Manifest
+from ingot.plugins.links import require_inside
 from ingot.plugins.registry import OPERATORS
 from ingot.plugins.whole import WriteError, check_destination, keep_apart, sha256, staged
 from ingot.runtime.triton_plan import RECORD, SCHEMA_VERSION, Plan, Settings, TritonError, make_plan
@@ -106,7 +107,7 @@ def write_repository(
         place = ingot_place(plan)
         for file in (MANIFEST, *manifest.files):
             (stage / place / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ingot / file, stage / place / file)
+            shutil.copyfile(require_inside(ingot, file), stage / place / file)
         for path, text in rendered(plan, manifest).items():
             (stage / path).parent.mkdir(parents=True, exist_ok=True)
             (stage / path).write_text(text, encoding="utf-8")
@@ -115,7 +116,7 @@ def write_repository(
         for file in carried(manifest) if plan.generate else ():
             (version / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source(file), version / file)
-        write_record(stage, plan, place)
+        write_record(stage, plan, place, manifest)
     return plan
 
 
@@ -134,17 +135,18 @@ def source(file: str) -> Path:
 def ingot_place(plan: Plan) -> str:
     """Where in the repository the ingot lies."""
     name = plan.settings.name
-    return f"{name}/1" if plan.graph else f"{name}_generate/1/ingot"
+    # Not in the Python model's own folder, which its interpreter imports from.
+    return f"{name}/1" if plan.graph else f"{name}_generate/ingot"
 
 
-def write_record(stage: Path, plan: Plan, place: str) -> None:
+def write_record(stage: Path, plan: Plan, place: str, manifest: Manifest) -> None:
     """``triton.json``: what the repository was made of, for the linter.
 
     The ingot's own manifest has the hashes of its files. What an operator may edit has none:
     configs, the launch script and the manifest for Kubernetes.
     """
-    folder = stage / f"{plan.settings.name}_generate"
-    code = sorted(folder.rglob("*.py")) if plan.generate else []
+    version = stage / f"{plan.settings.name}_generate" / "1"
+    code = (version / file for file in ("model.py", *sorted(carried(manifest))))
     record = {
         "schema_version": SCHEMA_VERSION,
         "models": plan.models,
@@ -153,7 +155,7 @@ def write_record(stage: Path, plan: Plan, place: str) -> None:
         # The ingot by its manifest, which has the hashes of the rest.
         "files": {
             path.relative_to(stage).as_posix(): sha256(path)
-            for path in (stage / place / MANIFEST, *code)
+            for path in (stage / place / MANIFEST, *(code if plan.generate else ()))
         },
     }
     (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

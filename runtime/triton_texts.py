@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 from ingot.export.ingot import SIZES, Manifest
 from ingot.graphs.state import State
 from ingot.plugins.errors import install_hint
+from ingot.runtime.triton_escapes import FILTERS, one_line
 from ingot.runtime.triton_plan import CONFIG, PLUGINS, TYPES, Plan, TritonError, growth
 
 NEW_TOKENS = 64
@@ -25,8 +27,13 @@ def rendered(plan: Plan, manifest: Manifest) -> dict[str, str]:
         ) from error
 
     environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=one_line,
     )
+    environment.filters.update(FILTERS)
     values = context(plan, manifest)
 
     def render(template: str) -> str:
@@ -74,7 +81,7 @@ def context(plan: Plan, manifest: Manifest) -> dict[str, Any]:
         "verdict": manifest.verdict,
         "vocab_size": manifest.vocab_size,
         "main_output": manifest.main_output,
-        "ingot": f"../{settings.name}/1" if plan.graph else "1/ingot",
+        "ingot": f"../{settings.name}/1" if plan.graph else "ingot",
         "inputs": tensors("inputs"),
         "outputs": tensors("outputs"),
         "states": [_state(state, settings.capacity) for state in manifest.states],
@@ -99,8 +106,8 @@ def context(plan: Plan, manifest: Manifest) -> dict[str, Any]:
 
 def _host(name: str) -> str:
     """A name for Kubernetes: no underscore, no capital, and no digit at a Service's beginning."""
-    host = name.lower().replace("_", "-").rstrip("-")
-    return f"model-{host}" if host[0].isdigit() else host
+    host = re.sub("[^a-z0-9]", "-", name.lower()).strip("-")
+    return host if host[:1].isalpha() else f"model-{host}"
 
 
 def memory_gib(plan: Plan, manifest: Manifest) -> tuple[int, int]:

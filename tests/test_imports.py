@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "ingot.plugins.errors",
         "ingot.plugins.json_fields",
         "ingot.plugins.json_file",
+        "ingot.plugins.links",
         "ingot.plugins.library",
         "ingot.plugins.registry",
         "ingot.plugins.tensorrt",

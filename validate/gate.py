@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ingot.plugins.errors import IngotError
+from ingot.plugins.errors import IngotError, shown
+from ingot.plugins.json_file import JsonError, parse_json
 from ingot.plugins.whole import write_whole
 from ingot.validate.judge.limits import SCORE_FLOOR
 from ingot.validate.report.texts import plain
@@ -29,6 +30,8 @@ MAY_DIFFER = frozenset({"ingot", "hostname"})
 
 _IDENTITY = ("model_type", "target", "precision", "against", "seed", "reason")
 _KL = ("kl_mean", "kl_p99", "kl_max")
+# Every tensor of every call of a large model; what is longer is cut, and then no JSON.
+_MOST_BYTES = 1 << 28
 _NEW = "save a new one with --save-baseline"
 
 
@@ -168,13 +171,16 @@ def read_baseline(path: Path, version: int = SCHEMA_VERSION) -> Baseline:
         GateError: the file cannot be read, is damaged, or has another schema version.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(_MOST_BYTES)
     except FileNotFoundError:
         raise GateError(f"there is no baseline {path}; {_NEW}.") from None
     except OSError as error:
         raise GateError(f"cannot read the baseline {path}: {error.strerror or error}.") from error
-    except (ValueError, RecursionError):
-        raise GateError(f"the baseline {path} is damaged: it is not JSON; {_NEW}.") from None
+    try:
+        data = parse_json(raw, "it")
+    except JsonError as error:
+        raise GateError(f"the baseline {path} is damaged: {error}; {_NEW}.") from None
     found = data.get("schema_version") if isinstance(data, dict) else None
     if found is None:
         raise GateError(f"the baseline {path} is damaged: it has no schema version; {_NEW}.")
@@ -233,10 +239,10 @@ def _object(data: dict[str, Any], name: str) -> dict[str, Any]:
 def _number(name: str, value: Any) -> float:
     # bool is an int to Python and a mistake here.
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"{value!r} of '{name}' is not a number")
+        raise ValueError(f"{shown(value)} of '{name}' is not a number")
     # A KL divergence of nothing may round to just below zero.
     if not (math.isfinite(value) and value > -1e-6):
-        raise ValueError(f"{value!r} of '{name}' is out of range")
+        raise ValueError(f"{shown(value)} of '{name}' is out of range")
     return float(value)
 
 
