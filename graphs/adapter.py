@@ -17,6 +17,7 @@ from typing import Any
 
 from ingot.graphs.patterns import full_matches
 from ingot.plugins.errors import IngotError, shown
+from ingot.plugins.json_fields import safe
 from ingot.plugins.json_file import JsonError, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -231,7 +232,9 @@ class AdapterConfig:
 def base_of(folder: Path) -> str | None:
     """The name of the model that a folder's adapter is of, where its config says it."""
     name = _read_object(folder).get("base_model_name_or_path")
-    return name if isinstance(name, str) and name else None
+    # One to be typed again, so no other than the file has.
+    usable = isinstance(name, str) and 0 < len(name) <= 200 and name == safe(name)
+    return name if usable else None
 
 
 def refuse_forgotten(folder: Path, adapter: Path | None) -> None:
@@ -249,8 +252,8 @@ def refuse_forgotten(folder: Path, adapter: Path | None) -> None:
     if not (folder / "config.json").is_file():
         base = base_of(folder)
         raise AdapterError(
-            f"{folder} holds an adapter{f' of {shown(base)}' if base else ''} and no model; give "
-            f"--model {base[:200] if base else 'BASE'} --adapter {folder}."
+            f"{folder} holds an adapter{f' of {base}' if base else ''} and no model; give "
+            f"--model {base or 'BASE'} --adapter {folder}."
         )
     if adapter is None or not adapter.exists() or not folder.samefile(adapter):
         raise AdapterError(

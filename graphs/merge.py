@@ -206,6 +206,13 @@ class _Merge:
     def _wrong(self, tensor: str, reason: str) -> AdapterError:
         return AdapterError(f"{self.adapter.path / ADAPTER_WEIGHTS}: {shown(tensor)} {reason}.")
 
+    def _placeless(self, tensor: str) -> AdapterError:
+        return self._wrong(
+            tensor,
+            f"has no place in this {self.family.model_type} model; the adapter is of another "
+            "model, or of another kind of layer",
+        )
+
     def _shape(self, tensor: str) -> tuple[int, ...]:
         return self.adapter.tensors.entries[tensor].shape
 
@@ -306,11 +313,7 @@ class _Merge:
             name = names[-1 - depth]
             return graph.places[name], self._trained(name)
         if place is None and not any(_owner(name) == module for name in graph.shapes):
-            raise self._wrong(
-                any_tensor,
-                f"has no place in this {self.family.model_type} model; the adapter is of another "
-                "model, or of another kind of layer",
-            )
+            raise self._placeless(any_tensor)
         raise self._wrong(
             any_tensor, f"is of a module that {ADAPTER_CONFIG} does not target, or not any more"
         )
@@ -368,7 +371,9 @@ class _Merge:
         tensor = roles[TOKEN_ROWS]
         place = self.graph.places.get(f"{module}.weight")
         tokens = self._tokens_of(module)
-        if place is None or tokens is None or len(roles) > 1:
+        if place is None:
+            raise self._placeless(tensor)
+        if tokens is None or len(roles) > 1:
             raise self._wrong(tensor, f"has no trainable_token_indices in {ADAPTER_CONFIG}")
         rows, width = place.shape
         if self._shape(tensor) != (len(tokens), width):
@@ -396,11 +401,7 @@ class _Merge:
         for name, tensor in self.stored.items():
             place = self.graph.places.get(name)
             if place is None:
-                raise self._wrong(
-                    tensor,
-                    f"has no place in this {self.family.model_type} model; the adapter is of "
-                    "another model",
-                )
+                raise self._placeless(tensor)
             if self._shape(tensor) != place.shape:
                 raise self._wrong(
                     tensor,
