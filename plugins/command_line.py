@@ -34,6 +34,8 @@ from ingot.plugins.whole import system_error
 if TYPE_CHECKING:
     from rich.console import Console
 
+# Characters of a sentence: some lines of a terminal.
+MOST_SAID = 1500
 REFUSED, INTERRUPTED, TERMINATED = 2, 130, 143
 # In the metadata that all contexts of one command line share.
 _DEBUG = "ingot.debug"
@@ -121,6 +123,9 @@ def _lacks_memory(error: Exception) -> bool:
 
 
 def _refuse(text: str) -> NoReturn:
+    # What is quoted is cut where it is quoted; a path, or a hundred names, may be long all the same.
+    if len(text) > MOST_SAID:
+        text = f"{text[: MOST_SAID // 2]} … {text[-MOST_SAID // 2 :]}"
     _say(f"error: {text}")
     sys.exit(REFUSED)
 

@@ -12,7 +12,7 @@ import click
 
 from ingot.export.ingot import Manifest
 from ingot.plugins.command_line import Command, Group, console
-from ingot.plugins.errors import IngotError
+from ingot.plugins.errors import IngotError, shown
 from ingot.runtime.chat import chat_text
 from ingot.runtime.inspection import inspect_command
 from ingot.runtime.tokenizer import load_tokenizer
@@ -31,7 +31,7 @@ def _ids(text: str) -> list[int]:
         return [int(piece) for piece in text.replace(",", " ").split()]
     except ValueError as error:
         raise IngotError(
-            f"--prompt-ids {text!r} is not a list of token ids such as 1,2,3."
+            f"--prompt-ids {shown(text)} is not a list of token ids such as 1,2,3."
         ) from error
 
 

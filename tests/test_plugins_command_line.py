@@ -116,6 +116,8 @@ def test_whatever_is_raised_ends_with_two_and_one_sentence(kind: str) -> None:
 
 def test_cuts_what_an_exception_repeats() -> None:
     assert len(_run(ValueError("x" * 10**6)).stderr) < 400
+    said = _run(IngotError(f"{'x' * 10**6} is there; give another --out.")).stderr
+    assert len(said) < 2000 and said.endswith("is there; give another --out.\n")
 
 
 def test_says_at_which_step_memory_ran_out() -> None:

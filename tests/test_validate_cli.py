@@ -307,7 +307,7 @@ def test_what_cannot_be_written_or_read_is_refused_before_any_work(
         ("--save-baseline", ingot / WEIGHTS, "lie in one another"),
         ("--save-baseline", tmp_path / "file" / "baseline.json", "file is a file"),
         ("--gate", tmp_path / "absent.json", "there is no baseline"),
-        ("--gate", tmp_path / "file", "is damaged: it is not JSON"),
+        ("--gate", tmp_path / "file", "is damaged: it is not valid JSON"),
     ):
         _refused(_quick(ingot, checkpoint, option, path), said)
 

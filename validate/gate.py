@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from ingot.plugins.json_file import JsonError, parse_json
 from ingot.plugins.whole import write_whole
 from ingot.validate.judge.limits import SCORE_FLOOR
 from ingot.validate.report.texts import plain
-from ingot.validate.report.words import number
+from ingot.validate.report.words import LISTED, number
 from ingot.validate.result import SCHEMA_VERSION, Distribution, Gate, Report, TensorResult
 
 # How many measured run-to-run spreads a figure may rise: three are chance once in hundreds of runs.
@@ -24,14 +25,18 @@ KL_FLOOR = 1e-14
 # Shares differ by whole tokens; this only absorbs the division.
 SHARE_FLOOR = 1e-9
 
+# Bytes of a baseline: a hundred for each tensor after each call.
+MOST_BYTES = 64 << 20
+MOST = sys.float_info.max
+# Characters of an entry that changed, such as a list of versions.
+SAID = 200
+
 # Environment entries that may differ: the ingot is what the gate is to judge, and the host's name
 # says nothing about its kind.
 MAY_DIFFER = frozenset({"ingot", "hostname"})
 
 _IDENTITY = ("model_type", "target", "precision", "against", "seed", "reason")
 _KL = ("kl_mean", "kl_p99", "kl_max")
-# Every tensor of every call of a large model; what is longer is cut, and then no JSON.
-_MOST_BYTES = 1 << 28
 _NEW = "save a new one with --save-baseline"
 
 
@@ -172,11 +177,13 @@ def read_baseline(path: Path, version: int = SCHEMA_VERSION) -> Baseline:
     """
     try:
         with path.open("rb") as file:
-            raw = file.read(_MOST_BYTES)
+            raw = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise GateError(f"there is no baseline {path}; {_NEW}.") from None
     except OSError as error:
         raise GateError(f"cannot read the baseline {path}: {error.strerror or error}.") from error
+    if len(raw) > MOST_BYTES:
+        raise GateError(f"the baseline {path} is damaged: it is over {MOST_BYTES} bytes; {_NEW}.")
     try:
         data = parse_json(raw, "it")
     except JsonError as error:
@@ -186,7 +193,8 @@ def read_baseline(path: Path, version: int = SCHEMA_VERSION) -> Baseline:
         raise GateError(f"the baseline {path} is damaged: it has no schema version; {_NEW}.")
     if found != version:
         raise GateError(
-            f"the baseline {path} has schema version {found} and the report {version}; {_NEW}."
+            f"the baseline {path} has schema version {shown(found)} and the report {version}; "
+            f"{_NEW}."
         )
     try:
         return _parse(data)
@@ -232,17 +240,17 @@ def _parse_entry(where: str, entry: Any) -> Entry:
 def _object(data: dict[str, Any], name: str) -> dict[str, Any]:
     value = data[name]
     if not isinstance(value, dict):
-        raise ValueError(f"'{name}' is not an object")
+        raise ValueError(f"{shown(name)} is not an object")
     return value
 
 
 def _number(name: str, value: Any) -> float:
     # bool is an int to Python and a mistake here.
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"{shown(value)} of '{name}' is not a number")
-    # A KL divergence of nothing may round to just below zero.
-    if not (math.isfinite(value) and value > -1e-6):
-        raise ValueError(f"{shown(value)} of '{name}' is out of range")
+        raise ValueError(f"{shown(value)} of {shown(name)} is not a number")
+    # A KL divergence of nothing may round to just below zero; an integer may be no float.
+    if not -1e-6 < value <= MOST:
+        raise ValueError(f"{shown(value)} of {shown(name)} is out of range")
     return float(value)
 
 
@@ -254,12 +262,12 @@ def require_comparable(report: Report, baseline: Baseline, path: Path) -> None:
     """
     changed = _differences(baseline.identity, _identity(report))
     if changed:
-        raise GateError(f"the baseline {path} is of something else: {', '.join(changed)}; {_NEW}.")
+        raise GateError(f"the baseline {path} is of something else: {_few(changed)}; {_NEW}.")
     changed = _differences(_kept(baseline.environment), _kept(report.environment))
     if changed:
         raise GateError(
             f"the baseline {path} was made in another environment, which voids the comparison: "
-            f"{', '.join(changed)}; {_NEW}."
+            f"{_few(changed)}; {_NEW}."
         )
 
 
@@ -276,9 +284,15 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _few(changed: list[str]) -> str:
+    more = f" and {len(changed) - LISTED} more" if len(changed) > LISTED else ""
+    return ", ".join(changed[:LISTED]) + more
+
+
 def _said(values: Mapping[str, Any], name: str) -> str:
     value = values.get(name)
-    return "not given" if value is None else str(value)
+    text = " ".join(str(value).split())
+    return "not given" if value is None else text if len(text) <= SAID else shown(text)
 
 
 def _failed(report: Report) -> Iterator[str]:
