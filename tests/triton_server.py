@@ -31,6 +31,11 @@ from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent.parent / ".tools" / "triton"
 WHEEL = "nvidia-pytriton==0.7.0"
+# Of x86_64 and of aarch64. What is in it is run, so the version alone does not do.
+WHEEL_SHA256 = (
+    "21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df",
+    "f99e07ee56fe065337453956afba17d2673e02ec6a632c3de26ce6e7b32a0898",
+)
 NUMPY = "numpy==1.26.4"
 READY = TOOLS / "ready"
 SERVER = TOOLS / "wheel" / "pytriton" / "tritonserver"
@@ -70,7 +75,10 @@ def prepare() -> None:
     shutil.rmtree(TOOLS, ignore_errors=True)
     TOOLS.mkdir(parents=True)
     pip: list[str | Path] = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "download", "--no-deps", "--dest", TOOLS, WHEEL], check=True)
+    wanted = TOOLS / "wheel.txt"
+    wanted.write_text(" ".join([WHEEL, *(f"--hash=sha256:{known}" for known in WHEEL_SHA256)]))
+    fetch = ["download", "--no-deps", "--require-hashes", "--dest", TOOLS, "-r", wanted]
+    subprocess.run([*pip, *fetch], check=True)
     (wheel,) = TOOLS.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(TOOLS / "wheel")

@@ -3,8 +3,9 @@
 # Runtime, nlohmann-json and doctest from Debian's packages, and a link to the libonnxruntime.so of
 # the Python package, so that C++ and Python run the same one.
 #
-# The packages are unpacked, not installed. cmake, libssl-dev and g++ are installed where they are
-# missing, and the extra packages named after the folder (valgrind).
+# The packages are unpacked, not installed, and only those that Debian's own keyring signs. cmake,
+# libssl-dev and g++ are needed, and the programs named after the folder (valgrind); where they are
+# missing, INGOT_APT_INSTALL=yes has root install them.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 out=${1:-$root/.tools/cpp}
@@ -17,8 +18,9 @@ command -v g++ >/dev/null || missing+=(g++)
 [ -e /usr/include/openssl/evp.h ] || missing+=(libssl-dev)
 for tool in "$@"; do command -v "$tool" >/dev/null || missing+=("$tool"); done
 if [ ${#missing[@]} -gt 0 ]; then
-    if [ "$(id -u)" != 0 ]; then
+    if [ "$(id -u)" != 0 ] || [ "${INGOT_APT_INSTALL:-}" != yes ]; then
         echo "error: missing ${missing[*]}; run: sudo apt-get install ${missing[*]}" >&2
+        echo "(as root, INGOT_APT_INSTALL=yes does it on the way)" >&2
         exit 1
     fi
     apt-get update -qq
