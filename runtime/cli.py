@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
@@ -27,12 +28,11 @@ if TYPE_CHECKING:
 
 
 def _ids(text: str) -> list[int]:
-    try:
-        return [int(piece) for piece in text.replace(",", " ").split()]
-    except ValueError as error:
-        raise IngotError(
-            f"--prompt-ids {shown(text)} is not a list of token ids such as 1,2,3."
-        ) from error
+    pieces = text.replace(",", " ").split()
+    # `int` takes more than numbers as they are written: 1_000, other scripts' digits.
+    if not all(re.fullmatch("[+-]?[0-9]{1,100}", piece) for piece in pieces):
+        raise IngotError(f"--prompt-ids {shown(text)} is not a list of token ids such as 1,2,3.")
+    return [int(piece) for piece in pieces]
 
 
 def _one_of(**given: tuple[str, ...]) -> None:

@@ -336,6 +336,11 @@ def test_passes_its_options_on(session: Session, tiny_ort: Path) -> None:
     [
         (["--prompt-ids", "1,x"], "'1,x' is not a list of token ids"),
         (["--prompt-ids", "1.5"], "'1.5' is not a list of token ids"),
+        (["--prompt-ids", "1_0"], "'1_0' is not a list of token ids"),
+        (["--prompt-ids", "1,٣"], "'1,٣' is not a list of token ids"),
+        (["--prompt-ids", "1e2"], "'1e2' is not a list of token ids"),
+        (["--prompt-ids", "[1]"], "'[1]' is not a list of token ids"),
+        (["--prompt-ids", "1" * 5000], "is not a list of token ids such as 1,2,3"),
         (["--prompt-ids", ""], "at least one token"),
         (["--prompt-ids", "600"], "600 is outside the vocabulary of 512"),
         (["--prompt-ids", "-1"], "-1 is outside the vocabulary"),
