@@ -47,7 +47,8 @@ from ingot.graphs.state import Kind, State
 from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
 from ingot.runtime.onnxruntime_session import open_session
-from ingot.runtime.session import Floats, Ids
+from ingot.runtime.session import Floats, Ids, SessionError
+from ingot.runtime.tokens import TokenInputs
 from ingot.validate.run import validate_ingot
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import make_inputs
@@ -342,7 +343,11 @@ def test_error_does_not_grow_over_a_long_run(subjects: Callable[[str], Subject])
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_call_of_padding_alone_leaves_the_state_of_its_row(subject: Subject, way: str) -> None:
+def test_a_call_of_padding_alone_leaves_the_state_of_its_row(
+    subject: Subject, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scan's: the convolution's window takes the padding, so sessions refuse such a call."""
+    monkeypatch.setattr(TokenInputs, "_check_padding", lambda self, mask: None)
     ids, mask = tokens(VOCAB)
     session = subject.sessions[way]
     session.reset(*ids.shape)
@@ -360,6 +365,36 @@ def test_a_call_of_padding_alone_leaves_the_state_of_its_row(subject: Subject, w
         assert relative_rms(before[name][1], after[name][1]) < 1e-6
         for row in (0, 2):
             assert relative_rms(before[name][row], after[name][row]) > 100 * LIMIT
+
+
+# Rows of two calls: padded on the right, padded on the left once more, padding alone, a hole.
+BEHIND_A_TOKEN = ("111110 1111", "111111 0111", "001111 0000", "110111 1111")
+
+
+@pytest.mark.parametrize("way", TARGETS)
+@pytest.mark.parametrize("row", BEHIND_A_TOKEN)
+def test_refuses_padding_behind_a_token_and_goes_on(
+    subjects: Callable[[str], Subject], way: str, row: str
+) -> None:
+    calls = [np.array([[1] * len(part), [*map(int, part)]]) for part in row.split()]
+    good = [np.ones_like(calls[0]) if "0" in row[1:6].lstrip("0") else calls[0]]
+    good.append(np.ones_like(calls[1]))
+    ids = np.random.default_rng(11).integers(0, VOCAB, (2, 10))
+    session = subjects(BASE).sessions[way]
+    expected = run(session, ids, np.concatenate(good, axis=1), (6,))
+    session.reset(2, 10)
+    found, at = [], 0
+    for call, right in zip(calls, good, strict=True):
+        columns = slice(at, at + call.shape[1])
+        if not np.array_equal(call, right):
+            with pytest.raises(SessionError, match="padding behind the first token of row 1"):
+                session.step(ids[:, columns], call)
+        found.append(session.step(ids[:, columns], right))
+        at = columns.stop
+    # What was refused has left no trace.
+    np.testing.assert_array_equal(expected["logits"], np.concatenate(found, axis=1))
+    for name, array in session.state().items():
+        np.testing.assert_array_equal(expected[name], array)
 
 
 @pytest.mark.parametrize("way", WAYS)
