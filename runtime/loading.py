@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from ingot.export.ingot import Manifest
+from ingot.export.ingot import GRAPH, Manifest, ManifestError
+from ingot.plugins.errors import shown
 from ingot.runtime.session import Session, SessionError
+from ingot.runtime.tokens import whole
 
 # ONNX Runtime hangs when asked for more threads than the system gives.
 MOST_THREADS = 1024
@@ -27,7 +30,8 @@ def load(
         path: the ingot folder.
         threads: of the backend; 0 lets it choose.
         verify: compare the SHA-256 of every file with the manifest, not only sizes. Either way all
-            that is opened must be listed there.
+            that is opened must be listed there. The graph that runs is the one that was hashed;
+            weights are read where they lie, so nobody may write to the folder of an open session.
         allow_failed: open an ingot whose validation failed.
         graph_only: run the graph on ONNX Runtime, also where the ingot holds an engine.
         advance: told the bytes compared; gigabytes of weights take a while.
@@ -35,8 +39,9 @@ def load(
     Raises:
         IngotError: not an ingot, a damaged one, or one that failed its validation.
     """
-    if not 0 <= threads <= MOST_THREADS:
-        raise SessionError(f"threads is {threads}; it must be 0 to {MOST_THREADS}.")
+    count = whole(threads)
+    if count is None or not 0 <= count <= MOST_THREADS:
+        raise SessionError(f"threads is {shown(threads)}; it must be 0 to {MOST_THREADS}.")
     folder = Path(path)
     manifest = Manifest.read(folder)
     manifest.check_files(folder, hashes=verify, advance=advance)
@@ -56,4 +61,18 @@ def load(
         )
     from ingot.runtime.ort import OrtSession
 
-    return OrtSession(folder, manifest, threads=threads)
+    return OrtSession(folder, manifest, threads=count, graph=_graph(folder, manifest, verify))
+
+
+def _graph(folder: Path, manifest: Manifest, verify: bool) -> bytes | None:
+    """The graph's file, hashed again as it was read: its path may hold another one by then."""
+    if not verify:
+        return None
+    path = folder / GRAPH
+    try:
+        graph = path.read_bytes()
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if hashlib.sha256(graph).hexdigest() != manifest.files[GRAPH].sha256:
+        raise ManifestError(f"{path} was changed while the ingot was opened; open it again.")
+    return graph
