@@ -152,7 +152,7 @@ def resolve_adapter(adapter: str) -> Path:
     """
     if is_folder(adapter):
         return Path(adapter)
-    if not HUB_NAME.match(adapter):
+    if not HUB_NAME.fullmatch(adapter):
         raise CheckpointError(
             f"--adapter {shown(adapter)} is neither a folder nor org/name on the hub."
         )
