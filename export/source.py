@@ -99,5 +99,5 @@ def _fetched(source: Source, request: ExportRequest) -> Path:
         folder = Folder.read(source.folder)
         family = find_family(folder.family)
         check_outputs(family, request.extra_outputs)
-        family.build(folder.config, request.task)
+        family.config(folder.config, request.task)
     return source.fetch()

@@ -80,6 +80,18 @@ class Family:
     draw: Callable[[str, torch.Tensor, torch.Generator], torch.Tensor | None] = no_draw
     preset_gain: Callable[[str, dict[str, Any]], float] = no_gain
 
+    def config(self, raw_config: dict[str, Any], task: str) -> ModelConfig:
+        """The config of a model of one task.
+
+        Raises:
+            IngotError: a task the family lacks, or a config it does not implement.
+        """
+        if task not in self.tasks:
+            raise IngotError(
+                f"{self.model_type} has no task {task!r}; it has: {', '.join(self.tasks)}."
+            )
+        return self.read_config(raw_config)
+
     def build(
         self,
         raw_config: dict[str, Any],
@@ -100,11 +112,7 @@ class Family:
             IngotError: a task the family lacks, a config it does not implement, or one that asks
                 for more than is stored.
         """
-        if task not in self.tasks:
-            raise IngotError(
-                f"{self.model_type} has no task {task!r}; it has: {', '.join(self.tasks)}."
-            )
-        config = self.read_config(raw_config)
+        config = self.config(raw_config, task)
         if stored is not None:
             check_sizes(config, stored)
             config = self.as_stored(config, stored)

@@ -163,6 +163,18 @@ def test_ingot_s_logits_equal_transformers(tmp_path: Path, make_ingot: MakeIngot
     check(load(make_ingot(ssm, "ort")), *logits(hf))
 
 
+@pytest.mark.parametrize("kept", ["lm_head.weight", "backbone.embedding.weight"])
+def test_reads_a_tied_model_by_either_name_and_in_shards(tmp_path: Path, kept: str) -> None:
+    ssm, hf = written(tmp_path, "mamba2-130m")
+    held = load_file(ssm / "model.safetensors")
+    (ssm / "model.safetensors").unlink()
+    save_file({kept: held.pop("backbone.embedding.weight")}, ssm / "a.safetensors")
+    save_file(held, ssm / "b.safetensors")
+    places = {kept: "a.safetensors", **dict.fromkeys(held, "b.safetensors")}
+    (ssm / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    check(EagerSession(Checkpoint.open(ssm), "generate"), *logits(hf))
+
+
 def test_gates_without_a_norm_where_rmsnorm_is_false() -> None:
     raw = {**RELEASED, "ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}}
     assert Mamba2Config.read(config(raw)).mixer.norm_eps is None
