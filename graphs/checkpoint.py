@@ -122,9 +122,8 @@ class Checkpoint:
         # Before the dtypes of its tensors, which would be named in its place.
         refuse_quantised(folder.config)
         stored = _read_index(folder)
-        entries = {folder.tensor_name(name): entry for name, entry in stored.items()}
-        if len(entries) < len(stored):
-            raise CheckpointError(f"{path} holds its embedding twice, in two spellings; keep one.")
+        names = folder.tensor_names(stored)
+        entries = {names[name]: entry for name, entry in stored.items()}
         for name, entry in list(entries.items()):
             if is_buffer(name, entry.shape):
                 del entries[name]

@@ -6,6 +6,7 @@ Nothing here needs PyTorch, so what can be refused without it is refused before 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -86,9 +87,15 @@ class Folder:
         foreign = self.layout == mamba_ssm.LAYOUT
         return f"config.json ({mamba_ssm.SIZES})" if foreign else CONFIG
 
-    def tensor_name(self, stored: str) -> str:
-        """What transformers calls a tensor of the folder."""
-        return mamba_ssm.tensor_name(stored) if self.layout == mamba_ssm.LAYOUT else stored
+    def tensor_names(self, stored: Iterable[str]) -> dict[str, str]:
+        """What transformers calls each tensor of the folder.
+
+        Raises:
+            ConfigError: tensors that do not belong to the config.
+        """
+        if self.layout == mamba_ssm.LAYOUT:
+            return mamba_ssm.tensor_names(self.config, stored)
+        return {name: name for name in stored}
 
     def weight_map(self) -> dict[str, str] | None:
         """Tensor name -> the file it lies in, or None where all lie in ``model.safetensors``.

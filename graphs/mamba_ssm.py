@@ -8,6 +8,7 @@ under the same names but for the embedding's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from ingot.graphs.config import ConfigError, ConfigReader
@@ -123,7 +124,28 @@ def _dt_limit(given: list[Any]) -> list[Any]:
     return given
 
 
-def tensor_name(stored: str) -> str:
-    """What transformers calls a tensor of mamba_ssm's."""
+def tensor_names(config: dict[str, Any], stored: Iterable[str]) -> dict[str, str]:
+    """What transformers calls each tensor.
+
+    Args:
+        config: by ``config``.
+        stored: the names in mamba_ssm's layout.
+
+    Raises:
+        ConfigError: names that mamba_ssm itself would not load.
+    """
+    result = {name: _tensor_name(name) for name in stored}
+    if len(set(result.values())) < len(result):
+        raise ConfigError("the weights hold the embedding twice, in two spellings; keep one.")
+    # transformers computes a norm that is stored whatever its config says.
+    if not config["rms_norm"] and any(name.endswith(".mixer.norm.weight") for name in result):
+        raise ConfigError(
+            "config.json: ssm_cfg's rmsnorm is False, yet the weights hold the norm of the mixers; "
+            "mamba_ssm loads no such checkpoint."
+        )
+    return result
+
+
+def _tensor_name(stored: str) -> str:
     head, _, leaf = stored.rpartition("embedding.weight")
     return f"{head}embeddings.weight" if not leaf and head in ("", "backbone.") else stored

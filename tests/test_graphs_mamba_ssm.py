@@ -22,7 +22,7 @@ from ingot.graphs.checkpoint import Checkpoint, CheckpointError
 from ingot.graphs.config import ConfigError
 from ingot.graphs.family import family_of, find_family
 from ingot.graphs.mamba2 import Mamba2Config
-from ingot.graphs.mamba_ssm import config, tensor_name, wrote
+from ingot.graphs.mamba_ssm import config, tensor_names, wrote
 from ingot.graphs.preset import write_checkpoint
 from ingot.runtime.loading import load
 from ingot.validate.truth.eager import EagerSession
@@ -237,7 +237,7 @@ def test_knows_the_layout_from_others(raw: dict[str, Any]) -> None:
     ],
 )
 def test_renames_the_embedding_alone(stored: str, name: str) -> None:
-    assert tensor_name(stored) == name
+    assert tensor_names({"rms_norm": True}, [stored]) == {stored: name}
 
 
 def test_refuses_an_embedding_in_both_spellings(tmp_path: Path) -> None:
@@ -245,8 +245,16 @@ def test_refuses_an_embedding_in_both_spellings(tmp_path: Path) -> None:
     held = load_file(ssm / "model.safetensors")
     held["backbone.embeddings.weight"] = held["backbone.embedding.weight"] + 1
     save_file(held, ssm / "model.safetensors")
-    with pytest.raises(CheckpointError, match="embedding twice"):
+    with pytest.raises(ConfigError, match="embedding twice"):
         Checkpoint.open(ssm)
+
+
+def test_refuses_a_norm_that_the_config_has_not() -> None:
+    raw = config({**RELEASED, "ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}})
+    layer = "backbone.layers.0.mixer."
+    assert tensor_names(raw, [layer + "D"]) == {layer + "D": layer + "D"}
+    with pytest.raises(ConfigError, match="rmsnorm is False"):
+        tensor_names(raw, [layer + "D", layer + "norm.weight"])
 
 
 def test_names_ssm_cfg_where_a_tensor_has_another_shape(tmp_path: Path) -> None:
