@@ -53,6 +53,7 @@ def export(
     max_seq: int = Limits.max_seq,
     opt_seq: int = Limits.opt_seq,
     embed_plugins: bool = False,
+    context: int | None = None,
     validate: bool = True,
     overwrite: bool = False,
     stages: Stages | None = None,
@@ -80,6 +81,8 @@ def export(
         max_seq: most tokens of an engine's sequence, past and new.
         opt_seq: the length that an engine is tuned for.
         embed_plugins: put the plugin library into the engine file.
+        context: longest sequence that the ingot takes, in place of what the config says, for a
+            model that is known to go further; what it computes is the same.
         validate: compare the ingot with eager PyTorch before it appears.
         overwrite: replace an ingot that is at ``out``.
         stages: shows the steps; where absent, nothing is shown.
@@ -122,6 +125,7 @@ def export(
         builder=builder,
         limits=Limits(max_batch, max_seq, opt_seq),
         embed_plugins=embed_plugins,
+        context=context,
     )
     stages = stages or Stages()
     check_request(request)

@@ -91,6 +91,8 @@ def build(
     opened = recipe.open(checkpoint)
     # Before any weight is read: what is wrong in a file of some lines is said at once.
     generation = read_generation(checkpoint, opened.model.config)
+    if request.context is not None:
+        generation["context_length"] = request.context
     # An engine holds its weights once more.
     check_space(request.out, parameter_bytes(opened.model) * (2 if builder else 1))
     with staged(request.out, replace=request.overwrite) as folder:

@@ -105,6 +105,11 @@ class LazyGroup(Group):
 @click.option("--max-seq", default=Limits.max_seq, show_default=True, help="Of an engine.")
 @click.option("--opt-seq", default=Limits.opt_seq, show_default=True, help="An engine's usual.")
 @click.option("--embed-plugins", is_flag=True, help="Put the plugin library into the engine.")
+@click.option(
+    "--context",
+    type=int,
+    help="Longest sequence, where the model goes further than its config says.",
+)
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with eager PyTorch.")
 @click.option("--preview", is_flag=True, help=f"Generate {PREVIEW_TOKENS} tokens at the end.")
 @click.option("--overwrite", is_flag=True, help="Replace an ingot that is at --out.")
@@ -124,6 +129,7 @@ def export_command(
     max_seq: int,
     opt_seq: int,
     embed_plugins: bool,
+    context: int | None,
     no_validate: bool,
     preview: bool,
     overwrite: bool,

@@ -11,6 +11,7 @@ from pathlib import Path
 from ingot.export.ingot import check_destination
 from ingot.export.request import PRESETS, ExportError, ExportRequest
 from ingot.graphs.adapter import refuse_forgotten
+from ingot.graphs.config import MOST_POSITIONS
 from ingot.graphs.folder import Folder, is_folder
 from ingot.graphs.hub import Source, find
 from ingot.graphs.names import FAMILIES, RELEASED, nearest
@@ -29,6 +30,11 @@ def check_request(request: ExportRequest) -> None:
         raise ExportError(
             f"--precision {request.precision} goes with a TensorRT target; {request.target} ingots "
             "are float32."
+        )
+    context = request.context
+    if context is not None and (type(context) is not int or not 1 <= context <= MOST_POSITIONS):
+        raise ExportError(
+            f"--context is {shown(context)}; it must be at least 1 and at most {MOST_POSITIONS}."
         )
     if request.for_tensorrt:
         # Here, for it imports onnx, which other targets need later.

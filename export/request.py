@@ -60,6 +60,7 @@ class ExportRequest:
         builder: of ``BUILDERS``; of a TensorRT engine.
         limits: sizes of a TensorRT engine's calls.
         embed_plugins: put the plugin library into the engine file.
+        context: longest sequence that the ingot takes, in place of what the config says.
     """
 
     model: str
@@ -76,6 +77,7 @@ class ExportRequest:
     builder: str = "auto"
     limits: Limits = field(default_factory=Limits)
     embed_plugins: bool = False
+    context: int | None = None
 
     @property
     def for_tensorrt(self) -> bool:

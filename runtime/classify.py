@@ -34,7 +34,7 @@ def classify(session: Session, prompts: Sequence[Sequence[int]]) -> Floats:
     if longest is not None and ids.shape[1] > longest:
         raise SessionError(
             f"a prompt of {ids.shape[1]} tokens exceeds this model's context of {longest}; "
-            "shorten it."
+            "shorten it, or export the model with a longer --context."
         )
     session.reset(*ids.shape)
     return session.step(ids, mask)

@@ -159,7 +159,8 @@ def generate(
     if longest is not None and ids.shape[1] + count > longest:
         raise SessionError(
             f"a prompt of {ids.shape[1]} tokens and {shown(count)} new ones exceed this model's "
-            f"context of {longest}; shorten the prompt or lower --max-new-tokens."
+            f"context of {longest}; shorten the prompt or lower --max-new-tokens, or export it "
+            "with a longer --context."
         )
     changes = session.changes + 1
     session.reset(len(ids), ids.shape[1] + count)
