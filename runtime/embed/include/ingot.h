@@ -1,8 +1,8 @@
 /* C interface to an ingot: open a folder, feed tokens, generate.
  *
  * Every function that can fail returns a status, and ingot_session_error() says what went wrong in one
- * sentence. No C++ exception leaves these functions. One session is for one thread at a time; several
- * sessions may run in several threads. Arrays are row-major.
+ * sentence. No C++ exception leaves these functions. One session is for one thread at a time, and refuses
+ * a call while it is at work in another; several sessions may run in several threads. Arrays are row-major.
  */
 #ifndef INGOT_H
 #define INGOT_H
@@ -44,7 +44,7 @@ typedef struct ingot_generate_options {
 } ingot_generate_options;
 
 /* Told each step's tokens, one for each prompt and -1 where that prompt has ended. Return 0 to go on,
- * anything else to stop. It must not call the session. */
+ * anything else to stop. The session refuses calls from it; it may be forked, and closed. */
 typedef int (*ingot_on_tokens)(void *user, const int64_t *tokens, int64_t prompts);
 
 /* The message of this thread's last failure; valid until its next one. Never NULL. */
@@ -72,7 +72,7 @@ INGOT_API ingot_session_status ingot_session_reset(ingot_session *session, int64
                                                    int64_t capacity);
 
 /* Feeds `tokens` new tokens of every sequence: ids and mask are [batch, tokens], the mask 1 for tokens
- * and 0 for padding on the left.
+ * and 0 for padding: anywhere where all states grow, and before a row's first token where one is recurrent.
  *
  * *logits: the main output, valid until the session's next call: [batch, tokens, vocabulary], or of a
  * classifier [batch, labels]. shape receives *rank sizes, 2 or 3; the third is 0 where there are 2. */

@@ -40,6 +40,13 @@ std::unique_ptr<Backend> open_tensorrt(const std::filesystem::path &folder, cons
 std::vector<std::int64_t> state_shape(const StateInfo &state, std::int64_t batch,
                                       std::int64_t length);
 
+// The output that a call returns, and its sizes for a call.
+const TensorInfo &main_output(const Manifest &manifest);
+std::vector<std::int64_t> main_shape(const TensorInfo &main, const Feeds &feeds);
+
+// A shape as messages have it, such as [2, 1, 512].
+std::string sizes_of(const std::vector<std::int64_t> &shape);
+
 // The elements of a shape. Throws Error where that is more than memory can hold.
 std::size_t elements(const std::vector<std::int64_t> &shape);
 

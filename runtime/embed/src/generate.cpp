@@ -7,6 +7,8 @@
 #include <numeric>
 #include <random>
 
+#include "impl.hpp"
+
 namespace ingot {
 namespace {
 
@@ -122,7 +124,11 @@ Padded pad_left(const std::vector<Ids> &prompts, std::int64_t longest, std::int6
 
 std::vector<Ids> Session::generate(const std::vector<Ids> &prompts, const GenerateOptions &options,
                                    const OnTokens &on_tokens) {
-    const Manifest &info = manifest();
+    // The callback may end this object, which must not end what runs here.
+    impl();
+    const std::shared_ptr<Impl> held = impl_;
+    const Call call(held->busy);
+    const Manifest &info = held->manifest;
     if (info.task != "generate") {
         throw Error("this ingot was exported for the task '" + info.task +
                     "' and cannot generate; export it with --task generate.");
@@ -142,9 +148,10 @@ std::vector<Ids> Session::generate(const std::vector<Ids> &prompts, const Genera
                     std::to_string(most) + "; shorten the prompt or ask for fewer new tokens.");
     }
     const Ids &stops = options.stop_ids ? *options.stop_ids : info.generation.eos_token_ids;
-    Padded fed = pad_left(prompts, longest, info.generation.pad_token_id);
+    Padded fed = within_memory("there is no memory for these prompts padded to one length; give fewer at once.",
+                               [&] { return pad_left(prompts, longest, info.generation.pad_token_id); });
     const auto batch = static_cast<std::int64_t>(prompts.size());
-    reset(batch, longest + options.max_new_tokens);
+    held->reset(batch, longest + options.max_new_tokens);
 
     Sampler sampler(options.sampling);
     std::vector<Ids> made(prompts.size());
@@ -152,7 +159,7 @@ std::vector<Ids> Session::generate(const std::vector<Ids> &prompts, const Genera
     std::vector<std::optional<std::int64_t>> step_tokens(prompts.size());
     std::int64_t tokens = longest;
     for (std::int64_t n = 0; n < options.max_new_tokens; ++n) {
-        const View logits = step(fed.ids, fed.mask, batch, tokens);
+        const View logits = held->step(fed.ids, fed.mask, batch, tokens);
         const auto width = static_cast<std::size_t>(logits.shape.back());
         fed.ids.resize(prompts.size());
         for (std::size_t row = 0; row < prompts.size(); ++row) {

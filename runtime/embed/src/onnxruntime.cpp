@@ -8,9 +8,14 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 #include <set>
 
 #include "backend.hpp"
+#include "graph_files.hpp"
+#include "json_file.hpp"
+#include "memory.hpp"
 
 namespace ingot {
 namespace {
@@ -23,6 +28,9 @@ namespace fs = std::filesystem;
 // Set as this library is loaded, since setenv may not run beside other threads.
 [[maybe_unused]] const int kNoTelemetry = setenv("ORT_DISABLE_TELEMETRY", "1", 0);
 
+// Letters of a message of ONNX Runtime's, which may quote a graph.
+constexpr std::size_t kMostQuoted = 400;
+
 ONNXTensorElementDataType element_type(const std::string &dtype, const std::string &name) {
     if (dtype == "float32") return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
     if (dtype == "float16") return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
@@ -31,7 +39,49 @@ ONNXTensorElementDataType element_type(const std::string &dtype, const std::stri
                 "fp32.");
 }
 
-// The sizes of a tensor that ONNX Runtime made.
+const char *name_of(ONNXTensorElementDataType type) {
+    switch (type) {
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return "float32";
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return "float16";
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return "bfloat16";
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64: return "int64";
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_STRING: return "string";
+        default: return "another type";
+    }
+}
+
+[[noreturn]] void other_export(const std::string &what) {
+    throw Error(what + "; the graph and " + kManifest + " are not of one export: export again.");
+}
+
+// Refuses what the graph computed where it is not the tensor that the manifest says, before a byte of it
+// is read: what a graph declares of its outputs may be less than that.
+void expect(const Ort::Value &value, const std::string &name, const std::string &dtype,
+            const std::vector<std::int64_t> &shape) {
+    if (!value || !value.HasValue() || !value.IsTensor()) other_export(name + " is no tensor");
+    const Ort::TensorTypeAndShapeInfo found = value.GetTensorTypeAndShapeInfo();
+    if (name_of(found.GetElementType()) != dtype || found.GetShape() != shape) {
+        other_export(name + " came as " + name_of(found.GetElementType()) + " " + sizes_of(found.GetShape()) +
+                     " where " + dtype + " " + sizes_of(shape) + " was expected");
+    }
+}
+
+// The folder's graph may open no file that is not listed, and so not compared, before.
+void check_external_files(const fs::path &graph, const Manifest &manifest) {
+    std::ifstream file(graph, std::ios::binary);
+    const std::string model((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+    try {
+        for (const std::string &name : external_files(model)) {
+            if (manifest.files.count(name) > 0) continue;
+            throw Error(graph.string() + " reads \"" + plain(name) + "\", which " + kManifest +
+                        " does not list, so nobody has checked it; export again.");
+        }
+    } catch (const std::invalid_argument &error) {
+        throw Error(graph.string() + " is no ONNX graph (" + error.what() + "); export again.");
+    }
+}
+
+// The sizes of a state.
 std::vector<std::int64_t> sizes(const Ort::Value &value) {
     return value.GetTensorTypeAndShapeInfo().GetShape();
 }
@@ -53,38 +103,58 @@ struct Model {
         options.SetIntraOpNumThreads(threads);
         // Warnings about unused constants of the function bodies are of no use to a user.
         options.SetLogSeverityLevel(3);
+        check_external_files(folder / kGraph, manifest);
         session = Ort::Session(env, (folder / kGraph).c_str(), options);
-        check_names(folder);
         for (const TensorInfo &input : manifest.inputs) inputs.insert(input.name);
         for (const StateInfo &state : manifest.states) {
             element_type(state.dtype, state.input);
             shared = shared || state.shared;
         }
-        for (const TensorInfo &output : manifest.outputs) {
-            if (output.name == manifest.main_output) element_type(output.dtype, output.name);
-        }
+        element_type(main_output(manifest).dtype, manifest.main_output);
+        check_tensors(folder);
     }
 
-    void check_names(const fs::path &folder) const {
+    // What the graph declares is what the manifest says. The rest shows when it has run.
+    void check_tensors(const fs::path &folder) const {
         const Ort::AllocatorWithDefaultOptions allocator;
         std::set<std::string> has;
         for (std::size_t n = 0; n < session.GetInputCount(); ++n) {
-            has.insert(session.GetInputNameAllocated(n, allocator).get());
+            const std::string name = session.GetInputNameAllocated(n, allocator).get();
+            has.insert(name);
+            check_declared(name, session.GetInputTypeInfo(n), manifest.inputs);
         }
+        for (const TensorInfo &input : manifest.inputs) need(folder, has, input.name);
+        has.clear();
         for (std::size_t n = 0; n < session.GetOutputCount(); ++n) {
-            has.insert(session.GetOutputNameAllocated(n, allocator).get());
+            const std::string name = session.GetOutputNameAllocated(n, allocator).get();
+            has.insert(name);
+            check_declared(name, session.GetOutputTypeInfo(n), manifest.outputs);
         }
-        std::set<std::string> named{manifest.main_output};
-        for (const TensorInfo &input : manifest.inputs) named.insert(input.name);
-        for (const StateInfo &state : manifest.states) {
-            named.insert(state.input);
-            named.insert(state.output);
+        for (const TensorInfo &output : manifest.outputs) need(folder, has, output.name);
+    }
+
+    static void need(const fs::path &folder, const std::set<std::string> &has, const std::string &name) {
+        if (has.count(name) > 0) return;
+        throw Error((folder / kGraph).string() + " has no " + name + ", which " + kManifest +
+                    " names; the two are not of one export: export again.");
+    }
+
+    static void check_declared(const std::string &name, const Ort::TypeInfo &type,
+                               const std::vector<TensorInfo> &named) {
+        const auto said = std::find_if(named.begin(), named.end(),
+                                       [&](const TensorInfo &tensor) { return tensor.name == name; });
+        if (said == named.end()) other_export("the graph has \"" + plain(name) + "\", which is not named there");
+        if (type.GetONNXType() != ONNX_TYPE_TENSOR) other_export(name + " is no tensor in the graph");
+        const auto declared = type.GetTensorTypeAndShapeInfo();
+        bool same = name_of(declared.GetElementType()) == said->dtype;
+        // A graph need not say a shape, and then has no sizes here.
+        const std::vector<std::int64_t> shape = declared.GetShape();
+        same = same && (shape.empty() || shape.size() == said->shape.size());
+        for (std::size_t n = 0; same && n < shape.size(); ++n) {
+            // Of a size that is not fixed in the graph, -1 is known.
+            same = shape[n] < 0 || said->shape[n].size == shape[n];
         }
-        for (const std::string &name : named) {
-            if (has.count(name) > 0) continue;
-            throw Error((folder / kGraph).string() + " has no " + name + ", which " + kManifest +
-                        " names; the two are not of one export: export again.");
-        }
+        if (!same) other_export("the graph has another type or shape of " + name);
     }
 
     const Manifest manifest;
@@ -105,13 +175,15 @@ class OrtBackend final : public Backend {
     void reset(std::int64_t batch, std::int64_t capacity) override {
         // The old buffers go first, so that two of them need not fit.
         states_.clear();
+        std::uint64_t bytes = 0;
         for (const StateInfo &state : manifest_.states) {
             const auto shape = state_shape(state, batch, state.shared ? capacity : 0);
             const std::size_t count = elements(shape);
             const auto type = element_type(state.dtype, state.input);
+            const std::size_t width = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2;
+            need_memory(bytes += count * width);
             Ort::Value zeros =
                 Ort::Value::CreateTensor(allocator_, shape.data(), shape.size(), type);
-            const std::size_t width = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2;
             if (count > 0) std::memset(zeros.GetTensorMutableRawData(), 0, count * width);
             states_.push_back(std::move(zeros));
         }
@@ -144,11 +216,18 @@ class OrtBackend final : public Backend {
         }
         model_->session.Run(Ort::RunOptions{nullptr}, binding);
         std::vector<Ort::Value> results = binding.GetOutputValues();
-        main_ = std::move(results.at(0));
+        const TensorInfo &main = main_output(manifest_);
+        const std::vector<std::int64_t> shape = main_shape(main, feeds);
+        expect(results.at(0), main.name, main.dtype, shape);
         for (std::size_t n = 0; n < states_.size(); ++n) {
-            if (!manifest_.states[n].shared) states_[n] = std::move(results.at(n + 1));
+            const StateInfo &state = manifest_.states[n];
+            const std::int64_t length = feeds.past + feeds.tokens;
+            expect(results.at(n + 1), state.output, state.dtype,
+                   state.shared ? sizes(states_[n]) : state_shape(state, feeds.batch, length));
+            if (!state.shared) states_[n] = std::move(results.at(n + 1));
         }
-        return view(feeds);
+        main_ = std::move(results.at(0));
+        return view(shape);
     }
 
     std::vector<StateCopy> state(std::int64_t seen) const override {
@@ -183,11 +262,8 @@ class OrtBackend final : public Backend {
     bool one_by_one() const override { return model_->shared; }
 
   private:
-    View view(const Feeds &feeds) {
-        View result{nullptr, sizes(main_)};
-        if (result.shape.size() < 2 || result.shape[0] != feeds.batch) {
-            throw Error(manifest_.main_output + " has another shape than [batch, ...]; export again.");
-        }
+    View view(const std::vector<std::int64_t> &shape) {
+        View result{nullptr, shape};
         const auto type = main_.GetTensorTypeAndShapeInfo().GetElementType();
         if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
             result.data = main_.GetTensorData<float>();
@@ -237,7 +313,7 @@ class Guarded final : public Backend {
         try {
             return call();
         } catch (const Ort::Exception &error) {
-            throw Error(std::string("ONNX Runtime could not run this ingot: ") + error.what() +
+            throw Error("ONNX Runtime could not run this ingot: " + plain(error.what(), kMostQuoted) +
                         "; if its files are those of one export, report this.");
         }
     }
@@ -261,7 +337,7 @@ std::unique_ptr<Backend> open_onnxruntime(const fs::path &folder, const Manifest
         const auto made = manifest.tools.find("onnxruntime");
         throw Error("ONNX Runtime " + version + " cannot load " + (folder / kGraph).string() +
                     " (made with " + (made == manifest.tools.end() ? "another version" : made->second) +
-                    "): " + error.what() + "; export again with this version.");
+                    "): " + plain(error.what(), kMostQuoted) + "; export again with this version.");
     }
 }
 

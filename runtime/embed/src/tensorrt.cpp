@@ -12,6 +12,7 @@
 
 #include "backend.hpp"
 #include "cuda.hpp"
+#include "json_file.hpp"
 #include "nvinfer.hpp"
 
 namespace ingot {
@@ -46,15 +47,20 @@ Logger &logger() {
 }
 
 [[noreturn]] void refuse(const std::string &what) {
-    throw Error(what + " (TensorRT: " + (Logger::last.empty() ? "no message" : Logger::last) +
-                "); export again.");
+    const std::string said = Logger::last.empty() ? "no message" : plain(Logger::last, 400);
+    throw Error(what + " (TensorRT: " + said + "); export again.");
+}
+
+nvinfer1::DataType type_of(const std::string &dtype) {
+    if (dtype == "float16") return nvinfer1::DataType::kHALF;
+    if (dtype == "bfloat16") return nvinfer1::DataType::kBF16;
+    if (dtype == "int64") return nvinfer1::DataType::kINT64;
+    return nvinfer1::DataType::kFLOAT;
 }
 
 std::size_t width_of(const std::string &dtype) {
-    if (dtype == "float32") return 4;
-    if (dtype == "float16" || dtype == "bfloat16") return 2;
     if (dtype == "int64") return 8;
-    throw Error("the engine has a tensor of " + dtype + ", which this version cannot feed; export again.");
+    return dtype == "float32" ? 4 : 2;
 }
 
 // The engine, with its weights on the device; contexts of it run for several threads.
@@ -81,6 +87,20 @@ struct Loaded {
                                      std::istreambuf_iterator<char>());
         engine.reset(runtime->deserializeCudaEngine(blob.data(), blob.size()));
         if (!engine) refuse((folder / kEngine).string() + " cannot be read");
+        for (const TensorInfo &input : manifest.inputs) check_tensor(input);
+        for (const StateInfo &state : manifest.states) check_tensor({state.output, state.dtype, {}});
+        check_tensor(main_output(manifest));
+    }
+
+    void check_tensor(const TensorInfo &tensor) const {
+        const char *name = tensor.name.c_str();
+        if (engine->getTensorIOMode(name) == nvinfer1::TensorIOMode::kNONE) {
+            refuse("the engine has no " + tensor.name + ", which " + kManifest + " names");
+        }
+        if (engine->getTensorDataType(name) != type_of(tensor.dtype)) {
+            refuse("the engine has " + tensor.name + " of another type than " + tensor.dtype + ", which " +
+                   kManifest + " says");
+        }
     }
 
     const Manifest manifest;
@@ -139,12 +159,11 @@ class TrtBackend final : public Backend {
                  cuda_.at(buffer(state, turn_)));
             context.setTensorAddress(state.output.c_str(), cuda_.at(buffer(state, 1 - turn_)));
         }
-        const TensorInfo &main = main_output();
-        std::vector<std::int64_t> shape;
-        for (const Dimension &dimension : main.shape) {
-            shape.push_back(dimension.fixed()           ? dimension.size
-                            : dimension.name == "batch" ? feeds.batch
-                                                        : feeds.tokens);
+        const TensorInfo &main = main_output(manifest_);
+        const std::vector<std::int64_t> shape = main_shape(main, feeds);
+        expect(context, main.name, shape);
+        for (const StateInfo &state : manifest_.states) {
+            expect(context, state.output, state_shape(state, feeds.batch, feeds.past + feeds.tokens));
         }
         const std::size_t bytes = elements(shape) * width_of(main.dtype);
         void *address = cuda_.room(main.name, bytes);
@@ -173,12 +192,13 @@ class TrtBackend final : public Backend {
         return state.input + "/" + std::to_string(turn);
     }
 
-    const TensorInfo &main_output() const {
-        const auto found =
-            std::find_if(manifest_.outputs.begin(), manifest_.outputs.end(),
-                         [&](const TensorInfo &output) { return output.name == manifest_.main_output; });
-        if (found == manifest_.outputs.end()) refuse("the engine has no " + manifest_.main_output);
-        return *found;
+    // The engine would write past a buffer that was made for another shape.
+    static void expect(const nvinfer1::IExecutionContext &context, const std::string &name,
+                       const std::vector<std::int64_t> &shape) {
+        const nvinfer1::Dims found = context.getTensorShape(name.c_str());
+        if (std::equal(shape.begin(), shape.end(), found.d, found.d + std::max(0, found.nbDims))) return;
+        refuse("the engine has " + name + " of another shape than " + sizes_of(shape) + ", which " +
+               kManifest + " says");
     }
 
     // The execution context of the profile that fits so many new tokens: the second is for one.

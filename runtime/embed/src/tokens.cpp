@@ -2,8 +2,13 @@
 
 #include <algorithm>
 
+#include "memory.hpp"
+
 namespace ingot {
 namespace {
+
+// Attention kernels count tokens, and runtimes sizes, in 32 bits.
+constexpr std::int64_t kMostSize = 2147483647;
 
 std::string shape_of(std::int64_t batch, std::int64_t tokens) {
     return "[" + std::to_string(batch) + ", " + std::to_string(tokens) + "]";
@@ -13,16 +18,22 @@ std::string shape_of(std::int64_t batch, std::int64_t tokens) {
 
 TokenInputs::TokenInputs(std::int64_t vocab_size, const std::vector<StateInfo> &states)
     : vocab_size_(vocab_size), stateful_(!states.empty()) {
-    for (const StateInfo &state : states) cached_ = cached_ || state.axis.has_value();
+    for (const StateInfo &state : states) {
+        cached_ = cached_ || state.axis;
+        recurrent_ = recurrent_ || !state.axis;
+    }
     reset(1, 0);
 }
 
 void TokenInputs::reset(std::int64_t batch, std::int64_t capacity) {
-    if (batch < 1 || capacity < 0) {
+    if (batch < 1 || capacity < 0 || batch > kMostSize || capacity > kMostSize) {
         throw Error("a session of " + std::to_string(batch) + " sequences of " +
                     std::to_string(capacity) +
-                    " tokens was asked for; give a batch of at least 1 and a capacity of at least 0.");
+                    " tokens was asked for; give a batch of at least 1 and a capacity of at least 0, below 2^31 "
+                    "each.");
     }
+    // What the smallest call needs: for each row an id, a mask, a position and a count.
+    need_memory(static_cast<std::uint64_t>(batch) * 4 * sizeof(std::int64_t));
     batch_ = batch;
     capacity_ = capacity;
     seen_ = 0;
@@ -59,6 +70,24 @@ void TokenInputs::check(Tokens ids, Tokens mask, std::int64_t batch, std::int64_
         if (ids.data[n] < 0 || ids.data[n] >= vocab_size_) {
             throw Error("token id " + std::to_string(ids.data[n]) + " is outside the vocabulary of " +
                         std::to_string(vocab_size_) + "; use this model's tokenizer.");
+        }
+    }
+    if (recurrent_) check_padding(mask.data, tokens);
+}
+
+// A convolution's window would hold padding that stands between tokens, or behind them. Caches have no such
+// rule: attention looks at no masked position, wherever it stands.
+void TokenInputs::check_padding(const std::int64_t *mask, std::int64_t tokens) const {
+    for (std::size_t row = 0; row < counts_.size(); ++row) {
+        bool begun = counts_[row] > 0;
+        for (std::int64_t t = 0; t < tokens; ++t, ++mask) {
+            if (begun && *mask == 0) {
+                throw Error("the mask has padding behind the first token of row " + std::to_string(row) +
+                            "; this model's state is recurrent and takes padding before a row's first "
+                            "token only: pad on the left, and rows that go on by different lengths one by "
+                            "one, each in a session of its own.");
+            }
+            begun = begun || *mask == 1;
         }
     }
 }

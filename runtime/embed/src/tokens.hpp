@@ -19,13 +19,14 @@ struct Feeds {
 class TokenInputs {
   public:
     // Where one of the states grows, the attention mask covers its past as well; a graph without any
-    // state takes each call for itself.
+    // state takes each call for itself. A state that does not grow is recurrent.
     TokenInputs(std::int64_t vocab_size, const std::vector<StateInfo> &states);
 
     // Forgets the tokens seen.
     void reset(std::int64_t batch, std::int64_t capacity);
 
-    // Refuses tokens that the graph would misread: shape, batch, capacity or vocabulary.
+    // Refuses tokens that the graph would misread: shape, batch, capacity, vocabulary, or padding that a
+    // recurrent state would take for tokens.
     void check(Tokens ids, Tokens mask, std::int64_t batch, std::int64_t tokens) const;
 
     // The graph's inputs for T more tokens; `check` them first.
@@ -38,9 +39,12 @@ class TokenInputs {
     std::int64_t seen() const { return seen_; }
 
   private:
+    void check_padding(const std::int64_t *mask, std::int64_t tokens) const;
+
     std::int64_t vocab_size_;
     bool stateful_;
     bool cached_ = false;
+    bool recurrent_ = false;
     std::int64_t batch_ = 1;
     std::int64_t capacity_ = 0;
     std::int64_t seen_ = 0;

@@ -158,6 +158,64 @@ TEST_CASE("generates what the C++ session does") {
     CHECK(stopped.rows[3] == ingot::Ids{-1, rows[1][3]});
 }
 
+TEST_CASE("padding that a recurrent state would take for tokens") {
+    const Opened opened("mamba2-ort");
+    const int64_t ids[] = {1, 2, 3, 4}, right[] = {1, 1, 1, 0}, left[] = {1, 1, 0, 1};
+    const float *logits = nullptr;
+    int64_t shape[3] = {0, 0, 0};
+    int32_t rank = 0;
+    const auto step = [&](const int64_t *mask) {
+        return ingot_session_step(opened.session, ids, mask, 2, 2, &logits, shape, &rank);
+    };
+    CHECK(ingot_session_reset(opened.session, 2, 4) == INGOT_SESSION_OK);
+    CHECK(step(right) == INGOT_SESSION_REFUSED);
+    CHECK(contains(message(), "padding behind the first token of row 1"));
+    CHECK(step(left) == INGOT_SESSION_OK);
+    CHECK(step(left) == INGOT_SESSION_REFUSED);
+}
+
+TEST_CASE("sizes and prompts that are none") {
+    const Opened opened("mamba2-ort");
+    for (const int64_t size : {int64_t{0}, int64_t{-1}, INT64_MIN, INT64_MAX, int64_t{1} << 40}) {
+        CHECK(ingot_session_reset(opened.session, size, 4) == INGOT_SESSION_REFUSED);
+        CHECK(contains(message(), "a batch of at least 1"));
+        if (size != 0) CHECK(ingot_session_reset(opened.session, 1, size) == INGOT_SESSION_REFUSED);
+    }
+    const int64_t one = 1, *prompts[] = {&one};
+    const float *logits = nullptr;
+    int64_t shape[3];
+    int32_t rank = 0;
+    CHECK(ingot_session_step(opened.session, &one, &one, 1, 1, &logits, shape, &rank) == INGOT_SESSION_REFUSED);
+    CHECK(contains(message(), "call reset first"));
+    for (const int64_t id : {int64_t{-1}, int64_t{512}, INT64_MAX}) {
+        prompts[0] = &id;
+        CHECK(ingot_session_generate(opened.session, prompts, &one, 1, nullptr, nullptr, nullptr) ==
+              INGOT_SESSION_REFUSED);
+        CHECK(contains(message(), "outside the vocabulary"));
+    }
+}
+
+TEST_CASE("a callback's calls of its own session") {
+    ingot_session *session = nullptr;
+    REQUIRE(ingot_session_open(tiny("olmoe-ort").c_str(), nullptr, &session) == INGOT_SESSION_OK);
+    const auto again = [](void *user, const int64_t *, int64_t) -> int {
+        auto *own = static_cast<ingot_session *>(user);
+        const int64_t one = 1, *prompts[] = {&one};
+        CHECK(ingot_session_generate(own, prompts, &one, 1, nullptr, nullptr, nullptr) == INGOT_SESSION_REFUSED);
+        CHECK(contains(message(), "busy with another call"));
+        CHECK(ingot_session_reset(own, 1, 1) == INGOT_SESSION_REFUSED);
+        CHECK(ingot_session_vocab_size(own) == 512);
+        return 1;
+    };
+    const auto close = [](void *user, const int64_t *, int64_t) -> int {
+        ingot_session_close(static_cast<ingot_session *>(user));
+        return 1;
+    };
+    const int64_t one = 1, *prompts[] = {&one};
+    CHECK(ingot_session_generate(session, prompts, &one, 1, nullptr, again, session) == INGOT_SESSION_OK);
+    CHECK(ingot_session_generate(session, prompts, &one, 1, nullptr, close, session) == INGOT_SESSION_OK);
+}
+
 TEST_CASE("an exception of the callback does not cross") {
     const Opened opened("olmoe-ort");
     const int64_t one = 1, *prompts[] = {&one};

@@ -1,6 +1,7 @@
 // One call at a time: what is refused, what a state holds, and that pieces add up to the whole.
 #include <doctest/doctest.h>
 
+#include <atomic>
 #include <cmath>
 #include <thread>
 
@@ -83,10 +84,17 @@ TEST_CASE("sizes that no memory holds") {
     Session session(tiny("olmoe-ort"));
     CHECK(contains(refusal([&] { session.reset(0, 1); }), "a batch of at least 1"));
     CHECK(contains(refusal([&] { session.reset(1, -1); }), "a capacity of at least 0"));
-    CHECK(contains(refusal([&] { session.reset(1, INT64_MAX); }), "do not fit into memory"));
-    CHECK(contains(refusal([&] { session.reset(INT64_MAX, 1); }), "memory"));
-    CHECK(contains(refusal([&] { session.state(); }), "call reset first"));
     const Ids one = {1};
+    for (const std::int64_t size : {INT64_MAX, std::int64_t{1} << 32, std::int64_t{2147483648}}) {
+        CHECK(contains(refusal([&] { session.reset(1, size); }), "below 2^31 each"));
+        CHECK(contains(refusal([&] { session.reset(size, 1); }), "below 2^31 each"));
+    }
+    for (const auto &[batch, capacity] : {std::pair(1, 2147483647), {2147483647, 1}, {2147483647, 2147483647}}) {
+        CHECK(contains(refusal([&, b = batch, c = capacity] { session.reset(b, c); }), "there is no memory for "));
+        CHECK(contains(refusal([&] { session.step(one, one, 1, 1); }), "call reset first"));
+    }
+    CHECK(contains(refusal([&] { session.reset(0, 1); }), "a batch of at least 1"));
+    CHECK(contains(refusal([&] { session.state(); }), "call reset first"));
     CHECK(contains(refusal([&] { session.step(one, one, 1, 1); }), "call reset first"));
     session.reset(1, 1);
     session.step(one, one, 1, 1);
@@ -135,6 +143,87 @@ TEST_CASE("a padded row computes what it computes alone") {
         const Ids alone = {9, 11}, ones = {1, 1};
         CHECK(farthest(last_logits(session.step(alone, ones, 1, 2)), both) < 1e-4F);
     }
+}
+
+TEST_CASE("padding behind a row's first token, where a state is recurrent") {
+    const Ids six = {5, 6, 7, 8, 9, 11};
+    for (const std::string &name : kAll) {
+        CAPTURE(name);
+        Session session(tiny(name));
+        const bool recurrent = name.rfind("mamba2", 0) == 0 || name.rfind("toy_hybrid", 0) == 0;
+        const auto message = [&](const Ids &mask) {
+            return refusal([&] { session.step(six, mask, 2, 3); });
+        };
+        // On the right, between tokens, and in either row.
+        for (const Ids &mask : {Ids{1, 1, 1, 1, 1, 0}, {1, 1, 1, 1, 0, 0}, {1, 1, 1, 0, 1, 0}, {1, 0, 1, 1, 1, 1}}) {
+            session.reset(2, 9);
+            const std::string found = message(mask);
+            CHECK(contains(found, "padding behind the first token of row") == recurrent);
+            CHECK(contains(found, mask[1] == 0 ? "of row 0;" : "of row 1;") == recurrent);
+            if (!recurrent) continue;
+            // Nothing has run, so the session goes on.
+            CHECK(message({1, 1, 1, 1, 1, 1}).empty());
+        }
+        // On the left at first, then of a row that has begun; a row without a token has not.
+        session.reset(2, 12);
+        CHECK(message({0, 1, 1, 0, 0, 0}).empty());
+        CHECK(message({1, 1, 1, 0, 0, 1}).empty());
+        CHECK(contains(message({1, 1, 1, 0, 1, 1}), "of row 1;") == recurrent);
+        if (recurrent) CHECK(contains(message({0, 0, 0, 1, 1, 1}), "of row 0;"));
+        CHECK(message({1, 1, 1, 1, 1, 1}).empty());
+        session.reset(2, 3);
+        CHECK(message({0, 0, 1, 1, 1, 1}).empty());
+    }
+}
+
+TEST_CASE("padding before the first token, over two calls, changes nothing") {
+    for (const std::string &name : kAll) {
+        CAPTURE(name);
+        Session session(tiny(name));
+        session.reset(1, 9);
+        const Ids zeros = {0, 0, 0}, ids = {0, 9, 11}, mask = {0, 1, 1}, ones = {1, 1};
+        session.step(zeros, zeros, 1, 3);
+        const std::vector<float> late = last_logits(session.step(ids, mask, 1, 3));
+        session.reset(1, 9);
+        CHECK(farthest(last_logits(session.step({ids.data() + 1, 2}, ones, 1, 2)), late) < 1e-4F);
+    }
+}
+
+TEST_CASE("a session that was moved from is refused") {
+    Session first(tiny("mamba2-ort"));
+    const Session second(std::move(first));
+    CHECK(contains(refusal([&] { first.reset(1, 3); }), "moved from"));
+    CHECK(contains(refusal([&] { first.state(); }), "moved from"));
+    CHECK(contains(refusal([&] { first.manifest(); }), "moved from"));
+    CHECK(contains(refusal([&] { first.fork(); }), "moved from"));
+    CHECK(contains(refusal([&] { first.generate({{1}}); }), "moved from"));
+}
+
+TEST_CASE("two threads on one session: one is refused, and neither answers wrong") {
+    const std::vector<Ids> prompts = {{5, 6}, {411, 3, 9}};
+    Session session(tiny("granite-ort"));
+    std::vector<Ids> expected;
+    for (const Ids &prompt : prompts) expected.push_back(session.generate({prompt})[0]);
+    std::atomic<int> answered{0}, busy{0}, others{0};
+    std::vector<std::thread> threads;
+    for (std::size_t n = 0; n < 4; ++n) {
+        threads.emplace_back([&, n] {
+            for (int turn = 0; turn < 20; ++turn) {
+                try {
+                    const Ids found = session.generate({prompts[n % 2]})[0];
+                    ++(found == expected[n % 2] ? answered : others);
+                } catch (const ingot::Error &error) {
+                    ++(contains(error.what(), "busy with another call") ? busy : others);
+                    std::this_thread::yield();
+                }
+            }
+        });
+    }
+    for (std::thread &thread : threads) thread.join();
+    CHECK(others == 0);
+    CHECK(answered > 0);
+    CHECK(busy > 0);
+    CHECK(session.generate({prompts[0]})[0] == expected[0]);
 }
 
 TEST_CASE("reset forgets, and a session moves") {

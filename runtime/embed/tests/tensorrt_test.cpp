@@ -26,6 +26,7 @@ class WithEngine : public Copy {
                              {"profiles", json::array({{{"name", "prefill"}, {"shapes", {}}}})}};
             const json sizes = {{1, 1}, {1, 8}, {2, 16}};
             raw["engine"]["profiles"][0]["shapes"] = {{"input_ids", sizes}};
+            for (json &state : raw["states"]) state["shared"] = false;
         });
     }
 
@@ -35,16 +36,26 @@ class WithEngine : public Copy {
     }
 
     // An engine that the stand-in reads, whose only states are those given.
-    void stand_in(const std::vector<json> &states) const {
-        put("model.engine", "a recipe");
+    void stand_in(const std::vector<json> &states, const std::string &recipe = "a recipe") const {
+        put("model.engine", recipe);
         edit([&](json &raw) {
             raw["engine"]["embedded"] = false;
             raw["engine"]["profiles"].push_back(raw["engine"]["profiles"][0]);
-            const json model = raw["states"][0];
-            raw["states"] = json::array();
+            const json model = raw["states"][0], all = raw["inputs"];
+            raw["states"] = raw["inputs"] = json::array();
+            for (const json &input : all) {
+                if (input["dtype"] == "int64") raw["inputs"].push_back(input);
+            }
+            raw["outputs"] = json::array({raw["outputs"][0]});
             for (const json &changes : states) {
-                raw["states"].push_back(model);
-                raw["states"].back().update(changes);
+                json state = model;
+                state.update(changes);
+                raw["states"].push_back(state);
+                for (const std::string side : {"input", "output"}) {
+                    raw[side + "s"].push_back({{"name", state[side]},
+                                               {"dtype", state["dtype"]},
+                                               {"shape", state[side + "_shape"]}});
+                }
             }
         });
     }
@@ -53,13 +64,15 @@ class WithEngine : public Copy {
 const json kPast = {{"input", "past"},
                     {"output", "present"},
                     {"shared", false},
-                    {"input_shape", {"batch", 1, "past_sequence", 1}}};
+                    {"input_shape", {"batch", 1, "past_sequence", 1}},
+                    {"output_shape", {"batch", 1, "total_sequence", 1}}};
 const json kSum = {{"kind", "ssm"},
                    {"input", "sum_before"},
                    {"output", "sum_after"},
                    {"shared", false},
                    {"axis", nullptr},
-                   {"input_shape", {"batch", 1}}};
+                   {"input_shape", {"batch", 1}},
+                   {"output_shape", {"batch", 1}}};
 
 }  // namespace
 
@@ -78,12 +91,21 @@ TEST_CASE("an engine that cannot run outside of Python, or is of another graph")
     const WithEngine ingot;
     ingot.edit([](json &raw) {
         raw["engine"]["libraries"] = json::array();
+        raw["files"].erase("libingot_trt.so");
         raw["engine"]["embedded"] = false;
     });
     CHECK(contains(refusal(ingot.path()), "was built without libingot_trt.so"));
-    CHECK(contains(WithEngine().refused_with("graph_sha256", "00"), "an engine of another model.onnx"));
-    CHECK(contains(WithEngine().refused_with("profiles", json::array()), "ingot.json does not say"));
-    CHECK(contains(WithEngine().refused_with("libraries", {"../evil.so"}), "is named ../evil.so"));
+    CHECK(contains(WithEngine().refused_with("graph_sha256", std::string(64, '0')), "an engine of another model.onnx"));
+    CHECK(contains(WithEngine().refused_with("profiles", json::array()), "engine.profiles is a list of 0"));
+    for (const char *name : {"../evil.so", "/evil.so", "below/evil.so", "evil.so;", "..", ""}) {
+        CAPTURE(name);
+        const std::string message = WithEngine().refused_with("libraries", {name});
+        CHECK(contains(message, "engine.libraries[0] is \""));
+        CHECK(contains(message, "and must be a file of the folder"));
+    }
+    CHECK(contains(WithEngine().refused_with("libraries", {"libingot_trt.so", "other.so"}), "files lacks other.so"));
+    // A program that no engine asks for.
+    CHECK(contains(WithEngine().refused_with("libraries", json::array()), "libingot_trt.so, which is a program"));
 }
 
 TEST_CASE("changed code is not loaded, whether or not hashes are asked for") {
@@ -145,6 +167,28 @@ TEST_CASE("an engine is fed each call's shapes, and its states in turn") {
     REQUIRE(found.size() == 1);
     CHECK(found[0].shape == ingot::Ids{2, 1, 15, 1});
     CHECK(found[0].values == states);
+}
+
+TEST_CASE("an engine whose tensors are others than the manifest's is not run") {
+    const auto message = [](const char *recipe, const json &past) {
+        const WithEngine ingot;
+        ingot.stand_in({past}, recipe);
+        return refusal([&] {
+            ingot::Session session(ingot.path());
+            session.reset(2, 8);
+            session.step(ingot::Ids{5, 400, 1, 2}, ingot::Ids{1, 1, 1, 1}, 2, 2);
+        });
+    };
+    CHECK(message("a recipe", kPast).empty());
+    CHECK(contains(message("a recipe of halves", kPast), "the engine has past of another type than float32"));
+    CHECK(contains(message("a recipe of fewer", kPast),
+                   "the engine has logits of another shape than [2, 2, 512]"));
+    json wide = kPast, unknown = kPast;
+    wide["input_shape"] = {"batch", 2, "past_sequence", 1};
+    wide["output_shape"] = {"batch", 2, "total_sequence", 1};
+    CHECK(contains(message("a recipe", wide), "the engine has present of another shape than [2, 2, 2, 1]"));
+    unknown["output"] = "future";
+    CHECK(contains(message("a recipe", unknown), "the engine has no future, which ingot.json names"));
 }
 
 TEST_CASE("a state of fixed size is zero after a reset, in either turn") {

@@ -6,6 +6,8 @@
 //
 // A second state, where there is one, has a fixed size and is the sum of a row's ids.
 //
+// A recipe may be of half precision, or say one token less of its logits, as an engine of another export.
+//
 // A context runs in memory that the session gives it. Contexts of one stream, which never run at the
 // same time, must share theirs, and those of others must not; what lies there is lost at each run.
 //
@@ -74,6 +76,27 @@ struct Context final : nvinfer1::IExecutionContext {
     bool run();
 };
 
+std::string recipe;  // of the last engine
+
+nvinfer1::DataType data_type(void *, const char *name) {
+    const std::string text = name;
+    if (text == "input_ids" || text == "attention_mask" || text == "position_ids") {
+        return nvinfer1::DataType::kINT64;
+    }
+    return recipe == "a recipe of halves" ? nvinfer1::DataType::kHALF : nvinfer1::DataType::kFLOAT;
+}
+
+nvinfer1::TensorIOMode io_mode(void *, const char *name) {
+    const std::string text = name;
+    for (const char *output : {"logits", "present", "sum_after"}) {
+        if (text == output) return nvinfer1::TensorIOMode::kOUTPUT;
+    }
+    for (const char *input : {"input_ids", "attention_mask", "position_ids", "past", "sum_before"}) {
+        if (text == input) return nvinfer1::TensorIOMode::kINPUT;
+    }
+    return nvinfer1::TensorIOMode::kNONE;
+}
+
 std::map<const void *, Context *> contexts;  // by what the functions of the table are told
 
 bool set_shape(void *self, const char *name, const nvinfer1::Dims &shape) {
@@ -97,6 +120,15 @@ void set_memory(void *self, void *memory, std::int64_t bytes) {
     contexts.at(self)->bytes = bytes;
 }
 
+nvinfer1::Dims shape_of(void *self, const char *name) {
+    auto &bound = contexts.at(self)->bound;
+    const std::int64_t batch = bound["input_ids"].shape.d[0], fresh = bound["input_ids"].shape.d[1];
+    const std::string text = name;
+    if (text == "logits") return {3, {batch, recipe == "a recipe of fewer" ? fresh - 1 : fresh, kVocabulary}};
+    if (text == "present") return {4, {batch, 1, bound["past"].shape.d[2] + fresh, 1}};
+    return {2, {batch, 1}};
+}
+
 bool enqueue(void *self, cudaStream_t) { return contexts.at(self)->run(); }
 
 Context::Context() {
@@ -105,6 +137,7 @@ Context::Context() {
         .set(&VExecutionContext::setTensorAddress, set_address)
         .set(&VExecutionContext::setOptimizationProfileAsync, set_profile)
         .set(&VExecutionContext::setDeviceMemoryV2, set_memory)
+        .set(&VExecutionContext::getTensorShape, shape_of)
         .set(&VExecutionContext::enqueueV3, enqueue);
     mImpl = table.object<VExecutionContext>();
     contexts[mImpl] = this;
@@ -169,6 +202,8 @@ struct Engine final : nvinfer1::ICudaEngine {
             nvinfer1::ExecutionContextAllocationStrategy) noexcept;
         table.set(static_cast<Create>(&nvinfer1::apiv::VCudaEngine::createExecutionContext),
                   create_context)
+            .set(&nvinfer1::apiv::VCudaEngine::getTensorDataType, data_type)
+            .set(&nvinfer1::apiv::VCudaEngine::getTensorIOMode, io_mode)
             .set(&nvinfer1::apiv::VCudaEngine::getDeviceMemorySizeV2, memory_size);
         mImpl = table.object<nvinfer1::apiv::VCudaEngine>();
     }
@@ -177,8 +212,8 @@ struct Engine final : nvinfer1::ICudaEngine {
 bool plugins_loaded = false;
 
 nvinfer1::ICudaEngine *deserialize(void *, const void *blob, std::size_t size) {
-    const std::string text(static_cast<const char *>(blob), size);
-    return text == "a recipe" && plugins_loaded ? new Engine : nullptr;
+    recipe.assign(static_cast<const char *>(blob), size);
+    return recipe.rfind("a recipe", 0) == 0 && plugins_loaded ? new Engine : nullptr;
 }
 
 void allow_host_code(void *, bool) {}
