@@ -123,7 +123,7 @@ def _lacks_memory(error: Exception) -> bool:
 
 
 def _refuse(text: str) -> NoReturn:
-    # What is quoted is cut where it is quoted; a path, or a hundred names, may be long all the same.
+    # What is quoted is cut where it is quoted; a path, or many names, may be long all the same.
     if len(text) > MOST_SAID:
         text = f"{text[: MOST_SAID // 2]} … {text[-MOST_SAID // 2 :]}"
     _say(f"error: {text}")

@@ -84,7 +84,8 @@ def _write(name: str, folder: Path) -> Any:
     """A checkpoint by transformers under the released config, and transformers' reading of it."""
     scaled = _scaled(_released(name))
     torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(_theirs(scaled), dtype=torch.float32)
+    make: Any = AutoModelForCausalLM.from_config
+    model = make(_theirs(scaled), dtype=torch.float32)
     _redraw(model)
     model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(scaled))

@@ -77,7 +77,8 @@ def prepare() -> None:
     pip: list[str | Path] = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     wanted = TOOLS / "wheel.txt"
     wanted.write_text(" ".join([WHEEL, *(f"--hash=sha256:{known}" for known in WHEEL_SHA256)]))
-    fetch = ["download", "--no-deps", "--require-hashes", "--dest", TOOLS, "-r", wanted]
+    fetch: list[str | Path] = ["download", "--no-deps", "--require-hashes", "--dest", TOOLS]
+    fetch += ["-r", wanted]
     subprocess.run([*pip, *fetch], check=True)
     (wheel,) = TOOLS.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
