@@ -53,11 +53,12 @@ _NO_MEMORY = (
 
 
 @contextlib.contextmanager
-def ended(*, debug: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def ended(*, debug: Callable[[], bool] = lambda: False, doing: str = "") -> Iterator[None]:
     """Ends the process with the right status, and at most one sentence, where the block raises.
 
     Args:
         debug: whether to show stack traces.
+        doing: what is done, such as ``ingot export``.
     """
     try:
         try:
@@ -82,18 +83,20 @@ def ended(*, debug: Callable[[], bool] = lambda: False) -> Iterator[None]:
     except Exception as error:
         if debug():
             traceback.print_exc()
-        _refuse(sentence(error))
+        _refuse(sentence(error, doing))
 
 
-def sentence(error: Exception) -> str:
-    """What a user is told of an exception that is no ``IngotError``."""
+def sentence(error: Exception, doing: str = "") -> str:
+    """What a user is told of an exception that is no ``IngotError``, raised by what was done."""
     # Where a long step was under way, ``Stages`` has noted which.
-    step = "".join(f" at the step `{note}`" for note in notes(error)[:1])
+    steps = notes(error)
+    step = f" at the step `{steps[0]}`" if steps else ""
     text = " ".join(str(error).split())
     said = shown(text) if len(text) > 200 else text
     system = system_error(error)
     if _lacks_memory(error):
-        return f"there is not enough memory{step}; free some, or use a machine with more."
+        made = step or (f" for `{doing}`" if doing else "")
+        return f"there is not enough memory{made}; free some, or use a machine with more."
     if system is not None:
         what = system.strerror or said or type(error).__name__
         places = [str(each) for each in (system.filename, system.filename2) if each is not None]
@@ -198,7 +201,7 @@ class _Ended(click.Command):
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with ended(debug=lambda: bool(ctx.meta.get(_DEBUG))):
+        with ended(debug=lambda: bool(ctx.meta.get(_DEBUG)), doing=ctx.command_path):
             return super().invoke(ctx)
 
     def main(self, *arguments: Any, **options: Any) -> Any:

@@ -311,16 +311,17 @@ def _is_writing(error: OSError, work: Path, out: Path) -> bool:
 @contextlib.contextmanager
 def _work_in(work: Path, out: Path) -> Iterator[None]:
     missing = [folder for folder in out.parents if not folder.exists()]
-    lock = None
+    lock, made = None, False
     try:
         # Inside the block, so that a signal right after it still finds its way to the removal.
         out.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(out.parent, re.escape(out.name))
         work.mkdir()
+        made = True
         lock = _locked(work)
         yield
     except FileNotFoundError as error:
-        if work.exists():
+        if work.exists() or not made:
             raise
         raise WriteError(
             f"{work} was removed while {out} was made in it, perhaps by another process that makes "

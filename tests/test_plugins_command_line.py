@@ -24,6 +24,9 @@ from ingot.plugins.command_line import Command, Group, console, ended
 from ingot.plugins.errors import IngotError
 
 BEGINS = "error: the system refuses: "
+NO_MEMORY = (
+    "error: there is not enough memory for `group do`; free some, or use a machine with more.\n"
+)
 
 
 def _raising(error: BaseException | Callable[[], object]) -> Group:
@@ -80,15 +83,15 @@ SAID: dict[str, tuple[BaseException | Callable[[], object], str]] = {
     "only text": (OSError("connection\nlost"), BEGINS + "connection lost.\n"),
     "memory": (
         MemoryError(),
-        "error: there is not enough memory; free some, or use a machine with more.\n",
+        NO_MEMORY,
     ),
     "PyTorch's memory": (
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
-        "error: there is not enough memory; free some, or use a machine with more.\n",
+        NO_MEMORY,
     ),
     "no fork": (
         OSError(errno.ENOMEM, "Cannot allocate memory"),
-        "error: there is not enough memory; free some, or use a machine with more.\n",
+        NO_MEMORY,
     ),
     "a package": (
         ImportError("libtorch.so: undefined symbol: x"),

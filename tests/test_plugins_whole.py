@@ -742,10 +742,13 @@ def test_leaves_what_could_not_be_read_to_who_read_it(tmp_path: Path) -> None:
 def test_a_place_without_room_for_anything_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: bool
 ) -> None:
-    def refuse(path: Path, *_arguments: object, **_options: object) -> NoReturn:
-        raise OSError(errno.EROFS, "Read-only file system", str(path))
+    # As on a disk that is read-only, and in /proc.
+    for number, said in ((errno.EROFS, "Read-only"), (errno.ENOENT, "No such file")):
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    work = staged_file(tmp_path / "out") if file else staged(tmp_path / "out", replace=True)
-    with pytest.raises(WriteError, match="out: Read-only file system"), work:
-        pass
+        def refuse(path: Path, *_arguments: object, number: int = number, **_: object) -> NoReturn:
+            raise OSError(number, os.strerror(number), str(path))
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+        work = staged_file(tmp_path / "out") if file else staged(tmp_path / "out", replace=True)
+        with pytest.raises(WriteError, match=f"out: {said}"), work:
+            pass
