@@ -205,8 +205,16 @@ class _Ended(click.Command):
             return super().invoke(ctx)
 
     def main(self, *arguments: Any, **options: Any) -> Any:
-        with ended(), terminable():
-            return super().main(*arguments, **options)
+        try:
+            with ended(), terminable():
+                return super().main(*arguments, **options)
+        except SystemExit as end:
+            # A process of its own, and no call of a test's: of an interrupt that struck inside of
+            # `exec`, Python remembers that nobody handled it, and ends by the signal all the same.
+            own = not arguments and options.get("args") is None
+            if own and end.code == INTERRUPTED and hasattr(signal, "pthread_sigmask"):
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            raise
 
 
 def _remember(context: click.Context, _option: click.Parameter, given: bool) -> None:

@@ -241,6 +241,21 @@ def test_an_interrupted_process_says_so_and_leaves_nothing(tiny_ort: Path, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_inside_of_generated_code_has_the_same_status(tmp_path: Path) -> None:
+    # As PyTorch and dataclasses make theirs.
+    code = (
+        "import click\n"
+        "from ingot.plugins.command_line import Command\n"
+        "@click.command(cls=Command)\n"
+        "def main(): exec('raise KeyboardInterrupt')\n"
+        "main()"
+    )
+    (tmp_path / "interrupted.py").write_text(code)
+    command = [sys.executable, "-m", "interrupted"]
+    done = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (130, b"interrupted; what was begun is removed\n")
+
+
 def test_little_memory_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
