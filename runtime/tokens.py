@@ -37,7 +37,7 @@ def items(given: Any) -> list[Any] | None:
 
     Text and bytes iterate too, as do a dictionary and a set, and none of them is a list of tokens.
     """
-    other = isinstance(given, str | bytes | bytearray | Mapping | Set)
+    other = isinstance(given, str | bytes | bytearray | memoryview | Mapping | Set)
     if other or not isinstance(given, Iterable) or not isinstance(given, Sized):
         return None
     try:

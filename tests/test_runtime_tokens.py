@@ -221,7 +221,18 @@ def test_reads_token_ids_of_any_sequence_of_whole_numbers(given: Any) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        *[None, 3, 2.5, "34", b"34", bytearray(b"34"), {3: 4}, {3, 4}, iter([3])],
+        *[
+            None,
+            3,
+            2.5,
+            "34",
+            b"34",
+            bytearray(b"34"),
+            memoryview(b"34"),
+            {3: 4},
+            {3, 4},
+            iter([3]),
+        ],
         *[[1.5], [1.0], ["3"], [None], [math.nan], [True], [1, False], [np.True_], [[3]], [b"3"]],
         *[[np.float32(7.9)], [3 + 0j], [3, [4]], [Decimal(3)]],
         *[np.array(values) for values in ([1.0], [True], ["3"], [[3]], 3, [None])],
