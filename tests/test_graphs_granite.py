@@ -12,7 +12,9 @@ import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
 from oracle import (
+    DECODE,
     LIMIT,
+    PREFILL,
     TARGETS,
     WAYS,
     Subject,
@@ -22,11 +24,12 @@ from oracle import (
     check_padded_batch,
     check_padding_anywhere,
     every_other_is_slow,
+    oracle_steps,
     relative_rms,
     tokens,
 )
+from transformers import AutoModelForCausalLM, GraniteModel, LlamaConfig, LlamaForCausalLM
 from transformers import GraniteConfig as OracleConfig
-from transformers import GraniteModel, LlamaConfig, LlamaForCausalLM
 
 from ingot.export.ingot import Manifest
 from ingot.export.request import ExportError
@@ -36,6 +39,7 @@ from ingot.graphs.granite import FAMILY, MULTIPLIERS, GraniteConfig
 from ingot.graphs.preset import write_checkpoint
 from ingot.runtime.loading import load
 from ingot.runtime.onnxruntime_session import open_session
+from ingot.runtime.session import Session
 from ingot.validate.truth.eager import EagerSession
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
@@ -86,6 +90,51 @@ def test_padded_batch_equals_each_row_alone(subject: Subject, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_cache_takes_padding_anywhere(subject: Subject, way: str) -> None:
     check_padding_anywhere(subject, way)
+
+
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "short_factor": [1.0, 1.2, 1.5, 2.0, 2.0, 2.5, 3.0, 3.0],
+    "long_factor": [1.0, 3.0, 5.0, 8.0, 13.0, 20.0, 30.0, 44.0],
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize("way", ["eager", "ort", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_longrope_switches_with_the_length_of_a_call_as_transformers_does(
+    way: str, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
+) -> None:
+    folder = make_checkpoint("granite", rope_parameters=LONGROPE, max_position_embeddings=64)
+    oracle: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    session: Session | EagerSession
+    if way == "eager":
+        session = EagerSession(Checkpoint.open(folder), "generate")
+    else:
+        session = load(make_ingot(folder, way))
+    ids, mask = tokens(512)
+    original = LONGROPE["original_max_position_embeddings"]
+    assert PREFILL < original < PREFILL + DECODE
+    # A cache that is decoded over the switch: what it holds stays as it was rotated.
+    session.reset(*ids.shape)
+    decoded, at = [], 0
+    for want in oracle_steps(oracle, ids, mask):
+        end = at + want["logits"].shape[1]
+        decoded.append(session.step(ids[:, at:end], mask[:, at:end]))
+        real = mask[:, at:end] != 0
+        assert relative_rms(want["logits"][real], decoded[-1][real]) < LIMIT
+        at = end
+    # Prompts below and past it, each in one call.
+    for length in (original - 1, original, original + 1, ids.shape[1]):
+        with torch.no_grad():
+            expected = oracle(torch.from_numpy(ids[:, :length]), use_cache=False).logits.numpy()
+        session.reset(len(ids), length)
+        found = session.step(ids[:, :length], np.ones_like(ids[:, :length]))
+        assert relative_rms(expected, found) < LIMIT
+    # In one call past the switch every position is rotated by the long factors.
+    session.reset(*ids.shape)
+    whole = session.step(ids, mask)[:, -1]
+    assert relative_rms(whole, decoded[-1][:, -1]) > 100 * LIMIT
 
 
 def test_multipliers_cost_nothing_at_run_time(subject: Subject) -> None:

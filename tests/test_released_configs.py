@@ -84,14 +84,12 @@ def _write(name: str, folder: Path) -> Any:
     """A checkpoint by transformers under the released config, and transformers' reading of it."""
     scaled = _scaled(_released(name))
     torch.manual_seed(11)
-    make: Any = AutoModelForCausalLM.from_config
-    model = make(_theirs(scaled), dtype=torch.float32)
+    automatic: Any = AutoModelForCausalLM
+    model = automatic.from_config(_theirs(scaled), dtype=torch.float32)
     _redraw(model)
     model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(scaled))
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False
-    )
+    return automatic.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
 
 
 def _check(model: Any, session: Session | EagerSession) -> None:
