@@ -32,8 +32,9 @@ NO_WEIGHTS = ("training_args.*", "optimizer.*", "scheduler.*", "rng_state*", "sc
 CONVERT = (
     "import sys, torch; from pathlib import Path; from safetensors.torch import save_file; "
     "folder = Path(sys.argv[1]); files = sorted(folder.glob(sys.argv[2])); "
-    'load = lambda file: torch.load(file, map_location="cpu", weights_only=True); '
-    "w = {name: tensor for file in files for name, tensor in load(file).items()}; "
+    'held = [torch.load(file, map_location="cpu", weights_only=True) for file in files]; '
+    'w = {name: tensor for each in held for name, tensor in each.get("state_dict", each).items()}; '
+    "del held; "
     "w = {name: w.pop(name).contiguous().clone() for name in list(w)}; "
     'save_file(w, folder / "model.safetensors", metadata={"format": "pt"})'
 )

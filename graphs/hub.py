@@ -20,7 +20,7 @@ from ingot.graphs.folder import (
     pickles,
     read_weight_map,
 )
-from ingot.graphs.names import FAMILIES, nearest
+from ingot.graphs.names import ALIASES, FAMILIES, RELATIVES, nearest
 from ingot.plugins.errors import shown
 
 # Configuration and tokenizer, which come before any weight; never pickles, never code.
@@ -29,6 +29,9 @@ ADAPTER_PATTERNS = (ADAPTER_WEIGHTS, *PATTERNS)
 # Folders of a repository hold the same weights for other programs.
 ELSEWHERE = "*/*"
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
+ADDRESS = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", re.ASCII
+)
 # A branch, tag, commit or pull request (refs/pr/1): a path of names, none of them hidden.
 REVISION = re.compile(r"[A-Za-z0-9_][\w.+@=-]*(/[A-Za-z0-9_][\w.+@=-]*)*\Z", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}\Z")
@@ -120,10 +123,9 @@ def find(model: str, revision: str | None = None) -> Source:
     if is_file(model):
         raise CheckpointError(f"{shown(model)} is a file; give the folder that holds it.")
     if not HUB_NAME.match(model):
-        meant = nearest(model, FAMILIES)
         raise CheckpointError(
             f"{shown(model)} is neither a folder, nor a family name ({', '.join(FAMILIES)}), nor "
-            f"org/name on the hub{f'; did you mean {meant}?' if meant else '.'}"
+            f"org/name on the hub{_meant(model)}"
         )
     # It becomes part of paths in the client's cache.
     if revision is not None and not (REVISION.match(revision) and ".." not in revision):
@@ -137,6 +139,21 @@ def find(model: str, revision: str | None = None) -> Source:
             "HF_ENDPOINT names."
         )
     return Source(folder, model)
+
+
+def _meant(model: str) -> str:
+    """How a sentence ends that knows no such model: with what was meant, where that shows."""
+    address = ADDRESS.match(model)
+    if address:
+        return f"; did you mean {address[1]}?"
+    if model in ALIASES:
+        return f"; give the folder or the hub name of a {model} checkpoint."
+    if model in RELATIVES:
+        relative, has = RELATIVES[model]
+        asked = f"; did you mean {relative}?" if relative in FAMILIES else "."
+        return f"{asked} {model} is not there: it has {has}, which {relative} has not."
+    name = nearest(model, FAMILIES)
+    return f"; did you mean {name}?" if name else "."
 
 
 def resolve(model: str, revision: str | None = None) -> Path:

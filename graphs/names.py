@@ -30,7 +30,7 @@ RELATIVES = {
     "mistral": ("llama", "attention over a sliding window"),
     "mixtral": ("olmoe", "no norm of its queries and keys"),
     "nemotron_h": ("mamba2", "attention layers and MLPs among its Mamba2 layers"),
-    "olmo": ("olmoe", "no experts, and norms without weights"),
+    "olmo": ("olmoe", "norms without weights, and no experts"),
     "olmo2": ("olmoe", "no experts, and its norms behind attention and MLP"),
     "olmo3": ("olmoe", "no experts, and attention over a sliding window"),
     "phi3": ("llama", "one matrix for queries, keys and values, and one for gate and up"),

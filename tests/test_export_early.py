@@ -70,6 +70,9 @@ def test_mistakes_are_told_before_torch_is_imported(
     exports = {
         "did you mean olmoe": ["olmo"],
         "did you mean jetmoe": ["Jet-MoE"],
+        "did you mean org/model.v1?": ["https://huggingface.co/org/model.v1/tree/main"],
+        "the hub name of a llama checkpoint": ["llama"],
+        "did you mean granite? granitemoe is not there: it has a mixture": ["granitemoe"],
         "did you mean granite": ["granit", "--preset", "tiny"],
         "--model olmoe --preset tiny": ["olmoe-tiny"],
         "--model mamba2 --preset full": ["mamba2:full"],
