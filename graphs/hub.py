@@ -151,7 +151,7 @@ def _meant(model: str) -> str:
     if model in RELATIVES:
         relative, has = RELATIVES[model]
         asked = f"; did you mean {relative}?" if relative in FAMILIES else "."
-        return f"{asked} {model} is not there: it has {has}, which {relative} has not."
+        return f"{asked} {model} is not there: it has {has}."
     name = nearest(model, FAMILIES)
     return f"; did you mean {name}?" if name else "."
 
