@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ingot.export.ingot import check_destination
 from ingot.export.request import PRESETS, ExportError, ExportRequest
-from ingot.graphs.adapter import refuse_forgotten
+from ingot.graphs.adapter import read_adapter, refuse_forgotten
 from ingot.graphs.config import MOST_POSITIONS
 from ingot.graphs.folder import Folder, is_folder
-from ingot.graphs.hub import Source, find
+from ingot.graphs.hub import Source, find, resolve_adapter
 from ingot.graphs.names import FAMILIES, RELEASED, nearest
 from ingot.plugins.errors import shown
 
@@ -25,7 +25,8 @@ def check_request(request: ExportRequest) -> None:
         IngotError: the first of them.
     """
     # A folder is known before anything is read; what a name stands for, once it is found.
-    check_destination(request.out, request.overwrite, Path(request.model))
+    read = [Path(name) for name in (request.model, request.adapter) if name is not None]
+    check_destination(request.out, request.overwrite, *read)
     if request.precision != "fp32" and not request.for_tensorrt:
         raise ExportError(
             f"--precision {request.precision} goes with a TensorRT target; {request.target} ingots "
@@ -52,6 +53,11 @@ def find_source(request: ExportRequest) -> Source | None:
     Raises:
         IngotError: no such folder, family or hub name, or a checkpoint that nothing here exports.
     """
+    adapter = None
+    if request.adapter is not None:
+        # Before the model, which may have to be downloaded.
+        adapter = resolve_adapter(request.adapter)
+        read_adapter(adapter)
     model = request.model
     if model in FAMILIES:
         if is_folder(model):
@@ -72,7 +78,7 @@ def find_source(request: ExportRequest) -> Source | None:
         )
     source = find(model, request.revision)
     # Before its config, which a folder that is an adapter and nothing else does not have.
-    refuse_forgotten(source.folder, None if request.adapter is None else Path(request.adapter))
+    refuse_forgotten(source.folder, adapter)
     folder = Folder.read(source.folder)
     # Read for their refusals; on the hub the weights are looked for when they are fetched.
     _ = folder.family

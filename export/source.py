@@ -37,7 +37,6 @@ def open_checkpoint(
     Raises:
         IngotError: none that the request fits, or no room to make one.
     """
-    # Before the model, whose weights may have to be downloaded: an adapter is small.
     adapter = None if request.adapter is None else resolve_adapter(request.adapter)
     return merge.open_checkpoint(_folder(request, stages, source), adapter)
 

@@ -229,6 +229,24 @@ class AdapterConfig:
         return None
 
 
+def read_adapter(folder: Path) -> AdapterConfig:
+    """The config of an adapter folder, whose tensors are in it as well.
+
+    Raises:
+        AdapterError: see ``AdapterConfig.read``; or no tensors, or a pickle of them.
+    """
+    config = AdapterConfig.read(folder)
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        return config
+    if (folder / ADAPTER_PICKLE).is_file():
+        raise AdapterError(
+            f"{folder} holds its adapter as a pickle ({ADAPTER_PICKLE}); loading a pickle can run "
+            "any code, so Ingot reads safetensors alone. Load it with PEFT and save it again: "
+            "save_pretrained(DIR) writes safetensors."
+        )
+    raise AdapterError(f"{folder} has {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}.")
+
+
 def base_of(folder: Path) -> str | None:
     """The name of the model that a folder's adapter is of, where its config says it."""
     name = _read_object(folder).get("base_model_name_or_path")
@@ -247,19 +265,20 @@ def refuse_forgotten(folder: Path, adapter: Path | None) -> None:
     Raises:
         AdapterError: naming both ways out.
     """
-    if not (folder / ADAPTER_CONFIG).is_file():
+    files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE)
+    there = [name for name in files if (folder / name).is_file()]
+    if not there:
         return
     if not (folder / "config.json").is_file():
-        base = base_of(folder)
+        base = base_of(folder) if ADAPTER_CONFIG in there else None
         raise AdapterError(
             f"{folder} holds an adapter{f' of {base}' if base else ''} and no model; give "
             f"--model {base or 'BASE'} --adapter {folder}."
         )
     if adapter is None or not adapter.exists() or not folder.samefile(adapter):
         raise AdapterError(
-            f"{folder} holds an adapter beside the model ({ADAPTER_CONFIG}), which the model alone "
-            f"would lose; merge it with --adapter {folder}, or remove {ADAPTER_CONFIG} and "
-            f"{ADAPTER_WEIGHTS} from the folder."
+            f"{folder} holds an adapter beside the model ({', '.join(there)}), which the model "
+            f"alone would lose; merge it with --adapter {folder}, or remove it from the folder."
         )
 
 

@@ -15,13 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ingot.graphs.adapter import (
-    ADAPTER_CONFIG,
-    ADAPTER_PICKLE,
-    ADAPTER_WEIGHTS,
-    AdapterConfig,
-    AdapterError,
-)
+from ingot.graphs.adapter import ADAPTER_WEIGHTS, AdapterConfig, AdapterError, read_adapter
 from ingot.graphs.checkpoint import Checkpoint, read_header
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -51,15 +45,7 @@ class Adapter:
             IngotError: no adapter in the folder, one that cannot be merged or read, or one that
                 holds a NaN.
         """
-        config = AdapterConfig.read(path)
-        if not (path / ADAPTER_WEIGHTS).is_file():
-            if (path / ADAPTER_PICKLE).is_file():
-                raise AdapterError(
-                    f"{path} holds its adapter as a pickle ({ADAPTER_PICKLE}); loading a pickle "
-                    "can run any code, so Ingot reads safetensors alone. Load it with PEFT and "
-                    "save it again: save_pretrained(DIR) writes safetensors."
-                )
-            raise AdapterError(f"{path} has {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}.")
+        config = read_adapter(path)
         entries = read_header(path / ADAPTER_WEIGHTS)
         if not entries:
             raise AdapterError(f"{path / ADAPTER_WEIGHTS} holds no tensors; there is no adapter.")

@@ -132,13 +132,7 @@ def find(model: str, revision: str | None = None) -> Source:
         raise CheckpointError(
             f"{shown(revision)} is no revision; give a branch, a tag or a commit of {model}."
         )
-    folder = _download(model, revision, PATTERNS)
-    if not COMMIT.match(folder.name):
-        raise CheckpointError(
-            f"the hub calls the commit of {model} {shown(folder.name)}, which is none; look whom "
-            "HF_ENDPOINT names."
-        )
-    return Source(folder, model)
+    return Source(_snapshot(model, revision, PATTERNS), model)
 
 
 def _meant(model: str) -> str:
@@ -173,7 +167,18 @@ def resolve_adapter(adapter: str) -> Path:
         raise CheckpointError(
             f"--adapter {shown(adapter)} is neither a folder nor org/name on the hub."
         )
-    return _download(adapter, None, ADAPTER_PATTERNS)
+    return _snapshot(adapter, None, ADAPTER_PATTERNS)
+
+
+def _snapshot(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """``_download``, of a commit that is one."""
+    folder = _download(name, revision, patterns)
+    if not COMMIT.match(folder.name):
+        raise CheckpointError(
+            f"the hub calls the commit of {name} {shown(folder.name)}, which is none; look whom "
+            "HF_ENDPOINT names."
+        )
+    return folder
 
 
 def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:

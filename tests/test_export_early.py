@@ -67,6 +67,8 @@ def test_mistakes_are_told_before_torch_is_imported(
     olmoe = '{"model_type": "olmoe"}'
     weights = "model.safetensors"
     ssm = json.dumps({"d_model": 8, "n_layer": 1, "ssm_cfg": {"layer": "Mamba1"}})
+    ia3 = folder("ia3", None)
+    (Path(ia3) / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     exports = {
         "did you mean olmoe": ["olmo"],
         "did you mean jetmoe": ["Jet-MoE"],
@@ -97,11 +99,21 @@ def test_mistakes_are_told_before_torch_is_imported(
         "has neither": [folder("bare", olmoe)],
         "pickle weights only": [folder("pickle", olmoe, "pytorch_model.bin", "training_args.bin")],
         "layer 'Mamba1'": [folder("mamba1", ssm, weights)],
+        "neither a folder nor org/name": [str(tiny), "--adapter", "lora"],
+        "it has no adapter_config.json": [str(tiny), "--adapter", str(tiny)],
+        "only LORA": ["olmoe", "--adapter", ia3],
+        "beside the model": [folder("both", olmoe, weights, "adapter_model.safetensors")],
+        "and no model": [folder("adapter", None, "adapter_model.safetensors")],
     }
+    lora = folder("lora", None)
+    (Path(lora) / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    compared = [str(INGOT), "--checkpoint", str(tiny)]
     validations = {
         "is not an ingot": [str(tiny), "--checkpoint", str(tiny)],
         "gone is not a folder": [str(INGOT), "--checkpoint", str(tmp_path / "gone")],
         "olmoe is not a folder": [str(INGOT), "--checkpoint", "olmoe"],
+        "no folder org/adapter": [*compared, "--adapter", "org/adapter"],
+        "no adapter_model.safetensors": [*compared, "--adapter", lora],
         "did you mean onnx?": [str(INGOT), "--checkpoint", str(tiny), "--against", "onxx"],
     }
     commands = [

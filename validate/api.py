@@ -11,7 +11,7 @@ from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
 from ingot.graphs.hub import resolve_adapter
 from ingot.graphs.merge import open_checkpoint
-from ingot.plugins.errors import IngotError, shown
+from ingot.plugins.errors import IngotError
 from ingot.plugins.whole import check_file, keep_out
 from ingot.runtime.session import Ids
 from ingot.validate.early import EAGER, PLANS, cannot_compare, check_request
@@ -74,19 +74,14 @@ def validate(
     """
     folder, source = Path(ingot), Path(checkpoint)
     stages = stages or Stages()
-    manifest = check_request(folder, source, plan=plan, against=str(against))
+    named = None if adapter is None else str(adapter)
+    manifest = check_request(folder, source, plan=plan, against=str(against), adapter=named)
     words = _words(manifest, folder, tokens, text)
     earlier = None if gate is None else read_baseline(Path(gate))
     if baseline is not None:
-        keep_out(Path(baseline), folder, source)
+        keep_out(Path(baseline), folder, source, *([] if adapter is None else [Path(adapter)]))
         check_file(Path(baseline))
-    merged = manifest.source.get("adapter")
-    if merged is not None and adapter is None:
-        raise IngotError(
-            f"{folder} was made with the adapter {shown(merged.get('name'))} merged into its "
-            "checkpoint; give its folder with --adapter."
-        )
-    found = None if adapter is None else resolve_adapter(str(adapter))
+    found = None if named is None else resolve_adapter(named)
     opened = open_checkpoint(source, found)
     reference = Reference(opened, manifest.task, manifest.precision, default_cache())
     reason = cannot_compare(manifest)

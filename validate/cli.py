@@ -86,9 +86,9 @@ def validate_command(
     from ingot.validate.report.texts import json_text
 
     # Before PyTorch is imported, so that a mistake is told at once.
-    check_request(ingot, checkpoint, plan=plan or "standard", against=against)
+    check_request(ingot, checkpoint, plan=plan or "standard", against=against, adapter=adapter)
     if folder is not None:
-        files.check_folder(folder, ingot, checkpoint)
+        files.check_folder(folder, ingot, checkpoint, *([Path(adapter)] if adapter else []))
         if lacking := files.missing():
             click.echo(f"note: {lacking}", err=True)
     from ingot.validate.api import validate

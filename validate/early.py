@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ingot.export.ingot import TARGETS, Manifest
+from ingot.graphs.adapter import read_adapter, refuse_forgotten
 from ingot.graphs.folder import Folder, is_folder
+from ingot.graphs.hub import resolve_adapter
 from ingot.graphs.names import nearest
 from ingot.plugins.device import has_gpu
 from ingot.plugins.errors import IngotError, shown
@@ -25,7 +27,9 @@ def cannot_compare(manifest: Manifest) -> str | None:
     )
 
 
-def check_request(ingot: Path, checkpoint: Path, *, plan: str, against: str) -> Manifest:
+def check_request(
+    ingot: Path, checkpoint: Path, *, plan: str, against: str, adapter: str | None = None
+) -> Manifest:
     """Refuse what cannot be validated, as far as it shows without a graph.
 
     Args:
@@ -33,6 +37,7 @@ def check_request(ingot: Path, checkpoint: Path, *, plan: str, against: str) -> 
         checkpoint: the checkpoint folder it was made from.
         plan: of ``PLANS``.
         against: ``EAGER``, a target or the folder of another ingot.
+        adapter: what was merged into the checkpoint, if anything was.
 
     Returns:
         The manifest of the ingot.
@@ -53,6 +58,16 @@ def check_request(ingot: Path, checkpoint: Path, *, plan: str, against: str) -> 
                 f"the folder of another ingot{f'; did you mean {meant}?' if meant else '.'}"
             )
         Manifest.read(Path(against))
+    merged = manifest.source.get("adapter")
+    if merged is not None and adapter is None:
+        raise IngotError(
+            f"{ingot} was made with the adapter {shown(merged['name'])} merged into its "
+            "checkpoint; give its folder with --adapter."
+        )
+    found = None if adapter is None else resolve_adapter(adapter)
+    if found is not None:
+        read_adapter(found)
+    refuse_forgotten(checkpoint, found)
     folder = Folder.read(checkpoint)
     # Read for their refusals.
     _ = folder.family
