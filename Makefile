@@ -9,7 +9,7 @@ PRESET ?= tiny
 OUT ?= out/$(notdir $(MODEL))-$(TARGET)
 
 .PHONY: setup export plugins test test-slow gpu gpu-rehearse gpu-kernels gpu-bundle test-gpu triton-test lint format
-.PHONY: clean
+.PHONY: clean fuzz
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,14 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# So many damaged and hostile checkpoints and ingots; tests/fuzz says what is to come of each.
+FUZZ_N ?= 20000
+FUZZ_SEED ?= 0
+
+fuzz: setup
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.checkpoint --n $(FUZZ_N) --seed $(FUZZ_SEED)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.ingot --n $(FUZZ_N) --seed $(FUZZ_SEED)
 
 # Everything a GPU is to prove and measure. On the GPU machine itself, with its own python3 and PyTorch:
 # no .venv, no network; `make gpu-bundle` elsewhere makes what to bring. GPU_ARGS="--only models" and such.

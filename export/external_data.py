@@ -66,6 +66,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
         tag, at = _varint(data, at)
         # Protobuf drops what is above 32 bits, so another number here would be a field there.
         number, kind = (tag & 0xFFFFFFFF) >> 3, tag & 7
+        if number == 0:
+            raise GraphError("it is no ONNX file")
         if kind == _BYTES:
             size, at = _varint(data, at)
             if size > end - at:

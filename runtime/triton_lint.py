@@ -379,4 +379,4 @@ def _engine(folder: Path, config: Any, manifest: Manifest) -> Iterator[str]:
     for group in config.instance_group:
         for profile in group.profile:
             if not _number(profile, 0) or int(profile) >= len(engine.profiles):
-                yield f"the engine has no profile {shown(profile)}."
+                yield f"the engine has no profile {profile}."

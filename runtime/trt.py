@@ -57,7 +57,9 @@ def check_engine(
             f"{folder} was built for compute capability {built_for} and this GPU has "
             f"{capability // 10}.{capability % 10}; export again on this machine."
         )
-    if engine.plugins and not engine.libraries and not engine.embedded:
+    # One of the two is loaded, and only what is named here was hashed.
+    libraries = {PLUGINS.name, KERNELS.name}.intersection(engine.libraries)
+    if engine.plugins and not libraries and not engine.embedded:
         raise SessionError(
             f"{folder} was built without the GPU kernels of {', '.join(engine.plugins)}; run make "
             "plugins and export again."

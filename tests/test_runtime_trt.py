@@ -395,6 +395,7 @@ def test_an_engine_that_fits_is_accepted(ingot: tuple[Path, Manifest]) -> None:
         ("1.8", 80, {}, "was built by tensorrt-rtx 1.7 and 1.8 is installed"),
         ("1.7", 90, {}, "was built for compute capability 8.0, 12.0 and this GPU has 9.0"),
         ("1.7", 80, {"libraries": ()}, "without the GPU kernels of MoeDispatch; run make plugins"),
+        ("1.7", 80, {"libraries": ("another.so",)}, "without the GPU kernels of MoeDispatch"),
         ("1.7", 80, {"graph_sha256": "0"}, "holds an engine of another model.onnx"),
     ],
 )

@@ -26,18 +26,25 @@ def with_engine(source: Path, folder: Path, **changes: Any) -> Path:
     ingot = Path(shutil.copytree(source, folder))
     manifest = Manifest.read(ingot)
     (ingot / ENGINE).write_bytes(b"engine")
-    (ingot / PLUGINS).write_bytes(b"plugins")
+    libraries = changes.setdefault("libraries", (PLUGINS,))
+    for name in libraries:
+        (ingot / name).write_bytes(b"plugins")
     engine = EngineInfo(
         builder="tensorrt",
         version="10.13.3",
         compute_capabilities=(90,),
         graph_sha256=manifest.files[GRAPH].sha256,
         plugins={"MoeDispatch": 2},
-        libraries=(PLUGINS,),
+        libraries=libraries,
         embedded=False,
         profiles=profiles(manifest.inputs, manifest.states, Limits(4, 256, 64)),
     )
-    changed = replace(manifest, target="trt", engine=replace(engine, **changes))
+    changed = replace(
+        manifest,
+        target="trt",
+        engine=replace(engine, **changes),
+        states=tuple(replace(state, shared=False) for state in manifest.states),
+    )
     replace(changed, files=file_infos(ingot, {})).write(ingot)
     return ingot
 
