@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,25 +26,13 @@ from ingot.export.manifest import make_manifest
 from ingot.export.progress import Stages
 from ingot.export.request import PRECISIONS, ExportRequest
 from ingot.export.source import check_space, open_checkpoint
+from ingot.export.tokenizer import TOKENIZER, copy_tokenizer, make_tokenizer
 from ingot.export.write_weights import weight_bytes, write_weights
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import parameter_bytes
 from ingot.graphs.hub import Source
 from ingot.plugins.links import require_inside
 from ingot.plugins.whole import keep_apart, staged
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-
 
 # Given the staged folder, the opened checkpoint and the progress; returns ingot.json's summary.
 Validate = Callable[[Path, Checkpoint, Stages], dict[str, Any]]
@@ -93,6 +80,8 @@ def build(
     generation = read_generation(checkpoint, opened.model.config)
     if request.context is not None:
         generation["context_length"] = request.context
+    text = checkpoint.side_folder(TOKENIZER)
+    tokenizer = make_tokenizer(text, opened.family.tokenizer_class)
     # An engine holds its weights once more.
     check_space(request.out, parameter_bytes(opened.model) * (2 if builder else 1))
     with staged(request.out, replace=request.overwrite) as folder:
@@ -102,7 +91,7 @@ def build(
             stages.table(f"{opened.family.model_type} on TensorRT", rows)
             require(rows)
         known = {WEIGHTS: _write_graph(captured.model, folder, stages)}
-        _copy_tokenizer(checkpoint, folder)
+        copy_tokenizer(text, tokenizer, folder)
         manifest = make_manifest(recipe, opened, checkpoint, captured, generation)
         if request.for_tensorrt:
             manifest = _build_engine(request, builder, manifest, folder, stages)
@@ -122,13 +111,6 @@ def _write_graph(model: ir.Model, folder: Path, stages: Stages) -> str:
         digest = write_weights(model, folder, WEIGHTS, advance)
         ir.save(model, folder / GRAPH)
     return digest
-
-
-def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        path = require_inside(checkpoint.side_folder(name), name, hub=True)
-        if path.is_file():
-            shutil.copyfile(path, folder / name)
 
 
 def _check_links(checkpoint: Path) -> None:

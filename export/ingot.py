@@ -37,7 +37,7 @@ SIDE_FILES = (
     "*token*.json",
     "*.jinja",
     "*.model",
-    "chat_templates/*",
+    "additional_chat_templates/*",
     "generation_config.json",
     "merges.txt",
     "vocab.*",

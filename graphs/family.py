@@ -57,6 +57,7 @@ class Family:
         tied: tensors that repeat another where ``tie_word_embeddings`` is true.
         prefix: what the names of the bare model's tensors begin with in a whole model.
         head_tensors: tensors of the heads, which the bare model leaves aside.
+        tokenizer_class: the tokenizer that transformers takes where a folder names none.
         presets: config fields of the seeded checkpoints ``tiny``, ``small`` and ``full``.
         extra_outputs: what its graph returns a layer beside the main output and the states.
         keep_in_fp32: how the names of parameters end that are float32 whatever the precision.
@@ -74,6 +75,7 @@ class Family:
     prefix: str = "model."
     tied: Mapping[str, str] = field(default_factory=dict)
     head_tensors: tuple[str, ...] = ()
+    tokenizer_class: str = "GPT2Tokenizer"
     presets: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     extra_outputs: tuple[str, ...] = ("hidden_states",)
     keep_in_fp32: tuple[str, ...] = ()

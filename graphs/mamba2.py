@@ -377,6 +377,7 @@ FAMILY = Family(
     keep_in_fp32=("A_log", "D", "dt_bias"),
     tied={"lm_head.weight": "backbone.embeddings.weight"},
     head_tensors=("lm_head.weight",),
+    tokenizer_class="GPTNeoXTokenizer",
     draw=draw,
     preset_gain=preset_gain,
     presets={

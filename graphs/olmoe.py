@@ -290,6 +290,7 @@ FAMILY = Family(
     other_spelling=expert_parts,
     tied={"lm_head.weight": "model.embed_tokens.weight"},
     head_tensors=("lm_head.weight",),
+    tokenizer_class="GPTNeoXTokenizer",
     extra_outputs=("router_logits", "hidden_states"),
     preset_gain=preset_gain,
     presets={

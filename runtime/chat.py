@@ -1,102 +1,155 @@
-"""A chat as the text a model was trained on: the checkpoint's own template, in a sandbox.
+"""A chat as the text a model was trained on: the checkpoint's own template.
 
-Source: transformers' ``apply_chat_template``, whose templates these are: Jinja with trimmed blocks,
-``messages``, ``add_generation_prompt``, the special tokens and two functions.
+Source: transformers' ``apply_chat_template``, whose templates these are. A template is a program:
+``chat_worker.py`` renders it, in a sandbox and in a process with limits of time and memory.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ingot.plugins.errors import IngotError, install_hint
+from ingot.export.tokenizer_files import TokenizerFilesError, read_tokenizer_files
+from ingot.plugins.child import ChildError, ask
+from ingot.plugins.errors import IngotError, install_hint, shown
 
 TEMPLATE = "chat_template.jinja"
-CONFIG = "tokenizer_config.json"
+TEMPLATES = "additional_chat_templates"
+WORKER = Path(__file__).with_name("chat_worker.py")
+# The longest released have 20 kB, and are rendered in milliseconds.
+MOST_BYTES = 1 << 20
+SECONDS = 4
+MEGABYTES = 1024
+# The names under which a message's reasoning is passed; templates read the first, or the second.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatError(IngotError):
     """A chat that has no template, or that the template refuses."""
 
 
-def chat_text(folder: Path, messages: Sequence[Mapping[str, str]]) -> str:
+def chat_text(
+    folder: Path,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> str:
     """The prompt of a chat, up to where the model is to answer.
 
     Args:
         folder: the ingot.
-        messages: each with ``role`` (``system``, ``user`` or ``assistant``) and ``content``.
+        messages: each with ``role`` (``system``, ``user`` or ``assistant``) and ``content``, and
+            what else the template reads; all of it such as JSON can say.
+        tools: a JSON schema each, for a template that offers tools.
+        documents: each with ``title`` and ``text``, for a template that takes documents.
+        add_generation_prompt: end with what begins an answer, where the template has such.
+        variables: further ones that the template reads, such as ``thinking=True`` of Granite's.
 
     Returns:
         Text with the special tokens written out; encode it without adding any.
 
     Raises:
-        ChatError: the ingot has no template, or the template fails on these messages.
+        IngotError: the ingot has no template, or the template fails on these messages.
     """
-    config = _config(folder / CONFIG)
-    source = _template(folder, config)
-    # Here: only a chat pays for it.
-    try:
-        from jinja2.exceptions import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
+    # Here: only a chat needs it.
+    if find_spec("jinja2") is None:
         raise ChatError(
-            f"{error.name} is missing; install what renders a chat with: {install_hint('chat')}"
-        ) from error
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source).render(
-            messages=list(messages), add_generation_prompt=True, **_special_tokens(config)
+            f"jinja2 is missing; install what renders a chat with: {install_hint('chat')}"
         )
-    # A template that expects other fields fails as the Python that it nearly is.
-    except (TemplateError, TypeError, ValueError) as error:
-        raise ChatError(f"the chat template of {folder} refuses these messages: {error}") from error
-
-
-def _config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ChatError(f"{path} is not valid JSON ({error}); export again.") from error
-    return raw if isinstance(raw, dict) else {}
+        files = read_tokenizer_files(folder)
+    except TokenizerFilesError as error:
+        raise ChatError(str(error)) from error
+    template = _template(folder, files.config, tools)
+    given = {
+        **{name: str(token) for name, token in files.named.items()},
+        **variables,
+        "messages": [_message(each) for each in _mappings("messages", messages)],
+        "tools": None if tools is None else _mappings("tools", tools),
+        "documents": None if documents is None else _mappings("documents", documents),
+        "add_generation_prompt": add_generation_prompt,
+    }
+    if not given["messages"]:
+        raise ChatError("the chat is empty; give at least one message.")
+    try:
+        text: str = ask(
+            WORKER,
+            {"template": template, "variables": given},
+            seconds=SECONDS,
+            megabytes=MEGABYTES,
+        )
+    except ChildError as error:
+        raise ChatError(
+            f"the chat template of {folder} refuses these messages: {error}."
+        ) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ChatError(f"messages and tools must be what JSON can say: {error}.") from error
+    return text
 
 
-def _template(folder: Path, config: Mapping[str, Any]) -> str:
+def _mappings(name: str, values: Any) -> list[Mapping[str, Any]]:
+    # A text is a sequence, too, of what are no messages.
+    found = (
+        list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
+    )
+    for each in found:
+        if not isinstance(each, Mapping):
+            raise ChatError(f"{name} holds {shown(each)}; it must be a list of dictionaries.")
+    return found
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as transformers hands it on: without what is None, reasoning by both names."""
+    said = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((said[name] for name in REASONING if name in said), None)
+    if reasoning is not None:
+        said = {"thinking": reasoning, **said, "reasoning_content": reasoning}
+    return said
+
+
+def _template(
+    folder: Path, config: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None
+) -> str:
+    """The template of a plain chat, or of one with tools; files win over the config, as a whole."""
+    found: Any = {path.stem: _read(path) for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
     if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
-    found = config.get("chat_template")
+        found = {"default": _read(folder / TEMPLATE), **found}
+    found = found or config.get("chat_template")
     if isinstance(found, list):
-        # Several by name; the one for a plain chat is the default.
-        found = {each["name"]: each["template"] for each in found}.get("default")
+        found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+    if isinstance(found, dict):
+        names = ", ".join(shown(name) for name in found)
+        found = found.get("tool_use" if tools is not None and "tool_use" in found else "default")
+        if names and found is None:
+            raise ChatError(
+                f"{folder} has no chat template for this chat, only {names}; give --prompt."
+            )
     if not isinstance(found, str):
         raise ChatError(
             f"{folder} has no chat template, as base models have none; give --prompt instead."
         )
+    if len(found) > MOST_BYTES:
+        raise ChatError(_too_large(folder))
     return found
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """``bos_token`` and so on; a token may be written as text or with its properties."""
-    return {
-        name: value["content"] if isinstance(value, dict) else value
-        for name, value in config.items()
-        if name.endswith("_token") and isinstance(value, (str, dict))
-    }
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise ChatError(_too_large(path))
+        return raw.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatError(f"{path} cannot be read ({error}); export again.") from error
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """JSON as the templates expect it: jinja2's own filter escapes HTML's characters."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _too_large(path: Path) -> str:
+    return (
+        f"the chat template of {path} is larger than {MOST_BYTES:,} bytes, the most that is read."
+    )

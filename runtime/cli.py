@@ -16,7 +16,7 @@ from ingot.plugins.command_line import Command, Group, console
 from ingot.plugins.errors import IngotError, shown
 from ingot.runtime.chat import chat_text
 from ingot.runtime.inspection import inspect_command
-from ingot.runtime.tokenizer import load_tokenizer
+from ingot.runtime.tokenizer import decode_ids, encode_text, load_tokenizer
 from ingot.runtime.triton_cli import triton_command
 
 # numpy and ONNX Runtime are imported when a command runs, so that --help works without them.
@@ -102,8 +102,8 @@ def generate_command(
     if tokenizer is not None:
         # A template writes the special tokens itself.
         texts = [chat_text(ingot, [{"role": "user", "content": said}]) for said in chat]
-        whole = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-        prompts = whole or [tokenizer.encode(text).ids for text in prompt]
+        whole = [encode_text(tokenizer, text, add_special_tokens=False) for text in texts]
+        prompts = whole or [encode_text(tokenizer, text) for text in prompt]
     stop = list(stop_id) or None
     _stream(session, prompts, tokenizer, max_new_tokens, sampling, stop)
 
@@ -133,16 +133,16 @@ def _stream(
             if tokenizer is None:
                 click.echo(f"{made[0][-1]} ", nl=False)
                 continue
-            text = tokenizer.decode(made[0])
+            text = decode_ids(tokenizer, made[0])
             # A character may need several tokens; hold back what is not whole yet.
             if not text.endswith("\ufffd"):
                 click.echo(text[len(shown) :], nl=False)
                 shown = text
     if len(prompts) == 1:
-        click.echo("" if tokenizer is None else tokenizer.decode(made[0])[len(shown) :])
+        click.echo("" if tokenizer is None else decode_ids(tokenizer, made[0])[len(shown) :])
     else:
         for row in made:
-            click.echo(" ".join(map(str, row)) if tokenizer is None else tokenizer.decode(row))
+            click.echo(" ".join(map(str, row)) if tokenizer is None else decode_ids(tokenizer, row))
     prefill, decode = marks[1] - marks[0], marks[-1] - marks[1]
     tokens = sum(map(len, made)) - len(made)
     speed = f", decode {tokens / decode:.1f} tokens/s" if tokens and decode else ""
@@ -172,7 +172,7 @@ def classify_command(
     session = _load(ingot, threads, verify=not no_verify, allow_failed=allow_failed)
     if prompt:
         tokenizer = load_tokenizer(ingot)
-        prompts = [tokenizer.encode(text).ids for text in prompt]
+        prompts = [encode_text(tokenizer, text) for text in prompt]
     logits = classify(session, prompts)
     labels = session.manifest.labels
     # One class is a regression: its number is the answer.

@@ -28,7 +28,11 @@ def _never(*_: Any, **__: Any) -> Any:
     "name",
     [
         *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
-        *("chat_template.jinja", "chat_templates/tool_use.jinja", "generation_config.json"),
+        *(
+            "chat_template.jinja",
+            "additional_chat_templates/tool_use.jinja",
+            "generation_config.json",
+        ),
     ],
 )
 def test_carries_nothing_into_an_ingot_that_lies_elsewhere(

@@ -314,7 +314,12 @@ def test_runs_no_graph_that_is_not_listed(ingot: Path) -> None:
     "name",
     [
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"),
-        *("added_tokens.json", "chat_template.jinja", "chat_templates/default.jinja", "merges.txt"),
+        *(
+            "added_tokens.json",
+            "chat_template.jinja",
+            "additional_chat_templates/default.jinja",
+            "merges.txt",
+        ),
         *("tokenizer.model", "generation_config.json"),
     ],
 )

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ingot.plugins.errors import IngotError
 from ingot.runtime.session import Ids
-from ingot.runtime.tokenizer import TOKENIZER, load_tokenizer
+from ingot.runtime.tokenizer import TOKENIZER, encode_text, load_tokenizer
 from ingot.validate.judge.metrics import Array
 from ingot.validate.result import Distribution
 
@@ -270,7 +270,7 @@ def read_text(path: Path, folder: Path, vocab_size: int) -> Ids:
             f"{folder} holds no {TOKENIZER}, so text cannot be encoded; give token ids: "
             "--tokens FILE.npy."
         )
-    ids = np.array(load_tokenizer(folder).encode(text).ids, dtype=np.int64)
+    ids = np.array(encode_text(load_tokenizer(folder), text), dtype=np.int64)
     outside = ids[ids >= vocab_size]
     if outside.size:
         raise TokensError(
