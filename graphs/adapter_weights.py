@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from ingot.graphs.adapter import ADAPTER_WEIGHTS, AdapterConfig, AdapterError, read_adapter
-from ingot.graphs.checkpoint import Checkpoint, read_header
+from ingot.graphs.checkpoint import DTYPES, Checkpoint, read_header
+from ingot.plugins.errors import named
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -50,7 +51,12 @@ class Adapter:
         if not entries:
             raise AdapterError(f"{path / ADAPTER_WEIGHTS} holds no tensors; there is no adapter.")
         tensors = Checkpoint(path, config.raw, entries)
-        for name in entries:
+        for name, entry in entries.items():
+            if entry.dtype not in DTYPES:
+                raise AdapterError(
+                    f"{path / ADAPTER_WEIGHTS}: {named(name)} is {entry.dtype}; supported: "
+                    f"{', '.join(DTYPES)}."
+                )
             tensors.read(name)
         return cls(path, config, tensors, tensors.digest())
 

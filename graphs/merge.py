@@ -52,6 +52,12 @@ MAGNITUDE = "lora_magnitude_vector"
 # Of a module that is stored whole: the name of the adapter, where a tool has left it.
 SAVED = re.compile(r"\.modules_to_save\.[^.]+")
 BASE_LAYER = ".base_layer"
+# What the name of each kind of tensor may end in; those of other kinds are parameters themselves.
+LEAVES = {
+    "lora_A": (".weight",),
+    "lora_B": (".weight", ".bias"),
+    MAGNITUDE: (None, ".weight"),
+}
 
 
 def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
@@ -125,14 +131,16 @@ class _Graph:
         experts: modules that only the split spelling has.
     """
 
-    def __init__(self, base: Checkpoint, config: dict[str, object]) -> None:
+    def __init__(self, base: Checkpoint, adapter: Adapter, config: dict[str, object]) -> None:
         family = family_of(base)
+        # Tensors that bound the sizes; the largest may be an embedding of the adapter's.
+        stored = {**base.entries, **adapter.tensors.entries}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.linear: dict[str, None] = {}
         self.embeddings: dict[str, None] = {}
         self.experts: dict[str, None] = {}
         for task in family.tasks:
-            model = family.build(config, task)
+            model = family.build(config, task, stored=stored)
             for name, parameter in model.named_parameters():
                 self.shapes.setdefault(name.removeprefix(family.prefix), tuple(parameter.shape))
             for name, module in model.named_modules():
@@ -178,7 +186,7 @@ class _Merge:
         self._sort_tensors()
         self.raw_config = dict(base.config)
         self._resize()
-        self.graph = _Graph(base, self.raw_config)
+        self.graph = _Graph(base, adapter, self.raw_config)
         self.on_disk = {self._bare(name): name for name in base.entries}
         # As in ``MergedCheckpoint``, but for the names.
         self.entries = {self._bare(name): entry for name, entry in base.entries.items()}
@@ -222,7 +230,7 @@ class _Merge:
         return name.removeprefix(self.family.prefix)
 
     def _is_head(self, name: str) -> bool:
-        return name in self.heads or _owner(name) in self.heads
+        return name.partition(".")[0] in self.heads
 
     def _trained(self, name: str) -> str:
         return name if self._is_head(name) else self.prefix + name
@@ -252,11 +260,18 @@ class _Merge:
                 while module.endswith(BASE_LAYER):
                     module, depth = module.removesuffix(BASE_LAYER), depth + 1
                 slots = self.roles.setdefault((self._bare(module), depth), {})
-                slot = found["role"] + (".bias" if found["leaf"] == ".bias" else "")
+                role, leaf = found["role"], found["leaf"]
+                if leaf not in LEAVES.get(role, (None,)):
+                    raise self._wrong(tensor, "is no name of PEFT's, by its end")
+                slot = f"{role}.bias" if leaf == ".bias" else role
                 adapters.add(found["adapter"] or "")
             if slot in slots:
                 raise self._wrong(tensor, f"says again what {shown(slots[slot])} says; keep one")
             slots[slot] = tensor
+        for tensor in self.adapter.tensors.entries:
+            name = tensor.removeprefix(WRAPPER)
+            if name != self._trained(self._bare(name)):
+                raise self._placeless(tensor)
         if len(adapters) > 1:
             raise AdapterError(
                 f"{self.adapter.path / ADAPTER_WEIGHTS} holds several adapters "

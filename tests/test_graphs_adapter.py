@@ -133,6 +133,10 @@ def added(name: str, *shape: int) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {**tensors, name: torch.ones(shape)}
 
 
+def renamed(part: str, new: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name.replace(part, new): tensor for name, tensor in tensors.items()}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -158,6 +162,12 @@ def added(name: str, *shape: int) -> Callable[[Tensors], Tensors]:
         (added("base_model.model.model.embed_tokens.weight", 3, 4, 5), "[3, 4, 5]"),
         (added("base_model.model.x." + "y" * 100_000, 1), "has no place"),
         (lambda tensors: {name: each * float("nan") for name, each in tensors.items()}, "nan"),
+        (lambda tensors: {name: each.to(torch.int8) for name, each in tensors.items()}, "is I8"),
+        (renamed(".lora_B.weight", ".lora_B"), "by its end"),
+        (renamed("trainable_tokens_delta", "trainable_tokens_delta.weight"), "by its end"),
+        (renamed("model.model.layers.0.self_attn", "model.layers.0.self_attn"), "no place"),
+        (renamed("model.model.norm", "model.norm"), "has no place"),
+        (added("base_model.model.model.lm_head.weight", 512, 64), "has no place"),
         (lambda _tensors: {}, "no tensors"),
     ],
 )
@@ -191,6 +201,15 @@ def test_refuses_an_adapter_of_another_architecture(
     refused(make_checkpoint("granite", num_hidden_layers=1), adapter, "has no place")
     refused(make_checkpoint("granite", num_hidden_layers=3), adapter, "has no tensors for it")
     refused(make_checkpoint("granite", hidden_size=32), adapter, "shape")
+
+
+def test_sizes_are_bounded_before_a_model_is_made(
+    make_checkpoint: MakeCheckpoint, adapter: Path
+) -> None:
+    base = make_checkpoint("granite")
+    raw = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**raw, "num_hidden_layers": 10**9}))
+    refused(base, adapter, "num_hidden_layers is 1000000000")
 
 
 def test_refuses_lora_of_a_convolution(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
