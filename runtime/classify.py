@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from ingot.runtime.generate import pad_left
+from ingot.runtime.generate import Prompts, pad_left
 from ingot.runtime.session import Floats, Session, SessionError
 
 
-def classify(session: Session, prompts: Sequence[Sequence[int]]) -> Floats:
+def classify(session: Session, prompts: Prompts) -> Floats:
     """Score prompts with a classifier.
 
     Args:
         session: a ``classify`` ingot.
-        prompts: token ids, any lengths; shorter ones are padded on the left.
+        prompts: token ids, any lengths; shorter ones are padded on the left. Lists of whole numbers
+            or integer arrays.
 
     Returns:
         ``logits [B, num_labels]``; the manifest's ``labels`` name the columns.
 
     Raises:
-        SessionError: an ingot of another task, an empty prompt, or one past the model's context.
+        SessionError: an ingot of another task, an empty prompt, or one that holds no token ids
+            or is longer than the model's context.
     """
     manifest = session.manifest
     if manifest.task != "classify":

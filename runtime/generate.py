@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ from ingot.runtime.session import Floats, Ids, Session, SessionError
 from ingot.runtime.tokens import items, token_ids, whole
 
 _NUMBERS = (int, float, np.integer, np.floating)
+_Integers = npt.NDArray[np.integer[Any]]
+# A list of lists of token ids, or arrays in place of either.
+Prompts = Sequence[Sequence[int] | _Integers] | _Integers
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def _sample(logits: Floats, sampling: Sampling, random: np.random.Generator) -> 
     return int(random.choice(order[:kept], p=weights))
 
 
-def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Ids, Ids]:
+def pad_left(prompts: Prompts, pad: int) -> tuple[Ids, Ids]:
     """Prompts as one ``[B, T]`` batch of ids and its attention mask.
 
     Raises:
@@ -113,7 +117,7 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Ids, Ids]:
 
 def generate(
     ingot: Session | Path | str,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,

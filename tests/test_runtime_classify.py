@@ -126,3 +126,17 @@ def test_a_preset_makes_its_own_classifier(tmp_path: Path) -> None:
     assert manifest["labels"] == ["LABEL_0", "LABEL_1"]
     # The model without its classifier's head is another checkpoint.
     assert (tmp_path / "checkpoints" / "jetmoe-tiny-seed0-classify").is_dir()
+
+
+@pytest.mark.parametrize(
+    "prompts", [[[1.0, 2.0]], [["1"]], [[True]], [1, 2], None, ["12"], [[2**63]], np.ones((1, 2))]
+)
+def test_refuses_prompts_that_are_no_token_ids(ingot: Path, prompts: Any) -> None:
+    with pytest.raises(SessionError, match=r"token ids|in no vocabulary"):
+        classify(load(ingot), prompts)
+
+
+def test_scores_arrays_of_ids(ingot: Path) -> None:
+    session = load(ingot)
+    arrays = [np.array(prompt, np.int32) for prompt in PROMPTS]
+    np.testing.assert_array_equal(classify(session, arrays), classify(session, PROMPTS))
