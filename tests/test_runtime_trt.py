@@ -363,6 +363,29 @@ def test_refuses_more_than_the_engine_was_built_for(
         session.reset(batch, capacity)
 
 
+def test_refuses_what_every_session_does_and_is_lost_after_a_refused_reset(
+    lowered: Path, cuda: HostCuda
+) -> None:
+    session, _ = session_of(lowered, cuda)
+    for batch, capacity in ((0, 4), (-1, 4), (1, -1), (1.5, 4), ("1", 4), (1, 2**63), (999, 4)):
+        session.reset(2, 20)
+        with pytest.raises(SessionError, match=r"give a batch of at least 1|built for"):
+            session.reset(batch, capacity)  # type: ignore[arg-type]
+        for call in (lambda: feed(session, 2, 3), session.state):
+            with pytest.raises(SessionError, match="the state is lost; call reset first"):
+                call()
+    session.reset(2, 20)
+    feed(session, 2, 3)
+    late = np.array([[1, 1], [0, 1]])
+    if grows(session):
+        session.step(late, late)
+    else:
+        with pytest.raises(SessionError, match="padding behind the first token of row 1"):
+            session.step(late, late)
+    with session._tokens.call, pytest.raises(SessionError, match="busy with a call"):
+        feed(session, 2, 1)
+
+
 def test_reads_bfloat16_as_float32(lowered: Path, cuda: HostCuda) -> None:
     session, _ = session_of(lowered, cuda)
     halves = np.array([0x3F80, 0xC020, 0x7F80, 0x0000], dtype=np.uint16)
