@@ -31,6 +31,7 @@ from ingot.export.write_weights import weight_bytes, write_weights
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import parameter_bytes
 from ingot.graphs.hub import Source
+from ingot.plugins.json_fields import Field
 from ingot.plugins.links import require_inside
 from ingot.plugins.whole import keep_apart, staged
 
@@ -114,14 +115,17 @@ def _write_graph(model: ir.Model, folder: Path, stages: Stages) -> str:
 
 
 def _check_links(checkpoint: Path) -> None:
-    """Refuse links out of the checkpoint where files are read or copied that end in the ingot.
+    """Refuse links out of a checkpoint for all that is read there and ends in the ingot.
 
     Raises:
-        LinkError: naming the file.
+        IngotError: naming the file, also where a manifest could not.
     """
-    for pattern in SIDE_FILES:
+    for pattern in (*SIDE_FILES, "*.json", "*.safetensors"):
         for path in checkpoint.glob(pattern):
-            require_inside(checkpoint, path.relative_to(checkpoint).as_posix(), hub=True)
+            name = path.relative_to(checkpoint).as_posix()
+            require_inside(checkpoint, name, hub=True)
+            if pattern in SIDE_FILES:
+                Field(name, f"a file of {checkpoint}").file_name()
 
 
 def _build_engine(

@@ -46,5 +46,5 @@ def require_inside(folder: Path, name: str, *, hub: bool = False) -> Path:
         return path
     raise LinkError(
         f"{path} is a link out of its folder, and what it leads to may be anybody's; put the file "
-        "itself there, or leave it out."
+        "itself there (cp -L), or leave it out."
     )

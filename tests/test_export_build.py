@@ -14,6 +14,7 @@ from ingot.export.early import check_request
 from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
 from ingot.export.request import ExportError, ExportRequest
+from ingot.plugins.errors import IngotError
 from ingot.plugins.links import LinkError
 from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
@@ -33,6 +34,8 @@ def _never(*_: Any, **__: Any) -> Any:
             "additional_chat_templates/tool_use.jinja",
             "generation_config.json",
         ),
+        "model.safetensors",
+        "config.json",
     ],
 )
 def test_carries_nothing_into_an_ingot_that_lies_elsewhere(
@@ -41,6 +44,8 @@ def test_carries_nothing_into_an_ingot_that_lies_elsewhere(
     (tmp_path / "secret").write_text("the key of another service")
     checkpoint = Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
     (checkpoint / name).parent.mkdir(exist_ok=True)
+    if (checkpoint / name).is_file():
+        shutil.move(checkpoint / name, tmp_path / "secret")
     (checkpoint / name).symlink_to(tmp_path / "secret")
     request = ExportRequest(str(checkpoint), "ort", tmp_path / "out")
     with pytest.raises(LinkError, match=f"{name} is a link out of its folder"):
@@ -84,3 +89,12 @@ def test_refuses_a_context_that_is_no_length(tmp_path: Path, context: Any) -> No
     request = ExportRequest("x", "ort", tmp_path / "out", context=context)
     with pytest.raises(ExportError, match="--context is"):
         check_request(request)
+
+
+def test_refuses_a_file_that_a_manifest_could_not_name(tiny: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
+    (checkpoint / "additional_chat_templates").mkdir()
+    (checkpoint / "additional_chat_templates" / "$(x).jinja").write_text("{{ messages }}")
+    request = ExportRequest(str(checkpoint), "ort", tmp_path / "out")
+    with pytest.raises(IngotError, match=r"\$\(x\).jinja' and must be the name of a file"):
+        build(request, Stages(), None, capture=_never)
