@@ -24,14 +24,14 @@ from ingot.export.ingot import (
 )
 from ingot.export.manifest import make_manifest
 from ingot.export.progress import Stages
-from ingot.export.request import PRECISIONS, ExportRequest
+from ingot.export.request import PRECISIONS, ExportError, ExportRequest
 from ingot.export.source import check_space, open_checkpoint
 from ingot.export.tokenizer import TOKENIZER, copy_tokenizer, make_tokenizer
 from ingot.export.write_weights import weight_bytes, write_weights
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import parameter_bytes
 from ingot.graphs.hub import Source
-from ingot.plugins.json_fields import Field
+from ingot.plugins.json_fields import Field, FieldError
 from ingot.plugins.links import require_inside
 from ingot.plugins.whole import keep_apart, staged
 
@@ -124,8 +124,21 @@ def _check_links(checkpoint: Path) -> None:
         for path in checkpoint.glob(pattern):
             name = path.relative_to(checkpoint).as_posix()
             require_inside(checkpoint, name, hub=True)
-            if pattern in SIDE_FILES:
-                Field(name, f"a file of {checkpoint}").file_name()
+            # Of the others the names are known.
+            if path.parent != checkpoint:
+                _check_name(checkpoint, name)
+
+
+def _check_name(checkpoint: Path, name: str) -> None:
+    """Refuse a file whose name no manifest may have.
+
+    Raises:
+        ExportError: naming the file.
+    """
+    try:
+        Field(name, f"a file of {checkpoint}").file_name()
+    except FieldError as error:
+        raise ExportError(f"{error}; rename the file, or leave it out.") from error
 
 
 def _build_engine(

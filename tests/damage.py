@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ingot.export.ingot import MANIFEST, WEIGHTS
+from ingot.export.engine import profiles
+from ingot.export.ingot import (
+    ENGINE,
+    GRAPH,
+    MANIFEST,
+    WEIGHTS,
+    EngineInfo,
+    Manifest,
+    file_infos,
+)
+from ingot.export.request import Limits
 from ingot.plugins.whole import sha256
 
 
@@ -21,6 +32,26 @@ def copied(ingot: Path, out: Path, **fields: Any) -> Path:
     raw = json.loads((out / MANIFEST).read_text())
     (out / MANIFEST).write_text(json.dumps({**raw, **fields}))
     return out
+
+
+def with_engine(ingot: Path, out: Path) -> Path:
+    """A copy that says it holds an engine of its graph; the engine itself is a stand-in."""
+    as_lowered(copied(ingot, out))
+    (out / ENGINE).write_bytes(b"engine")
+    manifest = Manifest.read(out)
+    made = profiles(manifest.inputs, manifest.states, Limits())
+    sha256 = manifest.files[GRAPH].sha256
+    engine = EngineInfo("tensorrt-rtx", "1.7", (80,), sha256, {}, (), False, made)
+    replace(manifest, engine=engine, files=file_infos(out, {})).write(out)
+    return out
+
+
+def as_lowered(ingot: Path) -> Path:
+    """Let ``ingot.json`` say that the graph is one for TensorRT, whose states share no buffer."""
+    manifest = Manifest.read(ingot)
+    states = tuple(replace(state, shared=False) for state in manifest.states)
+    replace(manifest, target="trt", states=states).write(ingot)
+    return ingot
 
 
 def with_weight(

@@ -157,8 +157,10 @@ def test_expects_the_others_numbers_under_the_truths_experts(
     [
         ({"precision": "float16"}, "generate float16 and this ingot generate float32"),
         ({"task": "features"}, "features float32 and this ingot generate float32"),
-        ({"source": {"sha256": "0" * 64}}, "was not made from "),
-        ({"source": {}}, "was not made from "),
+        (
+            {"source": {"checkpoint": "x", "revision": None, "sha256": "0" * 64}},
+            "was not made from ",
+        ),
     ],
     ids=str,
 )

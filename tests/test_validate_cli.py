@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
@@ -19,10 +18,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from conftest import MakeCheckpoint, MakeIngot
-from damage import copied, one_percent, with_weight
+from damage import as_lowered, copied, one_percent, with_engine, with_weight
 from test_runtime_tokenizer import cut_and_padded
 
-from ingot.export.ingot import GRAPH, WEIGHTS, EngineInfo, Manifest
+from ingot.export.ingot import GRAPH, WEIGHTS, Manifest
 from ingot.graphs.family import find_family
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.plugins.errors import IngotError
@@ -216,8 +215,7 @@ def test_says_that_an_engine_did_not_run(
 ) -> None:
     monkeypatch.setattr("ingot.validate.run.has_gpu", lambda: False)
     graph = make_ingot(checkpoint, "trt", builder="none", precision="fp32")
-    engine = EngineInfo("tensorrt-rtx", "1.7", (80,), "0" * 64, {}, (), False, ())
-    result = _quick(copied(graph, tmp_path / "ingot", engine=asdict(engine)), checkpoint)
+    result = _quick(with_engine(graph, tmp_path / "ingot"), checkpoint)
     assert result.exit_code == 0
     assert re.match(r"SKIPPED: olmoe, trt, .*did not run, for want of a GPU", result.stdout)
     assert "FAILED" not in result.stdout and result.stderr.count("error") == 0
@@ -529,7 +527,7 @@ def test_refuses_another_checkpoint_and_writes_nothing(
 
 def test_says_why_bfloat16_is_not_compared(ingot: Path, checkpoint: Path, tmp_path: Path) -> None:
     # What it is decided by; no weight is looked at.
-    other = copied(ingot, tmp_path / "ingot", precision="bfloat16", target="trt")
+    other = as_lowered(copied(ingot, tmp_path / "ingot", precision="bfloat16"))
     result = _quick(other, checkpoint, "--report", tmp_path / "report")
     # As an export says it: status and words.
     assert result.exit_code == 0
@@ -575,6 +573,7 @@ def test_fails_a_damaged_ingot_against_a_right_one(
     assert "It begins at:" not in other.stdout, "nothing is wrong with the ingot itself"
 
 
+ANOTHER = {"checkpoint": "x", "revision": None, "sha256": "0" * 64}
 OTHERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "nothing": (lambda ingot, out: out, "is not an ingot"),
     "a name": (lambda ingot, out: Path("tensorrt"), "tensorrt is not an ingot"),
@@ -587,7 +586,7 @@ OTHERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         "is features float32 and this ingot generate float32",
     ),
     "a checkpoint": (
-        lambda ingot, out: copied(ingot, out, source={"name": "x", "sha256": "0" * 64}),
+        lambda ingot, out: copied(ingot, out, source=ANOTHER),
         "was not made from ",
     ),
     "damage": (

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +13,9 @@ import onnxruntime
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
+from damage import copied, with_engine
 
-from ingot.export.ingot import MANIFEST, Manifest
+from ingot.export.ingot import Manifest
 from ingot.graphs.family import find_family
 from ingot.graphs.names import FAMILIES
 from ingot.graphs.preset import preset_config, write_checkpoint
@@ -362,21 +361,10 @@ def test_runs_a_graph_without_state(tmp_path: Path, make_ingot: MakeIngot, targe
 def test_runs_no_graph_that_the_session_does_not(ingot: GetIngot, tmp_path: Path) -> None:
     """Of bfloat16, or one that an engine runs instead; not even the session is touched."""
     untouched = cast(Session, object())
-    folder = Path(shutil.copytree(ingot("olmoe", "ort"), tmp_path / "copy"))
-    manifest = json.loads((folder / MANIFEST).read_text())
-    engine = {
-        "builder": "tensorrt",
-        "version": "10",
-        "compute_capabilities": [90],
-        "graph_sha256": "",
-        "plugins": {},
-        "libraries": [],
-        "embedded": False,
-        "profiles": [],
-    }
-    for change in ({"precision": "bfloat16"}, {"engine": engine}):
-        (folder / MANIFEST).write_text(json.dumps({**manifest, **change}))
-        assert locate_session(untouched, folder, make_inputs(512)) is None
+    graph = ingot("olmoe", "onnx")
+    folder = with_engine(graph, tmp_path / "engine")
+    for other in (copied(graph, tmp_path / "half", precision="bfloat16"), folder):
+        assert locate_session(untouched, other, make_inputs(512)) is None
     # The graph beside an engine, which is what runs where there is no GPU.
     session = SwapsRows(folder, Manifest.read(folder))
     check(locate_session(session, folder, make_inputs(512)), "logits at prefill", 1e5)
