@@ -101,7 +101,7 @@ CMAKE := cmake -S runtime/embed -DORT_ROOT=$(CURDIR)/.tools/cpp
 MEMCHECK := valgrind --quiet --error-exitcode=9 --leak-check=full --show-leak-kinds=all --errors-for-leak-kinds=all \
 	--suppressions=runtime/embed/tests/valgrind.supp
 
-.PHONY: cpp cpp-headers cpp-ingots cpp-test cpp-valgrind
+.PHONY: cpp cpp-headers cpp-ingots cpp-test cpp-fuzz cpp-valgrind
 
 cpp-headers: setup
 	PYTHON=$(BIN)/python runtime/embed/fetch_headers.sh .tools/cpp
@@ -125,6 +125,23 @@ cpp-test: cpp cpp-ingots
 	cmake --build build/cpp-sanitize --parallel 2
 	ctest --test-dir build/cpp-sanitize --output-on-failure
 	INGOT_CPP=$(CURDIR)/build/cpp $(BIN)/python -m pytest -m cpp -n 0
+
+# libFuzzer, under both sanitizers, on ingot.json for FUZZ_SECONDS and on graphs for a tenth of it. What it
+# finds is left in build/cpp-fuzz; what it learns, in build/fuzz-corpus, which the next run begins from.
+FUZZ_SECONDS ?= 600
+FUZZ_SEEDS := tests/data/schema1
+cpp-fuzz: cpp-headers
+	PYTHON=$(BIN)/python runtime/embed/fetch_headers.sh .tools/cpp clang
+	$(CMAKE) -B build/cpp-fuzz -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_C_COMPILER=clang \
+		-DINGOT_FUZZ=ON -DINGOT_SANITIZE=ON -DINGOT_TESTS=OFF -DINGOT_EXAMPLES=OFF -DINGOT_WERROR=OFF
+	cmake --build build/cpp-fuzz --parallel 2
+	mkdir -p build/fuzz-corpus/manifest build/fuzz-corpus/graph
+	for ingot in $(FUZZ_SEEDS)/*/; do name=$$(basename $$ingot); \
+		cp $$ingot/ingot.json build/fuzz-corpus/manifest/$$name; cp $$ingot/model.onnx build/fuzz-corpus/graph/$$name; done
+	cd build/cpp-fuzz && INGOT_FUZZ_INGOTS=$(CURDIR)/$(FUZZ_SEEDS) fuzz/fuzz_manifest -timeout=30 -max_len=65536 \
+		-max_total_time=$(FUZZ_SECONDS) ../fuzz-corpus/manifest
+	cd build/cpp-fuzz && fuzz/fuzz_graph -timeout=30 -max_len=65536 \
+		-max_total_time=$$(($(FUZZ_SECONDS) / 10)) ../fuzz-corpus/graph
 
 cpp-valgrind: cpp cpp-ingots
 	runtime/embed/fetch_headers.sh .tools/cpp valgrind

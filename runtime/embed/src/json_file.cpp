@@ -9,11 +9,13 @@ using nlohmann::json;
 
 std::string read_text(const std::filesystem::path &path) {
     std::ifstream file(path, std::ios::binary);
-    std::string text(kMostJsonBytes + 1, '\0');
-    file.read(text.data(), static_cast<std::streamsize>(text.size()));
-    // A file that is shorter than asked for fails as well, at its end.
-    if (!file.eof() && !file) throw Error(path.string() + " cannot be read; check its permissions.");
-    text.resize(static_cast<std::size_t>(file.gcount()));
+    std::string text, piece(std::size_t{1} << 16, '\0');
+    while (file && text.size() <= kMostJsonBytes) {
+        file.read(piece.data(), static_cast<std::streamsize>(piece.size()));
+        text.append(piece, 0, static_cast<std::size_t>(file.gcount()));
+    }
+    // A file that ends is read to its end.
+    if (!file && !file.eof()) throw Error(path.string() + " cannot be read; check its permissions.");
     if (text.size() > kMostJsonBytes) {
         throw Error(path.string() + " is larger than " + std::to_string(kMostJsonBytes) +
                     " bytes, the most that is read of it; export again.");
