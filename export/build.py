@@ -26,7 +26,7 @@ from ingot.export.manifest import make_manifest
 from ingot.export.progress import Stages
 from ingot.export.request import PRECISIONS, ExportError, ExportRequest
 from ingot.export.source import check_space, open_checkpoint
-from ingot.export.tokenizer import TOKENIZER, copy_tokenizer, make_tokenizer
+from ingot.export.tokenizer import copy_tokenizer, make_tokenizer
 from ingot.export.write_weights import weight_bytes, write_weights
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import parameter_bytes
@@ -81,8 +81,11 @@ def build(
     generation = read_generation(checkpoint, opened.model.config)
     if request.context is not None:
         generation["context_length"] = request.context
-    text = checkpoint.side_folder(TOKENIZER)
-    tokenizer = make_tokenizer(text, opened.family.tokenizer_class)
+
+    def beside(name: str) -> Path:
+        return require_inside(checkpoint.side_folder(name), name, hub=True)
+
+    tokenizer = make_tokenizer(beside, opened.family.tokenizer_class)
     # An engine holds its weights once more.
     check_space(request.out, parameter_bytes(opened.model) * (2 if builder else 1))
     with staged(request.out, replace=request.overwrite) as folder:
@@ -92,7 +95,7 @@ def build(
             stages.table(f"{opened.family.model_type} on TensorRT", rows)
             require(rows)
         known = {WEIGHTS: _write_graph(captured.model, folder, stages)}
-        copy_tokenizer(text, tokenizer, folder)
+        copy_tokenizer(beside, tokenizer, folder)
         manifest = make_manifest(recipe, opened, checkpoint, captured, generation)
         if request.for_tensorrt:
             manifest = _build_engine(request, builder, manifest, folder, stages)

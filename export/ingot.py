@@ -38,6 +38,7 @@ SIDE_FILES = (
     "*.jinja",
     "*.model",
     "additional_chat_templates/*",
+    "chat_templates/*",
     "generation_config.json",
     "merges.txt",
     "vocab.*",

@@ -7,7 +7,7 @@ has no more.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 from ingot.export.tokenizer_files import NAMES, Token, TokenizerFiles, read_tokenizer_files
 from ingot.plugins.child import ChildError, ask
 from ingot.plugins.errors import IngotError
+
+Find = Callable[[str], Path]
 
 TOKENIZER = "tokenizer.json"
 TEMPLATES = "additional_chat_templates"
@@ -59,11 +61,11 @@ CLASSES = {
 GENERAL = ("", "PreTrainedTokenizer", "TokenizersBackend")
 
 
-def make_tokenizer(folder: Path, family_class: str) -> str | None:
+def make_tokenizer(find: Find, family_class: str) -> str | None:
     """The ``tokenizer.json`` that makes the ids of transformers' ``AutoTokenizer``.
 
     Args:
-        folder: the checkpoint.
+        find: the path of a file of the checkpoint, by its name.
         family_class: transformers' tokenizer of the family, for a folder without ``tokenizer.json``
             that names none.
 
@@ -75,11 +77,11 @@ def make_tokenizer(folder: Path, family_class: str) -> str | None:
         IngotError: a file that is damaged or too large, or a tokenizer that fails on a text.
     """
     sources: tuple[str, ...]
-    files = read_tokenizer_files(folder)
-    request = _request(folder, files)
-    if (folder / TOKENIZER).is_file():
+    files = read_tokenizer_files(find)
+    request = _request(files)
+    if find(TOKENIZER).is_file():
         sources = (TOKENIZER,)
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    elif find("vocab.json").is_file() and find("merges.txt").is_file():
         sources = ("vocab.json", "merges.txt")
         named = str(files.config.get("tokenizer_class") or "").removesuffix("Fast")
         chosen = CLASSES.get(family_class if named in GENERAL else named)
@@ -91,43 +93,45 @@ def make_tokenizer(folder: Path, family_class: str) -> str | None:
     else:
         return None
     for name in sources:
-        size = (folder / name).stat().st_size
+        path = find(name)
+        size = path.stat().st_size
         if size > MOST_BYTES:
             raise TokenizerError(
-                f"{folder / name} has {size:,} bytes, and a tokenizer has at most {MOST_BYTES:,}; "
+                f"{path} has {size:,} bytes, and a tokenizer has at most {MOST_BYTES:,}; "
                 "remove the file to export without a tokenizer."
             )
+    request["sources"] = {name: str(find(name).absolute()) for name in sources}
     try:
         whole: str | None = ask(WORKER, request, seconds=SECONDS, megabytes=MEGABYTES)
     except ChildError as error:
         raise TokenizerError(
-            f"the tokenizer of {folder} cannot be used ({error}); replace "
-            f"{' and '.join(sources)}, or remove it to export without a tokenizer."
+            f"{' and '.join(str(find(name)) for name in sources)} cannot be used ({error}); put a "
+            "whole tokenizer there, or remove it to export without one."
         ) from error
     return whole
 
 
-def copy_tokenizer(checkpoint: Path, whole: str | None, folder: Path) -> None:
+def copy_tokenizer(find: Find, whole: str | None, folder: Path) -> None:
     """Put what belongs to text into an ingot.
 
     Args:
-        checkpoint: where the files are copied from.
+        find: as of ``make_tokenizer``.
         whole: of ``make_tokenizer``.
         folder: the ingot.
     """
     for name in COPIED:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, folder / name)
-    for path in sorted((checkpoint / TEMPLATES).glob("*.jinja")):
+        path = find(name)
+        if path.is_file():
+            shutil.copyfile(path, folder / name)
+    for path in sorted(find(TEMPLATES).glob("*.jinja")):
         (folder / TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(path, folder / TEMPLATES / path.name)
     if whole is not None:
         (folder / TOKENIZER).write_text(whole, encoding="utf-8")
 
 
-def _request(folder: Path, files: TokenizerFiles) -> dict[str, Any]:
+def _request(files: TokenizerFiles) -> dict[str, Any]:
     return {
-        "folder": str(folder.absolute()),
         "named": {name: _plain(token) for name, token in files.named.items()},
         "extra": [_plain(token) for token in files.extra],
         "added": {number: _plain(token) for number, token in files.added.items()},

@@ -6,7 +6,7 @@ and in which order tokens that are new get their ids. ``runtime/`` reads an ingo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,16 @@ class TokenizerFiles:
     complete: bool
 
 
-def read_tokenizer_files(folder: Path) -> TokenizerFiles:
+def read_tokenizer_files(find: Callable[[str], Path]) -> TokenizerFiles:
     """Read what is there of the three files in a checkpoint or an ingot.
+
+    Args:
+        find: the path of each by its name, such as ``folder.joinpath``.
 
     Raises:
         TokenizerFilesError: one is no JSON object, or a token in it is none.
     """
-    config = _object(folder / CONFIG)
+    config = _object(find(CONFIG))
     said = {name: value for name, value in config.items() if value is not None}
     # Two names of one list, which counts before that of the map also where it is empty.
     new, old = "extra_special_tokens", "additional_special_tokens"
@@ -87,12 +90,12 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     if complete:
         added = _by_id(said.get("added_tokens_decoder", {}))
     else:
-        _merge_map(said, own, _object(folder / SPECIAL_TOKENS_MAP))
-        added = _added_tokens(folder / ADDED_TOKENS, said)
+        _merge_map(said, own, _object(find(SPECIAL_TOKENS_MAP)))
+        added = _added_tokens(find(ADDED_TOKENS), said)
     extra = said.get(new, said.get(old)) or []
     if not isinstance(extra, list):
         raise TokenizerFilesError(
-            f"{folder / CONFIG}: extra_special_tokens is {shown(extra)}, no list of tokens."
+            f"{find(CONFIG)}: extra_special_tokens is {shown(extra)}, no list of tokens."
         )
     named = {name: _token(said[name], name) for name in NAMES if name in said}
     for name, value in said.items():

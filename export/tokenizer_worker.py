@@ -19,18 +19,16 @@ SAMPLE = "The quick brown fox, 12.5 %;\n\tcafé 漢字 😀 \u0915\u094d\u0937 e
 
 def answer(request: dict[str, Any]) -> str | None:
     """What ``tokenizer.json`` must hold, or None where it does already."""
-    folder = Path(request["folder"])
-    file = folder / "tokenizer.json"
-    there = file.is_file()
-    if there:
-        tokenizer = Tokenizer.from_file(str(file))
+    file = request["sources"].get("tokenizer.json")
+    if file is not None:
+        tokenizer = Tokenizer.from_file(file)
         # Written by the library once, so that a difference is one of content.
         before = tokenizer.to_str()
-        written = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
+        written = json.loads(Path(file).read_text(encoding="utf-8"))["added_tokens"]
     else:
-        tokenizer, before, written = _byte_level(folder, request), "", []
+        tokenizer, before, written = _byte_level(request), "", []
     _add(tokenizer, request, written)
-    if not there:
+    if file is None:
         _begin_and_end(tokenizer, request)
     after = tokenizer.to_str()
     whole: str | None = None if after == before else tokenizer.to_str(pretty=True)
@@ -44,11 +42,11 @@ def answer(request: dict[str, Any]) -> str | None:
     return whole
 
 
-def _byte_level(folder: Path, request: dict[str, Any]) -> Tokenizer:
+def _byte_level(request: dict[str, Any]) -> Tokenizer:
     """GPT-2's: ``vocab.json`` and ``merges.txt`` hold its pieces, and its class the rest."""
     model = BPE.from_file(
-        str(folder / "vocab.json"),
-        str(folder / "merges.txt"),
+        request["sources"]["vocab.json"],
+        request["sources"]["merges.txt"],
         continuing_subword_prefix="",
         end_of_word_suffix="",
         fuse_unk=False,

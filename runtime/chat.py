@@ -62,7 +62,7 @@ def chat_text(
             f"jinja2 is missing; install what renders a chat with: {install_hint('chat')}"
         )
     try:
-        files = read_tokenizer_files(folder)
+        files = read_tokenizer_files(folder.joinpath)
     except TokenizerFilesError as error:
         raise ChatError(str(error)) from error
     template = _template(folder, files.config, tools)

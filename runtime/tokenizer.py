@@ -53,7 +53,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         tokenizer.no_padding()
     # No part of tokenizer.json: the text of a special token is text like any other.
     try:
-        config = read_tokenizer_files(folder).config
+        config = read_tokenizer_files(folder.joinpath).config
     except TokenizerFilesError as error:
         raise TokenizerError(str(error)) from error
     tokenizer.encode_special_tokens = config.get("split_special_tokens") is True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from click.testing import CliRunner, Result
 from damage import copied
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from ingot.export.ingot import Manifest, file_infos
 from ingot.runtime.cli import generate_command
 from ingot.runtime.tokenizer import TokenizerError, decode_ids, encode_text, load_tokenizer
 
@@ -64,9 +66,9 @@ def _generate(ingot: Path, *arguments: str) -> Result:
 
 
 def test_a_prompt_is_fed_whole(tiny_onnx: Path, tmp_path: Path) -> None:
-    # Read by the name; the manifest lists what an export copied.
     ingot = copied(tiny_onnx, tmp_path / "ingot")
     cut_and_padded(ingot)
+    sealed(ingot)
     asked = _generate(ingot, "--prompt", TEXT)
     assert asked.exit_code == 0, asked.output
 
@@ -84,6 +86,12 @@ def saved(folder: Path, **parts: Any) -> Path:
     raw = {**json.loads(words().to_str()), **parts}
     (folder / "tokenizer.json").write_text(json.dumps(raw))
     return folder
+
+
+def sealed(ingot: Path) -> None:
+    """Let the manifest list what lies there."""
+    manifest = Manifest.read(ingot)
+    replace(manifest, files=file_infos(ingot, {})).write(ingot)
 
 
 def split(pattern: str) -> dict[str, Any]:
@@ -136,6 +144,7 @@ def test_a_command_says_what_its_tokenizer_does(tiny_onnx: Path, tmp_path: Path)
         saved(ingot, **parts)
         for option in ("--prompt", "--chat"):
             (ingot / "chat_template.jinja").write_text("{{ messages[0].content }}")
+            sealed(ingot)
             result = _generate(ingot, option, "a" * 40 + "c")
             assert result.exit_code == 2 and "token" in result.stderr, result.output
             assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
