@@ -576,7 +576,7 @@ def test_fails_a_damaged_ingot_against_a_right_one(
 ANOTHER = {"checkpoint": "x", "revision": None, "sha256": "0" * 64}
 OTHERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "nothing": (lambda ingot, out: out, "is not an ingot"),
-    "a name": (lambda ingot, out: Path("tensorrt"), "tensorrt is not an ingot"),
+    "a name": (lambda ingot, out: Path("tensorrt"), "'tensorrt' is not an ingot"),
     "a precision": (
         lambda ingot, out: copied(ingot, out, precision="float16"),
         "is generate float16 and this ingot generate float32",

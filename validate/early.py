@@ -54,8 +54,8 @@ def check_request(
             known = (EAGER, *TARGETS)
             meant = nearest(against, known)
             raise IngotError(
-                f"{shown(against)} is nothing to compare with; give one of {', '.join(known)}, or "
-                f"the folder of another ingot{f'; did you mean {meant}?' if meant else '.'}"
+                f"{shown(against)} is not an ingot to compare with, nor one of {', '.join(known)}"
+                f"{f'; did you mean {meant}?' if meant else '.'}"
             )
         Manifest.read(Path(against))
     merged = manifest.source.get("adapter")
