@@ -275,7 +275,7 @@ def test_takes_every_plain_name_of_a_file(ingot: Path) -> None:
 
 def test_takes_facts_that_a_later_version_adds_and_no_other_field(ingot: Path) -> None:
     """An older Ingot does not run by a field that it does not know; figures are for people."""
-    for place in ("source/adapter", "generation/bos_token_id", "graph/depth", "validation/figure"):
+    for place in ("source/licence", "generation/bos_token_id", "graph/depth", "validation/figure"):
         change(ingot, place, 1)
     load(ingot)
     change(ingot, "quantised", True)
