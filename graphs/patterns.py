@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from ingot.plugins.child import ChildError, ask
 from ingot.plugins.errors import IngotError, shown
 
-SECONDS = 10
 # No repetition, no alternative: as quick to match as text. Nearly all patterns are names.
 PLAIN = re.compile(r"[\w.^$\\-]*")
-# A pattern of a few characters can take years or gigabytes, to compile as well as to match, and
-# Python's matcher cannot be interrupted from inside of its process.
-PROGRAM = """
-import json, re, resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-patterns, names = json.load(sys.stdin)
-compiled = [re.compile(pattern) for pattern in patterns]
-print(json.dumps([[name for name in names if each.fullmatch(name)] for each in compiled]))
-"""
+# A pattern of a few characters can take years, and Python's matcher cannot be interrupted inside of
+# its process.
+WORKER = Path(__file__).with_name("patterns_worker.py")
+SECONDS = 10
+MEGABYTES = 1024
 
 
 class PatternError(IngotError):
@@ -44,9 +38,8 @@ def full_matches(
     Raises:
         PatternError: a pattern that does not compile, or that takes seconds or much memory.
     """
-    before = r"(?:.*\.)?" if after_dot else ""
     plain = [bool(PLAIN.fullmatch(pattern)) for pattern in patterns]
-    whole = [f"{before}({pattern})" for pattern in patterns]
+    whole = [rf"(?:.*\.)?({pattern})" if after_dot else pattern for pattern in patterns]
     others = [pattern for pattern, quick in zip(whole, plain, strict=True) if not quick]
     apart = iter(_in_a_process(others, names) if others else ())
     return [
@@ -64,19 +57,8 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 def _in_a_process(patterns: Sequence[str], names: Sequence[str]) -> list[set[str]]:
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", PROGRAM],
-            input=json.dumps([patterns, names]),
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise PatternError(
-            f"{shown(list(patterns))} took more than {SECONDS} seconds to match"
-        ) from None
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["the process was ended"])[-1]
-        raise PatternError(f"{shown(list(patterns))} cannot be matched ({reason[:200]})")
-    return [set(matched) for matched in json.loads(done.stdout)]
+        request = [list(patterns), list(names)]
+        matched = ask(WORKER, request, seconds=SECONDS, megabytes=MEGABYTES)
+    except ChildError as error:
+        raise PatternError(f"{shown(list(patterns))} cannot be matched ({error})") from None
+    return [set(each) for each in matched]

@@ -14,6 +14,7 @@ from adapters import CONFIG, IDS, WEIGHTS, change_config, logits, make_adapter, 
 from click.testing import CliRunner, Result
 from conftest import MakeCheckpoint, MakeIngot
 from oracle import relative_rms
+from test_runtime_tokenizer import cut_and_padded
 
 from ingot.export.cli import main
 from ingot.export.ingot import Manifest
@@ -71,6 +72,7 @@ def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of ``tiny``, with a tokenizer of its own; read only."""
     folder = tmp_path_factory.mktemp("adapters") / "tuned"
     make_adapter(tiny, folder, target_modules=["q_proj", "o_proj"])
+    cut_and_padded(folder)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     return folder
 
@@ -96,9 +98,25 @@ def test_the_manifest_names_the_adapter(tiny_ort: Path, ingot: Path) -> None:
     assert "tuned" in shown.output and shown.exit_code == 0
 
 
-def test_the_template_of_the_adapter_goes_with_it(ingot: Path, adapter: Path) -> None:
+def test_the_tokenizer_of_the_adapter_goes_with_it(
+    tiny: Path, ingot: Path, adapter: Path, make_ingot: MakeIngot, tmp_path: Path
+) -> None:
+    assert (ingot / "tokenizer.json").is_file() and not (tiny / "tokenizer.json").exists()
     name = "chat_template.jinja"
     assert (ingot / name).read_text() == (adapter / name).read_text()
+    # A template alone goes with the base's tokenizer, and a tokenizer with its own templates alone.
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    cut_and_padded(base)
+    (base / "tokenizer_config.json").write_text('{"chat_template": "base"}')
+    (base / "generation_config.json").write_text("{}")
+    part = Path(shutil.copytree(adapter, tmp_path / "part"))
+    (part / "tokenizer.json").unlink()
+    made = make_ingot(base, "ort", adapter=str(part))
+    assert (made / name).read_text() == (adapter / name).read_text()
+    files = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", name}
+    assert files <= {path.name for path in made.iterdir()}
+    whole = make_ingot(base, "ort", adapter=str(adapter))
+    assert files - {path.name for path in whole.iterdir()} == {"tokenizer_config.json"}
 
 
 def test_is_validated_with_its_adapter_alone(
@@ -146,10 +164,8 @@ def test_nothing_is_made_where_an_adapter_is_forgotten(
 def test_nothing_is_written_into_the_adapter(tiny: Path, adapter: Path) -> None:
     for out in (adapter / "ingot", adapter):
         export = ("export", "--model", tiny, "--adapter", adapter, "--out", out, "--overwrite")
-        result = run(*export)
-        assert result.exit_code == 2 and sorted(p.name for p in adapter.iterdir()) == sorted(
-            [CONFIG, WEIGHTS, "README.md", "chat_template.jinja"]
-        )
+        before = sorted(adapter.iterdir())
+        assert run(*export).exit_code == 2 and sorted(adapter.iterdir()) == before
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "../x", "org/name\n", ""])

@@ -53,6 +53,7 @@ def listed(ingot: Path, name: str) -> None:
     (ingot / MANIFEST).write_text(json.dumps(raw))
 
 
+ADAPTER = {"name": "tuned", "revision": None, "sha256": "0" * 64}
 CACHE = ["batch", 1, "past_sequence", 16]
 REFUSED: list[tuple[str, Any, str]] = [
     ("model_type", "$(reboot)", "model_type"),
@@ -120,6 +121,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("source/checkpoint", "x" * 10**6, "source.checkpoint"),
     ("source/revision", {}, "source.revision"),
     ("source/sha256", "0" * 63, "source.sha256"),
+    ("source/adapter", "tuned", "source.adapter"),
+    ("source/adapter", {**ADAPTER, "name": "a\nb"}, "source.adapter.name"),
+    ("source/adapter", {**ADAPTER, "revision": 3}, "source.adapter.revision"),
+    ("source/adapter", {**ADAPTER, "sha256": "0"}, "source.adapter.sha256"),
+    ("source/adapter", {"name": "tuned"}, "source.adapter"),
     ("generation", None, "generation"),
     ("generation/eos_token_ids", 2, "generation.eos_token_ids"),
     ("generation/eos_token_ids", "</s>", "generation.eos_token_ids"),

@@ -262,6 +262,12 @@ void check_notes(const Field &raw) {
     source.at("checkpoint").text();
     if (!source.at("revision").null()) source.at("revision").text();
     source.at("sha256").sha256();
+    if (source.has("adapter")) {
+        const Field adapter = source.at("adapter");
+        adapter.at("name").text();
+        if (!adapter.at("revision").null()) adapter.at("revision").text();
+        adapter.at("sha256").sha256();
+    }
     graph.at("opset").whole(1, 1000);
     graph.at("nodes").whole(0, kMostSize);
     for (const auto &[name, count] : graph.at("operators").entries(4096)) {
