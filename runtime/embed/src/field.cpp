@@ -59,6 +59,16 @@ std::vector<std::pair<std::string, Field>> Field::entries(std::size_t most) cons
     return result;
 }
 
+void Field::only(std::initializer_list<const char *> keys) const {
+    if (!value_.is_object()) refuse("an object");
+    for (const auto &[key, value] : value_.items()) {
+        const auto is = [&name = key](const char *known) { return name == known; };
+        if (std::any_of(keys.begin(), keys.end(), is)) continue;
+        throw std::invalid_argument((name_.empty() ? "it" : name_) + " has \"" + plain(key) +
+                                    "\", which is not known here");
+    }
+}
+
 std::vector<Field> Field::items(std::size_t most) const {
     if (!value_.is_array() || value_.size() > most) refuse("a list of at most " + std::to_string(most));
     std::vector<Field> result;

@@ -50,6 +50,9 @@ class Field {
     bool has(const char *key) const;
     std::vector<std::pair<std::string, Field>> entries(std::size_t most) const;
 
+    // Refuses any other key of an object.
+    void only(std::initializer_list<const char *> keys) const;
+
     // Of a list.
     std::vector<Field> items(std::size_t most) const;
 

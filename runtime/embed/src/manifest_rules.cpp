@@ -67,6 +67,7 @@ std::vector<TensorInfo> tensors(const Field &values) {
     std::vector<TensorInfo> result;
     std::set<std::string> names;
     for (const Field &value : values.items(kMostTensors)) {
+        value.only({"name", "dtype", "shape"});
         result.push_back({tensor_name(value.at("name")),
                           value.at("dtype").one_of({"float32", "float16", "bfloat16", "int64"}),
                           shape(value.at("shape"))});
@@ -88,6 +89,7 @@ const TensorInfo *find(const std::vector<TensorInfo> &tensors, const std::string
 // many more as there are new tokens.
 StateInfo state(const Field &value) {
     StateInfo result;
+    value.only({"kind", "input", "output", "dtype", "input_shape", "output_shape", "axis", "shared"});
     result.kind = value.at("kind").one_of({"key", "value", "conv", "ssm"});
     result.input = tensor_name(value.at("input"));
     result.output = tensor_name(value.at("output"));
@@ -127,6 +129,8 @@ StateInfo state(const Field &value) {
 
 EngineInfo engine(const Field &value) {
     EngineInfo result;
+    value.only({"builder", "version", "compute_capabilities", "graph_sha256", "plugins", "libraries", "embedded",
+                "profiles"});
     result.builder = value.at("builder").one_of({"tensorrt", "tensorrt-rtx"});
     result.version = value.at("version").matching(kVersion, "a version");
     result.compute_capabilities = value.at("compute_capabilities").wholes(10, 9999, 64);
@@ -144,6 +148,7 @@ EngineInfo engine(const Field &value) {
     }
     result.embedded = value.at("embedded").truth();
     for (const Field &profile : value.at("profiles").items(16)) {
+        profile.only({"name", "shapes"});
         profile.at("name").matching(kProfile, "letters, digits and _");
         ProfileInfo made;
         for (const auto &[name, range] : profile.at("shapes").entries(kMostTensors)) {
@@ -192,7 +197,9 @@ void check_tensors(const Manifest &manifest) {
         }
         grows = grows || state.axis;
     }
-    if (find(manifest.inputs, "input_ids") == nullptr) damaged("inputs lacks input_ids");
+    for (const char *name : {"input_ids", "attention_mask"}) {
+        if (find(manifest.inputs, name) == nullptr) damaged(std::string("inputs lacks ") + name);
+    }
     for (const TensorInfo &input : manifest.inputs) {
         if (state_inputs.count(input.name) > 0) continue;
         const bool mask = input.name == "attention_mask";
@@ -282,6 +289,9 @@ void check_notes(const Field &raw) {
 
 Manifest manifest(const Field &raw) {
     Manifest result;
+    raw.only({"model_type", "task", "target", "precision", "main_output", "inputs", "outputs", "states", "vocab_size",
+              "source", "generation", "graph", "parameters", "active_parameters", "weight_bytes", "tools", "labels",
+              "engine", "files", "validation", "schema_version"});
     // Any architecture: the graph is all that a session knows of it.
     result.model_type = raw.at("model_type").matching(kPackage, "the name of an architecture");
     result.task = raw.at("task").one_of({"generate", "features", "classify"});
@@ -305,6 +315,7 @@ Manifest manifest(const Field &raw) {
     }
     for (const auto &[name, value] : raw.at("files").entries(kMostTensors)) {
         if (!is_relative_name(name)) damaged(value.name() + " is not named like a file below the folder");
+        value.only({"bytes", "sha256"});
         const auto bytes = static_cast<std::uint64_t>(value.at("bytes").whole(0, kMostBytes));
         result.files[name] = {bytes, value.at("sha256").sha256()};
     }

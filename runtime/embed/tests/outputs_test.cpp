@@ -18,7 +18,9 @@ class WithGraph : public Copy {
   public:
     explicit WithGraph(const json &state = nullptr) : Copy("olmoe-ort") {
         edit([&](json &raw) {
-            raw["inputs"] = {{{"name", "input_ids"}, {"dtype", "int64"}, {"shape", {"batch", "sequence"}}}};
+            const std::string columns = state.is_null() || state["axis"].is_null() ? "sequence" : "total_sequence";
+            raw["inputs"] = {{{"name", "input_ids"}, {"dtype", "int64"}, {"shape", {"batch", "sequence"}}},
+                             {{"name", "attention_mask"}, {"dtype", "int64"}, {"shape", {"batch", columns}}}};
             raw["outputs"] = json::array({raw["outputs"][0]});
             raw["states"] = json::array();
             if (state.is_null()) return;
