@@ -78,7 +78,7 @@ def find_source(request: ExportRequest) -> Source | None:
         )
     source = find(model, request.revision)
     # Before its config, which a folder that is an adapter and nothing else does not have.
-    refuse_forgotten(source.folder, adapter)
+    refuse_forgotten(source.folder, adapter, source.hub_name)
     folder = Folder.read(source.folder)
     # Read for their refusals; on the hub the weights are looked for when they are fetched.
     _ = folder.family

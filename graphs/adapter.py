@@ -255,12 +255,13 @@ def base_of(folder: Path) -> str | None:
     return name if usable else None
 
 
-def refuse_forgotten(folder: Path, adapter: Path | None) -> None:
+def refuse_forgotten(folder: Path, adapter: Path | None, hub_name: str | None = None) -> None:
     """Refuse a checkpoint folder with an adapter in it that nobody asked to merge.
 
     Args:
         folder: of the checkpoint.
         adapter: the folder of the adapter that is merged, if any is.
+        hub_name: what the checkpoint was asked for by, where it is from the hub.
 
     Raises:
         AdapterError: naming both ways out.
@@ -269,16 +270,18 @@ def refuse_forgotten(folder: Path, adapter: Path | None) -> None:
     there = [name for name in files if (folder / name).is_file()]
     if not there:
         return
+    name = hub_name or folder
     if not (folder / "config.json").is_file():
         base = base_of(folder) if ADAPTER_CONFIG in there else None
         raise AdapterError(
-            f"{folder} holds an adapter{f' of {base}' if base else ''} and no model; give "
-            f"--model {base or 'BASE'} --adapter {folder}."
+            f"{name} holds an adapter{f' of {base}' if base else ''} and no model; give "
+            f"--model {base or 'BASE'} --adapter {name}."
         )
     if adapter is None or not adapter.exists() or not folder.samefile(adapter):
+        remove = "take the base it was trained on" if hub_name else "remove it from the folder"
         raise AdapterError(
-            f"{folder} holds an adapter beside the model ({', '.join(there)}), which the model "
-            f"alone would lose; merge it with --adapter {folder}, or remove it from the folder."
+            f"{name} holds an adapter beside the model ({', '.join(there)}), which the model alone "
+            f"would lose; merge it with --adapter {name}, or {remove}."
         )
 
 

@@ -257,6 +257,16 @@ REPOSITORIES = {
         "config.json": OLMOE[:-1] + b', "attn_logit_softcapping": 30.0}',
     },
     "org/olmoe": {**FILES, "config.json": OLMOE},
+    "org/adapter": {
+        "adapter_config.json": b'{"peft_type": "LORA", "base_model_name_or_path": "org/olmoe"}',
+        "adapter_model.safetensors": b"weights",
+        "adapter_model.bin": b"pickle",
+        "model.safetensors": b"weights",
+        "README.md": b"words",
+        "tokenizer.json": b"{}",
+        "training_args.bin": b"pickle",
+    },
+    "org/tuned": {**FILES, "config.json": OLMOE, "adapter_config.json": b"{}"},
 }
 
 
@@ -360,6 +370,23 @@ def test_refuses_a_repository_without_whole_weights_and_downloads_none(
         assert all(part in message for part in expected[model]), message
         assert not [name for name in hub.files(model) if not name.endswith((".json", ".jinja"))
                     and name != "tokenizer.model"]  # fmt: skip
+
+
+def test_an_adapter_is_downloaded_without_a_model(tmp_path: Path, hub: Hub) -> None:
+    expected = {
+        ("org/olmoe", "--adapter", "org/adapter"): "is not a whole safetensors file",
+        ("org/olmoe", "--adapter", "org/olmoe"): "it has no adapter_config.json",
+        ("org/adapter",): "give --model org/olmoe --adapter org/adapter.",
+        ("org/tuned",): "merge it with --adapter org/tuned, or take the base",
+    }
+    commands = [["export", "--out", str(tmp_path / "out"), "--model", *words] for words in expected]
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    told = run_commands(*commands, **environment, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path))
+    for (status, said, _), wanted in zip(told, expected.values(), strict=True):
+        assert status == 2 and wanted in said, said
+    files = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert set(hub.files("org/adapter")) == files
+    assert hub.files("org/tuned").count("model.safetensors") == 0
 
 
 def test_an_export_refuses_a_config_before_it_downloads_weights(tmp_path: Path, hub: Hub) -> None:
