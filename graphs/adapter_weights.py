@@ -185,7 +185,8 @@ class MergedCheckpoint(Checkpoint):
         if name == "generation_config.json":
             return self.base.side_folder(name)
         whole = any((folder / each).is_file() for each in VOCABULARIES)
-        return folder if whole or (folder / name).exists() else self.base.side_folder(name)
+        there = (folder / name).is_file() or any((folder / name).glob("*.jinja"))
+        return folder if whole or there else self.base.side_folder(name)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor; float32 where the adapter changes it, and else in its file's dtype.

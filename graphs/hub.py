@@ -26,8 +26,17 @@ from ingot.plugins.errors import shown
 # Configuration and tokenizer, which come before any weight; never pickles, never code.
 PATTERNS = ("*.json", "*.model", "*.jinja", "vocab.txt", "merges.txt")
 ADAPTER_PATTERNS = (ADAPTER_WEIGHTS, *PATTERNS)
-# Folders of a repository hold the same weights for other programs.
-ELSEWHERE = "*/*"
+# Of a repository's folders, which hold the same weights for other programs, the one that is read.
+TEMPLATES = "additional_chat_templates"
+# A pattern's star is any text, slashes too, so none says "in any other folder": the name of another
+# differs at some letter, or ends too early or too late.
+ELSEWHERE = (
+    *(f"{TEMPLATES[:at]}[!{letter}]*/*" for at, letter in enumerate(TEMPLATES)),
+    *(f"{TEMPLATES[:at]}/*" for at in range(len(TEMPLATES))),
+    f"{TEMPLATES}[!/]*/*",
+    f"{TEMPLATES}/*/*",
+    *(f"{TEMPLATES}/{pattern}" for pattern in PATTERNS if pattern != "*.jinja"),
+)
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 ADDRESS = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", re.ASCII
@@ -182,7 +191,10 @@ def _snapshot(name: str, revision: str | None, patterns: tuple[str, ...]) -> Pat
 
 
 def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    """The client's folder of one commit, with the files at the top of it that fit a pattern."""
+    """The client's folder of one commit, with the files that fit a pattern.
+
+    They are those at the top of it, and templates of chats in their folder.
+    """
     import huggingface_hub as hub
 
     with _hub_errors(name, revision):
@@ -191,7 +203,7 @@ def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> Pat
                 name,
                 revision=revision,
                 allow_patterns=list(patterns),
-                ignore_patterns=[ELSEWHERE],
+                ignore_patterns=list(ELSEWHERE),
             )
         )
 

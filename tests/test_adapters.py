@@ -74,6 +74,8 @@ def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_adapter(tiny, folder, target_modules=["q_proj", "o_proj"])
     cut_and_padded(folder)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("tools")
     return folder
 
 

@@ -26,7 +26,7 @@ from test_export_early import run_commands
 
 from ingot.graphs.family import find_family
 from ingot.graphs.folder import CheckpointError
-from ingot.graphs.hub import PATTERNS, REVISION, resolve
+from ingot.graphs.hub import ELSEWHERE, PATTERNS, REVISION, TEMPLATES, resolve
 from ingot.graphs.preset import preset_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,12 +214,14 @@ def index(*shards: str) -> bytes:
 
 
 INDEX = "model.safetensors.index.json"
+TOOLS = "additional_chat_templates/tool_use.jinja"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 FILES = {
     "config.json": b"{}",
     "model.safetensors": b"weights",
     "tokenizer.model": b"pieces",
     "chat_template.jinja": b"template",
+    TOOLS: b"template of tools",
     # What other programs read of the same model.
     "pytorch_model.bin": b"pickle",
     "consolidated.00.pth": b"pickle",
@@ -229,6 +231,10 @@ FILES = {
     "original/params.json": b"{}",
     "onnx/model.safetensors": b"weights",
     "onnx/config.json": b"{}",
+    "onnx/chat_template.jinja": b"template",
+    "additional_chat_templates/old/rag.jinja": b"template",
+    "additional_chat_templates/config.json": b"{}",
+    "additional/chat_template.jinja": b"template",
     "modeling_olmoe.py": b"code",
     "README.md": b"words",
 }
@@ -329,8 +335,12 @@ def test_downloads_weights_and_tokenizer_but_neither_pickles_nor_code(
 ) -> None:
     [(outcome, path)] = look_up(tmp_path, "org/model", HF_ENDPOINT=hub.endpoint)
     assert outcome == "found", path
-    got = {file.name: file.read_bytes() for file in Path(path).rglob("*") if file.is_file()}
-    wanted = ("config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja")
+    got = {
+        file.relative_to(path).as_posix(): file.read_bytes()
+        for file in Path(path).rglob("*")
+        if file.is_file()
+    }
+    wanted = ("config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja", TOOLS)
     assert got == {name: FILES[name] for name in wanted}
     # Each once, the weights last.
     asked = hub.files("org/model")
@@ -344,7 +354,7 @@ def test_downloads_the_weights_that_are_read_and_each_once(tmp_path: Path, hub: 
     names = ("org/sharded", "org/both", "org/sharded")
     outcomes = look_up(tmp_path, *names, HF_ENDPOINT=hub.endpoint)
     assert [outcome for outcome, _ in outcomes] == ["found"] * 3
-    small = {"config.json", "tokenizer.model", "chat_template.jinja", INDEX}
+    small = {"config.json", "tokenizer.model", "chat_template.jinja", TOOLS, INDEX}
     assert sorted(hub.files("org/sharded")) == sorted((*small, *SHARDS))
     assert sorted(hub.files("org/both")) == sorted((*small, "model.safetensors"))
 
@@ -476,3 +486,15 @@ def test_patterns_match_no_name_that_ends_in_a_pickle(stem: str, ending: str) ->
 )
 def test_patterns_match_what_an_export_needs_beside_weights(name: str) -> None:
     assert any(fnmatch(name, pattern) for pattern in PATTERNS)
+
+
+@given(
+    st.sampled_from([TEMPLATES, TEMPLATES[:9], TEMPLATES[:3], "x"]),
+    st.text(st.sampled_from("ad_/"), min_size=1, max_size=3),
+)
+def test_downloads_from_no_folder_but_that_of_templates(start: str, more: str) -> None:
+    for end in (".jinja", ".json", ".model"):
+        path = f"{start}{more}{end}"
+        folder, _, name = path.rpartition("/")
+        wanted = "/" not in path or (folder == TEMPLATES and end == ".jinja")
+        assert wanted != any(fnmatch(path, pattern) for pattern in ELSEWHERE), path
