@@ -25,7 +25,8 @@ LEFT_OUT = {
     f"ingot/plugins/kernels/{name}" for name in ("fake_driver.cpp", "interpret.py", "record.py")
 } | {
     f"ingot/{file.relative_to(ROOT).as_posix()}"
-    for file in (ROOT / "runtime" / "embed" / "tests").rglob("*")
+    for folder in ("fuzz", "tests")
+    for file in (ROOT / "runtime" / "embed" / folder).rglob("*")
     if file.is_file()
 }
 KERNELS, CANDIDATES = "lib/libingot_kernels.so", "lib/tune/libingot_kernels.so"
