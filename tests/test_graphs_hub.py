@@ -495,6 +495,6 @@ def test_patterns_match_what_an_export_needs_beside_weights(name: str) -> None:
 def test_downloads_from_no_folder_but_that_of_templates(start: str, more: str) -> None:
     for end in (".jinja", ".json", ".model"):
         path = f"{start}{more}{end}"
-        folder, _, name = path.rpartition("/")
+        folder, _, _ = path.rpartition("/")
         wanted = "/" not in path or (folder == TEMPLATES and end == ".jinja")
         assert wanted != any(fnmatch(path, pattern) for pattern in ELSEWHERE), path
