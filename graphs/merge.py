@@ -297,7 +297,8 @@ class _Merge:
         graph = self.graph
         modules = (*graph.linear, *graph.embeddings, *graph.experts)
         self.targeted = self.config.targeted([self._trained(name) for name in modules])
-        if self.config.tied:
+        # PEFT, too, ties nothing where the model does not.
+        if self.config.tied and self.family.read_config(self.raw_config).tie_word_embeddings:
             for head, embedding in self._tied_names():
                 if self._trained(_owner(embedding)) in self.targeted:
                     self.targeted.add(_owner(head))

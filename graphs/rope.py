@@ -84,10 +84,9 @@ class RopeParameters:
         Raises:
             ConfigError: an unknown rope type, or a missing, extra or malformed value.
         """
-        new = config.take("rope_parameters", dict, {})
-        old = config.take("rope_scaling", dict, {})
+        new, old = _object(config, "rope_parameters"), _object(config, "rope_scaling")
         theta = config.take("rope_theta", float, 10000.0)
-        if new and old and {"rope_theta": theta, **new} != {"rope_theta": theta, **old}:
+        if new and old and _normal(new, theta) != _normal(old, theta):
             raise ConfigError(
                 "config.json: rope_scaling and rope_parameters disagree; keep one of them."
             )
@@ -225,6 +224,21 @@ class RopeParameters:
         position = self.rope_theta**exponent
         inverse = (1.0 / (factor * position)) * (1 - extrapolated) + (1.0 / position) * extrapolated
         return inverse, float(attention)
+
+
+def _object(config: ConfigReader, name: str) -> dict[str, Any]:
+    """One of the two objects; as in transformers, whatever is empty or false says nothing."""
+    if config.raw.get(name) in ([], False):
+        config.ignore(name)
+        return {}
+    return config.take(name, dict, {})
+
+
+def _normal(values: dict[str, Any], theta: float) -> dict[str, Any]:
+    """What parameters say, whichever of its two names their type has."""
+    said = {"rope_theta": theta, **{k: v for k, v in values.items() if v is not None}}
+    named = said.pop("type", "default")
+    return {"rope_type": named, **said}
 
 
 def _rope_type(values: dict[str, Any]) -> str:

@@ -90,6 +90,24 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"tie_word_embeddings": False},
         {"target_modules": ["embed_tokens", "k_proj"], "modules_to_save": ["norm"]},
     ),
+    "granite tied where nothing is": (
+        "granite",
+        {"tie_word_embeddings": False},
+        {
+            "target_modules": ["embed_tokens"],
+            "modules_to_save": ["norm"],
+            "ensure_weight_tying": True,
+        },
+    ),
+    "granite whole and tied where nothing is": (
+        "granite",
+        {"tie_word_embeddings": False},
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+    ),
     "granite token rows": (
         "granite",
         {"tie_word_embeddings": False},

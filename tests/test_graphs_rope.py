@@ -645,6 +645,22 @@ def test_refuses_spellings_that_disagree(old: dict[str, Any]) -> None:
     refused("rope_scaling", "rope_parameters", "keep one", rope_parameters=new, rope_scaling=old)
 
 
+@pytest.mark.parametrize("more", [{}, {"rope_theta": 5e5}, {"beta_fast": None}])
+def test_takes_both_spellings_where_they_say_the_same(more: dict[str, Any]) -> None:
+    old = {"type": "linear", "factor": 2}
+    new = {"rope_type": "linear", "factor": 2.0, **more}
+    mine = ours(CONTEXT, 16, rope_parameters=new, rope_scaling=old, rope_theta=5e5)
+    alone = theirs(CONTEXT, 16, rope_scaling=copy.deepcopy(old), rope_theta=5e5)
+    assert_same_frequencies(mine, alone)
+
+
+@pytest.mark.parametrize("nothing", [{}, [], False, None])
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_an_empty_scaling_is_none(name: str, nothing: Any) -> None:
+    fields = {name: nothing, "rope_theta": 5e5}
+    assert_same_frequencies(ours(CONTEXT, 16, **fields), theirs(CONTEXT, 16, rope_theta=5e5))
+
+
 def test_refuses_dynamic_frequencies_for_a_head_of_two() -> None:
     # The exponent of the grown base is D / (D - 2).
     raw = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}
