@@ -163,6 +163,7 @@ def export_command(
         max_seq=max_seq,
         opt_seq=opt_seq,
         embed_plugins=embed_plugins,
+        context=context,
         validate=not no_validate,
         overwrite=overwrite,
         stages=stages,

@@ -6,16 +6,21 @@ Nothing here needs it: what an export is asked for, where it is to lie, and wher
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 from ingot.export.ingot import check_destination
-from ingot.export.request import PRESETS, ExportError, ExportRequest
+from ingot.export.request import PRESETS, ExportError, ExportRequest, Limits
+from ingot.graphs import names
 from ingot.graphs.adapter import read_adapter, refuse_forgotten
 from ingot.graphs.config import MOST_POSITIONS
 from ingot.graphs.folder import Folder, is_folder
 from ingot.graphs.hub import Source, find, resolve_adapter
-from ingot.graphs.names import FAMILIES, RELEASED, nearest
+from ingot.graphs.names import RELEASED, nearest
 from ingot.plugins.errors import shown
+
+# Of a preset's weights; a larger seed would give those of its remainder.
+MOST_SEEDS = 1 << 32
 
 
 def check_request(request: ExportRequest) -> None:
@@ -32,6 +37,10 @@ def check_request(request: ExportRequest) -> None:
             f"--precision {request.precision} goes with a TensorRT target; {request.target} ingots "
             "are float32."
         )
+    if not request.for_tensorrt:
+        _refuse_engine_options(request)
+    if type(request.seed) is not int or not 0 <= request.seed < MOST_SEEDS:
+        raise ExportError(f"--seed is {shown(request.seed)}; it must be 0 to {MOST_SEEDS - 1}.")
     context = request.context
     if context is not None and (type(context) is not int or not 1 <= context <= MOST_POSITIONS):
         raise ExportError(
@@ -42,6 +51,24 @@ def check_request(request: ExportRequest) -> None:
         from ingot.export.engine import plan_engine
 
         plan_engine(request)
+
+
+def _refuse_engine_options(request: ExportRequest) -> None:
+    """What is said of an engine where none is made would be dropped without a word."""
+    given = {
+        f"--builder {request.builder}": request.builder not in ("auto", "none"),
+        "--embed-plugins": request.embed_plugins,
+        **{
+            f"--{field.name.replace('_', '-')}": getattr(request.limits, field.name)
+            != field.default
+            for field in fields(Limits)
+        },
+    }
+    for option in (option for option, is_given in given.items() if is_given):
+        raise ExportError(
+            f"{option} is of a TensorRT engine, and a {request.target} ingot has none; give "
+            "--target trt or trt-rtx, or leave it out."
+        )
 
 
 def find_source(request: ExportRequest) -> Source | None:
@@ -59,24 +86,31 @@ def find_source(request: ExportRequest) -> Source | None:
         adapter = resolve_adapter(request.adapter)
         read_adapter(adapter)
     model = request.model
-    if model in FAMILIES:
+    if model in names.FAMILIES:
         if is_folder(model):
             raise ExportError(
                 f"{model!r} is a family name and also a folder here; write ./{model} for the "
                 "folder."
             )
         if request.preset is not None:
+            if request.revision is not None:
+                raise ExportError("--revision is of a name on the hub, and a preset is made here.")
             return None
         model = RELEASED[model]
     elif not is_folder(model) and (meant := _preset_meant(model)):
         raise ExportError(f"there is no {shown(model)}; did you mean --model {meant}?")
     elif request.preset is not None:
-        meant = nearest(model, FAMILIES)
+        meant = nearest(model, names.FAMILIES)
         raise ExportError(
-            f"--preset goes with a family name ({', '.join(FAMILIES)}), not {shown(model)}"
+            f"--preset goes with a family name ({', '.join(names.FAMILIES)}), not {shown(model)}"
             f"{f'; did you mean {meant}?' if meant else '.'}"
         )
     source = find(model, request.revision)
+    if source.hub_name is None and request.revision is not None:
+        raise ExportError(
+            f"--revision is of a name on the hub, and {shown(model)} is a folder, which has the "
+            "one revision that lies there; leave it out."
+        )
     # Before its config, which a folder that is an adapter and nothing else does not have.
     refuse_forgotten(source.folder, adapter, source.hub_name)
     folder = Folder.read(source.folder)
@@ -90,6 +124,6 @@ def find_source(request: ExportRequest) -> Source | None:
 def _preset_meant(model: str) -> str | None:
     """The options that somebody meant by ``olmoe-tiny`` and the like."""
     family, _, preset = re.sub(r"[_: ]", "-", model.lower()).partition("-")
-    if family in FAMILIES and preset in PRESETS:
+    if family in names.FAMILIES and preset in PRESETS:
         return f"{family} --preset {preset}"
     return None

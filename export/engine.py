@@ -10,6 +10,7 @@ import importlib.util
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from ingot.export.ingot import (
     ProfileInfo,
     TensorInfo,
 )
+from ingot.export.ingot_schema import MOST_SIZE
 from ingot.export.request import ExportRequest, Limits
 from ingot.graphs.state import State
 from ingot.plugins.device import compute_capability, has_gpu
-from ingot.plugins.errors import IngotError, install_hint
+from ingot.plugins.errors import IngotError, install_hint, shown
 from ingot.plugins.kernels.form import COMPUTE_CAPABILITIES, runs_on
 from ingot.plugins.library import PATH as KERNEL_LIBRARY
 from ingot.plugins.library import PLUGINS as PLUGIN_LIBRARY
@@ -261,8 +263,12 @@ def plan_engine(request: ExportRequest) -> str | None:
         EngineError: sizes that contradict each other, or something that is not installed.
     """
     limits = request.limits
-    if min(limits.max_batch, limits.max_seq, limits.opt_seq) < 1:
-        raise EngineError("--max-batch, --max-seq and --opt-seq must be at least 1.")
+    for name, size in asdict(limits).items():
+        if type(size) is not int or not 1 <= size <= MOST_SIZE:
+            raise EngineError(
+                f"--{name.replace('_', '-')} is {shown(size)}; it must be at least 1 and at most "
+                f"{MOST_SIZE}."
+            )
     if limits.opt_seq > limits.max_seq:
         raise EngineError(
             f"--opt-seq {limits.opt_seq} is more than --max-seq {limits.max_seq}; give a usual "

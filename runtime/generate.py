@@ -153,7 +153,9 @@ def generate(
     count = whole(max_new_tokens)
     if count is None or count < 1:
         raise SessionError(f"max_new_tokens is {shown(max_new_tokens)}; it must be at least 1.")
-    sampling = sampling or Sampling()
+    sampling = Sampling() if sampling is None else sampling
+    if not isinstance(sampling, Sampling):
+        raise SessionError(f"sampling is {shown(sampling)}; it must be a Sampling, or left out.")
     ends = manifest.generation["eos_token_ids"] if stop_ids is None else stop_ids
     # Their order means nothing, so a set is one of them.
     stops = set(token_ids(list(ends) if isinstance(ends, Set) else ends, "stop_ids"))

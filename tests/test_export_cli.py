@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from ingot.export.cli import export_command, main
 from ingot.export.ingot import GRAPH, MANIFEST, WEIGHTS, Manifest
 from ingot.graphs.names import FAMILIES
+from ingot.plugins.errors import IngotError
 from ingot.runtime.loading import load
 from ingot.runtime.session import SessionError
 from ingot.validate.judge.limits import LIMITS
@@ -300,3 +302,37 @@ def test_keeps_an_ingot_that_fails_and_says_so(
     assert report["failures"][0].startswith("prefill, logits: the error ")
     with pytest.raises(SessionError, match="failed its validation"):
         load(out)
+
+
+def test_every_option_of_an_export_reaches_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each as it was given, also one that is added later: no option may be dropped."""
+    given: dict[str, Any] = {}
+
+    def export(model: str, out: Path, **options: Any) -> None:
+        given.update(options, model=model, out=out)
+        raise IngotError("far enough")
+
+    monkeypatch.setattr("ingot.export.api.export", export)
+    words, expected = [], {}
+    for option in export_command.params:
+        assert isinstance(option, click.Option)
+        name = str(option.name)
+        if name == "debug":
+            continue
+        value: Any = "5"
+        if isinstance(option.type, click.Choice):
+            value = option.type.choices[-1]
+        elif option.is_flag:
+            value = True
+        elif option.name == "out":
+            value = str(tmp_path / "out")
+        words += [option.opts[0]] if option.is_flag else [option.opts[0], value]
+        expected[name] = option.type_cast_value(
+            click.Context(export_command), (value,) if option.multiple else value
+        )
+    _refused(CliRunner().invoke(export_command, words).stderr, "far enough")
+    expected["validate"] = not expected.pop("no_validate")
+    del expected["preview"], given["stages"]
+    assert given == expected

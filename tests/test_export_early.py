@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from ingot.export.api import export
-from ingot.export.request import ExportError
+from ingot.export.early import find_source
+from ingot.export.request import ExportError, ExportRequest
+from ingot.graphs import names
 
 # One that an earlier version made.
 INGOT = Path(__file__).parent / "data" / "schema1" / "granite-ort"
@@ -88,6 +90,15 @@ def test_mistakes_are_told_before_torch_is_imported(
         "goes with a family name": [str(tiny), "--preset", "tiny"],
         "goes with a TensorRT target": [str(tiny), "--precision", "bf16"],
         "--opt-seq 9 is more": [str(tiny), "--target", "trt", "--max-seq", "8", "--opt-seq", "9"],
+        "--builder tensorrt is of a": ["olmoe", "--preset", "tiny", "--builder", "tensorrt"],
+        "--embed-plugins is of a": ["olmoe", "--preset", "tiny", "--embed-plugins"],
+        "--max-seq is of a": [str(tiny), "--max-seq", "8"],
+        "--max-seq is 9999999999": [str(tiny), "--target", "trt", "--max-seq", "9999999999"],
+        "and a preset is made here": ["olmoe", "--preset", "tiny", "--revision", "main"],
+        "the one revision that lies": [str(tiny), "--revision", "main"],
+        "--context is 0; it must": ["olmoe", "--preset", "tiny", "--context", "0"],
+        "--seed is -1; it must": ["olmoe", "--preset", "tiny", "--seed", "-1"],
+        "--seed is 4294967296; it": ["olmoe", "--preset", "tiny", "--seed", str(2**32)],
         "'orrt' is not one of": [str(tiny), "--target", "orrt"],
         "is a file": [str(tiny), "--out", str(tmp_path / "file" / "out")],
         "exists; give --overwrite": [str(tiny), "--out", str(tiny)],
@@ -143,3 +154,11 @@ def test_names_the_option_that_was_meant(
 ) -> None:
     with pytest.raises(ExportError, match=said):
         export("olmoe", tmp_path / "out", **options)  # type: ignore[arg-type]
+
+
+def test_knows_a_family_that_is_registered_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `tests/make_ingots.py` has one."""
+    monkeypatch.setattr(names, "FAMILIES", (*names.FAMILIES, "newer"))
+    assert find_source(ExportRequest("newer", "ort", tmp_path / "out", preset="tiny")) is None
