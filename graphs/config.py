@@ -210,8 +210,9 @@ class ConfigReader:
         """
         refuse_quantised(self.raw)
         for name, value in self.raw.items():
-            # Absent, null, false and empty all mean "feature off" in Hugging Face configs.
-            off = value is None or value is False or value in ({}, [])
+            # Absent, null, false and empty all mean "feature off" in Hugging Face configs; but what
+            # every model here has, such as to look back only, must not be off.
+            off = value is None or value in ({}, []) or (value is False and not _always(name))
             if name in self.taken or name in NO_EFFECT or off:
                 continue
             if name in NEUTRAL and _same(value, NEUTRAL[name]):
@@ -256,6 +257,10 @@ def _method(given: Any) -> str:
         method = "bitsandbytes"
     # compressed-tensors writes no method where it has a format.
     return shown(method or given.get("format") or "unknown")
+
+
+def _always(name: str) -> bool:
+    return NEUTRAL.get(name) is True
 
 
 def _same(value: Any, expected: Any) -> bool:
