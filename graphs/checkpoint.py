@@ -68,6 +68,8 @@ BUFFERS: tuple[tuple[tuple[str, ...], int, str], ...] = (
     ),
     (("position_ids",), 2, "the positions of a call are counted from its mask"),
 )
+# What a clone has in the place of a large file until git-lfs has fetched it.
+LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,13 @@ def read_header(file: Path) -> dict[str, Entry]:
     """
     try:
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            first = stream.read(8)
+            length = int.from_bytes(first, "little")
+            if first == LFS_POINTER[:8] and stream.read(len(LFS_POINTER) - 8) == LFS_POINTER[8:]:
+                raise CheckpointError(
+                    f"{file.name} is git-lfs's pointer to the weights, as a clone without it has; "
+                    "run git lfs pull in the folder."
+                )
             if length > MOST_BYTES:
                 # Of a damaged file mostly, whose first bytes are no length.
                 raise CheckpointError(

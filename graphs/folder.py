@@ -33,7 +33,8 @@ CONVERT = (
     "import sys, torch; from pathlib import Path; from safetensors.torch import save_file; "
     "folder = Path(sys.argv[1]); files = sorted(folder.glob(sys.argv[2])); "
     'held = [torch.load(file, map_location="cpu", weights_only=True) for file in files]; '
-    'w = {name: tensor for each in held for name, tensor in each.get("state_dict", each).items()}; '
+    "w = {name: tensor for each in held "
+    'for name, tensor in each.get("state_dict", each.get("model", each)).items()}; '
     "del held; "
     "w = {name: w.pop(name).contiguous().clone() for name in list(w)}; "
     'save_file(w, folder / "model.safetensors", metadata={"format": "pt"})'
@@ -110,9 +111,15 @@ class Folder:
             files = sorted(file.name for file in self.path.iterdir() if file.is_file())
             raise CheckpointError(
                 pickles(files, self.path, self.layout)
-                or f"{self.path} has neither {SINGLE} nor {INDEX}."
+                or f"{self.path} has neither {SINGLE} nor {INDEX}, so no weights that can be read"
+                f"{_others(files)}; download or copy them there, with the names they had."
             )
         return read_weight_map(self.path / INDEX)
+
+
+def _others(files: list[str]) -> str:
+    found = [name for name in files if name.endswith(".safetensors")]
+    return f" beside {shown(found[0])}" if found else ""
 
 
 def is_folder(path: str | Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -203,7 +204,31 @@ def test_refuses_pickles_and_says_how_to_convert(tmp_path: Path, name: str) -> N
 
 def test_refuses_a_folder_without_weights(tmp_path: Path) -> None:
     (write(tmp_path, per_expert()) / "model.safetensors").unlink()
-    refused(tmp_path, str(tmp_path), "model.safetensors", "model.safetensors.index.json")
+    refused(tmp_path, str(tmp_path), "model.safetensors", "model.safetensors.index.json", "copy")
+
+
+def test_names_weights_of_a_shard_without_its_index(tmp_path: Path) -> None:
+    shard = "model-00001-of-00002.safetensors"
+    (write(tmp_path, per_expert()) / "model.safetensors").rename(tmp_path / shard)
+    refused(tmp_path, f"'{shard}'", "model.safetensors.index.json", "download or copy them there")
+
+
+@pytest.mark.parametrize("around", [None, "state_dict", "model"])
+def test_the_command_that_it_gives_converts(tmp_path: Path, around: str | None) -> None:
+    weights = per_expert()
+    (write(tmp_path, weights) / "model.safetensors").unlink()
+    torch.save(weights if around is None else {around: weights, "epoch": 3}, tmp_path / "last.ckpt")
+    with pytest.raises(IngotError) as error:
+        Checkpoint.open(tmp_path)
+    command = shlex.split(str(error.value).partition(f"export {tmp_path}: ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True, timeout=60)
+    assert_same(load(tmp_path)[0], fused(weights))
+
+
+def test_names_git_lfs_where_its_pointer_is_there(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
+    (write(tmp_path, per_expert()) / "model.safetensors").write_text(pointer)
+    refused(tmp_path, "model.safetensors", "git lfs pull")
 
 
 def test_reads_safetensors_beside_pickles(tmp_path: Path) -> None:
