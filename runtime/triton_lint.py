@@ -129,9 +129,20 @@ def _files(repository: Path, record: Record) -> Iterator[str]:
             continue
         for path in sorted(version.rglob("*")):
             file = path.relative_to(repository).as_posix()
-            # What Python itself leaves there, of the files beside it.
-            if file not in record.files and not path.is_dir() and path.parent.name != "__pycache__":
+            # A link to a folder is a package to Python, and not followed here.
+            folder = path.is_dir() and not path.is_symlink()
+            if file not in record.files and not folder and not _compiled(path, version, record):
                 yield f"{file} was not written here, and lies where the Python model imports from."
+
+
+def _compiled(path: Path, version: Path, record: Record) -> bool:
+    """Whether a file is what Python itself leaves, of a file of ours beside it."""
+    source = path.parent.parent / f"{path.name.partition('.')[0]}.py"
+    if path.is_symlink() or path.parent.name != "__pycache__" or path.suffix != ".pyc":
+        return False
+    return (
+        version.parent.name / Path("1") / source.relative_to(version)
+    ).as_posix() in record.files
 
 
 def _config(folder: Path, problems: list[str]) -> Any:

@@ -279,7 +279,10 @@ def copied(repository: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    ["numpy.py", "onnx/__init__.py", "numpy.cpython-311-x86_64-linux-gnu.so", "a.pth"],
+    [
+        *("numpy.py", "onnx/__init__.py", "numpy.cpython-311-x86_64-linux-gnu.so", "a.pth"),
+        *("__pycache__/numpy.py", "__pycache__/numpy.cpython-311.pyc"),
+    ],
 )
 def test_finds_what_was_added_where_the_python_model_imports_from(copied: Path, name: str) -> None:
     (copied / "m_generate" / "1" / "__pycache__").mkdir()
@@ -289,6 +292,19 @@ def test_finds_what_was_added_where_the_python_model_imports_from(copied: Path, 
     path.parent.mkdir(exist_ok=True)
     path.write_text("import os")
     assert any(f"{name} was not written here" in problem for problem in lint(copied))
+
+
+def test_finds_a_link_to_a_package_where_the_python_model_imports_from(
+    copied: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    version = copied / "m_generate" / "1"
+    for link in (version / "numpy", version / "__pycache__"):
+        link.symlink_to(tmp_path / "elsewhere")
+        name = link.relative_to(copied).as_posix()
+        assert any(f"{name} was not written here" in problem for problem in lint(copied))
+        link.unlink()
+    assert lint(copied) == []
 
 
 HASH = "0" * 64
