@@ -260,6 +260,12 @@ def test_refuses_a_prompt_it_cannot_continue(
     assert len(_rows(session, [[1, 2]], 4)[0]) == 4
 
 
+@pytest.mark.parametrize("sampling", ["greedy", 5, {}, {"temperature": 1.0}])
+def test_refuses_a_sampling_that_is_none(session: Session, sampling: Any) -> None:
+    with pytest.raises(SessionError, match=r"sampling is .* must be a Sampling"):
+        list(generate(session, [[1]], sampling=sampling))
+
+
 @pytest.mark.parametrize("count", [0, -3])
 def test_refuses_to_make_no_tokens(session: Session, count: int) -> None:
     with pytest.raises(SessionError, match=f"max_new_tokens is {count}; it must be at least 1"):
