@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -29,8 +28,7 @@ from ingot.export.request import (
     Task,
 )
 from ingot.graphs.names import FAMILIES
-from ingot.plugins.command_line import Command, Group, close_output, sentence
-from ingot.plugins.errors import IngotError
+from ingot.plugins.command_line import Command, Group, told
 from ingot.version import __version__
 
 if TYPE_CHECKING:
@@ -168,24 +166,12 @@ def export_command(
         overwrite=overwrite,
         stages=stages,
     )
-    _tell(folder, lambda: print_summary(folder, result.checkpoint, result.manifest, stages))
-    if preview:
-        _tell(folder, lambda: _preview(folder, result.manifest))
+    with told(folder):
+        print_summary(folder, result.checkpoint, result.manifest, stages)
+    with told(folder):
+        if preview:
+            _preview(folder, result.manifest)
     sys.exit(1 if result.manifest.verdict == "failed" else 0)
-
-
-def _tell(folder: Path, tell: Callable[[], None]) -> None:
-    """Tell something of an ingot that is there; the exit status stays that of its verdict."""
-    try:
-        tell()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {folder} is there, and whole") from None
-    except BrokenPipeError:
-        close_output()
-    except Exception as error:
-        said = str(error) if isinstance(error, IngotError) else sentence(error)
-        click.echo(f"{folder} is there, and whole; but: {said}", err=True)
 
 
 def _preview(folder: Path, manifest: Manifest) -> None:

@@ -23,11 +23,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from ingot.plugins import startup
 from ingot.plugins.errors import IngotError, shown
 from ingot.plugins.whole import system_error
 
@@ -70,8 +72,7 @@ def ended(*, debug: Callable[[], bool] = lambda: False, doing: str = "") -> Iter
         _flush()
     # A click.Abort is an interrupt that click has caught.
     except (KeyboardInterrupt, click.Abort) as error:
-        _say(str(error) or "interrupted; what was begun is removed")
-        sys.exit(INTERRUPTED)
+        _interrupted(error)
     except (SystemExit, click.ClickException, click.exceptions.Exit):
         raise
     except BrokenPipeError:
@@ -79,11 +80,31 @@ def ended(*, debug: Callable[[], bool] = lambda: False, doing: str = "") -> Iter
         close_output()
         sys.exit(REFUSED)
     except IngotError as error:
+        _exit_if_stopped(error)
         _refuse(str(error))
     except Exception as error:
+        _exit_if_stopped(error)
         if debug():
             traceback.print_exc()
         _refuse(sentence(error, doing))
+
+
+def _interrupted(error: BaseException) -> NoReturn:
+    _say(str(error) or "interrupted; what was begun is removed")
+    sys.exit(INTERRUPTED)
+
+
+def _exit_if_stopped(error: BaseException) -> None:
+    """End as a signal asks, where a package that was being imported made another error of it."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        if isinstance(cause, KeyboardInterrupt):
+            _interrupted(cause)
+        if isinstance(cause, SystemExit) and cause.code == TERMINATED:
+            sys.exit(TERMINATED)
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
 
 
 def sentence(error: Exception, doing: str = "") -> str:
@@ -165,6 +186,33 @@ def console(**options: Any) -> Console:
 
 
 @contextlib.contextmanager
+def told(made: Path) -> Iterator[None]:
+    """In the block something is told of what is there already: failing changes no exit status.
+
+    Raises:
+        KeyboardInterrupt: saying that it is there.
+    """
+    try:
+        yield
+        _flush()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {made} is there, and whole") from None
+    except BrokenPipeError:
+        close_output()
+    except Exception as error:
+        said = str(error) if isinstance(error, IngotError) else sentence(error)
+        note(f"{made} is there, and whole; but: {said}")
+        # What the output still holds would fail once more at the end.
+        if isinstance(error, OSError):
+            close_output()
+
+
+def note(text: str) -> None:
+    """A line beside what was asked for, to standard error where that can be written."""
+    _say(text)
+
+
+@contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """In the block SIGTERM unwinds the stack, so that what is half made is removed."""
     if threading.current_thread() is not threading.main_thread():
@@ -205,14 +253,17 @@ class _Ended(click.Command):
             return super().invoke(ctx)
 
     def main(self, *arguments: Any, **options: Any) -> Any:
+        # A process of its own, and no call of a test's.
+        own = not arguments and options.get("args") is None
         try:
             with ended(), terminable():
+                if own:
+                    startup.done()
                 return super().main(*arguments, **options)
-        except SystemExit as end:
-            # A process of its own, and no call of a test's: of an interrupt that struck inside of
-            # `exec`, Python remembers that nobody handled it, and ends by the signal all the same.
-            own = not arguments and options.get("args") is None
-            if own and end.code == INTERRUPTED and hasattr(signal, "pthread_sigmask"):
+        except SystemExit:
+            # Of an interrupt that struck inside of `exec`, Python remembers that nobody handled it,
+            # and ends by the signal all the same; one that comes now is too late to change a thing.
+            if own and hasattr(signal, "pthread_sigmask"):
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             raise
 

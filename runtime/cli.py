@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ingot.export.ingot import Manifest
-from ingot.plugins.command_line import Command, Group, console
+from ingot.plugins.command_line import Command, Group, console, note
 from ingot.plugins.errors import IngotError, shown
 from ingot.runtime.chat import chat_text
 from ingot.runtime.inspection import inspect_command
@@ -146,7 +146,7 @@ def _stream(
     prefill, decode = marks[1] - marks[0], marks[-1] - marks[1]
     tokens = sum(map(len, made)) - len(made)
     speed = f", decode {tokens / decode:.1f} tokens/s" if tokens and decode else ""
-    click.echo(f"prefill {prefill:.3f} s{speed}", err=True)
+    note(f"prefill {prefill:.3f} s{speed}")
 
 
 @click.command("classify", cls=Command)

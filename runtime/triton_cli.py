@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ingot.plugins.command_line import Command
+from ingot.plugins.command_line import Command, told
 from ingot.runtime.triton_lint import lint
 from ingot.runtime.triton_plan import MOST_CAPACITY, Settings, TritonError
 from ingot.runtime.triton_repository import write_repository
@@ -54,10 +54,11 @@ def triton_command(
         raise TritonError("give an INGOT and --out REPO, or --check REPO.")
     settings = Settings(name, streams, threads, capacity, max_batch)
     plan = write_repository(ingot, out, settings, overwrite=overwrite)
-    click.echo(f"{out}: {', '.join(plan.models)}")
-    if plan.why:
-        click.echo(f"one model only: {plan.why}")
-    click.echo(f"serve it: {out / 'launch.sh'}; more in {out / 'README.md'}")
+    with told(out):
+        click.echo(f"{out}: {', '.join(plan.models)}")
+        if plan.why:
+            click.echo(f"one model only: {plan.why}")
+        click.echo(f"serve it: {out / 'launch.sh'}; more in {out / 'README.md'}")
 
 
 def _check(repository: Path) -> None:

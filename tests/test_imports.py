@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "ingot.plugins.links",
         "ingot.plugins.library",
         "ingot.plugins.registry",
+        "ingot.plugins.startup",
         "ingot.plugins.tensorrt",
         "ingot.plugins.whole",
         "ingot.plugins.child",

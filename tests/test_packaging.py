@@ -179,8 +179,8 @@ def test_declares_both_commands(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (entry,) = (n for n in archive.namelist() if n.endswith("dist-info/entry_points.txt"))
     text = archive.read(entry).decode()
-    assert "export = ingot.export.cli:export_command" in text
-    assert "ingot = ingot.export.cli:main" in text
+    assert "export = ingot.export.__main__:export_command" in text
+    assert "ingot = ingot.__main__:main" in text
 
 
 def test_answers_from_an_environment_of_its_own(installed: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ingot.export.progress import Stages
 from ingot.plugins.command_line import Command, Group, console, ended
 from ingot.plugins.errors import IngotError
 
+ROOT = Path(__file__).resolve().parent.parent
 BEGINS = "error: the system refuses: "
 NO_MEMORY = (
     "error: there is not enough memory for `group do`; free some, or use a machine with more.\n"
@@ -239,6 +240,56 @@ def test_an_interrupted_process_says_so_and_leaves_nothing(tiny_ort: Path, tmp_p
         assert process.returncode in (status, 0), stderr
         assert b"Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_made_stays_made_where_nobody_can_be_told(tiny_ort: Path, tmp_path: Path) -> None:
+    out = tmp_path / "repository"
+    with Path("/dev/full").open("w") as full:
+        done = _process("triton", tiny_ort, "--out", out, stdout=full)
+    assert (done.returncode, (out / "triton.json").is_file()) == (0, True)
+    assert done.stderr == (
+        f"{out} is there, and whole; but: the system refuses: No space left on device.\n"
+    )
+    # Nor does a remark beside the tokens.
+    command = [sys.executable, "-m", "ingot", "generate", str(tiny_ort), "--prompt-ids", "1,2"]
+    with Path("/dev/full").open("w") as full:
+        tokens = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, check=False)
+    assert tokens.returncode == 0 and len(tokens.stdout.split()) > 1
+
+
+@pytest.mark.parametrize("module", ["ingot", "export", "runtime", "validate"])
+def test_an_interrupt_during_imports_leaves_no_trace(module: str, tmp_path: Path) -> None:
+    """By a click that never ends to import, found before the installed one."""
+    slow = tmp_path / "click.py"
+    slow.write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, "--help"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+        )
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        assert (process.returncode, stderr) == (status, b"")
+
+
+@pytest.mark.parametrize(
+    ("signalled", "status"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)]
+)
+def test_a_package_that_makes_another_error_of_a_signal(
+    signalled: BaseException, status: int
+) -> None:
+    """As modules in C++ do while they are imported."""
+
+    def imported() -> None:
+        raise ImportError("initialization failed") from signalled
+
+    assert _run(imported).exit_code == status
 
 
 def test_an_interrupt_inside_of_generated_code_has_the_same_status(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from ingot.plugins.command_line import Command
+from ingot.plugins.command_line import Command, note
 
 # As an export has it: of an ingot that this machine cannot run, nothing is known to be wrong.
 STATUS = {"passed": 0, "failed": 1, "skipped": 0}
@@ -90,7 +90,7 @@ def validate_command(
     if folder is not None:
         files.check_folder(folder, ingot, checkpoint, *([Path(adapter)] if adapter else []))
         if lacking := files.missing():
-            click.echo(f"note: {lacking}", err=True)
+            note(f"note: {lacking}")
     from ingot.validate.api import validate
 
     report = validate(
@@ -107,14 +107,18 @@ def validate_command(
         stages=RichStages(),
     )
     if baseline is not None and report.verdict == "failed":
-        click.echo(f"{baseline} was not written: what failed is no baseline", err=True)
-    if as_json:
-        click.echo(json_text(report), nl=False)
-        for problem in report.worse:
-            click.echo(f"WORSE {problem}", err=True)
-    else:
-        print_report(report)
-    # Last: a disk that is full takes nothing of what was printed.
-    if folder is not None:
-        files.write(report, folder)
+        note(f"{baseline} was not written: what failed is no baseline")
+    try:
+        if as_json:
+            click.echo(json_text(report), nl=False)
+            for problem in report.worse:
+                note(f"WORSE {problem}")
+        else:
+            print_report(report)
+        sys.stdout.flush()
+    finally:
+        # Last: a disk that is full takes nothing of what was printed, and an output that is full
+        # or gone nothing of the files.
+        if folder is not None:
+            files.write(report, folder)
     sys.exit(STATUS[report.verdict])
