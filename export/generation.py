@@ -38,7 +38,8 @@ def read_generation(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, An
         eos = end if isinstance(end, list) else [end]
     pad = given.get("pad_token_id", pad)
     return {
-        "eos_token_ids": eos,
+        # Each once: some files repeat one, and a manifest is read with limits.
+        "eos_token_ids": list(dict.fromkeys(eos)),
         # Padding is masked, so any id of the vocabulary serves where the model has none.
         "pad_token_id": max(pad, 0),
         "context_length": config.facts.context_length,

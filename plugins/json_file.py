@@ -64,9 +64,11 @@ def parse_json(raw: bytes, name: str) -> Any:
         raise JsonError(_deep(name)) from None
     except UnicodeDecodeError as error:
         raise JsonError(f"{name} is not valid JSON: it is not UTF-8 ({error.reason})") from None
-    # Beside JSONDecodeError this is Python's refusal of integers of more than 4,300 digits.
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise JsonError(f"{name} is not valid JSON: {error}") from None
+    # Python's refusal of more than 4,300 digits, whose advice is for programs.
+    except ValueError:
+        raise JsonError(f"{name} holds an integer of thousands of digits") from None
     if _deeper_than(value, MOST_DEPTH):
         raise JsonError(_deep(name))
     return value

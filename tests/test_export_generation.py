@@ -43,6 +43,7 @@ def test_takes_what_config_json_says(tmp_path: Path) -> None:
         ({"eos_token_id": 7}, [7], 1),
         ({"eos_token_id": [0, 99]}, [0, 99], 1),
         ({"eos_token_id": []}, [], 1),
+        ({"eos_token_id": [7, 0, 7, 7]}, [7, 0], 1),
         ({"eos_token_id": None, "pad_token_id": None, "bos_token_id": None}, [2], 1),
         ({"pad_token_id": 99, "bos_token_id": 0, "temperature": "hot"}, [2], 99),
         # As LLaMA's first conversions have it.
