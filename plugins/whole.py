@@ -125,7 +125,10 @@ def check_file(path: Path) -> None:
     try:
         if path.is_dir():
             raise WriteError(f"cannot write {path}: it is a folder.")
-        above = next(each for each in path.absolute().parents if each.exists())
+        # A link to nothing is in the way as well.
+        above = next(each for each in path.absolute().parents if os.path.lexists(each))
+        if not above.exists():
+            raise WriteError(f"cannot write {path}: {above} is a link to nothing.")
         if not above.is_dir():
             raise WriteError(f"cannot write {path}: {above} is a file.")
         if not os.access(above, os.W_OK | os.X_OK):

@@ -66,6 +66,7 @@ def test_mistakes_are_told_before_torch_is_imported(
     """Each with the words that its sentence has."""
     out = str(tmp_path / "out")
     (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
     olmoe = '{"model_type": "olmoe"}'
     weights = "model.safetensors"
     ssm = json.dumps({"d_model": 8, "n_layer": 1, "ssm_cfg": {"layer": "Mamba1"}})
@@ -125,6 +126,15 @@ def test_mistakes_are_told_before_torch_is_imported(
         "olmoe is not a folder": [str(INGOT), "--checkpoint", "olmoe"],
         "no folder org/adapter": [*compared, "--adapter", "org/adapter"],
         "no adapter_model.safetensors": [*compared, "--adapter", lora],
+        "--seed is -1": [*compared, "--seed", "-1"],
+        "there is no baseline": [*compared, "--gate", str(tmp_path / "gone.json")],
+        "is damaged": [*compared, "--gate", str(tmp_path / "file")],
+        "file is a file": [*compared, "--save-baseline", str(tmp_path / "file" / "x.json")],
+        "is a link to nothing": [*compared, "--report", str(tmp_path / "loop" / "x")],
+        "lie in one another": [*compared, "--save-baseline", str(tiny / "x.json")],
+        "no whole .npy file": [*compared, "--tokens", str(tmp_path / "file")],
+        "give a text file": [*compared, "--text", str(tmp_path / "gone")],
+        "were both given": [*compared, "--text", "a", "--tokens", "b"],
         "did you mean onnx?": [str(INGOT), "--checkpoint", str(tiny), "--against", "onxx"],
     }
     commands = [

@@ -7,14 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
 from ingot.graphs.hub import resolve_adapter
 from ingot.graphs.merge import open_checkpoint
 from ingot.plugins.errors import IngotError
-from ingot.plugins.whole import check_file, keep_out
-from ingot.runtime.session import Ids
-from ingot.validate.early import EAGER, PLANS, cannot_compare, check_request
+from ingot.validate.early import (
+    EAGER,
+    PLANS,
+    cannot_compare,
+    check_baseline,
+    check_request,
+    check_seed,
+    read_words,
+)
 from ingot.validate.gate import (
     GateError,
     gated,
@@ -22,7 +27,6 @@ from ingot.validate.gate import (
     require_comparable,
     save_baseline,
 )
-from ingot.validate.judge.distribution import read_text, read_tokens
 from ingot.validate.result import Report
 from ingot.validate.run import empty_report, examine, spread, validate_ingot
 from ingot.validate.truth.against import OtherReference, other_ingot
@@ -76,11 +80,11 @@ def validate(
     stages = stages or Stages()
     named = None if adapter is None else str(adapter)
     manifest = check_request(folder, source, plan=plan, against=str(against), adapter=named)
-    words = _words(manifest, folder, tokens, text)
-    earlier = None if gate is None else read_baseline(Path(gate))
+    check_seed(seed)
     if baseline is not None:
-        keep_out(Path(baseline), folder, source, *([] if adapter is None else [Path(adapter)]))
-        check_file(Path(baseline))
+        check_baseline(Path(baseline), folder, source, named)
+    words = read_words(manifest, folder, tokens, text)
+    earlier = None if gate is None else read_baseline(Path(gate))
     found = None if named is None else resolve_adapter(named)
     opened = open_checkpoint(source, found)
     reference = Reference(opened, manifest.task, manifest.precision, default_cache())
@@ -117,19 +121,3 @@ def validate(
             )
             save_baseline(report, Path(baseline), spread(report, again))
     return report
-
-
-def _words(
-    manifest: Manifest, ingot: Path, tokens: str | Path | None, text: str | Path | None
-) -> Ids | None:
-    """The tokens whose perplexity is asked for."""
-    if tokens is None and text is None:
-        return None
-    if tokens is not None and text is not None:
-        raise IngotError("--tokens and --text were both given; give one.")
-    if manifest.main_output != "logits" or not manifest.states:
-        raise IngotError(f"{ingot} predicts no tokens, so there is no perplexity to measure.")
-    if tokens is not None:
-        return read_tokens(Path(tokens), manifest.vocab_size)
-    assert text is not None
-    return read_text(Path(text), ingot, manifest.vocab_size)

@@ -11,6 +11,9 @@ from ingot.graphs.hub import resolve_adapter
 from ingot.graphs.names import nearest
 from ingot.plugins.device import has_gpu
 from ingot.plugins.errors import IngotError, shown
+from ingot.plugins.whole import check_file, keep_out
+from ingot.runtime.session import Ids
+from ingot.validate.judge.distribution import read_text, read_tokens
 from ingot.validate.truth.inputs import QUICK, STANDARD, THOROUGH
 
 EAGER = "eager"
@@ -73,3 +76,43 @@ def check_request(
     _ = folder.family
     folder.weight_map()
     return manifest
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that no generator of random numbers takes.
+
+    Raises:
+        IngotError: it is negative, or no whole number.
+    """
+    if type(seed) is not int or seed < 0:
+        raise IngotError(f"--seed is {shown(seed)}; it must be a whole number of at least 0.")
+
+
+def check_baseline(path: Path, ingot: Path, checkpoint: Path, adapter: str | None) -> None:
+    """Refuse a baseline that could not be written.
+
+    Raises:
+        WriteError: naming it.
+    """
+    keep_out(path, ingot, checkpoint, *([] if adapter is None else [Path(adapter)]))
+    check_file(path)
+
+
+def read_words(
+    manifest: Manifest, ingot: Path, tokens: str | Path | None, text: str | Path | None
+) -> Ids | None:
+    """The tokens whose perplexity is asked for.
+
+    Raises:
+        IngotError: both are given, neither can be read, or the ingot predicts nothing.
+    """
+    if tokens is None and text is None:
+        return None
+    if tokens is not None and text is not None:
+        raise IngotError("--tokens and --text were both given; give one.")
+    if manifest.main_output != "logits" or not manifest.states:
+        raise IngotError(f"{ingot} predicts no tokens, so there is no perplexity to measure.")
+    if tokens is not None:
+        return read_tokens(Path(tokens), manifest.vocab_size)
+    assert text is not None
+    return read_text(Path(text), ingot, manifest.vocab_size)
