@@ -82,7 +82,8 @@ def ended(*, debug: Callable[[], bool] = lambda: False, doing: str = "") -> Iter
     except IngotError as error:
         _exit_if_stopped(error)
         _refuse(str(error))
-    except Exception as error:
+    # A panic of a library that is written in Rust is no Exception.
+    except BaseException as error:
         _exit_if_stopped(error)
         if debug():
             traceback.print_exc()
@@ -107,7 +108,7 @@ def _exit_if_stopped(error: BaseException) -> None:
         cause = cause.__cause__ or cause.__context__
 
 
-def sentence(error: Exception, doing: str = "") -> str:
+def sentence(error: BaseException, doing: str = "") -> str:
     """What a user is told of an exception that is no ``IngotError``, raised by what was done."""
     # Where a long step was under way, ``Stages`` has noted which.
     steps = notes(error)
@@ -137,7 +138,7 @@ def notes(error: BaseException) -> list[str]:
     return list(getattr(error, "__notes__", []))
 
 
-def _lacks_memory(error: Exception) -> bool:
+def _lacks_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):

@@ -58,6 +58,10 @@ def _file_too_large() -> NoReturn:
     raise SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
 
 
+class Panic(BaseException):
+    """As PyO3's, of libraries that are written in Rust."""
+
+
 SAID: dict[str, tuple[BaseException | Callable[[], object], str]] = {
     "a mistake": (IngotError("the seed is 3; give 2."), "error: the seed is 3; give 2.\n"),
     "full": (
@@ -103,6 +107,11 @@ SAID: dict[str, tuple[BaseException | Callable[[], object], str]] = {
         TypeError("len() of\nunsized object"),
         "error: a fault of Ingot itself: TypeError: len() of unsized object. --debug shows where; "
         "please report it.\n",
+    ),
+    "a panic": (
+        Panic("index out of bounds"),
+        "error: a fault of Ingot itself: Panic: index out of bounds. --debug shows where; please "
+        "report it.\n",
     ),
     "a silent fault": (
         AssertionError(),
