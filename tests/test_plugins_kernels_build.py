@@ -268,3 +268,13 @@ def test_refuses_what_is_no_library(tmp_path: Path, content: bytes | None, messa
         path.write_bytes(content)
     with pytest.raises(LibraryError, match=message):
         Library(path)
+
+
+def test_refuses_a_place_that_cannot_be_written_before_it_compiles(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as end:
+        build.main(["--out", str(tmp_path / "file" / "x.so")])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith(f"{tmp_path / 'file'} is a file.\n")

@@ -27,6 +27,7 @@ from ingot.plugins.kernels.form import COMPUTE_CAPABILITIES, Form
 from ingot.plugins.kernels.link import Compiled, argument_letters, link
 from ingot.plugins.library import PATH, Library
 from ingot.plugins.registry import OPERATORS
+from ingot.plugins.whole import check_file
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "kernels"
 TUNE_PATH = PATH.parent / "tune" / PATH.name
@@ -392,6 +393,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or (TUNE_PATH if options.tune else PATH)
     left_out: dict[str, str] = {}
     with ended(), terminable():
+        check_file(out)
         if options.tune:
             done, left_out = build_to_tune(out, capabilities, ptxas_choice=options.ptxas)
         else:
