@@ -1,6 +1,8 @@
-// Fuzzes ingot.json: whatever it says, the ingot is refused in one sentence or gives its own tokens.
+// Fuzzes ingot.json: whatever it says, the ingot is refused in one sentence or gives its own
+// tokens.
 //
-// INGOT_FUZZ_INGOTS is a folder of ingots, of which a manifest is put to the one of its architecture.
+// INGOT_FUZZ_INGOTS is a folder of ingots, of which a manifest is put to the one of its
+// architecture.
 #include <unistd.h>
 
 #include <algorithm>
@@ -23,13 +25,52 @@ using ingot::Ids;
 using nlohmann::json;
 
 // Values in the text of JSON that a reader may stumble over, wherever they stand.
-const std::vector<std::string> kNasty = {
-    "0", "-1", "1", "2", "1e308", "1.5", "-0.0", "2147483647", "2147483648", "4294967296", "9223372036854775807",
-    "9223372036854775808", "18446744073709551615", std::string(400, '9'), "NaN", "Infinity", "true", "false", "null",
-    "\"\"", "\"x\"", "\"batch\"", "\"sequence\"", "\"past_sequence\"", "\"total_sequence\"", "\"float16\"",
-    "\"bfloat16\"", "\"int64\"", "\"string\"", "\"logits\"", "\"input_ids\"", "\"model.onnx\"", "\"../../x\"", "\"/x\"",
-    "\"\\u0000\"", "\"\\ud800\"", "\"\\u202e\\u001b[31m\"", "[]", "[[]]", "[0]", "[null]", "{}", "{\"a\":{}}",
-    std::string(80, '[') + std::string(80, ']'), std::string(100000, '['), "\"" + std::string(5000, 'y') + "\""};
+const std::vector<std::string> kNasty = {"0",
+                                         "-1",
+                                         "1",
+                                         "2",
+                                         "1e308",
+                                         "1.5",
+                                         "-0.0",
+                                         "2147483647",
+                                         "2147483648",
+                                         "4294967296",
+                                         "9223372036854775807",
+                                         "9223372036854775808",
+                                         "18446744073709551615",
+                                         std::string(400, '9'),
+                                         "NaN",
+                                         "Infinity",
+                                         "true",
+                                         "false",
+                                         "null",
+                                         "\"\"",
+                                         "\"x\"",
+                                         "\"batch\"",
+                                         "\"sequence\"",
+                                         "\"past_sequence\"",
+                                         "\"total_sequence\"",
+                                         "\"float16\"",
+                                         "\"bfloat16\"",
+                                         "\"int64\"",
+                                         "\"string\"",
+                                         "\"logits\"",
+                                         "\"input_ids\"",
+                                         "\"model.onnx\"",
+                                         "\"../../x\"",
+                                         "\"/x\"",
+                                         "\"\\u0000\"",
+                                         "\"\\ud800\"",
+                                         "\"\\u202e\\u001b[31m\"",
+                                         "[]",
+                                         "[[]]",
+                                         "[0]",
+                                         "[null]",
+                                         "{}",
+                                         "{\"a\":{}}",
+                                         std::string(80, '[') + std::string(80, ']'),
+                                         std::string(100000, '['),
+                                         "\"" + std::string(5000, 'y') + "\""};
 
 // The fault that a fuzzer stops at.
 [[noreturn]] void fault(const std::string &what) {
@@ -38,7 +79,8 @@ const std::vector<std::string> kNasty = {
 }
 
 void check_sentence(const std::string &message) {
-    const bool plain = std::all_of(message.begin(), message.end(), [](char c) { return c >= 0x20 && c < 0x7f; });
+    const bool plain =
+        std::all_of(message.begin(), message.end(), [](char c) { return c >= 0x20 && c < 0x7f; });
     if (!plain || message.size() > 1500 || message.back() != '.') fault("no sentence: " + message);
 }
 
@@ -70,7 +112,8 @@ class Ingots {
     Ingots() {
         const char *from = std::getenv("INGOT_FUZZ_INGOTS");
         std::string made = (fs::temp_directory_path() / "ingot-fuzz-XXXXXX").string();
-        if (from == nullptr || mkdtemp(made.data()) == nullptr) fault("set INGOT_FUZZ_INGOTS to a folder of ingots");
+        if (from == nullptr || mkdtemp(made.data()) == nullptr)
+            fault("set INGOT_FUZZ_INGOTS to a folder of ingots");
         root_ = made;
         for (const fs::directory_entry &entry : fs::directory_iterator(from)) {
             if (!entry.is_directory()) continue;
@@ -95,7 +138,8 @@ class Ingots {
 };
 
 // Every value of a document, by its path.
-void add_paths(const json &value, const json::json_pointer &at, std::vector<json::json_pointer> &paths) {
+void add_paths(const json &value, const json::json_pointer &at,
+               std::vector<json::json_pointer> &paths) {
     if (!at.empty()) paths.push_back(at);
     if (value.is_object()) {
         for (const auto &[name, inner] : value.items()) add_paths(inner, at / name, paths);
@@ -140,7 +184,8 @@ std::string changed(std::string_view text, std::mt19937 &random) {
 
 }  // namespace
 
-extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t *data, std::size_t size, std::size_t most, unsigned seed) {
+extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t *data, std::size_t size,
+                                               std::size_t most, unsigned seed) {
     std::mt19937 random(seed);
     if (random() % 4 != 0) {
         const std::string made = changed({reinterpret_cast<const char *>(data), size}, random);
@@ -156,7 +201,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data, std::size_t size
     static const Ingots ingots;
     const std::string_view text(reinterpret_cast<const char *>(data), size);
     try {
-        const Ingots::Known *known = ingots.find(ingot::parse_manifest(text, "ingot.json").model_type);
+        const Ingots::Known *known =
+            ingots.find(ingot::parse_manifest(text, "ingot.json").model_type);
         if (known == nullptr) return 0;
         std::ofstream(known->folder / "ingot.json", std::ios::binary) << text;
         const std::vector<Ids> tokens = tokens_of(known->folder);

@@ -1,5 +1,6 @@
-// fuzz_NAME RUNS SEED FILE...: a fuzzer without its engine. It runs the files, and then as many mutations of them;
-// the same seed makes the same ones. Its exit status is 0 unless a sanitizer or the fuzzer stops it.
+// fuzz_NAME RUNS SEED FILE...: a fuzzer without its engine. It runs the files, and then as many
+// mutations of them; the same seed makes the same ones. Its exit status is 0 unless a sanitizer or
+// the fuzzer stops it.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -12,7 +13,8 @@
 
 extern "C" {
 int LLVMFuzzerTestOneInput(const std::uint8_t *data, std::size_t size);
-std::size_t LLVMFuzzerCustomMutator(std::uint8_t *data, std::size_t size, std::size_t most, unsigned seed);
+std::size_t LLVMFuzzerCustomMutator(std::uint8_t *data, std::size_t size, std::size_t most,
+                                    unsigned seed);
 std::size_t LLVMFuzzerMutate(std::uint8_t *data, std::size_t size, std::size_t most);
 }
 
@@ -62,7 +64,8 @@ int main(int count, char **words) {
         std::size_t made = size;
         const std::size_t changes = 1 + below(3);
         for (std::size_t n = 0; n < changes; ++n) {
-            made = LLVMFuzzerCustomMutator(input.data(), made, room, static_cast<unsigned>(random_bytes()));
+            made = LLVMFuzzerCustomMutator(input.data(), made, room,
+                                           static_cast<unsigned>(random_bytes()));
         }
         // A vector of exactly its size, so that a read behind its end is seen.
         const Bytes exact(input.begin(), input.begin() + static_cast<std::ptrdiff_t>(made));

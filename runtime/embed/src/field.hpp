@@ -1,4 +1,5 @@
-// The values of ingot.json as whoever reads them expects them: typed, in range, and named in refusals.
+// The values of ingot.json as whoever reads them expects them: typed, in range, and named in
+// refusals.
 #pragma once
 
 #include <cstddef>
@@ -57,10 +58,12 @@ class Field {
     std::vector<Field> items(std::size_t most) const;
 
     std::int64_t whole(std::int64_t least, std::int64_t most) const;
-    std::vector<std::int64_t> wholes(std::int64_t least, std::int64_t most, std::size_t count) const;
+    std::vector<std::int64_t> wholes(std::int64_t least, std::int64_t most,
+                                     std::size_t count) const;
     bool truth() const;
 
-    // One line of text that may be printed as it is: at most 1600 bytes, without what acts on a terminal.
+    // One line of text that may be printed as it is: at most 1600 bytes, without what acts on a
+    // terminal.
     std::string text() const;
     std::string matching(const Letters &letters, const char *expected) const;
     std::string one_of(std::initializer_list<const char *> words) const;

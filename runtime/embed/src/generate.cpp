@@ -148,8 +148,9 @@ std::vector<Ids> Session::generate(const std::vector<Ids> &prompts, const Genera
                     std::to_string(most) + "; shorten the prompt or ask for fewer new tokens.");
     }
     const Ids &stops = options.stop_ids ? *options.stop_ids : info.generation.eos_token_ids;
-    Padded fed = within_memory("there is no memory for these prompts padded to one length; give fewer at once.",
-                               [&] { return pad_left(prompts, longest, info.generation.pad_token_id); });
+    Padded fed = within_memory(
+        "there is no memory for these prompts padded to one length; give fewer at once.",
+        [&] { return pad_left(prompts, longest, info.generation.pad_token_id); });
     const auto batch = static_cast<std::int64_t>(prompts.size());
     held->reset(batch, longest + options.max_new_tokens);
 

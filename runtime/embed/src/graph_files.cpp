@@ -1,5 +1,6 @@
-// ONNX is protobuf, of which this reads the few fields on the way to external data, in onnx.proto's names
-// and numbers. A message that is given in parts is one message to protobuf, so every part of one is read.
+// ONNX is protobuf, of which this reads the few fields on the way to external data, in onnx.proto's
+// names and numbers. A message that is given in parts is one message to protobuf, so every part of
+// one is read.
 #include "graph_files.hpp"
 
 #include <cstdint>
@@ -14,7 +15,17 @@ constexpr std::size_t kMostNested = 100;
 
 [[noreturn]] void broken(const std::string &what) { throw std::invalid_argument(what); }
 
-enum class Message { model, graph, node, attribute, tensor, sparse_tensor, function, training, entry };
+enum class Message {
+    model,
+    graph,
+    node,
+    attribute,
+    tensor,
+    sparse_tensor,
+    function,
+    training,
+    entry
+};
 
 // Which message a field of another one is.
 struct Part {
@@ -24,26 +35,26 @@ struct Part {
 };
 
 constexpr Part kParts[] = {
-    {Message::model, 7, Message::graph},              // graph
-    {Message::model, 20, Message::training},          // training_info
-    {Message::model, 25, Message::function},          // functions
-    {Message::training, 1, Message::graph},           // initialization
-    {Message::training, 2, Message::graph},           // algorithm
-    {Message::function, 7, Message::node},            // node
-    {Message::function, 11, Message::attribute},      // attribute_proto
-    {Message::graph, 1, Message::node},               // node
-    {Message::graph, 5, Message::tensor},             // initializer
-    {Message::graph, 15, Message::sparse_tensor},     // sparse_initializer
-    {Message::node, 5, Message::attribute},           // attribute
-    {Message::attribute, 5, Message::tensor},         // t
-    {Message::attribute, 6, Message::graph},          // g
-    {Message::attribute, 10, Message::tensor},        // tensors
-    {Message::attribute, 11, Message::graph},         // graphs
-    {Message::attribute, 22, Message::sparse_tensor}, // sparse_tensor
-    {Message::attribute, 23, Message::sparse_tensor}, // sparse_tensors
-    {Message::sparse_tensor, 1, Message::tensor},     // values
-    {Message::sparse_tensor, 2, Message::tensor},     // indices
-    {Message::tensor, 13, Message::entry},            // external_data
+    {Message::model, 7, Message::graph},               // graph
+    {Message::model, 20, Message::training},           // training_info
+    {Message::model, 25, Message::function},           // functions
+    {Message::training, 1, Message::graph},            // initialization
+    {Message::training, 2, Message::graph},            // algorithm
+    {Message::function, 7, Message::node},             // node
+    {Message::function, 11, Message::attribute},       // attribute_proto
+    {Message::graph, 1, Message::node},                // node
+    {Message::graph, 5, Message::tensor},              // initializer
+    {Message::graph, 15, Message::sparse_tensor},      // sparse_initializer
+    {Message::node, 5, Message::attribute},            // attribute
+    {Message::attribute, 5, Message::tensor},          // t
+    {Message::attribute, 6, Message::graph},           // g
+    {Message::attribute, 10, Message::tensor},         // tensors
+    {Message::attribute, 11, Message::graph},          // graphs
+    {Message::attribute, 22, Message::sparse_tensor},  // sparse_tensor
+    {Message::attribute, 23, Message::sparse_tensor},  // sparse_tensors
+    {Message::sparse_tensor, 1, Message::tensor},      // values
+    {Message::sparse_tensor, 2, Message::tensor},      // indices
+    {Message::tensor, 13, Message::entry},             // external_data
 };
 
 // The bytes of one message, taken from the front.
@@ -70,7 +81,8 @@ class Wire {
         return result;
     }
 
-    // The number of the field that comes next where it holds bytes or a message, and those; 0 of another.
+    // The number of the field that comes next where it holds bytes or a message, and those; 0 of
+    // another.
     std::uint64_t field(std::string_view &held) {
         // Protobuf's tags have 32 bits, and what is above is dropped.
         const auto tag = static_cast<std::uint32_t>(varint());
@@ -88,7 +100,8 @@ class Wire {
     std::string_view bytes_;
 };
 
-// What an entry says under the key "location". Of a field that stands there twice protobuf takes the last.
+// What an entry says under the key "location". Of a field that stands there twice protobuf takes
+// the last.
 void read_entry(std::string_view bytes, std::set<std::string> &found) {
     std::string_view key, value, held;
     for (Wire wire(bytes); !wire.ended();) {
@@ -107,8 +120,8 @@ std::set<std::string> external_files(std::string_view model) {
         Wire wire;
     };
     std::set<std::string> found;
-    // The messages that are being read, each inside of the one before: no recursion, since the graph says
-    // how deep it is.
+    // The messages that are being read, each inside of the one before: no recursion, since the
+    // graph says how deep it is.
     std::vector<Open> open{{Message::model, Wire(model)}};
     while (!open.empty()) {
         if (open.back().wire.ended()) {

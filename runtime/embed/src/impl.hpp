@@ -19,7 +19,8 @@ struct Session::Impl {
     bool lost = false;          // the backend failed half-way through its states
     std::atomic_flag busy = ATOMIC_FLAG_INIT;
 
-    explicit Impl(Manifest read) : manifest(std::move(read)), tokens(manifest.vocab_size, manifest.states) {}
+    explicit Impl(Manifest read)
+        : manifest(std::move(read)), tokens(manifest.vocab_size, manifest.states) {}
 
     // As the functions of Session, without a `Call`.
     void reset(std::int64_t batch, std::int64_t capacity);
@@ -31,14 +32,15 @@ struct Session::Impl {
     View run_one_by_one(const std::int64_t *ids, const std::int64_t *mask, std::int64_t count);
 };
 
-// While it lives, every other call of the same session is refused. Waiting would answer with the state that
-// the other call leaves, and never end in a callback.
+// While it lives, every other call of the same session is refused. Waiting would answer with the
+// state that the other call leaves, and never end in a callback.
 class Call {
   public:
     explicit Call(std::atomic_flag &busy) : busy_(busy) {
         if (busy_.test_and_set(std::memory_order_acquire)) {
-            throw Error("the session is busy with another call, of its own callback or of another thread; "
-                        "give each a session of its own: fork() it.");
+            throw Error(
+                "the session is busy with another call, of its own callback or of another thread; "
+                "give each a session of its own: fork() it.");
         }
     }
     ~Call() { busy_.clear(std::memory_order_release); }

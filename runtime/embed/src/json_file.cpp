@@ -15,7 +15,8 @@ std::string read_text(const std::filesystem::path &path) {
         text.append(piece, 0, static_cast<std::size_t>(file.gcount()));
     }
     // A file that ends is read to its end.
-    if (!file && !file.eof()) throw Error(path.string() + " cannot be read; check its permissions.");
+    if (!file && !file.eof())
+        throw Error(path.string() + " cannot be read; check its permissions.");
     if (text.size() > kMostJsonBytes) {
         throw Error(path.string() + " is larger than " + std::to_string(kMostJsonBytes) +
                     " bytes, the most that is read of it; export again.");
@@ -24,12 +25,14 @@ std::string read_text(const std::filesystem::path &path) {
 }
 
 json parse_json(std::string_view text) {
-    if (text.substr(0, 3) == "\xef\xbb\xbf") throw std::invalid_argument("it begins with a byte order mark");
+    if (text.substr(0, 3) == "\xef\xbb\xbf")
+        throw std::invalid_argument("it begins with a byte order mark");
     // The parser takes a NUL for the end, and would not look at what is behind.
     if (text.find('\0') != std::string_view::npos) throw std::invalid_argument("it holds a NUL");
     const auto bounded = [](int depth, json::parse_event_t, json &) {
         if (depth > kMostJsonDepth) {
-            throw std::invalid_argument("it is nested more than " + std::to_string(kMostJsonDepth) + " deep");
+            throw std::invalid_argument("it is nested more than " + std::to_string(kMostJsonDepth) +
+                                        " deep");
         }
         return true;
     };
@@ -65,12 +68,9 @@ std::string plain(std::string_view text, std::size_t most) {
 
 std::string shown(const json &value) {
     switch (value.type()) {
-        case json::value_t::string:
-            return '"' + plain(value.get_ref<const std::string &>()) + '"';
-        case json::value_t::object:
-            return "an object of " + std::to_string(value.size());
-        case json::value_t::array:
-            return "a list of " + std::to_string(value.size());
+        case json::value_t::string: return '"' + plain(value.get_ref<const std::string &>()) + '"';
+        case json::value_t::object: return "an object of " + std::to_string(value.size());
+        case json::value_t::array: return "a list of " + std::to_string(value.size());
         default:
             // Numbers, true, false and null are short, and nothing is inside of them.
             return value.dump();

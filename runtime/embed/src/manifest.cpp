@@ -17,13 +17,15 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr const char *kLeadsOut =
-    " is a link out of its folder, and an ingot is one folder; copy what it leads to into its place.";
+    " is a link out of its folder, and an ingot is one folder; copy what it leads to into its "
+    "place.";
 
 // Whether a file lies in a folder itself, and is not reached over a link that leads out of it.
 bool is_inside(const fs::path &file, const fs::path &folder) {
     std::error_code none;
     const fs::path to = fs::canonical(file, none), from = fs::canonical(folder, none);
-    return std::mismatch(from.begin(), from.end(), to.begin(), to.end()).first == from.end() && !to.empty();
+    return std::mismatch(from.begin(), from.end(), to.begin(), to.end()).first == from.end() &&
+           !to.empty();
 }
 
 }  // namespace

@@ -22,7 +22,9 @@ constexpr std::int64_t kMostElements = std::int64_t{1} << 32;
 // A value that is not what the rules say; `parse_manifest` adds the file's name and what to do.
 [[noreturn]] void damaged(const std::string &what) { throw std::invalid_argument(what); }
 
-std::string tensor_name(const Field &value) { return value.matching(kTensor, "the name of a tensor"); }
+std::string tensor_name(const Field &value) {
+    return value.matching(kTensor, "the name of a tensor");
+}
 
 // The axes of one shape.
 std::vector<Dimension> shape(const Field &values) {
@@ -41,9 +43,10 @@ std::vector<Dimension> shape(const Field &values) {
 }
 
 bool same(const std::vector<Dimension> &a, const std::vector<Dimension> &b) {
-    return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Dimension &x, const Dimension &y) {
-        return x.size == y.size && x.name == y.name;
-    });
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                      [](const Dimension &x, const Dimension &y) {
+                          return x.size == y.size && x.name == y.name;
+                      });
 }
 
 // The shape of a state's output.
@@ -54,7 +57,8 @@ std::vector<Dimension> after(const StateInfo &state) {
 }
 
 // Whether a shape is what is written: names of sizes, and a size that is given.
-bool is(const std::vector<Dimension> &shape, const std::vector<std::string> &names, std::int64_t last = -1) {
+bool is(const std::vector<Dimension> &shape, const std::vector<std::string> &names,
+        std::int64_t last = -1) {
     const std::size_t fixed = last < 0 ? 0 : 1;
     if (shape.size() != names.size() + fixed) return false;
     for (std::size_t n = 0; n < names.size(); ++n) {
@@ -85,11 +89,12 @@ const TensorInfo *find(const std::vector<TensorInfo> &tensors, const std::string
     return nullptr;
 }
 
-// A state's axes are the batch, fixed sizes and, of a cache, the past: one axis, of which its output has as
-// many more as there are new tokens.
+// A state's axes are the batch, fixed sizes and, of a cache, the past: one axis, of which its
+// output has as many more as there are new tokens.
 StateInfo state(const Field &value) {
     StateInfo result;
-    value.only({"kind", "input", "output", "dtype", "input_shape", "output_shape", "axis", "shared"});
+    value.only(
+        {"kind", "input", "output", "dtype", "input_shape", "output_shape", "axis", "shared"});
     result.kind = value.at("kind").one_of({"key", "value", "conv", "ssm"});
     result.input = tensor_name(value.at("input"));
     result.output = tensor_name(value.at("output"));
@@ -112,7 +117,8 @@ StateInfo state(const Field &value) {
         }
     }
     if (!fits || grows != (growing > 0)) {
-        input_shape.refuse(grows ? "batch, then sizes and one past_sequence" : "batch, and then sizes");
+        input_shape.refuse(grows ? "batch, then sizes and one past_sequence"
+                                 : "batch, and then sizes");
     }
     const Field axis = value.at("axis");
     if (grows) {
@@ -129,12 +135,13 @@ StateInfo state(const Field &value) {
 
 EngineInfo engine(const Field &value) {
     EngineInfo result;
-    value.only({"builder", "version", "compute_capabilities", "graph_sha256", "plugins", "libraries", "embedded",
-                "profiles"});
+    value.only({"builder", "version", "compute_capabilities", "graph_sha256", "plugins",
+                "libraries", "embedded", "profiles"});
     result.builder = value.at("builder").one_of({"tensorrt", "tensorrt-rtx"});
     result.version = value.at("version").matching(kVersion, "a version");
     result.compute_capabilities = value.at("compute_capabilities").wholes(10, 9999, 64);
-    if (result.compute_capabilities.empty()) value.at("compute_capabilities").refuse("a list of at least one");
+    if (result.compute_capabilities.empty())
+        value.at("compute_capabilities").refuse("a list of at least one");
     result.graph_sha256 = value.at("graph_sha256").sha256();
     for (const auto &[name, count] : value.at("plugins").entries(256)) {
         if (!kOperator.spell(name)) damaged(count.name() + " is not named like an operator");
@@ -143,7 +150,8 @@ EngineInfo engine(const Field &value) {
     for (const Field &library : value.at("libraries").items(16)) {
         // A library is code: it must be one of this folder, where its hash is checked.
         const std::string name = library.text();
-        if (!is_relative_name(name) || name.find('/') != std::string::npos) library.refuse("a file of the folder");
+        if (!is_relative_name(name) || name.find('/') != std::string::npos)
+            library.refuse("a file of the folder");
         result.libraries.push_back(name);
     }
     result.embedded = value.at("embedded").truth();
@@ -154,9 +162,11 @@ EngineInfo engine(const Field &value) {
         for (const auto &[name, range] : profile.at("shapes").entries(kMostTensors)) {
             const std::vector<Field> ends = range.items(3);
             if (ends.size() != 3) range.refuse("the least, the usual and the largest shape");
-            ProfileInfo::Range read{ends[0].wholes(0, kMostSize, kMostAxes), ends[1].wholes(0, kMostSize, kMostAxes),
+            ProfileInfo::Range read{ends[0].wholes(0, kMostSize, kMostAxes),
+                                    ends[1].wholes(0, kMostSize, kMostAxes),
                                     ends[2].wholes(0, kMostSize, kMostAxes)};
-            bool ordered = read.least.size() == read.usual.size() && read.usual.size() == read.most.size();
+            bool ordered =
+                read.least.size() == read.usual.size() && read.usual.size() == read.most.size();
             for (std::size_t n = 0; ordered && n < read.least.size(); ++n) {
                 ordered = read.least[n] <= read.usual[n] && read.usual[n] <= read.most[n];
             }
@@ -185,7 +195,8 @@ void check_tensors(const Manifest &manifest) {
     for (const StateInfo &state : manifest.states) {
         const TensorInfo *input = find(manifest.inputs, state.input);
         const TensorInfo *output = find(manifest.outputs, state.output);
-        if (!state_inputs.insert(state.input).second || !state_outputs.insert(state.output).second) {
+        if (!state_inputs.insert(state.input).second ||
+            !state_outputs.insert(state.output).second) {
             damaged("two states are " + state.input + " or " + state.output);
         }
         if (input == nullptr || output == nullptr) {
@@ -219,13 +230,15 @@ void check_tensors(const Manifest &manifest) {
     const std::int64_t width = classify   ? labels
                                : features ? (main->shape.empty() ? 0 : main->shape.back().size)
                                           : manifest.vocab_size;
-    const std::vector<std::string> sizes =
-        classify ? std::vector<std::string>{"batch"} : std::vector<std::string>{"batch", "sequence"};
+    const std::vector<std::string> sizes = classify ? std::vector<std::string>{"batch"}
+                                                    : std::vector<std::string>{"batch", "sequence"};
     if (main->dtype == "int64" || state_outputs.count(main->name) > 0 || width < 1 ||
         !is(main->shape, sizes, width)) {
-        damaged(main->name + " is not of a floating-point type and of the shape that " + manifest.task +
-                " has: the batch" + (classify ? "" : ", the new tokens") + " and " +
-                (classify ? "the labels" : features ? "the hidden size" : "vocab_size"));
+        damaged(main->name + " is not of a floating-point type and of the shape that " +
+                manifest.task + " has: the batch" + (classify ? "" : ", the new tokens") + " and " +
+                (classify   ? "the labels"
+                 : features ? "the hidden size"
+                            : "vocab_size"));
     }
 }
 
@@ -238,14 +251,17 @@ void check_names(const Manifest &manifest) {
         std::string lower = name;
         // std::tolower follows the locale of whoever embeds this.
         for (char &c : lower) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
-        if (!seen.insert(lower).second) damaged("files holds " + name + " twice, but for capital letters");
+        if (!seen.insert(lower).second)
+            damaged("files holds " + name + " twice, but for capital letters");
         for (std::size_t n = name.find('/'); n != std::string::npos; n = name.find('/', n + 1)) {
             const std::string above = name.substr(0, n);
-            if (manifest.files.count(above) > 0) damaged("files holds " + above + ", and " + name + " below it");
+            if (manifest.files.count(above) > 0)
+                damaged("files holds " + above + ", and " + name + " below it");
         }
         const std::string ending = fs::path(lower).extension().string();
         for (const char *code : {".py", ".pyc", ".pyd", ".pyi", ".pth", ".so"}) {
-            if (ending != code || std::count(libraries.begin(), libraries.end(), name) > 0) continue;
+            if (ending != code || std::count(libraries.begin(), libraries.end(), name) > 0)
+                continue;
             damaged("files holds " + name + ", which is a program; an ingot holds none");
         }
     }
@@ -289,9 +305,17 @@ void check_notes(const Field &raw) {
 
 Manifest manifest(const Field &raw) {
     Manifest result;
-    raw.only({"model_type", "task", "target", "precision", "main_output", "inputs", "outputs", "states", "vocab_size",
-              "source", "generation", "graph", "parameters", "active_parameters", "weight_bytes", "tools", "labels",
-              "engine", "files", "validation", "schema_version"});
+    raw.only({"model_type",    "task",
+              "target",        "precision",
+              "main_output",   "inputs",
+              "outputs",       "states",
+              "vocab_size",    "source",
+              "generation",    "graph",
+              "parameters",    "active_parameters",
+              "weight_bytes",  "tools",
+              "labels",        "engine",
+              "files",         "validation",
+              "schema_version"});
     // Any architecture: the graph is all that a session knows of it.
     result.model_type = raw.at("model_type").matching(kPackage, "the name of an architecture");
     result.task = raw.at("task").one_of({"generate", "features", "classify"});
@@ -308,13 +332,15 @@ Manifest manifest(const Field &raw) {
     }
     result.vocab_size = raw.at("vocab_size").whole(1, kMostSize);
     result.generation = generation(raw.at("generation"), result.vocab_size);
-    for (const Field &label : raw.at("labels").items(1 << 20)) result.labels.push_back(label.text());
+    for (const Field &label : raw.at("labels").items(1 << 20))
+        result.labels.push_back(label.text());
     for (const auto &[name, version] : raw.at("tools").entries(256)) {
         if (!kPackage.spell(name)) damaged(version.name() + " is not named like a package");
         result.tools[name] = version.matching(kVersion, "a version");
     }
     for (const auto &[name, value] : raw.at("files").entries(kMostTensors)) {
-        if (!is_relative_name(name)) damaged(value.name() + " is not named like a file below the folder");
+        if (!is_relative_name(name))
+            damaged(value.name() + " is not named like a file below the folder");
         value.only({"bytes", "sha256"});
         const auto bytes = static_cast<std::uint64_t>(value.at("bytes").whole(0, kMostBytes));
         result.files[name] = {bytes, value.at("sha256").sha256()};
@@ -339,8 +365,8 @@ Manifest manifest(const Field &raw) {
 }  // namespace
 
 bool is_relative_name(const std::string &name) {
-    // No dot, hyphen or space where a part of it begins, no dot or space where one ends, and no letter that
-    // is special on any system or to any shell.
+    // No dot, hyphen or space where a part of it begins, no dot or space where one ends, and no
+    // letter that is special on any system or to any shell.
     constexpr Letters kPart{"_", "_ .+@=,()-", 128, true};
     std::size_t parts = 0;
     for (std::size_t begin = 0; begin <= name.size(); ++parts) {
@@ -358,8 +384,8 @@ Manifest parse_manifest(std::string_view text, const std::string &path) {
         const Field raw(held, "");
         const std::int64_t version = raw.at("schema_version").whole(INT64_MIN, INT64_MAX);
         if (version != kSchemaVersion) {
-            throw Error(path + " has schema version " + std::to_string(version) + "; this library reads " +
-                        std::to_string(kSchemaVersion) +
+            throw Error(path + " has schema version " + std::to_string(version) +
+                        "; this library reads " + std::to_string(kSchemaVersion) +
                         ": export again, or use the version of Ingot that wrote it.");
         }
         return manifest(raw);

@@ -8,8 +8,8 @@
 
 namespace ingot {
 
-// Throws std::bad_alloc where so many bytes are more than this machine has. An allocator would promise them,
-// and the system would end the process that writes to them.
+// Throws std::bad_alloc where so many bytes are more than this machine has. An allocator would
+// promise them, and the system would end the process that writes to them.
 void need_memory(std::uint64_t bytes);
 
 // Runs what may ask for more memory than there is; then an Error says `refusal`.

@@ -54,22 +54,24 @@ const char *name_of(ONNXTensorElementDataType type) {
     throw Error(what + "; the graph and " + kManifest + " are not of one export: export again.");
 }
 
-// Refuses what the graph computed where it is not the tensor that the manifest says, before a byte of it
-// is read: what a graph declares of its outputs may be less than that.
+// Refuses what the graph computed where it is not the tensor that the manifest says, before a byte
+// of it is read: what a graph declares of its outputs may be less than that.
 void expect(const Ort::Value &value, const std::string &name, const std::string &dtype,
             const std::vector<std::int64_t> &shape) {
     if (!value || !value.HasValue() || !value.IsTensor()) other_export(name + " is no tensor");
     const Ort::TensorTypeAndShapeInfo found = value.GetTensorTypeAndShapeInfo();
     if (name_of(found.GetElementType()) != dtype || found.GetShape() != shape) {
-        other_export(name + " came as " + name_of(found.GetElementType()) + " " + sizes_of(found.GetShape()) +
-                     " where " + dtype + " " + sizes_of(shape) + " was expected");
+        other_export(name + " came as " + name_of(found.GetElementType()) + " " +
+                     sizes_of(found.GetShape()) + " where " + dtype + " " + sizes_of(shape) +
+                     " was expected");
     }
 }
 
 // The folder's graph may open no file that is not listed, and so not compared, before.
 void check_external_files(const fs::path &graph, const Manifest &manifest) {
     std::ifstream file(graph, std::ios::binary);
-    const std::string model((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+    const std::string model((std::istreambuf_iterator<char>(file)),
+                            std::istreambuf_iterator<char>());
     try {
         for (const std::string &name : external_files(model)) {
             if (manifest.files.count(name) > 0) continue;
@@ -133,7 +135,8 @@ struct Model {
         for (const TensorInfo &output : manifest.outputs) need(folder, has, output.name);
     }
 
-    static void need(const fs::path &folder, const std::set<std::string> &has, const std::string &name) {
+    static void need(const fs::path &folder, const std::set<std::string> &has,
+                     const std::string &name) {
         if (has.count(name) > 0) return;
         throw Error((folder / kGraph).string() + " has no " + name + ", which " + kManifest +
                     " names; the two are not of one export: export again.");
@@ -141,10 +144,13 @@ struct Model {
 
     static void check_declared(const std::string &name, const Ort::TypeInfo &type,
                                const std::vector<TensorInfo> &named) {
-        const auto said = std::find_if(named.begin(), named.end(),
-                                       [&](const TensorInfo &tensor) { return tensor.name == name; });
-        if (said == named.end()) other_export("the graph has \"" + plain(name) + "\", which is not named there");
-        if (type.GetONNXType() != ONNX_TYPE_TENSOR) other_export(name + " is no tensor in the graph");
+        const auto said = std::find_if(named.begin(), named.end(), [&](const TensorInfo &tensor) {
+            return tensor.name == name;
+        });
+        if (said == named.end())
+            other_export("the graph has \"" + plain(name) + "\", which is not named there");
+        if (type.GetONNXType() != ONNX_TYPE_TENSOR)
+            other_export(name + " is no tensor in the graph");
         const auto declared = type.GetTensorTypeAndShapeInfo();
         bool same = name_of(declared.GetElementType()) == said->dtype;
         // A graph need not say a shape, and then has no sizes here.
@@ -313,8 +319,9 @@ class Guarded final : public Backend {
         try {
             return call();
         } catch (const Ort::Exception &error) {
-            throw Error("ONNX Runtime could not run this ingot: " + plain(error.what(), kMostQuoted) +
-                        "; if its files are those of one export, report this.");
+            throw Error(
+                "ONNX Runtime could not run this ingot: " + plain(error.what(), kMostQuoted) +
+                "; if its files are those of one export, report this.");
         }
     }
 
@@ -336,7 +343,8 @@ std::unique_ptr<Backend> open_onnxruntime(const fs::path &folder, const Manifest
     } catch (const Ort::Exception &error) {
         const auto made = manifest.tools.find("onnxruntime");
         throw Error("ONNX Runtime " + version + " cannot load " + (folder / kGraph).string() +
-                    " (made with " + (made == manifest.tools.end() ? "another version" : made->second) +
+                    " (made with " +
+                    (made == manifest.tools.end() ? "another version" : made->second) +
                     "): " + plain(error.what(), kMostQuoted) + "; export again with this version.");
     }
 }

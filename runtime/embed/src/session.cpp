@@ -42,7 +42,8 @@ View Session::Impl::run(const std::int64_t *ids, const std::int64_t *mask, std::
 }
 
 // [B, T] fed as T calls of [B, 1], their outputs put together as [B, T, V].
-View Session::Impl::run_one_by_one(const std::int64_t *ids, const std::int64_t *mask, std::int64_t count) {
+View Session::Impl::run_one_by_one(const std::int64_t *ids, const std::int64_t *mask,
+                                   std::int64_t count) {
     const auto rows = static_cast<std::size_t>(tokens.batch());
     const auto all = static_cast<std::size_t>(count);
     std::vector<std::int64_t> column(rows), column_mask(rows), shape;
@@ -65,8 +66,8 @@ View Session::Impl::run_one_by_one(const std::int64_t *ids, const std::int64_t *
 
 void Session::Impl::reset(std::int64_t batch, std::int64_t capacity) {
     lost = true;
-    const std::string refusal = "there is no memory for " + std::to_string(batch) + " sequences of " +
-                                std::to_string(capacity) +
+    const std::string refusal = "there is no memory for " + std::to_string(batch) +
+                                " sequences of " + std::to_string(capacity) +
                                 " tokens; reset with a smaller batch or capacity.";
     within_memory(refusal.c_str(), [&] {
         // First, since it refuses sizes that make no sense.
@@ -135,14 +136,16 @@ View Session::step(Tokens ids, Tokens mask, std::int64_t batch, std::int64_t tok
 std::vector<StateCopy> Session::state() const {
     const Call call(impl().busy);
     impl_->usable();
-    return within_memory("there is no memory for a copy of the states; reset with a smaller capacity.",
-                         [&] { return impl_->backend->state(impl_->tokens.seen()); });
+    return within_memory(
+        "there is no memory for a copy of the states; reset with a smaller capacity.",
+        [&] { return impl_->backend->state(impl_->tokens.seen()); });
 }
 
 const TensorInfo &main_output(const Manifest &manifest) {
     // The manifest's rules have it that it is there.
-    return *std::find_if(manifest.outputs.begin(), manifest.outputs.end(),
-                         [&](const TensorInfo &output) { return output.name == manifest.main_output; });
+    return *std::find_if(
+        manifest.outputs.begin(), manifest.outputs.end(),
+        [&](const TensorInfo &output) { return output.name == manifest.main_output; });
 }
 
 std::vector<std::int64_t> main_shape(const TensorInfo &main, const Feeds &feeds) {
@@ -157,7 +160,8 @@ std::vector<std::int64_t> main_shape(const TensorInfo &main, const Feeds &feeds)
 
 std::string sizes_of(const std::vector<std::int64_t> &shape) {
     std::string result;
-    for (const std::int64_t size : shape) result += (result.empty() ? "" : ", ") + std::to_string(size);
+    for (const std::int64_t size : shape)
+        result += (result.empty() ? "" : ", ") + std::to_string(size);
     return "[" + result + "]";
 }
 
@@ -178,7 +182,8 @@ std::size_t elements(const std::vector<std::int64_t> &shape) {
     for (const std::int64_t size : shape) {
         const auto factor = static_cast<std::uint64_t>(size);
         if (factor != 0 && result > kMost / factor) {
-            throw Error("these sizes do not fit into memory; reset with a smaller batch or capacity.");
+            throw Error(
+                "these sizes do not fit into memory; reset with a smaller batch or capacity.");
         }
         result *= factor;
     }

@@ -88,7 +88,8 @@ struct Loaded {
         engine.reset(runtime->deserializeCudaEngine(blob.data(), blob.size()));
         if (!engine) refuse((folder / kEngine).string() + " cannot be read");
         for (const TensorInfo &input : manifest.inputs) check_tensor(input);
-        for (const StateInfo &state : manifest.states) check_tensor({state.output, state.dtype, {}});
+        for (const StateInfo &state : manifest.states)
+            check_tensor({state.output, state.dtype, {}});
         check_tensor(main_output(manifest));
     }
 
@@ -98,8 +99,8 @@ struct Loaded {
             refuse("the engine has no " + tensor.name + ", which " + kManifest + " names");
         }
         if (engine->getTensorDataType(name) != type_of(tensor.dtype)) {
-            refuse("the engine has " + tensor.name + " of another type than " + tensor.dtype + ", which " +
-                   kManifest + " says");
+            refuse("the engine has " + tensor.name + " of another type than " + tensor.dtype +
+                   ", which " + kManifest + " says");
         }
     }
 
@@ -163,7 +164,8 @@ class TrtBackend final : public Backend {
         const std::vector<std::int64_t> shape = main_shape(main, feeds);
         expect(context, main.name, shape);
         for (const StateInfo &state : manifest_.states) {
-            expect(context, state.output, state_shape(state, feeds.batch, feeds.past + feeds.tokens));
+            expect(context, state.output,
+                   state_shape(state, feeds.batch, feeds.past + feeds.tokens));
         }
         const std::size_t bytes = elements(shape) * width_of(main.dtype);
         void *address = cuda_.room(main.name, bytes);
@@ -196,7 +198,8 @@ class TrtBackend final : public Backend {
     static void expect(const nvinfer1::IExecutionContext &context, const std::string &name,
                        const std::vector<std::int64_t> &shape) {
         const nvinfer1::Dims found = context.getTensorShape(name.c_str());
-        if (std::equal(shape.begin(), shape.end(), found.d, found.d + std::max(0, found.nbDims))) return;
+        if (std::equal(shape.begin(), shape.end(), found.d, found.d + std::max(0, found.nbDims)))
+            return;
         refuse("the engine has " + name + " of another shape than " + sizes_of(shape) + ", which " +
                kManifest + " says");
     }

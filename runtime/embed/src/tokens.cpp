@@ -29,7 +29,8 @@ void TokenInputs::reset(std::int64_t batch, std::int64_t capacity) {
     if (batch < 1 || capacity < 0 || batch > kMostSize || capacity > kMostSize) {
         throw Error("a session of " + std::to_string(batch) + " sequences of " +
                     std::to_string(capacity) +
-                    " tokens was asked for; give a batch of at least 1 and a capacity of at least 0, below 2^31 "
+                    " tokens was asked for; give a batch of at least 1 and a capacity of at least "
+                    "0, below 2^31 "
                     "each.");
     }
     // What the smallest call needs: for each row an id, a mask, a position and a count.
@@ -75,17 +76,18 @@ void TokenInputs::check(Tokens ids, Tokens mask, std::int64_t batch, std::int64_
     if (recurrent_) check_padding(mask.data, tokens);
 }
 
-// A convolution's window would hold padding that stands between tokens, or behind them. Caches have no such
-// rule: attention looks at no masked position, wherever it stands.
+// A convolution's window would hold padding that stands between tokens, or behind them. Caches have
+// no such rule: attention looks at no masked position, wherever it stands.
 void TokenInputs::check_padding(const std::int64_t *mask, std::int64_t tokens) const {
     for (std::size_t row = 0; row < counts_.size(); ++row) {
         bool begun = counts_[row] > 0;
         for (std::int64_t t = 0; t < tokens; ++t, ++mask) {
             if (begun && *mask == 0) {
-                throw Error("the mask has padding behind the first token of row " + std::to_string(row) +
-                            "; this model's state is recurrent and takes padding before a row's first "
-                            "token only: pad on the left, and rows that go on by different lengths one by "
-                            "one, each in a session of its own.");
+                throw Error(
+                    "the mask has padding behind the first token of row " + std::to_string(row) +
+                    "; this model's state is recurrent and takes padding before a row's first "
+                    "token only: pad on the left, and rows that go on by different lengths one by "
+                    "one, each in a session of its own.");
             }
             begun = begun || *mask == 1;
         }

@@ -18,15 +18,15 @@ struct Feeds {
 
 class TokenInputs {
   public:
-    // Where one of the states grows, the attention mask covers its past as well; a graph without any
-    // state takes each call for itself. A state that does not grow is recurrent.
+    // Where one of the states grows, the attention mask covers its past as well; a graph without
+    // any state takes each call for itself. A state that does not grow is recurrent.
     TokenInputs(std::int64_t vocab_size, const std::vector<StateInfo> &states);
 
     // Forgets the tokens seen.
     void reset(std::int64_t batch, std::int64_t capacity);
 
-    // Refuses tokens that the graph would misread: shape, batch, capacity, vocabulary, or padding that a
-    // recurrent state would take for tokens.
+    // Refuses tokens that the graph would misread: shape, batch, capacity, vocabulary, or padding
+    // that a recurrent state would take for tokens.
     void check(Tokens ids, Tokens mask, std::int64_t batch, std::int64_t tokens) const;
 
     // The graph's inputs for T more tokens; `check` them first.

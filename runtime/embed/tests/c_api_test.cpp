@@ -185,7 +185,8 @@ TEST_CASE("sizes and prompts that are none") {
     const float *logits = nullptr;
     int64_t shape[3];
     int32_t rank = 0;
-    CHECK(ingot_session_step(opened.session, &one, &one, 1, 1, &logits, shape, &rank) == INGOT_SESSION_REFUSED);
+    CHECK(ingot_session_step(opened.session, &one, &one, 1, 1, &logits, shape, &rank) ==
+          INGOT_SESSION_REFUSED);
     CHECK(contains(message(), "call reset first"));
     for (const int64_t id : {int64_t{-1}, int64_t{512}, INT64_MAX}) {
         prompts[0] = &id;
@@ -201,7 +202,8 @@ TEST_CASE("a callback's calls of its own session") {
     const auto again = [](void *user, const int64_t *, int64_t) -> int {
         auto *own = static_cast<ingot_session *>(user);
         const int64_t one = 1, *prompts[] = {&one};
-        CHECK(ingot_session_generate(own, prompts, &one, 1, nullptr, nullptr, nullptr) == INGOT_SESSION_REFUSED);
+        CHECK(ingot_session_generate(own, prompts, &one, 1, nullptr, nullptr, nullptr) ==
+              INGOT_SESSION_REFUSED);
         CHECK(contains(message(), "busy with another call"));
         CHECK(ingot_session_reset(own, 1, 1) == INGOT_SESSION_REFUSED);
         CHECK(ingot_session_vocab_size(own) == 512);
@@ -212,8 +214,10 @@ TEST_CASE("a callback's calls of its own session") {
         return 1;
     };
     const int64_t one = 1, *prompts[] = {&one};
-    CHECK(ingot_session_generate(session, prompts, &one, 1, nullptr, again, session) == INGOT_SESSION_OK);
-    CHECK(ingot_session_generate(session, prompts, &one, 1, nullptr, close, session) == INGOT_SESSION_OK);
+    CHECK(ingot_session_generate(session, prompts, &one, 1, nullptr, again, session) ==
+          INGOT_SESSION_OK);
+    CHECK(ingot_session_generate(session, prompts, &one, 1, nullptr, close, session) ==
+          INGOT_SESSION_OK);
 }
 
 TEST_CASE("an exception of the callback does not cross") {

@@ -99,18 +99,22 @@ TEST_CASE("the session refuses calls from its own callback, and goes on with its
     const Ids one = {1};
     const std::vector<Ids> rows = session.generate(kPrompts, few(6), [&](const auto &) {
         for (const std::function<void()> &call :
-             {std::function<void()>([&] { session.generate({{9}}, few(2)); }), {[&] { session.reset(1, 4); }},
-              {[&] { session.step(one, one, 1, 1); }}, {[&] { session.state(); }}}) {
+             {std::function<void()>([&] { session.generate({{9}}, few(2)); }),
+              {[&] { session.reset(1, 4); }},
+              {[&] { session.step(one, one, 1, 1); }},
+              {[&] { session.state(); }}}) {
             refused += contains(refusal(call), "busy with another call");
         }
         // A fork has a state of its own.
-        CHECK(session.fork().generate({kPrompts[1]}, few(2))[0] == Ids(expected[1].begin(), expected[1].begin() + 2));
+        CHECK(session.fork().generate({kPrompts[1]}, few(2))[0] ==
+              Ids(expected[1].begin(), expected[1].begin() + 2));
         return true;
     });
     CHECK(refused == 24);
     CHECK(rows == expected);
     // What the callback throws ends the call, and not the session.
-    CHECK_THROWS_AS(session.generate(kPrompts, few(6), [](const auto &) -> bool { throw std::logic_error("mine"); }),
+    CHECK_THROWS_AS(session.generate(kPrompts, few(6),
+                                     [](const auto &) -> bool { throw std::logic_error("mine"); }),
                     std::logic_error);
     CHECK(session.generate(kPrompts, few(6)) == expected);
 }
@@ -129,7 +133,10 @@ TEST_CASE("prompts that no session takes") {
     for (const char *name : {"olmoe-ort", "mamba2-onnx"}) {
         Session session(tiny(name));
         for (const Ids &prompt : {Ids{512}, {-1}, {INT64_MAX}, {INT64_MIN}, {1, 2, 1LL << 32}}) {
-            CHECK(contains(refusal([&] { session.generate({{1}, prompt}); }), "outside the vocabulary"));
+            CHECK(contains(refusal([&] {
+                               session.generate({{1}, prompt});
+                           }),
+                           "outside the vocabulary"));
         }
         CHECK(contains(refusal([&] { session.generate({{}}); }), "at least one token"));
         CHECK(contains(refusal([&] { session.generate({{1}}, few(INT64_MIN)); }), "at least 1"));
@@ -137,7 +144,8 @@ TEST_CASE("prompts that no session takes") {
         CHECK(session.generate({{1}}, few(2))[0].size() == 2);
     }
     Session session(tiny("mamba2-onnx"));
-    CHECK(contains(refusal([&] { session.generate({{1}}, few(INT64_MAX - 1)); }), "below 2^31 each"));
+    CHECK(
+        contains(refusal([&] { session.generate({{1}}, few(INT64_MAX - 1)); }), "below 2^31 each"));
 }
 
 TEST_CASE("the ingot's own ids end a row where none are given") {

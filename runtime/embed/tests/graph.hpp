@@ -20,6 +20,7 @@ struct Constant {
     bool sequence = false;
 };
 
-// A model with inputs of any shape, input_ids among them, and outputs that declare no shape. `more` are further fields of its graph.
-std::string constants(const std::vector<std::pair<std::string, int>> &inputs, const std::vector<Constant> &outputs,
-                      const std::string &more = "");
+// A model with inputs of any shape, input_ids among them, and outputs that declare no shape. `more`
+// are further fields of its graph.
+std::string constants(const std::vector<std::pair<std::string, int>> &inputs,
+                      const std::vector<Constant> &outputs, const std::string &more = "");

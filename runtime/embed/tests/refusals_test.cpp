@@ -22,7 +22,8 @@ void each_path(const json &value, const json::json_pointer &at,
     if (value.is_object()) {
         for (const auto &[name, inner] : value.items()) each_path(inner, at / name, visit);
     } else if (value.is_array()) {
-        for (std::size_t n = 0; n < std::min<std::size_t>(value.size(), 2); ++n) each_path(value[n], at / n, visit);
+        for (std::size_t n = 0; n < std::min<std::size_t>(value.size(), 2); ++n)
+            each_path(value[n], at / n, visit);
     }
 }
 
@@ -69,12 +70,16 @@ TEST_CASE("a manifest that is nested or larger than any needs to be") {
     const std::size_t begin = whole.find(free) + free.size();
     // The figures of a validation are free, so it is the depth alone that is refused.
     const auto with = [&](const std::string &value) {
-        write_text(file, whole.substr(0, begin) + "\"more\": " + value + ", " + whole.substr(begin));
+        write_text(file,
+                   whole.substr(0, begin) + "\"more\": " + value + ", " + whole.substr(begin));
         return refusal(copy.path());
     };
-    const auto lists = [](std::size_t depth) { return std::string(depth, '[') + std::string(depth, ']'); };
+    const auto lists = [](std::size_t depth) {
+        return std::string(depth, '[') + std::string(depth, ']');
+    };
     CHECK(with(lists(63)).empty());
-    CHECK(contains(with(lists(64)), "ingot.json is damaged (it is nested more than 64 deep); export again."));
+    CHECK(contains(with(lists(64)),
+                   "ingot.json is damaged (it is nested more than 64 deep); export again."));
     for (const std::size_t depth : {1000U, 200000U, 4000000U}) {
         CHECK(contains(with(lists(depth)), "nested more than 64 deep"));
         CHECK(contains(with(std::string(depth, '[')), "nested more than 64 deep"));
@@ -179,29 +184,41 @@ TEST_CASE("states whose shapes make no sense") {
         return refusal(copy.path());
     };
     // Any axis but the one that grows, the batch's among them.
-    for (const json &axis : {json(0), json(1), json(3), json(4), json(-1), json(nullptr), json("2"), json(2.0)}) {
+    for (const json &axis :
+         {json(0), json(1), json(3), json(4), json(-1), json(nullptr), json("2"), json(2.0)}) {
         CAPTURE(axis.dump());
-        CHECK(contains(message([&](json &state) { state["axis"] = axis; }), "states[0].axis is " + axis.dump()));
+        CHECK(contains(message([&](json &state) { state["axis"] = axis; }),
+                       "states[0].axis is " + axis.dump()));
     }
-    const std::string shape = "states[0].input_shape is a list of 4, and must be batch, then sizes and one past_sequence";
+    const std::string shape =
+        "states[0].input_shape is a list of 4, and must be batch, then sizes and one past_sequence";
     for (const json &sizes :
-         {json{"batch", "heads", "past_sequence", 32}, json{"batch", "past_sequence", "past_sequence", 32},
-          json{"batch", 2, 8, 32}, json{2, "batch", "past_sequence", 32}, json{"batch", "batch", "past_sequence", 32},
+         {json{"batch", "heads", "past_sequence", 32},
+          json{"batch", "past_sequence", "past_sequence", 32}, json{"batch", 2, 8, 32},
+          json{2, "batch", "past_sequence", 32}, json{"batch", "batch", "past_sequence", 32},
           json{"past_sequence", 2, "past_sequence", 32}, json{1, 2, "past_sequence", 32}}) {
         CAPTURE(sizes.dump());
         CHECK(contains(message([&](json &state) { state["input_shape"] = sizes; }), shape));
     }
-    CHECK(contains(message([](json &state) { state["input_shape"] = json::array(); }), "a list of at least one size"));
-    CHECK(contains(message([](json &state) { state["input_shape"][1] = 4294967296; }), "from 0 to 2147483647"));
-    CHECK(contains(message([](json &state) { state["input_shape"] = {"batch", 2147483647, "past_sequence", 9}; }),
+    CHECK(contains(message([](json &state) { state["input_shape"] = json::array(); }),
+                   "a list of at least one size"));
+    CHECK(contains(message([](json &state) { state["input_shape"][1] = 4294967296; }),
+                   "from 0 to 2147483647"));
+    CHECK(contains(message([](json &state) {
+                       state["input_shape"] = {"batch", 2147483647, "past_sequence", 9};
+                   }),
                    "of at most 4294967296 elements"));
     CHECK(contains(message([](json &state) { state["output_shape"][2] = 5; }),
                    "must be input_shape with total_sequence for past_sequence"));
-    CHECK(contains(message([](json &state) { state["kind"] = "conv"; }), "must be batch, and then sizes"));
-    CHECK(contains(message([](json &state) { state["input_shape"][1] = 7, state["output_shape"][1] = 7; }),
-                   "is another tensor in states than in inputs or outputs"));
-    CHECK(contains(message([](json &state) { state["dtype"] = "float16"; }), "is another tensor in states"));
-    CHECK(contains(message([](json &state) { state["input"] = "past_key_values.0.value"; }), "two states are"));
+    CHECK(contains(message([](json &state) { state["kind"] = "conv"; }),
+                   "must be batch, and then sizes"));
+    CHECK(contains(
+        message([](json &state) { state["input_shape"][1] = 7, state["output_shape"][1] = 7; }),
+        "is another tensor in states than in inputs or outputs"));
+    CHECK(contains(message([](json &state) { state["dtype"] = "float16"; }),
+                   "is another tensor in states"));
+    CHECK(contains(message([](json &state) { state["input"] = "past_key_values.0.value"; }),
+                   "two states are"));
 }
 
 TEST_CASE("a file that is missing, of another size or of another hash") {
@@ -250,12 +267,29 @@ TEST_CASE("files are named below the folder, and alike on every system") {
         write_text(copy.path() / "ingot.json", changed.dump());
         return refusal(copy.path());
     };
-    for (const std::string &name :
-         {std::string("../model.onnx"), std::string("/etc/passwd"), std::string("report/../../x"), std::string("a//b"),
-          std::string("./a"), std::string("a/."), std::string("a/"), std::string(""), std::string("a\\b"),
-          std::string("C:x"), std::string("a\0b", 3), std::string("a\nb"), std::string("a."), std::string("a "),
-          std::string("a./b"), std::string("-rf"), std::string(".hidden"), std::string("$(x)"), std::string("a;b"),
-          std::string("a'b"), std::string("\u202ea"), std::string(300, 'a'), std::string("a/b/c/d/e/f/g/h/i")}) {
+    for (const std::string &name : {std::string("../model.onnx"),
+                                    std::string("/etc/passwd"),
+                                    std::string("report/../../x"),
+                                    std::string("a//b"),
+                                    std::string("./a"),
+                                    std::string("a/."),
+                                    std::string("a/"),
+                                    std::string(""),
+                                    std::string("a\\b"),
+                                    std::string("C:x"),
+                                    std::string("a\0b", 3),
+                                    std::string("a\nb"),
+                                    std::string("a."),
+                                    std::string("a "),
+                                    std::string("a./b"),
+                                    std::string("-rf"),
+                                    std::string(".hidden"),
+                                    std::string("$(x)"),
+                                    std::string("a;b"),
+                                    std::string("a'b"),
+                                    std::string("\u202ea"),
+                                    std::string(300, 'a'),
+                                    std::string("a/b/c/d/e/f/g/h/i")}) {
         CAPTURE(name);
         const std::string found = message(name);
         CHECK(contains(found, "is not named like a file below the folder"));
@@ -304,32 +338,50 @@ TEST_CASE("tensors that no session feeds or reads") {
         return refusal(copy.path());
     };
     const json more = {{"name", "image"}, {"dtype", "float32"}, {"shape", {"batch", 3}}};
-    CHECK(contains(message([&](json &m) { m["inputs"].push_back(more); }), "inputs has image, which no session feeds"));
-    CHECK(contains(message([](json &m) { m["inputs"].push_back(m["inputs"][0]); }), "inputs has input_ids twice"));
+    CHECK(contains(message([&](json &m) { m["inputs"].push_back(more); }),
+                   "inputs has image, which no session feeds"));
+    CHECK(contains(message([](json &m) { m["inputs"].push_back(m["inputs"][0]); }),
+                   "inputs has input_ids twice"));
     CHECK(contains(message([](json &m) { m["inputs"].erase(0); }), "inputs lacks input_ids"));
     CHECK(contains(message([](json &m) { m["inputs"].erase(1); }), "inputs lacks attention_mask"));
-    CHECK(contains(message([](json &m) { m["more"] = 1; }), "it has \"more\", which is not known here"));
-    CHECK(contains(message([](json &m) { m["states"][1]["more"] = 1; }), "states[1] has \"more\", which is not known"));
-    CHECK(contains(message([](json &m) { m["files"]["model.onnx"]["more"] = 1; }), "has \"more\", which is not known"));
-    CHECK(contains(message([](json &m) { m["inputs"][0]["dtype"] = "float32"; }), "input_ids is not of int64"));
-    CHECK(contains(message([](json &m) { m["inputs"][0]["shape"] = {"batch"}; }), "input_ids is not of int64"));
-    CHECK(contains(message([](json &m) { m["inputs"][1]["shape"] = {"batch", "sequence"}; }), "attention_mask is not"));
-    const std::string logits = "logits is not of a floating-point type and of the shape that generate has";
+    CHECK(contains(message([](json &m) { m["more"] = 1; }),
+                   "it has \"more\", which is not known here"));
+    CHECK(contains(message([](json &m) { m["states"][1]["more"] = 1; }),
+                   "states[1] has \"more\", which is not known"));
+    CHECK(contains(message([](json &m) { m["files"]["model.onnx"]["more"] = 1; }),
+                   "has \"more\", which is not known"));
+    CHECK(contains(message([](json &m) { m["inputs"][0]["dtype"] = "float32"; }),
+                   "input_ids is not of int64"));
+    CHECK(contains(message([](json &m) { m["inputs"][0]["shape"] = {"batch"}; }),
+                   "input_ids is not of int64"));
+    CHECK(contains(message([](json &m) {
+                       m["inputs"][1]["shape"] = {"batch", "sequence"};
+                   }),
+                   "attention_mask is not"));
+    const std::string logits =
+        "logits is not of a floating-point type and of the shape that generate has";
     CHECK(contains(message([](json &m) { m["outputs"][0]["dtype"] = "int64"; }), logits));
-    for (const json &shape : {json{"batch", 512}, json{"batch", "sequence", 512, 1}, json{"batch", "sequence", 0},
-                              json{"batch", "sequence", 511}, json{"batch", "total_sequence", 512},
-                              json{"sequence", "batch", 512}, json{1, "sequence", 512}}) {
+    for (const json &shape :
+         {json{"batch", 512}, json{"batch", "sequence", 512, 1}, json{"batch", "sequence", 0},
+          json{"batch", "sequence", 511}, json{"batch", "total_sequence", 512},
+          json{"sequence", "batch", 512}, json{1, "sequence", 512}}) {
         CAPTURE(shape.dump());
         CHECK(contains(message([&](json &m) { m["outputs"][0]["shape"] = shape; }), logits));
     }
-    CHECK(contains(message([](json &m) { m["outputs"][0]["dtype"] = "string"; }), "must be one of float32, float16"));
-    CHECK(contains(message([](json &m) { m["main_output"] = "present.0.key"; }), "present.0.key is not of"));
-    CHECK(contains(message([](json &m) { m["task"] = "classify"; }), "the shape that classify has"));
+    CHECK(contains(message([](json &m) { m["outputs"][0]["dtype"] = "string"; }),
+                   "must be one of float32, float16"));
+    CHECK(contains(message([](json &m) { m["main_output"] = "present.0.key"; }),
+                   "present.0.key is not of"));
+    CHECK(
+        contains(message([](json &m) { m["task"] = "classify"; }), "the shape that classify has"));
     CHECK(contains(message([](json &m) { m["vocab_size"] = 513; }), logits));
-    CHECK(contains(message([](json &m) { m["generation"]["eos_token_ids"] = {512}; }), "from 0 to 511"));
-    CHECK(contains(message([](json &m) { m["generation"]["pad_token_id"] = -1; }), "from 0 to 511"));
+    CHECK(contains(message([](json &m) { m["generation"]["eos_token_ids"] = {512}; }),
+                   "from 0 to 511"));
+    CHECK(
+        contains(message([](json &m) { m["generation"]["pad_token_id"] = -1; }), "from 0 to 511"));
     CHECK(contains(message([](json &m) { m["engine"] = "code"; }), "engine"));
-    CHECK(contains(message([](json &m) { m["target"] = "onnx"; }), "false, but for a cache of the target ort"));
+    CHECK(contains(message([](json &m) { m["target"] = "onnx"; }),
+                   "false, but for a cache of the target ort"));
 }
 
 TEST_CASE("an ingot that failed its validation") {
@@ -348,7 +400,8 @@ TEST_CASE("a target or a precision that does not run here") {
     copy.edit([](json &raw) { raw["precision"] = "bfloat16"; });
     CHECK(contains(refusal(copy.path()), "holds a bfloat16 graph and no engine"));
     copy.edit([](json &raw) { raw["target"] = "npu"; });
-    CHECK(contains(refusal(copy.path()), "target is \"npu\", and must be one of onnx, ort, trt, trt-rtx"));
+    CHECK(contains(refusal(copy.path()),
+                   "target is \"npu\", and must be one of onnx, ort, trt, trt-rtx"));
     copy.edit([](json &raw) {
         raw["target"] = "ort";
         raw["precision"] = "float32";
@@ -358,7 +411,8 @@ TEST_CASE("a target or a precision that does not run here") {
             }
         }
     });
-    CHECK(contains(refusal(copy.path()), "past_key_values.0.key is bfloat16, and only float32 and float16 run"));
+    CHECK(contains(refusal(copy.path()),
+                   "past_key_values.0.key is bfloat16, and only float32 and float16 run"));
 }
 
 #ifndef INGOT_FAKE_VERSION
@@ -367,9 +421,12 @@ TEST_CASE("an engine, where the library was built without TensorRT") {
     copy.put("model.engine", "code");
     copy.edit([](json &raw) {
         raw["target"] = "trt-rtx";
-        raw["engine"] = {{"builder", "tensorrt-rtx"}, {"version", "1.7.1.116"},
-                         {"compute_capabilities", {90}}, {"graph_sha256", std::string(64, '0')},
-                         {"plugins", json::object()},    {"libraries", json::array()},
+        raw["engine"] = {{"builder", "tensorrt-rtx"},
+                         {"version", "1.7.1.116"},
+                         {"compute_capabilities", {90}},
+                         {"graph_sha256", std::string(64, '0')},
+                         {"plugins", json::object()},
+                         {"libraries", json::array()},
                          {"embedded", false},
                          {"profiles", {{{"name", "prefill"}, {"shapes", json::object()}}}}};
         for (json &state : raw["states"]) state["shared"] = false;

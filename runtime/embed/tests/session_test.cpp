@@ -89,8 +89,10 @@ TEST_CASE("sizes that no memory holds") {
         CHECK(contains(refusal([&] { session.reset(1, size); }), "below 2^31 each"));
         CHECK(contains(refusal([&] { session.reset(size, 1); }), "below 2^31 each"));
     }
-    for (const auto &[batch, capacity] : {std::pair(1, 2147483647), {2147483647, 1}, {2147483647, 2147483647}}) {
-        CHECK(contains(refusal([&, b = batch, c = capacity] { session.reset(b, c); }), "there is no memory for "));
+    for (const auto &[batch, capacity] :
+         {std::pair(1, 2147483647), {2147483647, 1}, {2147483647, 2147483647}}) {
+        CHECK(contains(refusal([&, b = batch, c = capacity] { session.reset(b, c); }),
+                       "there is no memory for "));
         CHECK(contains(refusal([&] { session.step(one, one, 1, 1); }), "call reset first"));
     }
     CHECK(contains(refusal([&] { session.reset(0, 1); }), "a batch of at least 1"));
@@ -155,7 +157,8 @@ TEST_CASE("padding behind a row's first token, where a state is recurrent") {
             return refusal([&] { session.step(six, mask, 2, 3); });
         };
         // On the right, between tokens, and in either row.
-        for (const Ids &mask : {Ids{1, 1, 1, 1, 1, 0}, {1, 1, 1, 1, 0, 0}, {1, 1, 1, 0, 1, 0}, {1, 0, 1, 1, 1, 1}}) {
+        for (const Ids &mask :
+             {Ids{1, 1, 1, 1, 1, 0}, {1, 1, 1, 1, 0, 0}, {1, 1, 1, 0, 1, 0}, {1, 0, 1, 1, 1, 1}}) {
             session.reset(2, 9);
             const std::string found = message(mask);
             CHECK(contains(found, "padding behind the first token of row") == recurrent);

@@ -95,17 +95,21 @@ TEST_CASE("an engine that cannot run outside of Python, or is of another graph")
         raw["engine"]["embedded"] = false;
     });
     CHECK(contains(refusal(ingot.path()), "was built without libingot_trt.so"));
-    CHECK(contains(WithEngine().refused_with("graph_sha256", std::string(64, '0')), "an engine of another model.onnx"));
-    CHECK(contains(WithEngine().refused_with("profiles", json::array()), "engine.profiles is a list of 0"));
+    CHECK(contains(WithEngine().refused_with("graph_sha256", std::string(64, '0')),
+                   "an engine of another model.onnx"));
+    CHECK(contains(WithEngine().refused_with("profiles", json::array()),
+                   "engine.profiles is a list of 0"));
     for (const char *name : {"../evil.so", "/evil.so", "below/evil.so", "evil.so;", "..", ""}) {
         CAPTURE(name);
         const std::string message = WithEngine().refused_with("libraries", {name});
         CHECK(contains(message, "engine.libraries[0] is \""));
         CHECK(contains(message, "and must be a file of the folder"));
     }
-    CHECK(contains(WithEngine().refused_with("libraries", {"libingot_trt.so", "other.so"}), "files lacks other.so"));
+    CHECK(contains(WithEngine().refused_with("libraries", {"libingot_trt.so", "other.so"}),
+                   "files lacks other.so"));
     // A program that no engine asks for.
-    CHECK(contains(WithEngine().refused_with("libraries", json::array()), "libingot_trt.so, which is a program"));
+    CHECK(contains(WithEngine().refused_with("libraries", json::array()),
+                   "libingot_trt.so, which is a program"));
 }
 
 TEST_CASE("changed code is not loaded, whether or not hashes are asked for") {
@@ -180,15 +184,18 @@ TEST_CASE("an engine whose tensors are others than the manifest's is not run") {
         });
     };
     CHECK(message("a recipe", kPast).empty());
-    CHECK(contains(message("a recipe of halves", kPast), "the engine has past of another type than float32"));
+    CHECK(contains(message("a recipe of halves", kPast),
+                   "the engine has past of another type than float32"));
     CHECK(contains(message("a recipe of fewer", kPast),
                    "the engine has logits of another shape than [2, 2, 512]"));
     json wide = kPast, unknown = kPast;
     wide["input_shape"] = {"batch", 2, "past_sequence", 1};
     wide["output_shape"] = {"batch", 2, "total_sequence", 1};
-    CHECK(contains(message("a recipe", wide), "the engine has present of another shape than [2, 2, 2, 1]"));
+    CHECK(contains(message("a recipe", wide),
+                   "the engine has present of another shape than [2, 2, 2, 1]"));
     unknown["output"] = "future";
-    CHECK(contains(message("a recipe", unknown), "the engine has no future, which ingot.json names"));
+    CHECK(
+        contains(message("a recipe", unknown), "the engine has no future, which ingot.json names"));
 }
 
 TEST_CASE("a state of fixed size is zero after a reset, in either turn") {

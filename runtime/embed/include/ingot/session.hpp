@@ -1,9 +1,9 @@
 // An ingot, opened and run: one call from tokens to logits, with the state kept inside.
 //
 // Shape letters: B batch, T new tokens, V vocabulary, H hidden size. All arrays are row-major.
-// Every function throws ingot::Error with one sentence. One session is for one thread at a time, and
-// refuses a call while it is at work in another; several sessions may run in several threads, and those
-// of one `fork` share their weights.
+// Every function throws ingot::Error with one sentence. One session is for one thread at a time,
+// and refuses a call while it is at work in another; several sessions may run in several threads,
+// and those of one `fork` share their weights.
 #pragma once
 
 #include <cstdint>
@@ -87,18 +87,19 @@ class INGOT_API Session {
     // another thread, and made while this one is used.
     Session fork() const;
 
-    // Forgets all state and makes room for `batch` sequences of `capacity` tokens, padding included.
-    // Throws Error: sizes that are none, or no memory; then the state is lost until it is reset again.
+    // Forgets all state and makes room for `batch` sequences of `capacity` tokens, padding
+    // included. Throws Error: sizes that are none, or no memory; then the state is lost until it is
+    // reset again.
     void reset(std::int64_t batch, std::int64_t capacity);
 
     // Feeds T new tokens of every sequence; an ingot without state takes each call for itself.
     //
-    // ids, mask: [B, T]; the mask is 1 for tokens and 0 for padding. Where all states grow, padding may
-    // stand anywhere; where one is recurrent, before the first token of its row only.
-    // Returns the main output as float32: logits [B, T, V], last_hidden_state [B, T, H], or of a
-    // classifier logits [B, labels].
-    // Throws Error: another batch, ids outside the vocabulary, padding that the state does not take, no
-    // room left. After an error of the backend itself the state is lost, and the next call must be reset.
+    // ids, mask: [B, T]; the mask is 1 for tokens and 0 for padding. Where all states grow, padding
+    // may stand anywhere; where one is recurrent, before the first token of its row only. Returns
+    // the main output as float32: logits [B, T, V], last_hidden_state [B, T, H], or of a classifier
+    // logits [B, labels]. Throws Error: another batch, ids outside the vocabulary, padding that the
+    // state does not take, no room left. After an error of the backend itself the state is lost,
+    // and the next call must be reset.
     View step(Tokens ids, Tokens mask, std::int64_t batch, std::int64_t tokens);
 
     // A copy of every state.

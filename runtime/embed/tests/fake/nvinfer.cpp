@@ -1,18 +1,20 @@
-// Stands in for TensorRT's library. It cannot compute a graph; its engine is a recipe that only comes
-// out right where shapes, addresses, profiles and the turns of the states are:
+// Stands in for TensorRT's library. It cannot compute a graph; its engine is a recipe that only
+// comes out right where shapes, addresses, profiles and the turns of the states are:
 //
 //   the state [B, 1, P, 1] gets each new token's id + 1000 * its position; the next token is
 //   (sum of the state over unmasked columns + 7 * column count) mod V.
 //
 // A second state, where there is one, has a fixed size and is the sum of a row's ids.
 //
-// A recipe may be of half precision, or say one token less of its logits, as an engine of another export.
+// A recipe may be of half precision, or say one token less of its logits, as an engine of another
+// export.
 //
-// A context runs in memory that the session gives it. Contexts of one stream, which never run at the
-// same time, must share theirs, and those of others must not; what lies there is lost at each run.
+// A context runs in memory that the session gives it. Contexts of one stream, which never run at
+// the same time, must share theirs, and those of others must not; what lies there is lost at each
+// run.
 //
-// TensorRT's classes call through a table of functions (apiv::V*); ours has only those a session may
-// use, so that any other call ends the test.
+// TensorRT's classes call through a table of functions (apiv::V*); ours has only those a session
+// may use, so that any other call ends the test.
 #include <NvInferRuntime.h>
 
 #include <array>
@@ -91,7 +93,8 @@ nvinfer1::TensorIOMode io_mode(void *, const char *name) {
     for (const char *output : {"logits", "present", "sum_after"}) {
         if (text == output) return nvinfer1::TensorIOMode::kOUTPUT;
     }
-    for (const char *input : {"input_ids", "attention_mask", "position_ids", "past", "sum_before"}) {
+    for (const char *input :
+         {"input_ids", "attention_mask", "position_ids", "past", "sum_before"}) {
         if (text == input) return nvinfer1::TensorIOMode::kINPUT;
     }
     return nvinfer1::TensorIOMode::kNONE;
@@ -124,7 +127,8 @@ nvinfer1::Dims shape_of(void *self, const char *name) {
     auto &bound = contexts.at(self)->bound;
     const std::int64_t batch = bound["input_ids"].shape.d[0], fresh = bound["input_ids"].shape.d[1];
     const std::string text = name;
-    if (text == "logits") return {3, {batch, recipe == "a recipe of fewer" ? fresh - 1 : fresh, kVocabulary}};
+    if (text == "logits")
+        return {3, {batch, recipe == "a recipe of fewer" ? fresh - 1 : fresh, kVocabulary}};
     if (text == "present") return {4, {batch, 1, bound["past"].shape.d[2] + fresh, 1}};
     return {2, {batch, 1}};
 }
@@ -200,8 +204,9 @@ struct Engine final : nvinfer1::ICudaEngine {
     Engine() {
         using Create = nvinfer1::IExecutionContext *(nvinfer1::apiv::VCudaEngine::*)(
             nvinfer1::ExecutionContextAllocationStrategy) noexcept;
-        table.set(static_cast<Create>(&nvinfer1::apiv::VCudaEngine::createExecutionContext),
-                  create_context)
+        table
+            .set(static_cast<Create>(&nvinfer1::apiv::VCudaEngine::createExecutionContext),
+                 create_context)
             .set(&nvinfer1::apiv::VCudaEngine::getTensorDataType, data_type)
             .set(&nvinfer1::apiv::VCudaEngine::getTensorIOMode, io_mode)
             .set(&nvinfer1::apiv::VCudaEngine::getDeviceMemorySizeV2, memory_size);
