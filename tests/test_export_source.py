@@ -40,9 +40,13 @@ def test_takes_a_family_s_released_model_without_a_preset(
 ) -> None:
     asked = []
 
+    class Fetched(Source):
+        def fetch(self) -> Path:
+            return self.folder
+
     def find(model: str, revision: str | None) -> Source:
         asked.append((model, revision))
-        return Source(tiny)
+        return Fetched(tiny, model)
 
     monkeypatch.setattr("ingot.export.early.find", find)
     assert _opened("olmoe", tmp_path / "out", revision="v1") == tiny

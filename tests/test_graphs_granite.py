@@ -101,7 +101,9 @@ LONGROPE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("way", ["eager", "ort", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "way", ["eager", *(pytest.param(way, marks=pytest.mark.slow) for way in ("ort", "onnx"))]
+)
 def test_longrope_switches_with_the_length_of_a_call_as_transformers_does(
     way: str, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
 ) -> None:

@@ -279,6 +279,8 @@ def test_an_interrupt_during_imports_leaves_no_trace(module: str, tmp_path: Path
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
+            # Of a suite in the background of a script, which ignores Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         assert process.stdout is not None
         process.stdout.read(1)

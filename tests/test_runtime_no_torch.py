@@ -83,12 +83,15 @@ def test_generates_without_torch(request: pytest.FixtureRequest, target: str) ->
     assert json.loads(tokens) == list(generate(load(ingot), PROMPTS, max_new_tokens=8))
     names = set(json.loads(loaded))
     assert names.isdisjoint(BLOCKED)
-    # The exporter's own folders stay out too, all but the manifest and what a state is.
+    # The exporter's own folders stay out too, all but the manifest and what it names.
     exporter = ("ingot.export", "ingot.graphs", "ingot.validate")
     assert {name for name in names if name.startswith(exporter)} == {
         "ingot.export",
+        "ingot.export.external_data",
         "ingot.export.ingot",
+        "ingot.export.ingot_schema",
         "ingot.graphs",
+        "ingot.graphs.names",
         "ingot.graphs.state",
     }
 

@@ -156,7 +156,9 @@ def everywhere(manifest: Manifest, nasty: str) -> Manifest:
     )
 
 
-@pytest.mark.parametrize("source", ["granite-ort", "olmoe-trt-fp16"])
+@pytest.mark.parametrize(
+    "source", ["granite-ort", pytest.param("olmoe-trt-fp16", marks=pytest.mark.slow)]
+)
 def test_writes_text_that_no_language_takes_for_more(
     source: str, tmp_path: Path, fakes: Path
 ) -> None:

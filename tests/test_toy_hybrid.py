@@ -329,7 +329,7 @@ def test_generates_what_a_plain_loop_does(
 @pytest.mark.parametrize(
     ("weight", "layer"),
     [
-        ("layers.1.mixer.o_proj.weight", 1),
+        pytest.param("layers.1.mixer.o_proj.weight", 1, marks=pytest.mark.slow),
         pytest.param("layers.2.mixer.conv1d.bias", 2, marks=pytest.mark.slow),
     ],
 )

@@ -475,7 +475,10 @@ def test_refuses_two_texts(ingot: Path, checkpoint: Path, tmp_path: Path) -> Non
     _refused(_quick(ingot, checkpoint, *texts), "--tokens and --text were both given")
 
 
-@pytest.mark.parametrize(("family", "task"), [("jetmoe", "classify"), ("olmoe", "features")])
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("jetmoe", "classify"), pytest.param("olmoe", "features", marks=pytest.mark.slow)],
+)
 def test_refuses_a_text_for_what_predicts_none(
     make_ingot: MakeIngot, tmp_path: Path, family: str, task: str
 ) -> None:

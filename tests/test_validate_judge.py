@@ -421,6 +421,7 @@ def test_an_engine_is_not_judged_from_a_doubtful_choice_on(
     assert judge.routing == {}
 
 
+@pytest.mark.slow
 def test_half_precision_flips_and_passes(tmp_path: Path, make_ingot: MakeIngot) -> None:
     family = find_family("jetmoe")
     write_checkpoint(tmp_path, family, preset_config(family, "tiny"), seed=0)

@@ -119,7 +119,9 @@ def test_needs_no_call_behind_the_first_that_fails(
 @pytest.mark.parametrize(
     ("change", "lowered"),
     [
-        pytest.param(weight(f"{MAMBA2}D", np.zeros_like), "Mul", id="D dropped"),
+        pytest.param(
+            weight(f"{MAMBA2}D", np.zeros_like), "Mul", id="D dropped", marks=pytest.mark.slow
+        ),
         pytest.param(weight(f"{MAMBA2}dt_bias", np.zeros_like), "Add", id="dt_bias dropped"),
     ],
 )
@@ -152,7 +154,9 @@ def test_finds_nothing_where_nothing_is_wrong(find: Find, family: str, target: s
 @pytest.mark.parametrize(
     ("family", "task", "extra"),
     [
-        ("olmoe", "features", ("router_logits", "hidden_states")),
+        pytest.param(
+            "olmoe", "features", ("router_logits", "hidden_states"), marks=pytest.mark.slow
+        ),
         # Its hidden states are scaled where they are outputs, and the scale is folded otherwise.
         pytest.param("granite", "generate", ("hidden_states",), marks=pytest.mark.slow),
     ],
