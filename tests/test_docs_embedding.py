@@ -63,6 +63,7 @@ def test_starts_everything_in_at_most_five_commands() -> None:
         assert commands(section)[0] == "make export MODEL=olmoe TARGET=ort"
 
 
+@pytest.mark.slow
 def test_python(clone: Path) -> None:
     export, generated, inspected, measured = commands("Python")
     ran(export, clone)

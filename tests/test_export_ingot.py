@@ -314,6 +314,7 @@ def test_leaves_nothing_half_done_when_asked_to_stop(
         assert not out.exists()
 
 
+@pytest.mark.slow
 def test_shows_a_whole_ingot_or_none_at_every_moment_even_after_a_kill(
     smallest: Path, out: Path
 ) -> None:

@@ -37,6 +37,7 @@ def content(found: Captured) -> bytes:
     return result
 
 
+@pytest.mark.slow
 def test_is_the_graph_of_its_own_trace_with_the_weights_of_its_own_checkpoint(
     traces: Traces, tiny: Path, tmp_path: Path
 ) -> None:

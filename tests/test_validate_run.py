@@ -348,6 +348,7 @@ def test_makes_inputs_that_would_show_a_mistake() -> None:
     assert columns == list(range(27))
 
 
+@pytest.mark.slow
 def test_a_graph_too_damaged_to_be_taken_apart_keeps_its_report(
     tiny_onnx: Path, reference: Reference, tmp_path: Path
 ) -> None:
@@ -385,6 +386,7 @@ def test_a_graph_too_damaged_to_be_taken_apart_keeps_its_report(
     assert report.summary()["location"] == report.place and "\n" not in report.place
 
 
+@pytest.mark.slow
 def test_an_operator_that_cannot_be_loaded_keeps_the_report(
     tiny_onnx: Path, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
