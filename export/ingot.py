@@ -257,7 +257,7 @@ class Manifest:
         for name in sorted(path.relative_to(folder).as_posix() for path in side_files):
             self.listed(folder, name)
         try:
-            weights = external_files((folder / GRAPH).read_bytes())
+            weights = external_files(self.listed(folder, GRAPH).read_bytes())
         except GraphError as error:
             raise ManifestError(f"{folder / GRAPH} is damaged ({error}); export again.") from error
         for name in sorted(weights):

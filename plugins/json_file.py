@@ -40,6 +40,9 @@ def read_json(path: Path, *, most_bytes: int = MOST_BYTES) -> Any:
             thousands of digits.
     """
     try:
+        # A pipe or a device in its place would be waited for, or have no end.
+        if path.exists() and not path.is_file():
+            raise JsonError(f"{path} cannot be read: it is no file")
         with path.open("rb") as file:
             raw = file.read(most_bytes + 1)
     except OSError as error:

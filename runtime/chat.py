@@ -140,6 +140,9 @@ def _template(
 
 def _read(path: Path) -> str:
     try:
+        # A pipe in its place would be waited for.
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
         with path.open("rb") as file:
             raw = file.read(MOST_BYTES + 1)
         if len(raw) > MOST_BYTES:

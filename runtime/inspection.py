@@ -195,6 +195,11 @@ def _bytes(state: State) -> int:
 
 
 def _weights(path: Path) -> tuple[Weights, ...]:
+    # A pipe in its place would be waited for.
+    if not path.is_file():
+        raise IngotError(
+            f"{path} has no readable header (it is missing, or no file); export again."
+        )
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))

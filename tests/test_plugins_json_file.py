@@ -1,6 +1,7 @@
 """The reader of JSON files from somebody else."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,9 @@ def test_does_not_read_more_than_it_may(tmp_path: Path) -> None:
         read_json(path, most_bytes=1001)
 
 
-def test_refuses_a_folder_and_a_file_that_is_not_there(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "none.json"):
+def test_refuses_a_folder_a_pipe_and_a_file_that_is_not_there(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path, tmp_path / "pipe.json", tmp_path / "none.json"):
         with pytest.raises(JsonError, match="cannot be read"):
             read_json(path)
 

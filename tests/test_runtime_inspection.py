@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -157,11 +158,13 @@ def test_shows_a_cache_whose_length_nothing_limits(tiny_ort: Path, tmp_path: Pat
     assert "context" not in rows and "state" not in rows
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "garbage"])
+@pytest.mark.parametrize("damage", ["missing", "short", "garbage", "pipe"])
 def test_refuses_weights_without_a_header(tiny_ort: Path, tmp_path: Path, damage: str) -> None:
     for name in ("ingot.json",):
         (tmp_path / name).write_bytes((tiny_ort / name).read_bytes())
-    if damage != "missing":
+    if damage == "pipe":
+        os.mkfifo(tmp_path / WEIGHTS)
+    elif damage != "missing":
         (tmp_path / WEIGHTS).write_bytes(b"1234" if damage == "short" else b"\x08" * 40)
     result = CliRunner().invoke(inspect_command, [str(tmp_path)])
     assert result.exit_code == 2

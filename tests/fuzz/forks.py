@@ -23,6 +23,8 @@ RIGHT, REFUSED = "right", "refused"
 # A child makes so many, and the next one goes on.
 CHUNK = 100
 CPU_SECONDS = 5.0
+# On a full machine; what waits takes no processor.
+WALL_SECONDS = 120.0
 MEMORY = 2 << 30
 # Of a sentence.
 LETTERS = 2000
@@ -101,6 +103,7 @@ def _child(attempt: Attempt, first: int, end: int) -> tuple[list[tuple[int, str,
             for number in range(first, end):
                 # Its own action ends the child.
                 signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+                signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
                 with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
                     label, outcome = attempt(number, Path(place))
                 line = json.dumps([number, label, outcome]) + "\n"
@@ -118,12 +121,14 @@ def _child(attempt: Attempt, first: int, end: int) -> tuple[list[tuple[int, str,
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
         by = signal.Signals(os.WTERMSIG(status))
-        return done, "hang: of its processor" if by == signal.SIGPROF else f"killed: by {by.name}"
+        hangs = {signal.SIGPROF: "hang: of its processor", signal.SIGALRM: "hang: it waits"}
+        return done, hangs.get(by, f"killed: by {by.name}")
     return done, f"exit: with status {os.WEXITSTATUS(status)}" if status else ""
 
 
 def _limit() -> None:
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
