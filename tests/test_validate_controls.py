@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from torch import nn
 from traces import Traces
 
 import ingot.graphs.layers
-from ingot.export.ingot import GRAPH, Manifest
+from ingot.export.ingot import GRAPH, MANIFEST
 from ingot.export.progress import Stages
 from ingot.export.write_weights import write_weights
 from ingot.graphs.checkpoint import Checkpoint, block_reader
@@ -437,7 +438,8 @@ def test_refuses_a_graph_without_an_output(exports: Exports, target: str) -> Non
     ingot, subject = exports.wrong(wrong, target)
     model = onnx.load(str(ingot / GRAPH), load_external_data=False)
     assert DROPPED not in [output.name for output in model.graph.output]
-    assert DROPPED in [state.output for state in Manifest.read(ingot).states]
+    states = json.loads((ingot / MANIFEST).read_text())["states"]
+    assert DROPPED in [state["output"] for state in states]
     with pytest.raises(IngotError, match=DROPPED):
         examined(ingot, subject)
 
@@ -449,7 +451,7 @@ def test_exports_no_graph_that_leaves_a_weight_unread(exports: Exports) -> None:
 
     wrong = Control("olmoe", of_layer(skip), LAYER, "")
     name = rf"model\.layers\.{LAYER}\.self_attn\.q_norm\.weight"
-    with pytest.raises(AssertionError, match=f"^the graph never uses the weight {name}$"):
+    with pytest.raises(AssertionError, match=rf"^the graph never uses the weight {name}(\n|$)"):
         exports.wrong(wrong, "onnx")
 
 
