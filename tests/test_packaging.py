@@ -47,7 +47,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository, with stand-ins for compiled kernels; read only."""
     folder = tmp_path_factory.mktemp("checkout") / "ingot"
     skipped = shutil.ignore_patterns(
-        ".git", ".venv", ".*_cache", "__pycache__", "out", "build", "lib"
+        ".git", ".venv", ".tools", ".*_cache", "__pycache__", "out", "build", "lib"
     )
     shutil.copytree(ROOT, folder, ignore=skipped, symlinks=True)
     for library in (KERNELS, CANDIDATES):
