@@ -7,7 +7,7 @@ from typing import Any
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.config import ModelConfig
 from ingot.plugins.errors import IngotError, shown
-from ingot.plugins.json_file import JsonError, read_json
+from ingot.plugins.json_file import JsonError, read_object
 
 FILE = "generation_config.json"
 
@@ -51,14 +51,9 @@ def _file(checkpoint: Checkpoint) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        given = read_json(path)
+        return read_object(path)
     except JsonError as error:
         raise GenerationError(f"{error}; mend the file or remove it.") from error
-    if not isinstance(given, dict):
-        raise GenerationError(
-            f"{path} holds {shown(given)}, which is no JSON object; mend the file or remove it."
-        )
-    return given
 
 
 def _check_each(file: str, fields: dict[str, Any], vocab: int) -> None:

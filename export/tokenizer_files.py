@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ingot.plugins.errors import IngotError, shown
-from ingot.plugins.json_file import JsonError, read_json
+from ingot.plugins.json_file import JsonError, read_object
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
@@ -121,14 +121,9 @@ def _object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = read_json(path)
+        return read_object(path)
     except JsonError as error:
         raise TokenizerFilesError(f"{error}; mend the file or remove it.") from error
-    if not isinstance(value, dict):
-        raise TokenizerFilesError(
-            f"{path} holds {shown(value)}, which is no JSON object; mend the file or remove it."
-        )
-    return value
 
 
 def _token(value: Any, name: str, **flags: bool) -> str | Token:

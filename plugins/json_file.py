@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ingot.plugins.errors import IngotError
+from ingot.plugins.errors import IngotError, shown
 
 # A config, an index or a manifest of the largest models has some megabytes; parsed, a hostile file
 # of this size takes half a gigabyte, and not more.
@@ -50,6 +50,18 @@ def read_json(path: Path, *, most_bytes: int = MOST_BYTES) -> Any:
     if len(raw) > most_bytes:
         raise JsonError(f"{path} is larger than {most_bytes:,} bytes, the most that is read of it")
     return parse_json(raw, str(path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds that must hold an object.
+
+    Raises:
+        JsonError: as ``read_json``, or it holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise JsonError(f"{path} holds {shown(value)}, which is no JSON object")
+    return value
 
 
 def parse_json(raw: bytes, name: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ingot.plugins.errors import shown
-from ingot.plugins.json_file import MOST_DEPTH, JsonError, parse_json, read_json
+from ingot.plugins.json_file import MOST_DEPTH, JsonError, parse_json, read_json, read_object
 
 
 def written(folder: Path, raw: bytes) -> Path:
@@ -77,3 +77,10 @@ def test_values_are_quoted_in_few_characters(value: object) -> None:
 def test_a_short_value_is_quoted_as_it_is() -> None:
     assert shown("softmax") == "'softmax'"
     assert shown([1, 2]) == "[1, 2]"
+
+
+def test_an_object_is_asked_for(tmp_path: Path) -> None:
+    assert read_object(written(tmp_path, b'{"a": 1}')) == {"a": 1}
+    for raw in (b"[]", b"null", b'"x"', b"1"):
+        with pytest.raises(JsonError, match=r"config\.json holds .* no JSON object"):
+            read_object(written(tmp_path, raw))
