@@ -196,7 +196,7 @@ def test_the_status_is_the_verdict(
     status: int,
     first: str,
 ) -> None:
-    monkeypatch.setattr("ingot.validate.api.examine", lambda *_arguments, **_options: report)
+    monkeypatch.setattr("ingot.validate.run.examine", lambda *_arguments, **_options: report)
     result = _validate(ingot, checkpoint)
     assert result.exit_code == status
     assert result.stdout.splitlines()[0].startswith(first)
@@ -246,7 +246,7 @@ def test_options_choose_the_plan(
         asked.update(options)
         return _report()
 
-    monkeypatch.setattr("ingot.validate.api.examine", examine)
+    monkeypatch.setattr("ingot.validate.run.examine", examine)
     assert _validate(ingot, checkpoint, *arguments).exit_code == 0
     assert (asked["plan"], asked["seed"]) == (plan, seed)
 
@@ -292,7 +292,7 @@ def test_writes_four_files_of_a_report(ingot: Path, checkpoint: Path, tmp_path: 
 def test_what_cannot_be_written_or_read_is_refused_before_any_work(
     ingot: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ingot.validate.api.examine", _forbid)
+    monkeypatch.setattr("ingot.validate.run.examine", _forbid)
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder" / "junit.xml").mkdir(parents=True)
     (tmp_path / "link").symlink_to(ingot)
@@ -325,7 +325,7 @@ def test_a_missing_package_costs_what_it_draws(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, "ingot.validate.report.html", raising=False)
     monkeypatch.setitem(sys.modules, absent, None)
-    monkeypatch.setattr("ingot.validate.api.examine", lambda *_arguments, **_options: _report())
+    monkeypatch.setattr("ingot.validate.run.examine", lambda *_arguments, **_options: _report())
     result = _validate(ingot, checkpoint, "--report", tmp_path / "report")
     assert result.exit_code == 0
     assert len(re.findall(rf"^note: .*{absent} cannot be imported", result.stderr, re.M)) == 1
@@ -624,7 +624,7 @@ def test_removes_the_ingot_it_compared_with(
     _passed(_quick(ingot, checkpoint, "--against", "onnx"), "the onnx ingot")
     assert list(tmp_path.iterdir()) == []
     # Before the ingot is whole, and after.
-    for name in ("ingot.export.build.file_infos", "ingot.validate.api.examine"):
+    for name in ("ingot.export.build.file_infos", "ingot.validate.run.examine"):
         with monkeypatch.context() as patch:
             patch.setattr(name, look(name))
             _refused(_quick(ingot, checkpoint, "--against", "onnx"), f"{name} failed")

@@ -9,7 +9,6 @@ from typing import Literal
 
 from ingot.export.progress import Stages
 from ingot.graphs.hub import resolve_adapter
-from ingot.graphs.merge import open_checkpoint
 from ingot.plugins.errors import IngotError
 from ingot.validate.early import (
     EAGER,
@@ -28,10 +27,7 @@ from ingot.validate.gate import (
     save_baseline,
 )
 from ingot.validate.result import Report
-from ingot.validate.run import empty_report, examine, spread, validate_ingot
-from ingot.validate.truth.against import OtherReference, other_ingot
 from ingot.validate.truth.cache import default_cache
-from ingot.validate.truth.reference import Reference
 
 
 def validate(
@@ -85,6 +81,12 @@ def validate(
         check_baseline(Path(baseline), folder, source, named)
     words = read_words(manifest, folder, tokens, text)
     earlier = None if gate is None else read_baseline(Path(gate))
+    # Here: what is refused above needs no PyTorch, and answers at once.
+    from ingot.graphs.merge import open_checkpoint
+    from ingot.validate.run import empty_report, examine, spread, validate_ingot
+    from ingot.validate.truth.against import OtherReference, other_ingot
+    from ingot.validate.truth.reference import Reference
+
     found = None if named is None else resolve_adapter(named)
     opened = open_checkpoint(source, found)
     reference = Reference(opened, manifest.task, manifest.precision, default_cache())

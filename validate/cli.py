@@ -80,28 +80,15 @@ def validate_command(
     1 failed, or worse than the baseline; 2 could not be done.
     """
     from ingot.export.progress import RichStages
-    from ingot.validate.early import check_baseline, check_request, check_seed, read_words
-    from ingot.validate.gate import read_baseline
+    from ingot.validate.api import validate
     from ingot.validate.report import files
     from ingot.validate.report.terminal import print_report
     from ingot.validate.report.texts import json_text
 
-    # Before PyTorch is imported, so that a mistake is told at once.
-    check_seed(seed)
-    manifest = check_request(
-        ingot, checkpoint, plan=plan or "standard", against=against, adapter=adapter
-    )
-    if baseline is not None:
-        check_baseline(baseline, ingot, checkpoint, adapter)
-    read_words(manifest, ingot, tokens, text)
-    if gate is not None:
-        read_baseline(gate)
     if folder is not None:
         files.check_folder(folder, ingot, checkpoint, *([Path(adapter)] if adapter else []))
         if lacking := files.missing():
             note(f"note: {lacking}")
-    from ingot.validate.api import validate
-
     report = validate(
         ingot,
         checkpoint,
