@@ -159,11 +159,6 @@ def _meant(model: str) -> str:
     return f"; did you mean {name}?" if name else "."
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
-    """The local folder of ``model``, with its weights; see ``find``."""
-    return find(model, revision).fetch()
-
-
 def resolve_adapter(adapter: str) -> Path:
     """The local folder of an adapter: a folder, or ``org/name`` on the hub.
 

@@ -26,7 +26,7 @@ from test_export_early import run_commands
 
 from ingot.graphs.family import find_family
 from ingot.graphs.folder import CheckpointError
-from ingot.graphs.hub import ELSEWHERE, PATTERNS, REVISION, TEMPLATES, resolve
+from ingot.graphs.hub import ELSEWHERE, PATTERNS, REVISION, TEMPLATES, find
 from ingot.graphs.preset import preset_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,13 +37,18 @@ WAYS = ("the path of a checkpoint folder", "Hugging Face cache", "--preset tiny"
 LOOK_UP = """
 import json, sys
 from ingot.graphs.folder import CheckpointError
-from ingot.graphs.hub import resolve
+from ingot.graphs.hub import find
 for model, revision in json.loads(sys.argv[1]):
     try:
-        print("found", resolve(model, revision))
+        print("found", find(model, revision).fetch())
     except CheckpointError as error:
         print("refused", repr(str(error)))
 """
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """The local folder of a model, with its weights."""
+    return find(model, revision).fetch()
 
 
 def look_up(

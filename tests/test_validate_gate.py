@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from test_validate_report import failing_report, make_report, with_tensor
 
-from ingot.validate.gate import KL_FLOOR, GateError, gate, save_baseline
+from ingot.validate.gate import KL_FLOOR, GateError, gated, read_baseline, save_baseline
 from ingot.validate.result import Distribution, Report, Routing
 
 SPREAD = {"logits": 0.02, "key": 0.0, "value": 0.0, "kl": 0.1, "top1": 0.0, "routing": 0.0}
@@ -24,6 +24,11 @@ def path(tmp_path: Path) -> Path:
     result = tmp_path / "new" / "baseline.json"
     save_baseline(make_report(), result, SPREAD)
     return result
+
+
+def gate(report: Report, path: Path) -> list[str]:
+    """What got worse since a baseline, one sentence each."""
+    return list(gated(report, read_baseline(path, report.schema_version), path).worse)
 
 
 def distribution(**changes: Any) -> Distribution:

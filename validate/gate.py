@@ -112,15 +112,6 @@ def save_baseline(report: Report, path: Path, spread: Mapping[str, float]) -> No
     write_whole(path, json.dumps(plain(data), indent=1, allow_nan=False) + "\n")
 
 
-def gate(report: Report, path: Path) -> list[str]:
-    """What got worse since a baseline, one sentence each; empty where nothing did.
-
-    Raises:
-        GateError: the baseline cannot be read, or is of something else.
-    """
-    return list(gated(report, read_baseline(path, report.schema_version), path).worse)
-
-
 def gated(report: Report, baseline: Baseline, path: Path) -> Report:
     """The report with what its baseline says of it.
 
