@@ -109,6 +109,7 @@ class LazyGroup(Group):
     help="Longest sequence, where the model goes further than its config says.",
 )
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with eager PyTorch.")
+@click.option("--strict", is_flag=True, help="Exit with 1 for any verdict but passed.")
 @click.option("--preview", is_flag=True, help=f"Generate {PREVIEW_TOKENS} tokens at the end.")
 @click.option("--overwrite", is_flag=True, help="Replace an ingot that is at --out.")
 def export_command(
@@ -129,13 +130,14 @@ def export_command(
     embed_plugins: bool,
     context: int | None,
     no_validate: bool,
+    strict: bool,
     preview: bool,
     overwrite: bool,
 ) -> None:
     """Turn a Hugging Face checkpoint into a validated ingot.
 
-    Exit status: 0 the ingot is there and passed, 1 it is there and failed its validation, 2 it
-    could not be made and nothing was left behind.
+    Exit status: 0 the ingot is there and passed, 1 it is there and failed its validation, or with
+    --strict did not pass wholly, 2 it could not be made and nothing was left behind.
     """
     from ingot.export.progress import RichStages
 
@@ -171,7 +173,8 @@ def export_command(
     with told(folder):
         if preview:
             _preview(folder, result.manifest)
-    sys.exit(1 if result.manifest.verdict == "failed" else 0)
+    verdict = result.manifest.verdict
+    sys.exit(1 if verdict == "failed" or (strict and verdict != "passed") else 0)
 
 
 def _preview(folder: Path, manifest: Manifest) -> None:

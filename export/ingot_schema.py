@@ -28,7 +28,7 @@ FIELDS = (
 )
 Target = Literal["onnx", "ort", "trt", "trt-rtx"]
 TARGETS: tuple[Target, ...] = get_args(Target)
-Verdict = Literal["passed", "failed", "skipped"]
+Verdict = Literal["passed", "passed, in part", "failed", "skipped"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 TASKS = ("generate", "features", "classify")
 PRECISIONS = ("float32", "float16", "bfloat16")

@@ -74,13 +74,17 @@ NOTABLE = {
 }
 
 
+COLOURS = {"passed": "green", "passed, in part": "yellow", "failed": "red", "skipped": "yellow"}
+
+
 def _verdict_rows(manifest: Manifest) -> list[tuple[str, str]]:
     found = manifest.validation
-    colour = {"passed": "green", "failed": "red", "skipped": "yellow"}[manifest.verdict]
+    colour = COLOURS[manifest.verdict]
     verdict = f"[{colour}]{manifest.verdict}[/{colour}]"
     if "reason" in found:
         verdict += f": {found['reason']}"
     rows = [("verdict", verdict)]
+    rows += [("not covered", each) for each in found.get("short", ())]
     if "against" in found:
         compared = f"{found['compared']} tensors over {found['stages']} calls"
         rows.append(("compared", f"{compared}, with {found['against']}"))

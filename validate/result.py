@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ingot.export.ingot import Verdict
+from ingot.validate.coverage import Coverage
 
 SCHEMA_VERSION = 1
 # A score: an error no larger than eager's own is no fault, whatever it rose from.
@@ -200,6 +201,26 @@ class Location:
 
 
 @dataclass(frozen=True)
+class Check:
+    """One comparison that needs no run: of the weights, the graph or the contract.
+
+    Attributes:
+        name: ``weights``, ``graph`` or ``contract``.
+        compared: how many tensors, nodes or fields.
+        problems: what is not as it should be, one sentence each.
+        location: where the first of them is, as far as there is a layer.
+        left_out: why all or some of it was not compared, in one sentence without a full stop;
+            empty where all was.
+    """
+
+    name: str
+    compared: int
+    problems: tuple[str, ...] = ()
+    location: Location | None = None
+    left_out: str = ""
+
+
+@dataclass(frozen=True)
 class Gate:
     """What a baseline says of a validation.
 
@@ -233,6 +254,8 @@ class Report:
         seconds: the whole took.
         router_margin: smallest difference between the truth's K-th and next router logit.
         gate: what a baseline says, where the validation was held against one.
+        checks: of the weights, the graph and the contract.
+        coverage: what was asked; None where nothing was.
     """
 
     ingot: str
@@ -253,6 +276,8 @@ class Report:
     seconds: float = 0.0
     router_margin: float | None = None
     gate: Gate | None = None
+    checks: tuple[Check, ...] = ()
+    coverage: Coverage | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -271,7 +296,15 @@ class Report:
                 if f.fails
             ]
         found += [f"decode: {growth.problem}" for growth in self.growth if growth.problem]
+        found += [f"{check.name}: {each}" for check in self.checks for each in check.problems]
         return found
+
+    @property
+    def short(self) -> tuple[str, ...]:
+        """What the proof lacks, one sentence each: shapes of use, and checks that were not made."""
+        parts = () if self.coverage is None else self.coverage.short
+        checks = [f"{check.name}: {check.left_out}" for check in self.checks if check.left_out]
+        return (*parts, *checks)
 
     @property
     def worse(self) -> tuple[str, ...]:
@@ -282,7 +315,9 @@ class Report:
     def verdict(self) -> Verdict:
         if self.failures or self.worse:
             return "failed"
-        return "passed" if self.reason is None else "skipped"
+        if self.reason is not None:
+            return "skipped"
+        return "passed, in part" if self.short else "passed"
 
     @property
     def place(self) -> str | None:
@@ -316,6 +351,8 @@ class Report:
         }
         if self.reason is not None:
             result["reason"] = self.reason
+        if self.short:
+            result["short"] = list(self.short)
         for kind, tensor in self.worst.items():
             result[f"{kind}_score"] = tensor.score
             result[f"{kind}_error"] = tensor.error

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ingot.export.graph import Capture
 from ingot.export.ingot import Manifest
 from ingot.export.manifest import ONNX_RUNTIME, TENSORRT, versions
 from ingot.export.progress import Stages
@@ -15,6 +16,7 @@ from ingot.plugins.device import has_gpu
 from ingot.plugins.errors import IngotError
 from ingot.runtime.loading import load
 from ingot.runtime.session import Ids, Session
+from ingot.validate.identity.checks import Subject, checks
 from ingot.validate.judge import totals
 from ingot.validate.judge.distribution import negative_log_likelihoods, perplexities
 from ingot.validate.judge.judge import Judge, Observed
@@ -224,14 +226,21 @@ def examine(
     verify: bool = True,
     name: str | None = None,
     text: Ids | None = None,
+    capture: Capture | None = None,
 ) -> Report:
-    """``validate_ingot``; a failure is located in a step of its own.
+    """``validate_ingot``, and what needs no run: the weights, the graph and the contract.
 
-    Where the place cannot be found, the report says why (``Report.unlocated``).
+    A failure is located in a step of its own. Where the place cannot be found, the report says why
+    (``Report.unlocated``).
+
+    Args:
+        capture: traces the eager graph once more, ``export.capture.capture`` by default.
     """
     report = validate_ingot(
         folder, reference, stages, plan=plan, seed=seed, verify=verify, name=name, text=text
     )
+    subject = Subject(folder, Manifest.read(folder), reference.checkpoint, stages, capture)
+    report = replace(report, checks=checks(subject))
     if report.verdict != "failed":
         return report
     with stages.stage("find where it goes wrong"):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
+from ingot.export.summary import COLOURS
 from ingot.plugins.command_line import console
 from ingot.validate.report.words import LISTED, figures, headline, number
 from ingot.validate.result import Report
-
-COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 
 
 def print_report(report: Report) -> None:
@@ -23,6 +22,8 @@ def print_report(report: Report) -> None:
         console().print(_scores(report))
     for name, text in figures(report):
         out.print(f"{name}: {text}", markup=False)
+    for part in report.short:
+        out.print(f"NOT COVERED {part}", markup=False)
     for failure in report.failures[:LISTED]:
         out.print(f"FAILED {failure}", markup=False)
     if len(report.failures) > LISTED:

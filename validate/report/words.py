@@ -30,6 +30,12 @@ def headline(report: Report) -> str:
     what = f"{report.model_type}, {report.target}, {report.precision}"
     if report.verdict == "passed":
         return f"PASSED: {what}, against {report.against}."
+    if report.verdict == "passed, in part":
+        parts = len(report.short)
+        return (
+            f"PASSED, IN PART: {what}, against {report.against}: {parts} "
+            f"{'part was' if parts == 1 else 'parts were'} not covered."
+        )
     if report.verdict == "skipped":
         return f"SKIPPED: {what}, against {report.against}: {report.reason}."
     count = len(report.failures)

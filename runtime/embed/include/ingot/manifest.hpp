@@ -90,7 +90,7 @@ struct INGOT_API Manifest {
     std::map<std::string, std::string> tools;
     std::optional<EngineInfo> engine;
     std::map<std::string, FileInfo> files;
-    std::string verdict;  // passed, failed or skipped
+    std::string verdict;  // "passed", "passed, in part", "failed" or "skipped"
 
     // Reads and checks ingot.json. Throws Error: no manifest, a damaged one, another schema version.
     static Manifest read(const std::filesystem::path &folder);
