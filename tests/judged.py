@@ -20,6 +20,7 @@ def judged(session: Stepper, reference: Reference, manifest: Manifest) -> list[T
         chunk_size=reference.chunk_size,
         stateful=bool(manifest.states),
     )
-    judge = Judge(reference.routers, reference.record(layout, inputs, Stages()), layout, inputs)
+    (references,) = reference.record(layout, [inputs], Stages())
+    judge = Judge(reference.routers, references, layout, inputs)
     judge.judge_session(judge.run(session))
     return judge.results

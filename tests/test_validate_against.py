@@ -138,8 +138,8 @@ def test_expects_the_others_numbers_under_the_truths_experts(
     # A router that chooses the least likely ones wherever it may.
     other = with_weight(tiny_onnx, tmp_path / "other", ROUTER, turn)
     _, layout, inputs = _recorded(tiny_onnx, reference, None)
-    expected = reference.record(layout, inputs, Stages())
-    found = OtherReference(reference, other, "it").record(layout, inputs, Stages())
+    expected = reference.record(layout, [inputs], Stages())[0]
+    found = OtherReference(reference, other, "it").record(layout, [inputs], Stages())[0]
     _assert_same(found.truth, expected.truth)
     _assert_same(found.eager, expected.eager)
     replayed, _, _ = _recorded(other, reference, expected.truth)

@@ -71,7 +71,7 @@ def inputs_of(reference: Reference, seed: int = 0, plan: Plan = SHORT) -> Inputs
 
 
 def recorded(reference: Reference, inputs: Inputs | None = None) -> References:
-    return reference.record(layout_of(reference), inputs or inputs_of(reference), Stages())
+    return reference.record(layout_of(reference), [inputs or inputs_of(reference)], Stages())[0]
 
 
 def assert_same(one: Recording, other: Recording) -> None:
@@ -278,11 +278,11 @@ def _error(truth: np.ndarray, found: np.ndarray) -> np.ndarray:
 def test_eager_uses_the_truths_experts(near: Checkpoint) -> None:
     reference = Reference(near, "generate", "float16")
     layout, inputs = layout_of(reference), inputs_of(reference, plan=Plan(prefill=61, decode=8))
-    found = reference.record(layout, inputs, Stages())
+    found = reference.record(layout, [inputs], Stages())[0]
     session = EagerSession(near, "generate", precision=torch.float16)
     free = record(session, layout, inputs)
     # By row, where the first token lies whose experts rounding changed.
-    first = [10**9, 10**9]
+    first = [10**9] * len(inputs.input_ids)
     flips = 0
     top_k = reference.routers.top_k
     for number, call in enumerate(main_run(inputs)):

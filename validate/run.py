@@ -110,7 +110,7 @@ def validate_ingot(
     judges = []
     for each in seeds:
         inputs = target.inputs(reference, plan, each)
-        references = reference.record(target.layout, inputs, stages)
+        (references,) = reference.record(target.layout, [inputs], stages)
         judges.append(Judge(reference.routers, references, target.layout, inputs))
     session, observed = _observe(target, judges, stages)
     for judge, found in zip(judges, observed, strict=True):

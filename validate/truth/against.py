@@ -7,7 +7,7 @@ the precision costs. Both use the truth's experts, as in replayed routing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,9 +63,15 @@ class OtherReference(Reference):
         """See ``Reference.against``."""
         return f"{self._name}, in what eager PyTorch's own error in {self.precision} is"
 
-    def record(self, layout: Layout, inputs: Inputs, stages: Stages) -> References:
+    def record(self, layout: Layout, runs: Sequence[Inputs], stages: Stages) -> list[References]:
         """The other ingot's numbers as what is expected."""
-        references = super().record(layout, inputs, stages)
+        found = super().record(layout, runs, stages)
+        pairs = zip(runs, found, strict=True)
+        return [self._expected(layout, inputs, each, stages) for inputs, each in pairs]
+
+    def _expected(
+        self, layout: Layout, inputs: Inputs, references: References, stages: Stages
+    ) -> References:
 
         def choose(number: int) -> None:
             self._session.choose(self.routers.chosen(references.truth[number], inputs, number))

@@ -1,14 +1,20 @@
-"""Seeded token inputs that would show a mistake: two rows, one padded on the left, no repeats."""
+"""Seeded token inputs that would show a mistake: three rows, padded by different lengths."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from ingot.runtime.session import Ids
 
+Mask = npt.NDArray[np.bool_]
+
 PADDING = 7
+# One without padding, one that is padded, and one in whose prefill all but one token is padding;
+# the states of the last are known after one token, two, three and so on.
+ROWS = 3
 # A multiple of every chunk size up to it; the other split is off it, and behind the padding.
 SPLIT = 16
 # A graph without state computes each length from its first token, so it is asked for fewer.
@@ -23,33 +29,43 @@ class Plan:
         prefill: tokens of the first call, at least; odd, so that a kernel's tail is used too.
         decode: calls of one token after it.
         seeds: sets of token ids.
+        whole: whether one sequence as long as the model's context is fed too, in pieces.
+        length: how long that sequence is, whether or not ``whole`` asks for one.
     """
 
     prefill: int = 19
     decode: int = 32
     seeds: int = 1
+    whole: bool = False
+    length: int | None = None
 
 
 STANDARD = Plan()
 QUICK = Plan(decode=8)
-THOROUGH = Plan(prefill=131, decode=128, seeds=3)
+THOROUGH = Plan(prefill=131, decode=128, seeds=3, whole=True)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One validation run: a prefill, then decode steps whose tokens are given (teacher forcing).
+    """Calls from an empty state, whose tokens are all given (teacher forcing).
 
     Attributes:
-        input_ids: ``[B, prefill + decode]``.
-        attention_mask: ``[B, prefill + decode]``; the second row begins with padding.
-        prefill: tokens of the first call; every later call has one.
-        stateful: where not, every call begins at the first token and has one more at its end.
+        input_ids: ``[B, C]``, the columns of all calls.
+        attention_mask: ``[B, C]``; 0 is padding.
+        prefill: tokens of the first call.
+        stateful: where not, every call begins at the first token.
+        calls: name and last column, exclusive, of every call; by default a prefill and decode
+            steps of one token each, and without state calls that are one token longer each.
+        kept: ``[B, C]``, the tokens of which more than the routers' logits is recorded; None for
+            all. Of a long sequence all outputs would not fit into memory.
     """
 
     input_ids: Ids
     attention_mask: Ids
     prefill: int
     stateful: bool = True
+    calls: tuple[tuple[str, int], ...] = ()
+    kept: Mask | None = None
 
     @property
     def splits(self) -> tuple[int, ...]:
@@ -59,6 +75,11 @@ class Inputs:
     @property
     def steps(self) -> list[tuple[str, slice]]:
         """Name and columns of every call."""
+        if self.calls:
+            stops = [stop for _, stop in self.calls]
+            starts = [0, *stops[:-1]] if self.stateful else [0] * len(stops)
+            columns = [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
+            return [(name, each) for (name, _), each in zip(self.calls, columns, strict=True)]
         total = self.input_ids.shape[1]
         decode = range(self.prefill, total)
         if not self.stateful:
@@ -67,6 +88,12 @@ class Inputs:
         return [("prefill", slice(0, self.prefill))] + [
             (f"decode {column - self.prefill + 1}", slice(column, column + 1)) for column in decode
         ]
+
+    @property
+    def wanted(self) -> Mask:
+        """``[B, C]``, the real tokens that are recorded."""
+        real: Mask = self.attention_mask != 0
+        return real if self.kept is None else real & self.kept
 
     def feeds(self, columns: slice, *, cached: bool) -> dict[str, Ids]:
         """A graph's token inputs of one call, by their definition.
@@ -97,8 +124,9 @@ def make_inputs(
     chunk_size: int = 0,
     stateful: bool = True,
     longest: int | None = None,
+    rows: int = ROWS,
 ) -> Inputs:
-    """Inputs for any vocabulary: two rows, a prefill and the plan's decode steps.
+    """Inputs for any vocabulary: some rows, a prefill and the plan's decode steps.
 
     Args:
         vocab_size: ids are below it.
@@ -107,6 +135,7 @@ def make_inputs(
         chunk_size: of a chunked scan, whose prefill must carry its state over a boundary.
         stateful: see ``Inputs``.
         longest: most tokens of a sequence that the target takes, if it has a limit.
+        rows: at most; of fewer than ``ROWS`` the first.
     """
     random = np.random.default_rng(seed)
     decode = plan.decode if stateful else min(plan.decode, MOST_LENGTHS)
@@ -114,7 +143,8 @@ def make_inputs(
     if longest is not None:
         prefill = min(prefill, longest - 1)
         decode = min(decode, longest - prefill)
-    ids = random.integers(0, vocab_size, size=(2, prefill + decode), dtype=np.int64)
+    ids = random.integers(0, vocab_size, size=(min(rows, ROWS), prefill + decode), dtype=np.int64)
     mask = np.ones_like(ids)
-    mask[1, :PADDING] = 0
+    mask[1:2, :PADDING] = 0
+    mask[2:3, : prefill - 1] = 0
     return Inputs(ids, mask, prefill, stateful)

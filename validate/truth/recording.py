@@ -144,27 +144,28 @@ def places(inputs: Inputs, call: Call) -> Places:
 def _collect(layout: Layout, inputs: Inputs, call: Call, tensors: Mapping[str, Array]) -> Tensors:
     """What is kept of one call's outputs, states and taps."""
     real = fed(inputs, call)[1] != 0
+    kept = inputs.wanted[call.rows, call.columns]
     result: Tensors = {}
     for name, array in tensors.items():
         axis = layout.axis(name)
         if axis is not None:
-            result[name] = _added(array, axis, call, real)
+            result[name] = _added(array, axis, call, kept)
         elif layout.of_rows(name):
             result[name] = array if name == layout.main_output else _thinned(array)
         elif name.startswith(ROUTER_LOGITS):
             result[name] = array[real.reshape(-1)]
         else:
-            result[name] = array[real]
+            result[name] = array[kept]
     return result
 
 
-def _added(cache: Array, axis: int, call: Call, real: npt.NDArray[np.bool_]) -> Array:
+def _added(cache: Array, axis: int, call: Call, kept: npt.NDArray[np.bool_]) -> Array:
     """The positions ``[n, Hkv, D]`` that a call added to a cache; they are its last."""
     if cache.shape[axis] != call.columns.stop - call.first:
         # One of another length is left as it is, and fails by its shape.
         return cache
     added = call.columns.stop - call.columns.start
-    return np.moveaxis(cache, axis, 1)[:, -added:][real]
+    return np.moveaxis(cache, axis, 1)[:, -added:][kept]
 
 
 def record(

@@ -6,6 +6,8 @@ same checkpoint, of another target or after another export, begins at once.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,12 +86,20 @@ class Reference:
         truth = TRUTH[self.precision]
         return f"eager PyTorch in {_name(truth)}, beside eager PyTorch in {self.precision}"
 
-    def record(self, layout: Layout, inputs: Inputs, stages: Stages) -> References:
-        """Run the main run on both, or read what was kept of an earlier one.
+    def record(self, layout: Layout, runs: Sequence[Inputs], stages: Stages) -> list[References]:
+        """What both compute in each run, or what was kept of an earlier time.
+
+        Args:
+            layout: of the outputs.
+            runs: each the calls from an empty state, or calls that each stand alone.
+            stages: shows the steps.
 
         Raises:
             RoutersError: the model returns the logits of more or fewer routers than it should.
         """
+        return [self._record(layout, inputs, stages) for inputs in runs]
+
+    def _record(self, layout: Layout, inputs: Inputs, stages: Stages) -> References:
         truth = self._recording(layout, inputs, TRUTH[self.precision], None, stages)
         found, told = len(all_router_logits(truth[0])), self.routers.by_layer
         if found != sum(told):
@@ -163,8 +173,8 @@ class Reference:
             task=self.task,
             dtype=_name(dtype),
             replayed=_name(TRUTH[self.precision]) if replayed else None,
-            inputs=inputs_digest(inputs.input_ids, inputs.attention_mask),
-            prefill=inputs.prefill,
+            inputs=inputs_digest(inputs.input_ids, inputs.attention_mask, inputs.wanted),
+            calls=json.dumps([columns.stop for _, columns in inputs.steps]),
             stateful=inputs.stateful,
             torch=torch.__version__,
             code=code_digest(),
