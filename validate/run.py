@@ -21,7 +21,7 @@ from ingot.validate.judge import totals
 from ingot.validate.judge.distribution import negative_log_likelihoods, perplexities
 from ingot.validate.judge.judge import Judge, Observed
 from ingot.validate.result import Distribution, Location, Report
-from ingot.validate.truth.inputs import STANDARD, Inputs, Plan, make_inputs
+from ingot.validate.truth.inputs import ROWS, STANDARD, Inputs, Plan, make_inputs
 from ingot.validate.truth.recording import Layout
 from ingot.validate.truth.reference import TRUTH, Reference
 from ingot.validate.truth.taps import TappedSession
@@ -73,6 +73,7 @@ class Target:
             chunk_size=reference.chunk_size,
             stateful=bool(manifest.states),
             longest=longest,
+            rows=ROWS,
         )
 
 

@@ -124,7 +124,7 @@ def make_inputs(
     chunk_size: int = 0,
     stateful: bool = True,
     longest: int | None = None,
-    rows: int = ROWS,
+    rows: int = 2,
 ) -> Inputs:
     """Inputs for any vocabulary: some rows, a prefill and the plan's decode steps.
 
@@ -135,7 +135,7 @@ def make_inputs(
         chunk_size: of a chunked scan, whose prefill must carry its state over a boundary.
         stateful: see ``Inputs``.
         longest: most tokens of a sequence that the target takes, if it has a limit.
-        rows: at most; of fewer than ``ROWS`` the first.
+        rows: the first so many of ``ROWS``.
     """
     random = np.random.default_rng(seed)
     decode = plan.decode if stateful else min(plan.decode, MOST_LENGTHS)
@@ -143,7 +143,7 @@ def make_inputs(
     if longest is not None:
         prefill = min(prefill, longest - 1)
         decode = min(decode, longest - prefill)
-    ids = random.integers(0, vocab_size, size=(min(rows, ROWS), prefill + decode), dtype=np.int64)
+    ids = random.integers(0, vocab_size, size=(rows, prefill + decode), dtype=np.int64)
     mask = np.ones_like(ids)
     mask[1:2, :PADDING] = 0
     mask[2:3, : prefill - 1] = 0
