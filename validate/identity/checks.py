@@ -12,6 +12,7 @@ from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
 from ingot.export.request import EXTRA_OUTPUTS
 from ingot.graphs.checkpoint import Checkpoint
+from ingot.validate.identity.weights import check_weights
 from ingot.validate.result import Check
 
 
@@ -52,4 +53,4 @@ class Subject:
 
 def checks(subject: Subject) -> tuple[Check, ...]:
     """The weights, the graph and the contract, in the order in which a fault is looked for."""
-    return ()
+    return (check_weights(subject),)
