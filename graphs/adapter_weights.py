@@ -196,6 +196,11 @@ class MergedCheckpoint(Checkpoint):
         """
         return self._read(name, None)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """See ``Checkpoint.dtype``."""
+        source, stored = self.sources.get(name, (self.base, name))
+        return torch.float32 if name in self.pieces else source.dtype(stored)
+
     def read_row(self, name: str, row: int) -> torch.Tensor:
         """One matrix of a stack of them, as ``read`` has it."""
         return self._read(name, row)

@@ -171,6 +171,10 @@ class Checkpoint:
             self.digests[name] = hashlib.sha256(view).hexdigest()
         return tensor
 
+    def dtype(self, name: str) -> torch.dtype:
+        """That of what ``read`` gives."""
+        return DTYPES[self.entries[name].dtype]
+
     def read_row(self, name: str, row: int) -> torch.Tensor:
         """One matrix of a stack ``[E, ...]``."""
         return self.read(name)[row]

@@ -34,7 +34,6 @@ from ingot.graphs.layers import (
     Decoder,
     Layer,
     Mixed,
-    ModelOutput,
     RMSNorm,
     Step,
     causal_mask,
@@ -193,16 +192,9 @@ class GraniteForCausalLM(CausalLM):
     bare = GraniteModel
     config: GraniteConfig
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        past: tuple[torch.Tensor, ...],
-    ) -> ModelOutput:
-        """As ``GraniteModel.forward``, with logits for every new token."""
-        out = super().forward(input_ids, attention_mask, position_ids, past)
-        return out._replace(main=out.main / self.config.logits_scaling)
+    def head(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """See ``CausalLM.head``; the logits are divided by ``logits_scaling``."""
+        return super().head(x, attention_mask) / self.config.logits_scaling
 
 
 def preset_gain(name: str, config: dict[str, Any]) -> float:

@@ -330,10 +330,19 @@ class JetMoeForSequenceClassification(Model):
     ) -> ModelOutput:
         """As ``JetMoeModel.forward``, with the logits of each row's last unmasked token."""
         out: ModelOutput = self.model(input_ids, attention_mask, position_ids, past)
-        place = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return out._replace(main=self.head(out.main, attention_mask), present=())
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.model
+
+    def head(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """``[B, T, H]`` -> ``logits [B, num_labels]`` of each row's last unmasked token."""
+        place = torch.arange(x.shape[1], device=x.device)
         last = (place * attention_mask).argmax(-1)
         index = last[:, None, None].expand(-1, 1, self.config.hidden_size)
-        return out._replace(main=self.score(out.main.gather(1, index).squeeze(1)), present=())
+        logits: torch.Tensor = self.score(x.gather(1, index).squeeze(1))
+        return logits
 
 
 def preset_gain(name: str, config: dict[str, Any]) -> float:

@@ -120,6 +120,28 @@ class Model(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def decoder(self) -> Decoder:
+        """The bare model in it."""
+        raise NotImplementedError
+
+    def head(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """What is behind the bare model: its ``last_hidden_state [B, T, H]`` -> the main output.
+
+        Args:
+            x: of the bare model.
+            attention_mask: as ``forward`` takes it.
+        """
+        raise NotImplementedError
+
+    @property
+    def head_table(self) -> str:
+        """The parameter ``[V, H]`` whose rows give one logit each; empty where there is none.
+
+        With some of its rows in its place ``head`` gives their logits alone.
+        """
+        return ""
+
 
 class Layer(nn.Module):
     """One layer of a decoder: mixes the tokens, then the channels of each."""
@@ -164,11 +186,20 @@ class Decoder(Model):
         return x, (*outputs[:-1], x)
 
     @property
+    def decoder(self) -> Decoder:
+        """Itself."""
+        return self
+
+    def head(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Nothing: a bare model ends with ``last_hidden_state``."""
+        return x
+
+    @property
     def states(self) -> tuple[State, ...]:
         """The states of every layer in turn."""
-        return tuple(state for _, own in self._by_layer() for state in own)
+        return tuple(state for _, own in self.by_layer() for state in own)
 
-    def _by_layer(self) -> list[tuple[Layer, tuple[State, ...]]]:
+    def by_layer(self) -> list[tuple[Layer, tuple[State, ...]]]:
         """The layers with their states, in the order of computation."""
         layers = cast(Iterable[Layer], self.layers)
         return [(layer, layer.states(index)) for index, layer in enumerate(layers)]
@@ -181,7 +212,7 @@ class Decoder(Model):
         past: tuple[torch.Tensor, ...],
     ) -> ModelOutput:
         """See ``Model.forward``."""
-        layers = self._by_layer()
+        layers = self.by_layer()
         count = sum(len(own) for _, own in layers)
         caches = all(state.axis is not None for _, own in layers for state in own)
         if len(past) != count and (past or not caches):
@@ -221,10 +252,28 @@ class CausalLM(Model):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
+    def decoder(self) -> Decoder:
+        """The bare model."""
+        result: Decoder = getattr(self, self.base_model_prefix)
+        return result
+
+    @property
     def states(self) -> tuple[State, ...]:
         """The states of the bare model."""
-        result: tuple[State, ...] = getattr(self, self.base_model_prefix).states
-        return result
+        return self.decoder.states
+
+    @property
+    def head_table(self) -> str:
+        """See ``Model.head_table``; the embedding, where the two are tied."""
+        if self.config.tie_word_embeddings:
+            return f"{self.base_model_prefix}.{self.embeddings}.weight"
+        return "lm_head.weight"
+
+    def head(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """``[B, T, H]`` -> ``logits [B, T, V]``."""
+        tied = self.config.tie_word_embeddings
+        table = getattr(self.decoder, self.embeddings) if tied else self.lm_head
+        return F.linear(x, table.weight)
 
     def forward(
         self,
@@ -234,11 +283,8 @@ class CausalLM(Model):
         past: tuple[torch.Tensor, ...],
     ) -> ModelOutput:
         """As the bare model's ``forward``, with logits for every new token."""
-        model = getattr(self, self.base_model_prefix)
-        out: ModelOutput = model(input_ids, attention_mask, position_ids, past)
-        tied = self.config.tie_word_embeddings
-        head = getattr(model, self.embeddings) if tied else self.lm_head
-        return out._replace(main=F.linear(out.main, head.weight))
+        out: ModelOutput = self.decoder(input_ids, attention_mask, position_ids, past)
+        return out._replace(main=self.head(out.main, attention_mask))
 
 
 class RMSNorm(nn.Module):

@@ -10,6 +10,7 @@ import numpy as np
 from ingot.validate.judge.limits import LIMITS, NORM_LIMIT, ROUNDOFF, TIE_LIMIT
 from ingot.validate.judge.metrics import Array, Errors, errors, rms, top1_disagreements
 from ingot.validate.result import TensorResult
+from ingot.validate.truth.noise import relative_errors
 
 
 def compare(
@@ -21,6 +22,7 @@ def compare(
     precision: str = "float32",
     floors: Mapping[str, float] | None = None,
     expected: Mapping[str, Array] | None = None,
+    noise: Mapping[str, Array] | None = None,
 ) -> list[TensorResult]:
     """Compare every tensor after one call.
 
@@ -34,6 +36,9 @@ def compare(
         floors: by name, eager PyTorch's usual error over many calls. In one call it may be less by
             chance, where a tensor has few elements, and is then taken to be that.
         expected: what the target is compared with, by default the truth.
+        noise: by name the squared errors ``[n, runs]`` of eager PyTorch and of the same with its
+            sums in other orders. The largest error of a run is the floor: where a call amplifies
+            rounding, one run may have been lucky.
 
     Returns:
         One result a name of either side, and one more where nothing could be compared. A missing
@@ -57,7 +62,8 @@ def compare(
             found = errors(expected[name], target[name])
             of_eager = errors(truth[name], eager[name])
             usual = 0.0 if floors is None else floors.get(name, 0.0)
-            floor = max(of_eager.relative_rms, usual, ROUNDOFF[precision])
+            samples = () if noise is None else relative_errors(noise[name], truth[name])
+            floor = max(of_eager.relative_rms, *samples, usual, ROUNDOFF[precision])
             problem = _judge(found, of_eager, floor, kind, precision)
             if kind == "logits":
                 top1, differ = _judge_top1(expected[name], target[name], floor)

@@ -46,6 +46,9 @@ _CODE = (
     "graphs",
     "plugins",
     "validate/truth/eager.py",
+    "validate/truth/layerwise.py",
+    "validate/truth/noise.py",
+    "validate/truth/orders.py",
     "validate/truth/recording.py",
     "validate/truth/replay.py",
 )

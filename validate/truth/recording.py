@@ -141,7 +141,7 @@ def places(inputs: Inputs, call: Call) -> Places:
     return result
 
 
-def _collect(layout: Layout, inputs: Inputs, call: Call, tensors: Mapping[str, Array]) -> Tensors:
+def collect(layout: Layout, inputs: Inputs, call: Call, tensors: Mapping[str, Array]) -> Tensors:
     """What is kept of one call's outputs, states and taps."""
     real = fed(inputs, call)[1] != 0
     kept = inputs.wanted[call.rows, call.columns]
@@ -199,7 +199,7 @@ def observe(session: Stepper, layout: Layout, inputs: Inputs, call: Call) -> Ten
         session.reset(len(ids), inputs.input_ids.shape[1])
     main = session.step(ids, mask)
     tensors = {layout.main_output: main, **session.state(), **session.tapped}
-    return _collect(layout, inputs, call, tensors)
+    return collect(layout, inputs, call, tensors)
 
 
 def collect_whole(

@@ -7,8 +7,10 @@ same checkpoint, of another target or after another export, begins at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -19,8 +21,11 @@ from ingot.plugins.errors import IngotError
 from ingot.validate.truth.cache import Cache, Recording, code_digest, inputs_digest, key
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import Inputs
-from ingot.validate.truth.recording import Layout, all_router_logits, record
-from ingot.validate.truth.replay import Replay, Routers
+from ingot.validate.truth.layerwise import Array, Fed, Keep, Layerwise, Order, Run
+from ingot.validate.truth.noise import all_squared_errors, noise_of, squared_errors, together
+from ingot.validate.truth.orders import SHARES, Split
+from ingot.validate.truth.recording import Layout, all_router_logits, collect, fed, main_run
+from ingot.validate.truth.replay import Chosen, Routers
 
 # One precision higher than the target's.
 TRUTH = {"float32": torch.float64, "float16": torch.float32, "bfloat16": torch.float32}
@@ -39,19 +44,24 @@ class References:
         truth: what is computed one precision higher.
         eager: what is computed in the target's precision, with the truth's experts.
         expected: what a target is compared with.
+        noise: of each tensor of each call the squared errors ``[n, runs]`` by token or row, of
+            eager and of what it computes when it adds in other orders; of eager alone where it is
+            not given. See ``validate.truth.noise``.
     """
 
     precision: str
     truth: Recording
     eager: Recording
     expected: Recording
+    noise: Recording = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.noise:
+            object.__setattr__(self, "noise", noise_of(self.truth, self.eager))
 
 
 class Reference:
-    """Truth and floor of one checkpoint; the models are loaded when they are first needed.
-
-    A graph that does not fit in half of the free memory is streamed from the checkpoint, layer by
-    layer, for every call.
+    """Truth and floor of one checkpoint, computed layer by layer in the memory of one layer.
 
     Args:
         checkpoint: the weights.
@@ -74,7 +84,6 @@ class Reference:
         self._model = family_of(checkpoint).build(
             checkpoint.config, task, stored=checkpoint.entries
         )
-        self._sessions: dict[torch.dtype, EagerSession] = {}
         facts = self._model.config.facts
         self.chunk_size = facts.chunk_size
         self.routers = Routers(facts.routers, facts.experts_per_token)
@@ -97,58 +106,98 @@ class Reference:
         Raises:
             RoutersError: the model returns the logits of more or fewer routers than it should.
         """
-        return [self._record(layout, inputs, stages) for inputs in runs]
-
-    def _record(self, layout: Layout, inputs: Inputs, stages: Stages) -> References:
-        truth = self._recording(layout, inputs, TRUTH[self.precision], None, stages)
-        found, told = len(all_router_logits(truth[0])), self.routers.by_layer
+        truths = self._truths(layout, runs, stages)
+        found, told = len(all_router_logits(truths[0][0])), self.routers.by_layer
         if found != sum(told):
             raise RoutersError(
                 f"the model returns the logits of {found} routers, and its config's facts tell of "
                 f"{sum(told)}, by layer {list(told)}; correct Facts.routers of its architecture."
             )
-        own: torch.dtype = getattr(torch, self.precision)
-        eager = self._recording(layout, inputs, own, truth, stages)
-        return References(self.precision, truth, eager, expected=truth)
+        rounded = self._rounded(layout, runs, truths, stages)
+        return [
+            References(self.precision, truth, eager, expected=truth, noise=noise)
+            for truth, (eager, noise) in zip(truths, rounded, strict=True)
+        ]
 
     def session(self, dtype: torch.dtype, stages: Stages) -> EagerSession:
-        """The eager graph in one precision."""
-        if dtype not in self._sessions:
-            size = sum(parameter.numel() for parameter in self._model.parameters())
-            with stages.stage(f"load eager {_name(dtype)}", size * dtype.itemsize) as advance:
-                self._sessions[dtype] = EagerSession(
-                    self.checkpoint, self.task, precision=dtype, advance=advance
-                )
-        return self._sessions[dtype]
+        """The eager graph in one precision, for calls that are not known beforehand."""
+        size = sum(parameter.numel() for parameter in self._model.parameters())
+        with stages.stage(f"load eager {_name(dtype)}", size * dtype.itemsize) as advance:
+            return EagerSession(self.checkpoint, self.task, precision=dtype, advance=advance)
 
-    def _recording(
+    def _truths(self, layout: Layout, runs: Sequence[Inputs], stages: Stages) -> list[Recording]:
+        """The truth of each run."""
+        dtype = TRUTH[self.precision]
+        keys = [self._key(inputs, dtype, stages) for inputs in runs]
+        found = [self._kept(name) for name in keys]
+        missing = [number for number, each in enumerate(found) if each is None]
+
+        def keep(run: int, number: int, name: str, array: Array) -> Array:
+            return _collected(layout, runs[missing[run]], number, name, array)
+
+        calls = [_calls(runs[number]) for number in missing]
+        (made,) = self._run(calls, dtype, [keep], [nullcontext], stages)
+        for number, recording in zip(missing, made, strict=True):
+            found[number] = recording
+            self._keep(keys[number], recording)
+        return [each for each in found if each is not None]
+
+    def _rounded(
+        self, layout: Layout, runs: Sequence[Inputs], truths: Sequence[Recording], stages: Stages
+    ) -> list[tuple[Recording, Recording]]:
+        """Eager PyTorch in the target's precision under the truth's experts, and its noise."""
+        dtype: torch.dtype = getattr(torch, self.precision)
+        keys = [
+            [self._key(inputs, dtype, stages, replayed=True, orders=n) for n in (0, len(SHARES))]
+            for inputs in runs
+        ]
+        found = [tuple(filter(None, map(self._kept, names))) for names in keys]
+        missing = [number for number, kept in enumerate(found) if len(kept) < len(keys[number])]
+
+        def keep(run: int, number: int, name: str, array: Array) -> Array:
+            return _collected(layout, runs[missing[run]], number, name, array)
+
+        def keep_error(run: int, number: int, name: str, array: Array) -> Array:
+            truth = truths[missing[run]][number][name]
+            return squared_errors(truth, keep(run, number, name, array))
+
+        calls = [_calls(runs[n], partial(self._chosen, runs[n], truths[n])) for n in missing]
+        orders: list[Order] = [nullcontext, *(partial(Split, share) for share in SHARES)]
+        keeps = [keep, *(keep_error for _ in SHARES)]
+        eager, *others = self._run(calls, dtype, keeps, orders, stages)
+        for place, number in enumerate(missing):
+            own = all_squared_errors(truths[number], eager[place])
+            samples = zip(own, *(other[place] for other in others), strict=True)
+            found[number] = (eager[place], list(map(together, samples)))
+            for name, recording in zip(keys[number], found[number], strict=True):
+                self._keep(name, recording)
+        return [(kept[0], kept[1]) for kept in found]
+
+    def _chosen(self, inputs: Inputs, truth: Recording, number: int) -> list[Chosen]:
+        return self.routers.chosen(truth[number], inputs, number)
+
+    def _run(
         self,
-        layout: Layout,
-        inputs: Inputs,
+        calls: Sequence[Run],
         dtype: torch.dtype,
-        truth: Recording | None,
+        keeps: Sequence[Keep],
+        orders: Sequence[Order],
         stages: Stages,
-    ) -> Recording:
-        name = ""
-        if self.cache is not None:
-            name = self._key(inputs, dtype, self.hash(stages), replayed=truth is not None)
-            kept = self.cache.get(name)
-            if kept is not None:
-                return kept
-        session = self.session(dtype, stages)
-        with (
-            stages.stage(f"run eager {_name(dtype)}", len(inputs.steps), "steps") as advance,
-            Replay() as replay,
-        ):
+    ) -> list[list[Recording]]:
+        """The calls on every side; where there are none nothing is loaded."""
+        if not calls:
+            return [[] for _ in keeps]
+        graph = Layerwise(self.checkpoint, self.task, dtype)
+        total = graph.layers * len(keeps)
+        with stages.stage(f"run eager {_name(dtype)}", total, "steps") as advance:
+            return graph.run(calls, keeps, orders, advance)
 
-            def choose(number: int) -> None:
-                chosen = self.routers.chosen
-                replay.choose(None if truth is None else chosen(truth[number], inputs, number))
+    def _kept(self, name: str) -> Recording | None:
+        return self.cache.get(name) if self.cache is not None else None
 
-            recording = record(session, layout, inputs, choose, advance)
+    def _keep(self, name: str, recording: Recording) -> None:
         if self.cache is not None:
             self.cache.put(name, recording)
-        return recording
 
     def hash(self, stages: Stages) -> str:
         """SHA-256 of the checkpoint, as far as the graph uses it; reads it where nobody has yet."""
@@ -167,18 +216,45 @@ class Reference:
         entry = self.checkpoint.entries[name]
         return entry.end - entry.begin
 
-    def _key(self, inputs: Inputs, dtype: torch.dtype, checkpoint: str, *, replayed: bool) -> str:
+    def _key(
+        self,
+        inputs: Inputs,
+        dtype: torch.dtype,
+        stages: Stages,
+        *,
+        replayed: bool = False,
+        orders: int = 0,
+    ) -> str:
+        """The name of a recording in the cache; empty where there is none."""
+        if self.cache is None:
+            return ""
         return key(
-            checkpoint=checkpoint,
+            checkpoint=self.hash(stages),
             task=self.task,
             dtype=_name(dtype),
             replayed=_name(TRUTH[self.precision]) if replayed else None,
+            orders=orders,
             inputs=inputs_digest(inputs.input_ids, inputs.attention_mask, inputs.wanted),
             calls=json.dumps([columns.stop for _, columns in inputs.steps]),
             stateful=inputs.stateful,
             torch=torch.__version__,
             code=code_digest(),
         )
+
+
+def _calls(inputs: Inputs, chosen: Callable[[int], list[Chosen]] = lambda _number: []) -> list[Fed]:
+    """The calls of a run, each with the experts to force; without any the graph chooses."""
+    result = []
+    for number, call in enumerate(main_run(inputs)):
+        ids, mask = fed(inputs, call)
+        wanted = None if inputs.kept is None else inputs.wanted[call.rows, call.columns]
+        result.append(Fed(ids, mask, chosen(number) or None, wanted))
+    return result
+
+
+def _collected(layout: Layout, inputs: Inputs, number: int, name: str, array: Array) -> Array:
+    """What is kept of one tensor of one call."""
+    return collect(layout, inputs, main_run(inputs)[number], {name: array})[name]
 
 
 def _name(dtype: torch.dtype) -> str:
