@@ -26,6 +26,7 @@ from ingot.runtime.session import Floats
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import QUICK, make_inputs
 from ingot.validate.truth.replay import (
+    CLEAR,
     DOMAIN,
     NUDGE,
     OPERATOR,
@@ -75,6 +76,17 @@ def cases(
     return logits, mask, top_k
 
 
+def plainly_right(row: Array, chosen: Chosen) -> bool:
+    """Whether every kernel chooses so: each chosen one is clearly larger, or equal and before."""
+    clear = CLEAR * NUDGE * (abs(row).max() + row.dtype.type(1))
+    mine, others = np.flatnonzero(chosen), np.flatnonzero(~chosen)
+    return all(
+        row[one] - row[other] >= clear or (row[one] == row[other] and one < other)
+        for one in mine
+        for other in others
+    )
+
+
 def moved(logits: Array, chosen: Chosen) -> Array:
     result: Array = replayed(torch.from_numpy(logits), torch.from_numpy(chosen)).numpy()
     return result
@@ -103,7 +115,7 @@ def test_forces_any_choice_and_moves_no_logit_without_need(
     result = moved(logits, mask)
     assert result.dtype == logits.dtype
     np.testing.assert_array_equal(by_route(result, top_k), mask)
-    right = (by_route(logits, top_k) == mask).all(axis=-1)
+    right = [plainly_right(*pair) for pair in zip(logits, mask, strict=True)]
     assert result[right].tobytes() == logits[right].tobytes()
     for at, (before, after, chosen) in enumerate(zip(logits, result, mask, strict=True)):
         if chosen.all():
@@ -138,6 +150,36 @@ def test_puts_logits_far_enough_apart_for_a_top_k_of_their_softmax() -> None:
         softmax = torch.softmax(torch.from_numpy(moved(logits, mask)), -1).numpy()
         told = np.where(mask, softmax, 1).min(-1) > np.where(mask, 0, softmax).max(-1)
         assert told[(by_route(logits, 3) != mask).any(-1)].all()
+
+
+def test_moves_what_is_in_order_by_less_than_a_top_k_of_the_softmax_sees() -> None:
+    random = np.random.default_rng(1)
+    for scale in (1e-6, 1e-2, 1.0, 20.0):
+        logits = (scale * random.standard_normal((500, 8))).astype(np.float32)
+        # Three of each row are an ulp or two apart, and the first of them is chosen.
+        near = np.stack([logits[:, 0], *(np.nextafter(logits[:, 0], -np.inf),) * 2], axis=1)
+        near[:, 2] = np.nextafter(near[:, 2], np.float32(-np.inf))
+        places = random.permuted(np.tile(np.arange(8), (500, 1)), axis=1)[:, :3]
+        np.put_along_axis(logits, places, near, axis=-1)
+        mask = logits >= near[:, :1]
+        softmax = torch.softmax(torch.from_numpy(moved(logits, mask)), -1).numpy()
+        least, most = np.where(mask, softmax, 1).min(-1), np.where(mask, 0, softmax).max(-1)
+        assert (least > most)[least > 1e-30].all()
+
+
+def test_a_tie_is_right_only_where_nothing_else_is_near_it() -> None:
+    # The third is an ulp below the tie, and a softmax may make it the first of three equals.
+    below = np.nextafter(np.float32(2), np.float32(0))
+    logits = np.array([[below, 2, 2, 1]], np.float32)
+    chosen = np.array([[False, True, False, False]])
+    step = (2 + 1) * NUDGE
+    wanted = np.array([[2 - step, 2, 2 - step, 1]], np.float32)
+    np.testing.assert_array_equal(moved(logits, chosen), wanted)
+    # And so is one above it: with two chosen it is the tie that was turned.
+    above = np.nextafter(np.float32(2), np.float32(3))
+    logits = np.array([[2, 2, above, 1]], np.float32)
+    chosen = np.array([[True, False, True, False]])
+    assert moved(logits, chosen)[0, 1] < 2 - step / 2
 
 
 def test_leaves_a_tie_that_is_right_and_turns_one_that_is_not() -> None:
@@ -276,7 +318,7 @@ def plainly_moved(row: Array, chosen: Chosen) -> Array:
     """``replayed`` of one token, one logit after the other."""
     least = min(value for value, mine in zip(row, chosen, strict=True) if mine)
     most = max(value for value, mine in zip(row, chosen, strict=True) if not mine)
-    if least > most:
+    if plainly_right(row, chosen):
         return row
     middle = (least + most) / np.float32(2)
     below = middle - (abs(row).max() + np.float32(1)) * np.float32(NUDGE)

@@ -10,8 +10,15 @@ import numpy.typing as npt
 import pytest
 
 from ingot.validate.judge.limits import FLIP_LIMIT
-from ingot.validate.judge.routing import compare_choices, doubtful, first_flips, least_margin
-from ingot.validate.result import Flip, Routing
+from ingot.validate.judge.routing import (
+    compare_choices,
+    doubtful,
+    first_flips,
+    ignored_choices,
+    least_margin,
+)
+from ingot.validate.result import Flip, Ignored, Routing
+from ingot.validate.truth.replay import choices
 
 Array = npt.NDArray[Any]
 
@@ -42,9 +49,9 @@ def case(
     truth = [logits * 4 for logits in want]
     signs = np.where(np.arange(40).reshape(10, 4) % 3, 1.0, -1.0)
     eager = [(logits + error * signs).astype(np.float64) for logits in truth]
-    target = [np.tile(np.array(PLAIN, np.float32), (10, 1)) for _ in NAMES]
+    target = [np.tile(choices(np.array([PLAIN]), 2), (10, 1)) for _ in NAMES]
     for router, row, position in flips:
-        target[router][row * 5 + position - 3] = SWAPPED
+        target[router][row * 5 + position - 3] = choices(np.array([SWAPPED]), 2)[0]
     return compare_choices(want, truth, eager, target, places, 2, NAMES, forced=forced)
 
 
@@ -69,9 +76,8 @@ def test_excuses_a_flip_that_eager_s_own_error_explains(factor: float, fails: bo
 def test_takes_the_error_of_the_router_itself() -> None:
     logits = np.array([PLAIN])
     noisy = [logits + 1.0, logits + 2.0]
-    found = compare_choices(
-        [logits] * 2, [logits] * 2, noisy, [np.array([SWAPPED])] * 2, np.array([(0, 0)]), 2, ()
-    )
+    swapped = [choices(np.array([SWAPPED]), 2)] * 2
+    found = compare_choices([logits] * 2, [logits] * 2, noisy, swapped, np.array([(0, 0)]), 2, ())
     assert [flip.explained for flip in found.flips] == [FLIP_LIMIT, 2 * FLIP_LIMIT]
 
 
@@ -108,15 +114,46 @@ def test_a_margin_or_an_error_that_is_no_number_explains_nothing() -> None:
     assert np.isnan(flip.margin) and flip.fails
     # Nor does a target without numbers agree with anything.
     logits = np.array([PLAIN])
-    nothing = np.array([[np.nan, np.nan, 1.0, 2.0]])
+    nothing = choices(np.array([[np.nan, np.nan, 1.0, 2.0]]), 2)
     found = compare_choices([logits], [logits], [logits], [nothing], np.array([(0, 0)]), 2, ())
     assert [flip.fails for flip in found.flips] == [True]
 
 
 def test_all_of_the_experts_are_no_choice() -> None:
     logits = [np.array([PLAIN, SWAPPED])]
-    found = compare_choices(logits, logits, logits, [-logits[0]], np.zeros((2, 2), int), 4, ())
+    chosen = [np.ones((2, 4), np.bool_)]
+    found = compare_choices(logits, logits, logits, chosen, np.zeros((2, 2), int), 4, ())
     assert found == Routing((1.0,), (), ())
+
+
+def test_an_expert_whose_weight_rounds_to_nothing_is_no_choice() -> None:
+    # A softmax in float32 makes zeros of the last two, and a top k of it cannot tell them apart.
+    logits = [np.array([[150.0, 2.0, 1.0, 140.0]])]
+    at = np.zeros((1, 2), int)
+
+    def flips(chosen: list[bool], top_k: int) -> int:
+        found = compare_choices(logits, logits, logits, [np.array([chosen])], at, top_k, ())
+        return len(found.flips)
+
+    assert flips([True, False, False, True], 3) == flips([True, False, True, True], 3) == 0
+    assert flips([True, False, False, False], 2) == 1
+    assert flips([True, True, False, False], 2) == 1
+
+
+def test_tells_where_forced_experts_were_not_used() -> None:
+    at = np.array([(0, 3), (1, 4)])
+    logits = [np.array([PLAIN, SWAPPED])] * 3
+    forced = [choices(each, 2) for each in logits]
+    assert ignored_choices(forced, {0: forced[0], 2: forced[2]}, logits, at) == ()
+    one_more = forced[0] | [[False, False, False, False], [False, True, False, False]]
+    one_less = forced[0] & [[True, False, True, True]]
+    found = ignored_choices(forced, {0: one_more, 1: forced[1], 2: one_less}, logits, at)
+    assert found == (
+        Ignored(0, 1, 4, (0, 2), (0, 1, 2), 1),
+        Ignored(2, 0, 3, (0, 1), (0,), 1),
+    )
+    routing = Routing((1.0,) * 3, (), NAMES, found)
+    assert len(routing.problems) == 2 and routing.problems[1].startswith("third: token 3 of row 0")
 
 
 def test_tells_from_where_on_a_row_is_another() -> None:

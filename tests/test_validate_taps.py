@@ -85,6 +85,12 @@ def by_row(array: Floats) -> Floats:
     return array.reshape(2, -1, array.shape[-1])
 
 
+def chosen(taps: dict[str, Floats]) -> list[Floats]:
+    """The experts that were used, router by router."""
+    count = sum(name.startswith("router_logits.") for name in taps)
+    return [taps[f"chosen_experts.{n}"] for n in range(count)]
+
+
 def assert_near(expected: dict[str, Floats], found: dict[str, Floats], columns: slice) -> None:
     """Every tap is that of the eager session at real tokens."""
     real = make_inputs(512).attention_mask[:, columns] != 0

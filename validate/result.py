@@ -88,6 +88,27 @@ class Flip:
 
 
 @dataclass(frozen=True)
+class Ignored:
+    """Experts that were forced and not used: the first token of one router.
+
+    Attributes:
+        router: its number, in the order they run.
+        row: of the batch.
+        token: position in the row.
+        forced: the experts that were to be used, in ascending order.
+        used: those that were.
+        tokens: how many of this router it is true of.
+    """
+
+    router: int
+    row: int
+    token: int
+    forced: tuple[int, ...]
+    used: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Routing:
     """Expert choices of every router against the truth's.
 
@@ -95,11 +116,29 @@ class Routing:
         agreement: by router, share of tokens with the same experts.
         flips: the tokens with others.
         names: of the routers, such as ``layer 3``.
+        ignored: the routers whose experts were forced and not used.
     """
 
     agreement: tuple[float, ...]
     flips: tuple[Flip, ...]
     names: tuple[str, ...] = ()
+    ignored: tuple[Ignored, ...] = ()
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong, one sentence each."""
+        return [
+            f"{self.name(each.router)}: token {each.token} of row {each.row} used experts "
+            f"{list(each.used)} where its logits were made to say {list(each.forced)}, and so did "
+            f"{each.tokens} tokens in all; what chooses there goes by other numbers"
+            for each in self.ignored
+        ] + [
+            f"{self.name(flip.router)}: token {flip.token} of row {flip.row} chose "
+            f"{list(flip.chosen)} over {list(flip.expected)} at a margin of {flip.margin:.2g}, and "
+            f"rounding explains {flip.explained:.2g}"
+            for flip in self.flips
+            if flip.fails
+        ]
 
     def name(self, router: int) -> str:
         """What a router is called."""
@@ -288,13 +327,7 @@ class Report:
         if not proven and not found and self.reason is None:
             found.append("nothing was compared")
         for mode, routing in self.routing.items():
-            found += [
-                f"routing ({mode}), {routing.name(f.router)}: token {f.token} of row {f.row} chose "
-                f"{list(f.chosen)} over {list(f.expected)} at a margin of {f.margin:.2g}, and "
-                f"rounding explains {f.explained:.2g}"
-                for f in routing.flips
-                if f.fails
-            ]
+            found += [f"routing ({mode}), {problem}" for problem in routing.problems]
         found += [f"decode: {growth.problem}" for growth in self.growth if growth.problem]
         found += [f"{check.name}: {each}" for check in self.checks for each in check.problems]
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +12,17 @@ from ingot.export.progress import Advance
 from ingot.plugins.errors import IngotError
 from ingot.validate.judge.compare import compare
 from ingot.validate.judge.metrics import errors
-from ingot.validate.judge.routing import compare_choices, doubtful, first_flips
+from ingot.validate.judge.routing import (
+    compare_choices,
+    doubtful,
+    first_flips,
+    ignored_choices,
+)
 from ingot.validate.result import Routing, TensorResult
 from ingot.validate.truth.cache import Recording
 from ingot.validate.truth.inputs import Inputs
 from ingot.validate.truth.recording import (
+    CHOSEN_EXPERTS,
     HIDDEN_STATES,
     ROUTER_LOGITS,
     Array,
@@ -25,6 +31,7 @@ from ingot.validate.truth.recording import (
     Places,
     Stepper,
     Tensors,
+    all_chosen_experts,
     all_router_logits,
     collect_whole,
     main_run,
@@ -37,7 +44,7 @@ from ingot.validate.truth.recording import (
     whole,
 )
 from ingot.validate.truth.reference import References
-from ingot.validate.truth.replay import Routers
+from ingot.validate.truth.replay import Routers, choices
 from ingot.validate.truth.taps import TappedSession
 
 Mask = npt.NDArray[np.bool_]
@@ -189,7 +196,7 @@ class Judge:
                 advance,
             )
             session.choose(None)
-        self.routing[REPLAYED] = self._routing(replayed, forced=True)
+        self.routing[REPLAYED] = self._replayed(replayed, forced=bool(self.routing[FREE].flips))
         for number, call in enumerate(self._calls):
             self._inside += self._compare(f"{call.stage}, {REPLAYED}", number, replayed[number])
 
@@ -227,7 +234,7 @@ class Judge:
         found: Tensors,
         flips: Mapping[int, int] = {},
         *,
-        wanted: Callable[[str], bool] = lambda _name: True,
+        wanted: Callable[[str], bool] = lambda name: not is_choice(name),
         piece: Piece | None = None,
     ) -> list[TensorResult]:
         """Compare one call with a recorded one, or with a piece of it.
@@ -310,12 +317,38 @@ class Judge:
         names = self.routers.names()
         top_k = self.routers.top_k
         place = np.concatenate(at)
-        return compare_choices(expected, truth, eager, found, place, top_k, names, forced=forced)
+        chosen = [choices(logits, top_k) for logits in found]
+        if not forced:
+            # What the kernels took tells it better than the logits they were given.
+            for router, used in _used(sides[-1]).items():
+                chosen[router] = used
+        return compare_choices(expected, truth, eager, chosen, place, top_k, names, forced=forced)
+
+    def _replayed(self, found: Recording, *, forced: bool) -> Routing:
+        """The choices of a main run in which the truth's experts were used.
+
+        Args:
+            found: what the target gave.
+            forced: whether they were forced, and not its own.
+        """
+        result = self._routing(found, forced=True)
+        if not forced:
+            return result
+        expected = _by_router(self._recordings[1])
+        wanted = [choices(logits, self.routers.top_k) for logits in expected]
+        at = np.concatenate(self._places)
+        return replace(result, ignored=ignored_choices(wanted, _used(found), expected, at))
 
 
 def _by_router(calls: Recording) -> list[Array]:
     """Each router's logits ``[n, E]`` over all calls."""
     return [np.concatenate(each) for each in zip(*map(all_router_logits, calls), strict=True)]
+
+
+def _used(calls: Recording) -> dict[int, Array]:
+    """The experts ``[n, E]`` that kernels took over all calls, by router."""
+    found = [all_chosen_experts(call) for call in calls]
+    return {router: np.concatenate([each[router] for each in found]) for router in found[0]}
 
 
 def _usual_floors(references: References) -> dict[str, float]:
@@ -334,6 +367,11 @@ def is_tap(name: str) -> bool:
     return name.startswith((ROUTER_LOGITS, HIDDEN_STATES))
 
 
+def is_choice(name: str) -> bool:
+    """Whether it says which experts were used; it is compared as such, and is no number."""
+    return name.startswith(CHOSEN_EXPERTS)
+
+
 def is_no_tap(name: str) -> bool:
     """Whether it is an output or a state of a graph, and no value inside of it."""
-    return not is_tap(name)
+    return not is_tap(name) and not is_choice(name)

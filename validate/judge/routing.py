@@ -3,12 +3,13 @@
 Two modes. *Free*: each side chooses for itself; a rounding error may turn a near-tie, and every
 number after differs, though nothing is wrong. *Replayed*: the truth's choices are forced on the
 target and on the eager floor (``validate.truth.replay``), so that no luck is left and tight limits
-hold for every number.
+hold for every number. What a target chose is read from its kernels (``validate.truth.probes``), and
+so is whether it used what was forced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,30 @@ import numpy.typing as npt
 
 from ingot.validate.judge.limits import FLIP_LIMIT
 from ingot.validate.judge.metrics import rms
-from ingot.validate.result import Flip, Routing
-from ingot.validate.truth.replay import choices
+from ingot.validate.result import Flip, Ignored, Routing
+from ingot.validate.truth.replay import Chosen, choices
 
 Array = npt.NDArray[Any]
+
+# A share of a token's experts. Kernels that take their top k from a float32 softmax see no
+# difference between such experts, and no number shows it.
+NEGLIGIBLE = 1e-30
 
 
 def margins(router_logits: Array, top_k: int) -> Array:
     """The K-th largest logit less the next, ``[..., E]`` -> ``[...]``; K is below E."""
     ordered = np.sort(router_logits, axis=-1)
     result: Array = ordered[..., -top_k] - ordered[..., -top_k - 1]
+    return result
+
+
+def counted(router_logits: Array) -> npt.NDArray[np.bool_]:
+    """Which experts ``[n, E]`` have a weight that can be seen."""
+    logits = router_logits.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    # One that is no number counts.
+    result: npt.NDArray[np.bool_] = ~(shares < NEGLIGIBLE)
     return result
 
 
@@ -38,7 +53,7 @@ def compare_choices(
     expected: Sequence[Array],
     truth: Sequence[Array],
     eager: Sequence[Array],
-    target: Sequence[Array],
+    target: Sequence[Chosen],
     places: npt.NDArray[np.int64],
     top_k: int,
     names: tuple[str, ...],
@@ -52,11 +67,12 @@ def compare_choices(
             of what stands in its place.
         truth: of the truth.
         eager: of the eager graph in the target's precision.
-        target: of the target.
+        target: the experts ``[n, E]`` that the target chose.
         places: ``[n, 2]``, row of the batch and position of each token.
         top_k: K.
         names: of the routers.
-        forced: whether the truth's experts were used whatever the target's logits said.
+        forced: whether the truth's experts were used, and ``target`` is only what the target's
+            logits said.
 
     Returns:
         Every flip. One that follows from another, since it is at a later router of the same row
@@ -67,9 +83,9 @@ def compare_choices(
     agreement = []
     # By row, the first position that an earlier router's flip changed.
     changed: dict[int, int] = {}
-    for router, (want, found) in enumerate(zip(expected, target, strict=True)):
-        wanted, chosen = choices(want, top_k), choices(found, top_k)
-        differ = (wanted != chosen).any(axis=-1)
+    for router, (want, chosen) in enumerate(zip(expected, target, strict=True)):
+        wanted = choices(want, top_k)
+        differ = ((wanted != chosen) & counted(want)).any(axis=-1)
         agreement.append(float(1 - differ.mean()))
         explained = _explained(truth[router], eager[router])
         here = []
@@ -90,6 +106,33 @@ def compare_choices(
             changed[flip.row] = min(flip.token, changed.get(flip.row, flip.token))
         flips += here
     return Routing(tuple(agreement), tuple(flips), names)
+
+
+def ignored_choices(
+    forced: Sequence[Chosen],
+    used: Mapping[int, Chosen],
+    moved: Sequence[Array],
+    places: npt.NDArray[np.int64],
+) -> tuple[Ignored, ...]:
+    """Where experts that were forced were not used: of each router the first token, if any.
+
+    Args:
+        forced: the experts ``[n, E]`` of each router, one row a real token.
+        used: what its kernels took, by router; one that is not there was not read.
+        moved: the logits ``[n, E]`` that forced them, of each router.
+        places: ``[n, 2]``, row of the batch and position of each token.
+    """
+    result = []
+    for router, found in sorted(used.items()):
+        wanted = forced[router]
+        differ = np.flatnonzero(((wanted != found) & counted(moved[router])).any(axis=-1))
+        if len(differ):
+            row, position = (int(place) for place in places[differ[0]])
+            given, taken = (
+                tuple(np.flatnonzero(side[differ[0]]).tolist()) for side in (wanted, found)
+            )
+            result.append(Ignored(router, row, position, given, taken, len(differ)))
+    return tuple(result)
 
 
 def first_flips(routing: Routing) -> dict[int, int]:

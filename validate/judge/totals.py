@@ -36,7 +36,8 @@ def routing(judges: Sequence[Judge]) -> dict[str, Routing]:
         found = [judge.routing[mode] for judge in judges]
         agreement = np.mean([each.agreement for each in found], axis=0)
         flips = tuple(flip for each in found for flip in each.flips)
-        result[mode] = Routing(tuple(map(float, agreement)), flips, found[0].names)
+        ignored = tuple(router for each in found for router in each.ignored)
+        result[mode] = Routing(tuple(map(float, agreement)), flips, found[0].names, ignored)
     return result
 
 

@@ -59,14 +59,7 @@ def junit_text(report: Report) -> str:
         problems = [tensor.problem] if tensor.problem else []
         _case(suite, f"{prefix}.{tensor.stage}", tensor.name, problems, report.reason)
     for mode, routing in report.routing.items():
-        problems = [
-            f"{routing.name(flip.router)}, row {flip.row}, token {flip.token}: "
-            f"{list(flip.chosen)} over {list(flip.expected)} at a margin of {flip.margin:.2g}, "
-            f"and rounding explains {flip.explained:.2g}"
-            for flip in routing.flips
-            if flip.fails
-        ]
-        _case(suite, f"{prefix}.routing", mode, problems, report.reason)
+        _case(suite, f"{prefix}.routing", mode, routing.problems, report.reason)
     for growth in report.growth:
         if growth.problem:
             _case(suite, f"{prefix}.growth", growth.kind, [growth.problem], report.reason)

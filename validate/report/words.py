@@ -95,7 +95,10 @@ def _routing(routing: Routing) -> str:
     share = "all"
     if worst < 1:
         share = f"at least {worst:.2%} ({routing.name(routing.agreement.index(worst))}) of"
+    ignored = len({each.router for each in routing.ignored})
     return (
         f"{share} tokens have the truth's experts at each router; "
         f"{len(routing.flips)} flips, {failing} beyond what rounding explains"
+        + f"; {ignored} routers do not use the experts that are forced"
+        * bool(ignored)
     )

@@ -27,6 +27,8 @@ Places = npt.NDArray[np.int64]
 
 ROUTER_LOGITS = "router_logits."
 HIDDEN_STATES = "hidden_states."
+# Masks of the experts that were used, ``[n, E]``; see ``validate.truth.probes``.
+CHOSEN_EXPERTS = "chosen_experts."
 
 # Elements of a state of fixed size that are kept a row and call; the states of a model of a few
 # billion parameters would not fit in memory for every decode step. An error's RMS over so many is
@@ -110,6 +112,15 @@ def all_router_logits(tensors: Tensors) -> list[Array]:
     return [tensors[name] for name in numbered(tensors, ROUTER_LOGITS)]
 
 
+def all_chosen_experts(tensors: Tensors) -> dict[int, Array]:
+    """The experts ``[n, E]`` that were used in one call, by the number of the router.
+
+    Only those that could be read, of a graph with taps.
+    """
+    names = numbered(tensors, CHOSEN_EXPERTS)
+    return {int(name.removeprefix(CHOSEN_EXPERTS)): tensors[name] for name in names}
+
+
 def main_run(inputs: Inputs) -> list[Call]:
     """The calls that a recording holds: a prefill and the decode steps."""
     return [Call(stage, columns) for stage, columns in inputs.steps]
@@ -152,7 +163,7 @@ def collect(layout: Layout, inputs: Inputs, call: Call, tensors: Mapping[str, Ar
             result[name] = _added(array, axis, call, kept)
         elif layout.of_rows(name):
             result[name] = array if name == layout.main_output else _thinned(array)
-        elif name.startswith(ROUTER_LOGITS):
+        elif name.startswith((ROUTER_LOGITS, CHOSEN_EXPERTS)):
             result[name] = array[real.reshape(-1)]
         else:
             result[name] = array[kept]

@@ -1,9 +1,10 @@
 """Experts that are given: what makes an eager graph, and a graph on ONNX Runtime, use them.
 
 To force a choice, router logits are moved as little as will do (``replayed``): where a token's own
-choice is the wanted one they stay as they are, to the bit; where it is not, the chosen and the
-others are moved to either side of their midpoint. A flip that rounding explains moves a logit by
-less than its rounding error.
+choice is clearly the wanted one they stay as they are, to the bit; where it is not, the chosen and
+the others are moved to either side of their midpoint. A difference of an ulp is not clear: a kernel
+that takes its top k from the softmax sees none there. A flip that rounding explains moves a logit
+by less than its rounding error, or by the nudge.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ OPERATOR = "Replay"
 # enough for any float32 top-k to tell them apart, and for one of the softmax, as in ONNX Runtime's
 # MoE, where a small difference of small logits would round away.
 NUDGE = 2.0**-20
+# The share of that from which on a difference is clear to every such top-k, and nothing is moved:
+# below 1, since what was put so far apart is rounded, and 4 units in the last place of a softmax.
+CLEAR = 0.5
 
 # The operators that choose, and the place of the router's logits among their arguments.
 _ROUTED: dict[Any, int] = {
@@ -99,13 +103,18 @@ def replayed(router_logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     least = torch.where(chosen, router_logits, infinity).amin(-1, keepdim=True)
     most = torch.where(chosen, -infinity, router_logits).amax(-1, keepdim=True)
     middle = (least + most) / 2
-    below = middle - (router_logits.abs().amax(-1, keepdim=True) + 1) * NUDGE
+    step = (router_logits.abs().amax(-1, keepdim=True) + 1) * NUDGE
+    below = middle - step
     moved = torch.where(chosen, router_logits.clamp(min=middle), router_logits.clamp(max=below))
-    # Among equals the lower id is chosen, so a tie may be right as it is.
+    clear = step * CLEAR
+    # Among equals the lower id is chosen, so a tie may be right as it is. It is one of logits that
+    # are equal, and nothing else may be near it.
     ids, count = torch.arange(router_logits.shape[-1]), router_logits.shape[-1]
     last = torch.where(chosen & (router_logits == least), ids, -1).amax(-1, keepdim=True)
     first = torch.where(~chosen & (router_logits == most), ids, count).amin(-1, keepdim=True)
-    right = (least > most) | ((least == most) & (last < first))
+    near = (router_logits != least) & ((router_logits - least).abs() < clear)
+    tied = (least == most) & (last < first) & ~near.any(-1, keepdim=True)
+    right = (least - most >= clear) | tied
     return torch.where(right, router_logits, moved)
 
 
@@ -157,6 +166,8 @@ def replay_function() -> onnx.FunctionProto:
             size_up = Add (size, unit)
             step = Mul (size_up, nudge)
             below = Sub (middle, step)
+            share = Constant <value_float: float = {CLEAR!r}> ()
+            clear = Mul (step, share)
             raised = Max (router_logits, middle)
             lowered = Min (router_logits, below)
             moved = Where (chosen, raised, lowered)
@@ -175,10 +186,20 @@ def replay_function() -> onnx.FunctionProto:
             ids_most = Where (other_most, ids, count)
             last_least = ReduceMax (ids_least, last)
             first_most = ReduceMin (ids_most, last)
-            apart = Greater (least, most)
+            gap = Sub (least, most)
+            apart = GreaterOrEqual (gap, clear)
             equal = Equal (least, most)
             in_order = Less (last_least, first_most)
-            right_tie = And (equal, in_order)
+            from_least = Sub (router_logits, least)
+            distance = Abs (from_least)
+            close = Less (distance, clear)
+            another = Not (is_least)
+            near = And (close, another)
+            near_int = Cast <to = 7> (near)
+            any_near = ReduceMax (near_int, last)
+            alone = Less (any_near, one)
+            tie_in_order = And (equal, in_order)
+            right_tie = And (tie_in_order, alone)
             right = Or (apart, right_tie)
             moved_logits = Where (right, router_logits, moved)
         }}
@@ -186,9 +207,9 @@ def replay_function() -> onnx.FunctionProto:
     )
 
 
-def chosen_input(router: str) -> str:
+def forced_input(router: str) -> str:
     """The name of the graph input with a router's experts, by that of its logits."""
-    return router.replace(ROUTER_LOGITS, "chosen_experts.")
+    return router.replace(ROUTER_LOGITS, "forced_experts.")
 
 
 def insert_replays(model: onnx.ModelProto, routers: Sequence[str]) -> None:
@@ -208,14 +229,14 @@ def insert_replays(model: onnx.ModelProto, routers: Sequence[str]) -> None:
         nodes.append(node)
         for name in node.output:
             if name in moved:
-                inputs = [name, chosen_input(name)]
+                inputs = [name, forced_input(name)]
                 nodes.append(helper.make_node(OPERATOR, inputs, [moved[name]], domain=DOMAIN))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     for name in routers:
         model.graph.input.append(
             helper.make_tensor_value_info(
-                chosen_input(name), onnx.TensorProto.BOOL, ["tokens_or_one", "experts_or_one"]
+                forced_input(name), onnx.TensorProto.BOOL, ["tokens_or_one", "experts_or_one"]
             )
         )
     model.functions.append(replay_function())

@@ -15,8 +15,15 @@ import onnx
 from ingot.export.ingot import GRAPH, Manifest
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Floats, Ids
-from ingot.validate.truth.recording import HIDDEN_STATES, ROUTER_LOGITS, Array, numbered
-from ingot.validate.truth.replay import Chosen, chosen_input, insert_replays
+from ingot.validate.truth.probes import insert_probes
+from ingot.validate.truth.recording import (
+    CHOSEN_EXPERTS,
+    HIDDEN_STATES,
+    ROUTER_LOGITS,
+    Array,
+    numbered,
+)
+from ingot.validate.truth.replay import Chosen, forced_input, insert_replays
 
 
 class TappedSession(OrtSession):
@@ -27,51 +34,73 @@ class TappedSession(OrtSession):
         manifest: the ingot's.
 
     Attributes:
-        tapped: of the last call, ``router_logits.{i} [B*T, E]`` as the router made them and
-            ``hidden_states.{i} [B, T, H]``.
+        routers: the names of its router logits, in the order they run.
+        unread: by such a name, why the choice that follows from them cannot be read.
+        tapped: of the last call, ``router_logits.{i} [B*T, E]`` as the router made them,
+            ``hidden_states.{i} [B, T, H]``, and ``chosen_experts.{i} [B*T, E]`` bool, the experts
+            that were used, where that can be read.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         model = onnx.load(str(folder / GRAPH), load_external_data=False)
         named = {name for node in model.graph.node for name in node.output}
         self.routers = numbered(named, ROUTER_LOGITS)
-        taps = [*self.routers, *numbered(named, HIDDEN_STATES)]
+        self._named = [*self.routers, *numbered(named, HIDDEN_STATES)]
         outputs = {value.name for value in model.graph.output}
         model.graph.output.extend(
-            onnx.ValueInfoProto(name=name) for name in taps if name not in outputs
+            onnx.ValueInfoProto(name=name) for name in self._named if name not in outputs
         )
         insert_replays(model, self.routers)
+        self._probes = insert_probes(model, self.routers)
+        self.unread = self._probes.unread
+        taps = list(dict.fromkeys([*self._named, *self._probes.outputs]))
         super().__init__(folder, manifest, graph=model.SerializeToString(), taps=taps)
         self.choose(None)
 
     def choose(self, chosen: Sequence[Chosen] | None) -> None:
         """Force these experts on each router, ``[B*T, E]``; None leaves the choice to the graph."""
-        # With all of them chosen no other could stand above, and no logit is moved.
-        masks = [np.ones((1, 1), dtype=np.bool_)] * len(self.routers) if chosen is None else chosen
-        self.given = {
-            chosen_input(name): mask for name, mask in zip(self.routers, masks, strict=True)
-        }
+        if chosen is not None and len(chosen) != len(self.routers):
+            raise ValueError(f"{len(chosen)} choices for {len(self.routers)} routers")
+        self._forced = chosen
 
     def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         """See ``runtime.session.Session.step``."""
         self._pieces: list[dict[str, Array]] = []
+        self._begin, self._batch = 0, len(input_ids)
         main = super().step(input_ids, attention_mask)
-        batch = len(input_ids)
-        self.tapped = {
-            name: np.concatenate([_by_row(p[name], batch) for p in self._pieces], axis=1)
-            for name in self.tapped
-        }
-        for name in self.routers:
-            self.tapped[name] = self.tapped[name].reshape(-1, self.tapped[name].shape[-1])
+        by_token = (ROUTER_LOGITS, CHOSEN_EXPERTS)
+        self.tapped = {}
+        for name in self._pieces[0]:
+            array = np.concatenate([piece[name] for piece in self._pieces], axis=1)
+            flat = name.startswith(by_token)
+            self.tapped[name] = array.reshape(-1, array.shape[-1]) if flat else array
         return main
 
     def _run(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         # A step may take several, a token each.
+        tokens = input_ids.shape[1]
+        self.given = self._given(slice(self._begin, self._begin + tokens))
         main = super()._run(input_ids, attention_mask)
-        self._pieces.append(self.tapped)
+        self._begin += tokens
+        taps: dict[str, Array] = {n: self.tapped[n].astype(np.float32) for n in self._named}
+        for name in self.routers:
+            chosen = self._probes.chosen(name, self.tapped)
+            if chosen is not None:
+                taps[name.replace(ROUTER_LOGITS, CHOSEN_EXPERTS)] = chosen
+        self._pieces.append({name: _by_row(tap, self._batch) for name, tap in taps.items()})
         return main
+
+    def _given(self, columns: slice) -> dict[str, Array]:
+        """What forces the experts of some of the step's tokens."""
+        if self._forced is None:
+            # With all of them chosen no other could stand above, and no logit is moved.
+            return {forced_input(name): np.ones((1, 1), np.bool_) for name in self.routers}
+        return {
+            forced_input(name): _by_row(mask, self._batch)[:, columns].reshape(-1, mask.shape[1])
+            for name, mask in zip(self.routers, self._forced, strict=True)
+        }
 
 
 def _by_row(tap: Array, batch: int) -> Array:
-    """``[B*T, E]`` or ``[B, T, H]`` -> ``[B, T, ...]`` in float32."""
-    return tap.reshape(batch, -1, tap.shape[-1]).astype(np.float32)
+    """``[B*T, ...]`` or ``[B, T, H]`` -> ``[B, T, ...]``."""
+    return tap.reshape(batch, -1, tap.shape[-1])
