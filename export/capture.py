@@ -12,7 +12,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ingot.export.passes.dimensions import NameDimensions
 from ingot.export.passes.functions import AttachFunctionBodies
-from ingot.export.passes.graph_pass import run
+from ingot.export.passes.graph_pass import Applied, run
 from ingot.export.passes.metadata import DropTracerMetadata
 from ingot.export.passes.reshapes import SimplifyReshapes, SizesFromTokens
 from ingot.export.passes.scales import FoldScales, NoteFactors
@@ -58,11 +58,17 @@ class Captured:
         model: canonical ONNX with lazy weights.
         main_output: ``logits`` or ``last_hidden_state``.
         states: the states, in the order of the graph's inputs and of its precision.
+        passes: what each pass of the capture did to the graph that the tracer made.
+        canonical: nodes by op type before a lowering; empty where there was none.
+        lowering: what each pass of a lowering did to the canonical graph.
     """
 
     model: ir.Model
     main_output: str
     states: tuple[State, ...]
+    passes: tuple[Applied, ...] = ()
+    canonical: dict[str, int] = field(default_factory=dict)
+    lowering: tuple[Applied, ...] = ()
 
 
 class _Traced(nn.Module):
@@ -146,10 +152,10 @@ def capture(
         DropTracerMetadata(),
         NameFixPass(),
     ]
-    run(result, passes)
+    applied = run(result, passes)
     result.graph.name = type(model).__name__
     result.producer_name = "ingot"
-    return Captured(result, main_output, states)
+    return Captured(result, main_output, states, applied)
 
 
 def _inputs(states: tuple[State, ...]) -> dict[str, tuple[Dimension, ...]]:

@@ -6,8 +6,9 @@ here: what one of them did otherwise would look like a fault of the ingot.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import onnx_ir as ir
@@ -17,6 +18,7 @@ from ingot.export.capture import Captured
 from ingot.export.capture import capture as trace
 from ingot.export.lower_ort import lower_ort
 from ingot.export.lower_trt import lower_trt
+from ingot.export.passes.graph_pass import Applied
 from ingot.export.progress import Stages
 from ingot.export.request import ExportError
 from ingot.graphs.checkpoint import Checkpoint, block_reader
@@ -28,10 +30,13 @@ Capture = Callable[..., Captured]
 
 
 class Lowering(NamedTuple):
-    """Passes for one target: the name of what runs them, and the change of a graph in place."""
+    """Passes for one target: the name of what runs the graph, and the change of it in place.
+
+    That tells what each pass did.
+    """
 
     runtime: str
-    lower: Callable[[ir.Model], None]
+    lower: Callable[[ir.Model], tuple[Applied, ...]]
 
 
 # By target and execution provider; None where the canonical graph is what is delivered.
@@ -120,7 +125,18 @@ class Recipe:
                 opened.model, opened.read, precision=self.dtype, extra_outputs=self.extra_outputs
             )
         lowering = LOWERINGS[self.target, self.provider]
-        if lowering is not None:
-            with stages.stage(f"lower to {lowering.runtime}"):
-                lowering.lower(captured.model)
-        return captured
+        if lowering is None:
+            return captured
+        canonical = operators(captured.model)
+        with stages.stage(f"lower to {lowering.runtime}"):
+            applied = lowering.lower(captured.model)
+        return replace(captured, canonical=canonical, lowering=applied)
+
+
+def operators(model: ir.Model) -> dict[str, int]:
+    """How many nodes of each op type a graph has, in the order in which they come first.
+
+    Those inside of branches and loops count too: a kernel may be nowhere else. The function body of
+    an operator is part of that operator.
+    """
+    return dict(Counter(node.op_type for node in model.graph.all_nodes()))

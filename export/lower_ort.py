@@ -7,15 +7,19 @@ from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 from ingot.export.passes.attention import AttentionToGroupQueryAttention
 from ingot.export.passes.convolution import CausalConvToBlocked
-from ingot.export.passes.graph_pass import run
+from ingot.export.passes.graph_pass import Applied, run
 from ingot.export.passes.moe import MoeDispatchToMoE
 from ingot.export.passes.moe_linear import MoeLinearToMatMuls
 from ingot.export.passes.scan import Mamba2ScanToLinearAttention
 from ingot.export.passes.tied import TiedHeadToFusedMatMul
 
 
-def lower_ort(model: ir.Model) -> None:
-    """Swap in ONNX Runtime's own kernels, in place, wherever their numbers are right."""
+def lower_ort(model: ir.Model) -> tuple[Applied, ...]:
+    """Swap in ONNX Runtime's own kernels, in place, wherever their numbers are right.
+
+    Returns:
+        What each pass did.
+    """
     passes = [
         MoeDispatchToMoE(),
         MoeLinearToMatMuls(),
@@ -26,7 +30,7 @@ def lower_ort(model: ir.Model) -> None:
         RemoveUnusedNodesPass(),
         NameFixPass(),
     ]
-    run(model, passes)
+    return run(model, passes)
 
 
 def shares_buffers(model: ir.Model) -> bool:

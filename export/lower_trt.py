@@ -14,12 +14,16 @@ from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 from ingot.export.passes.attention_matmuls import AttentionToMatMuls
 from ingot.export.passes.causal_conv import CausalConvToOperator
 from ingot.export.passes.functions import AttachFunctionBodies
-from ingot.export.passes.graph_pass import run
+from ingot.export.passes.graph_pass import Applied, run
 from ingot.export.passes.plugin_nodes import NamePlugins
 
 
-def lower_trt(model: ir.Model) -> None:
-    """Prepare a graph for TensorRT's parser, in place; any ONNX runtime can still run it."""
+def lower_trt(model: ir.Model) -> tuple[Applied, ...]:
+    """Prepare a graph for TensorRT's parser, in place; any ONNX runtime can still run it.
+
+    Returns:
+        What each pass did.
+    """
     passes = [
         CausalConvToOperator(),
         AttentionToMatMuls(),
@@ -28,4 +32,4 @@ def lower_trt(model: ir.Model) -> None:
         NamePlugins(),
         NameFixPass(),
     ]
-    run(model, passes)
+    return run(model, passes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ingot.export.capture import OPSET, Captured
-from ingot.export.graph import Opened, Recipe
+from ingot.export.graph import Opened, Recipe, operators
 from ingot.export.ingot import Manifest, TensorInfo
 from ingot.export.lower_ort import shares_buffers
 from ingot.export.request import ExportError
@@ -61,9 +60,7 @@ def make_manifest(
     total, active = active_parameters(opened.model)
     shared = shares_buffers(captured.model)
     graph = captured.model.graph
-    # Those inside of branches and loops, too: a kernel may be nowhere else. The function body of an
-    # operator is part of that operator.
-    operators = Counter(node.op_type for node in graph.all_nodes())
+    counts = operators(captured.model)
     return Manifest(
         model_type=opened.family.model_type,
         task=recipe.task,
@@ -80,9 +77,10 @@ def make_manifest(
         generation=generation,
         graph={
             "opset": OPSET,
-            "nodes": sum(operators.values()),
-            "operators": dict(operators),
+            "nodes": sum(counts.values()),
+            "operators": counts,
             "unread_bytes": _unread_bytes(graph),
+            **passes(captured),
         },
         parameters=total,
         active_parameters=active,
@@ -90,6 +88,19 @@ def make_manifest(
         tools={"ingot": __version__, **versions(TOOLS)},
         labels=_labels(checkpoint, recipe.task, config),
     )
+
+
+def passes(captured: Captured) -> dict[str, Any]:
+    """What made the graph, for ``graph`` of ``ingot.json``.
+
+    ``passes`` has what each pass of the capture did, ``canonical`` the operators of the canonical
+    graph where it was lowered, and ``lowering`` how each pass of that led from there to the graph.
+    """
+    found: dict[str, Any] = {"passes": [each.summary() for each in captured.passes]}
+    if captured.canonical:
+        found["canonical"] = captured.canonical
+        found["lowering"] = [each.summary() for each in captured.lowering]
+    return found
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:

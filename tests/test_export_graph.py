@@ -15,6 +15,7 @@ from ingot.export import graph
 from ingot.export.capture import Captured
 from ingot.export.graph import LOWERINGS, Lowering, Recipe
 from ingot.export.ingot import TARGETS
+from ingot.export.passes.graph_pass import Applied
 from ingot.export.progress import Stages
 from ingot.export.request import PRECISIONS, ExportError
 from ingot.graphs.checkpoint import Checkpoint
@@ -38,8 +39,9 @@ def test_each_target_is_lowered_by_its_own_passes(
 ) -> None:
     lowered: list[str] = []
 
-    def note_target(name: str, _model: ir.Model) -> None:
+    def note_target(name: str, _model: ir.Model) -> tuple[Applied, ...]:
         lowered.append(name)
+        return (Applied(name),)
 
     for (name, provider), lowering in LOWERINGS.items():
         if lowering is not None:
@@ -49,6 +51,7 @@ def test_each_target_is_lowered_by_its_own_passes(
     captured = recipe.graph(recipe.open(Checkpoint.open(tiny)), stages, Tracer())
     assert isinstance(captured, Captured)
     assert lowered == ([] if target == "onnx" else [target])
+    assert [each.name for each in captured.lowering] == lowered
     names = {"ort": ["lower to ONNX Runtime"], "onnx": []}.get(target, ["lower to TensorRT"])
     assert [stage.name for stage in stages.finished] == ["capture graph", *names]
 

@@ -11,7 +11,8 @@ import pytest
 from text_graph import operators, parsed
 
 from ingot.export import passes
-from ingot.export.passes.graph_pass import GraphPass
+from ingot.export.passes.graph_pass import Applied, GraphPass, PassError, run
+from ingot.plugins.errors import IngotError
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 23]>
@@ -138,3 +139,90 @@ def test_inputs_and_outputs_stay_unless_a_pass_says_so() -> None:
     model = parsed(TEXT)
     assert MayAddOutput()(model).modified
     assert operators(model.graph) == {"Relu": 1}
+
+
+class ReluToTanh(Unmet):
+    """Takes each Relu for a Tanh behind a Neg, and gives what is left an attribute."""
+
+    looks_for = ()
+    keeps_interface = False
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        for node in list(model.graph):
+            if node.op_type != "Relu":
+                node.attributes["noted"] = ir.AttrInt64("noted", 1)
+                continue
+            neg = ir.node("Neg", [node.inputs[0]])
+            tanh = ir.node("Tanh", [neg.outputs[0]], outputs=[ir.Value(name="made")])
+            model.graph.insert_before(node, [neg, tanh])
+            ir.convenience.replace_all_uses_with(
+                node.outputs[0], tanh.outputs[0], replace_graph_outputs=True
+            )
+            model.graph.remove(node, safe=True)
+        return ir.passes.PassResult(model, modified=True)
+
+
+class AddConstant(Unmet):
+    """Gives the graph a constant."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        value = ir.Value(name="one", const_value=ir.tensor([1.0], name="one"))
+        model.graph.register_initializer(value)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def test_what_each_pass_did_is_recorded() -> None:
+    model = parsed(TEXT)
+    applied = run(model, [Unmet(), ReluToTanh(), ReluToTanh(), AddConstant()])
+    assert applied == (
+        Applied("Unmet"),
+        Applied("ReluToTanh", {"Relu": 1}, {"Neg": 1, "Tanh": 1}),
+        Applied("ReluToTanh", attributes=2),
+        Applied("AddConstant", initializers=1),
+    )
+    assert [each.summary() for each in applied] == [
+        {"name": "Unmet"},
+        {"name": "ReluToTanh", "removed": {"Relu": 1}, "added": {"Neg": 1, "Tanh": 1}},
+        {"name": "ReluToTanh", "attributes": 2},
+        {"name": "AddConstant", "initializers": 1},
+    ]
+    assert run(parsed(TEXT), [ReluToTanh()]) == applied[1:2]
+
+
+class Lost(Unmet):
+    """Looks for what the graph does not have."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        raise KeyError("past_sequence")
+
+
+class Refusal(Unmet):
+    """Says what the user is to do."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        raise IngotError("The graph is upside down; turn it.")
+
+
+class Amiss(Unmet):
+    """Fails at its conditions, which look for what the graph does not have."""
+
+    def requires(self, model: ir.Model) -> None:
+        raise KeyError("past_sequence")
+
+
+@pytest.mark.parametrize("change", [Lost(), Amiss(), Unmet(before=False), Unmet(after=False)])
+def test_a_graph_that_a_pass_does_not_expect_is_refused_in_a_sentence(change: Unmet) -> None:
+    with pytest.raises(PassError) as refused:
+        run(parsed(TEXT), [change])
+    assert str(refused.value).startswith(type(change).__name__)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_a_pass_could_not_find_is_said() -> None:
+    with pytest.raises(PassError, match=r"^Lost cannot change this graph \(KeyError: 'past_seq"):
+        run(parsed(TEXT), [Lost()])
+
+
+def test_a_refusal_of_a_pass_comes_as_it_is() -> None:
+    with pytest.raises(IngotError, match=r"^The graph is upside down; turn it\.$"):
+        run(parsed(TEXT), [Refusal()])

@@ -3,10 +3,52 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import onnx_ir as ir
+
+from ingot.plugins.errors import IngotError
+
+
+class PassError(IngotError):
+    """A graph that a pass cannot change: it is no graph that this version's tracer makes."""
+
+
+class UnmetPreconditionError(PassError, ir.passes.PreconditionError):
+    """A graph that is not as a pass requires; it was not changed."""
+
+
+class UnmetPostconditionError(PassError, ir.passes.PostconditionError):
+    """A graph that is not as a pass ensures."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What one pass did to a graph.
+
+    Attributes:
+        name: of the pass.
+        removed: nodes that it took away, by op type, those of subgraphs among them.
+        added: nodes that it put there, by op type.
+        attributes: nodes that have other attributes than before.
+        initializers: weights and constants that it added, or stores in another layout or by another
+            factor.
+        functions: function bodies that it added.
+    """
+
+    name: str
+    removed: dict[str, int] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=dict)
+    attributes: int = 0
+    initializers: int = 0
+    functions: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        """The name and whatever is not nothing."""
+        return {name: value for name, value in vars(self).items() if value}
 
 
 class GraphPass(ir.passes.InPlacePass):
@@ -50,23 +92,80 @@ class GraphPass(ir.passes.InPlacePass):
         """Refuse the graph unless a precondition holds."""
         if not holds:
             name = type(self).__name__
-            raise ir.passes.PreconditionError(f"{name} cannot run: {_named(what)} {why}")
+            raise UnmetPreconditionError(f"{name} cannot run: {_named(what)} {why}")
 
     def ensure(self, holds: bool, what: ir.Node | ir.Value | str, why: str) -> None:
         """Refuse the pass's own work unless a postcondition holds."""
         if not holds:
             name = type(self).__name__
-            raise ir.passes.PostconditionError(f"{name} went wrong: {_named(what)} {why}")
+            raise UnmetPostconditionError(f"{name} went wrong: {_named(what)} {why}")
 
 
-def run(model: ir.Model, passes: Iterable[ir.passes.PassBase]) -> None:
-    """Run passes in turn, each in place.
+def run(model: ir.Model, passes: Iterable[ir.passes.PassBase]) -> tuple[Applied, ...]:
+    """Run passes in turn, each in place, and note what each did.
 
-    What a pass raises comes as it is; onnx-ir's ``Sequential`` would wrap a refusal that the user
-    is to read.
+    onnx-ir's ``Sequential`` would wrap a refusal that the user is to read.
+
+    Raises:
+        IngotError: a refusal of a pass as it is; whatever else a pass raises becomes a
+            ``PassError``.
     """
+    applied = []
+    before = _Snapshot(model)
     for each in passes:
-        each(model)
+        name = type(each).__name__
+        try:
+            each(model)
+        except IngotError:
+            raise
+        # A pass that meets what it does not know fails wherever it happens to look first.
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise PassError(
+                f"{name} cannot change this graph ({type(error).__name__}: {said}); it expects "
+                "what the tracer makes of the eager graphs of this version, so export again, and "
+                "report this where nothing was changed."
+            ) from error
+        after = _Snapshot(model)
+        applied.append(before.to(after, name))
+        before = after
+    return tuple(applied)
+
+
+class _Snapshot:
+    """What a graph consists of. It holds on to all of it, so that no ``id`` is used again."""
+
+    def __init__(self, model: ir.Model) -> None:
+        nodes = list(model.graph.all_nodes())
+        self.nodes = {id(node): node for node in nodes}
+        self.attributes = {id(node): dict(node.attributes) for node in nodes}
+        self.weights = {name: value.const_value for name, value in model.graph.initializers.items()}
+        self.functions = set(model.functions)
+
+    def to(self, after: _Snapshot, name: str) -> Applied:
+        """What a pass did between the two."""
+        gone, new = self.nodes.keys() - after.nodes.keys(), after.nodes.keys() - self.nodes.keys()
+        return Applied(
+            name,
+            _counted(self.nodes[each] for each in gone),
+            _counted(after.nodes[each] for each in new),
+            sum(
+                not _same(self.attributes[each], after.attributes[each])
+                for each in self.nodes.keys() & after.nodes.keys()
+            ),
+            sum(tensor is not self.weights.get(key) for key, tensor in after.weights.items()),
+            len(after.functions - self.functions),
+        )
+
+
+def _counted(nodes: Iterable[ir.Node]) -> dict[str, int]:
+    """By op type, in alphabetical order: the same for the same change, whatever came first."""
+    return dict(sorted(Counter(node.op_type for node in nodes).items()))
+
+
+def _same(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether attributes are the very same; a pass replaces those that it changes."""
+    return before.keys() == after.keys() and all(after[name] is before[name] for name in before)
 
 
 def _interface(model: ir.Model) -> set[str]:
