@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable
 
-from ingot.export.capture import Captured
-from ingot.export.graph import Capture, Recipe
-from ingot.export.ingot import Manifest
-from ingot.export.progress import Stages
-from ingot.export.request import EXTRA_OUTPUTS
-from ingot.graphs.checkpoint import Checkpoint
+from ingot.plugins.errors import IngotError
+from ingot.validate.identity.graph import check_graph
+from ingot.validate.identity.subject import Subject as Subject
 from ingot.validate.identity.weights import check_weights
 from ingot.validate.result import Check
 
-
-@dataclass
-class Subject:
-    """What is checked, and what it is held against.
-
-    Attributes:
-        folder: the ingot.
-        manifest: the ingot's.
-        checkpoint: what it was made from.
-        stages: shows the steps.
-        capture: traces the eager graph, ``export.capture.capture`` by default.
-    """
-
-    folder: Path
-    manifest: Manifest
-    checkpoint: Checkpoint
-    stages: Stages
-    capture: Capture | None = None
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        """What the ingot's manifest says it was made by."""
-        # A factor is folded over a hidden state only where that is no output, so the graph depends
-        # on the outputs that were asked for.
-        named = {output.name.partition(".")[0] for output in self.manifest.outputs}
-        extra = tuple(name for name in EXTRA_OUTPUTS if name in named)
-        manifest = self.manifest
-        return Recipe(manifest.target, manifest.task, manifest.precision, extra)
-
-    @cached_property
-    def captured(self) -> Captured:
-        """The graph as an export makes it now, lowered for the ingot's target; weights unread."""
-        recipe = self.recipe
-        return recipe.graph(recipe.open(self.checkpoint), self.stages, self.capture)
+CHECKS: dict[str, Callable[[Subject], Check]] = {
+    "weights": check_weights,
+    "graph": check_graph,
+}
 
 
 def checks(subject: Subject) -> tuple[Check, ...]:
-    """The weights, the graph and the contract, in the order in which a fault is looked for."""
-    return (check_weights(subject),)
+    """The weights, the graph and the contract, in the order in which a fault is looked for.
+
+    What keeps a check from being made, such as a task that the checkpoint has no head for, is a
+    problem that it has found.
+    """
+    return tuple(_made(name, check, subject) for name, check in CHECKS.items())
+
+
+def _made(name: str, check: Callable[[Subject], Check], subject: Subject) -> Check:
+    try:
+        return check(subject)
+    except IngotError as error:
+        return Check(name, 0, (" ".join(str(error).split()).removesuffix("."),))
