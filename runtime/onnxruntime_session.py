@@ -90,7 +90,7 @@ def open_session(
     except Exception as error:
         name = name or ("the graph" if isinstance(graph, bytes) else str(graph))
         raise SessionError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {_said(error)}"
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {said(error)}"
         ) from error
 
 
@@ -108,12 +108,12 @@ def guarded() -> Iterator[None]:
     # ONNX Runtime's exceptions share no public base class.
     except Exception as error:
         raise SessionError(
-            f"ONNX Runtime {onnxruntime.__version__} could not run this ingot: {_said(error)}; if "
+            f"ONNX Runtime {onnxruntime.__version__} could not run this ingot: {said(error)}; if "
             "its files are those of one export, report this."
         ) from error
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     """An exception in one line; names in it come from the graph, which may be anybody's."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= MOST_SAID else f"{text[:MOST_SAID]}..."

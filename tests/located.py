@@ -16,8 +16,13 @@ from conftest import MakeCheckpoint, MakeIngot
 from onnx import numpy_helper
 from traces import Traces
 
-from ingot.export.ingot import GRAPH, WEIGHTS
+from ingot.export.graph import Capture
+from ingot.export.ingot import GRAPH, WEIGHTS, Manifest
+from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
+from ingot.validate.identity.checks import Subject
+from ingot.validate.locate.calls import Fed
+from ingot.validate.locate.find import runs_of
 from ingot.validate.locate.locate import locate
 from ingot.validate.result import Location
 from ingot.validate.truth.inputs import Inputs, make_inputs
@@ -65,6 +70,16 @@ class Subjects:
 Find = Callable[..., Location | None]
 
 
+def subject(folder: Path, checkpoint: Checkpoint, capture: Capture | None = None) -> Subject:
+    """An ingot, as a validation takes it apart."""
+    return Subject(folder, Manifest.read(folder), checkpoint, Stages(), capture)
+
+
+def main_calls(inputs: Inputs | None = None) -> list[Fed]:
+    """The prefill and the decode steps of a validation."""
+    return list(runs_of(inputs or make_inputs(512))[0].calls)
+
+
 def finder(subjects: Subjects, traces: Traces, folder: Path) -> Find:
     """``find(family, target, change, ...)``: where a copy that is changed goes wrong."""
 
@@ -81,7 +96,7 @@ def finder(subjects: Subjects, traces: Traces, folder: Path) -> Find:
         shutil.copytree(subjects.ingot(family, target, precision), copy)
         change(copy)
         checkpoint = Checkpoint.open(subjects.checkpoint(family))
-        return locate(copy, checkpoint, inputs or make_inputs(512), calls, capture=traces)
+        return locate(subject(copy, checkpoint, traces), main_calls(inputs)[:calls])
 
     return find_in_copy
 

@@ -19,6 +19,7 @@ import torch
 import toy_hybrid
 from conftest import MakeCheckpoint, MakeIngot
 from damage import one_percent, with_weight
+from located import main_calls, subject
 from oracle import DECODE, LIMIT, PADDING, PREFILL, TARGETS, WAYS, relative_rms, tokens
 from safetensors.numpy import load_file
 
@@ -338,7 +339,7 @@ def test_a_fault_is_located_in_its_layer(
 ) -> None:
     damaged = with_weight(ingots["onnx"], tmp_path / "damaged", weight, one_percent)
     inputs = make_inputs(VOCAB, plan=Plan(decode=2), chunk_size=8)
-    found = locate(damaged, Checkpoint.open(checkpoint), inputs)
+    found = locate(subject(damaged, Checkpoint.open(checkpoint)), main_calls(inputs))
     assert found is not None and found.layer == layer
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
 from damage import copied, with_engine
+from located import main_calls
 
 from ingot.export.ingot import Manifest
 from ingot.graphs.family import find_family
@@ -231,7 +232,7 @@ def test_finds_what_is_fed_wrong(
     ingot: GetIngot, family: str, target: str, tokens: type[TokenInputs], value: str
 ) -> None:
     folder = ingot(family, target)
-    check(locate_session(feeding(folder, tokens), folder, make_inputs(512)), value)
+    check(locate_session(feeding(folder, tokens), folder, main_calls()), value)
 
 
 @pytest.mark.parametrize("target", ["onnx", "ort"])
@@ -247,7 +248,7 @@ def test_finds_what_only_attention_reads(
     ingot: GetIngot, target: str, tokens: type[TokenInputs], value: str
 ) -> None:
     folder = ingot("olmoe", target)
-    check(locate_session(feeding(folder, tokens), folder, make_inputs(512)), value)
+    check(locate_session(feeding(folder, tokens), folder, main_calls()), value)
 
 
 @pytest.mark.parametrize(("family", "target"), SUBJECTS)
@@ -258,7 +259,7 @@ def test_a_fault_of_padding_needs_padding(
     ingot: GetIngot, family: str, target: str, tokens: type[TokenInputs]
 ) -> None:
     folder = ingot(family, target)
-    assert locate_session(feeding(folder, tokens), folder, unpadded()) is None
+    assert locate_session(feeding(folder, tokens), folder, main_calls(unpadded())) is None
 
 
 @pytest.mark.parametrize(("family", "target"), SUBJECTS)
@@ -270,7 +271,7 @@ def test_finds_a_state_that_is_rounded(
 ) -> None:
     """Where it first shows, though the logits and the layers behind it are wrong as well."""
     folder = ingot(family, target)
-    found = locate_session(kind(folder, Manifest.read(folder)), folder, make_inputs(512))
+    found = locate_session(kind(folder, Manifest.read(folder)), folder, main_calls())
     check(found, f"{MIDDLE[family]} at {stage}", 500)
     assert found is not None and found.ratio < 10_000
 
@@ -295,22 +296,22 @@ def test_finds_what_is_handed_out_wrong(
     least: float,
 ) -> None:
     folder = ingot(family, target)
-    found = locate_session(kind(folder, Manifest.read(folder)), folder, make_inputs(512))
+    found = locate_session(kind(folder, Manifest.read(folder)), folder, main_calls())
     check(found, values[family], least)
 
 
 def test_finds_a_shared_cache_that_is_not_cut(ingot: GetIngot) -> None:
     folder = ingot("olmoe", "ort")
     session = HandsOutItsRoom(folder, Manifest.read(folder))
-    check(locate_session(session, folder, make_inputs(512)), "present.0.key at prefill")
+    check(locate_session(session, folder, main_calls()), "present.0.key at prefill")
 
 
 def test_judges_a_session_that_does_not_tell_what_it_fed(ingot: GetIngot) -> None:
     folder = ingot("olmoe", "ort")
     right = cast(Session, Wrapped(load(folder)))
     wrong = cast(Session, Wrapped(load(folder), every_token=True))
-    assert locate_session(right, folder, make_inputs(512)) is None
-    check(locate_session(wrong, folder, make_inputs(512)), "present.0.key at prefill", 1e4)
+    assert locate_session(right, folder, main_calls()) is None
+    check(locate_session(wrong, folder, main_calls()), "present.0.key at prefill", 1e4)
 
 
 @pytest.mark.parametrize("target", ["onnx", "ort"])
@@ -318,18 +319,18 @@ def test_judges_a_session_that_does_not_tell_what_it_fed(ingot: GetIngot) -> Non
 def test_finds_nothing_in_a_right_session(ingot: GetIngot, family: str, target: str) -> None:
     folder = ingot(family, target)
     session = load(folder)
-    assert locate_session(session, folder, make_inputs(512)) is None
+    assert locate_session(session, folder, main_calls()) is None
     # Whatever it was used for before.
-    assert locate_session(session, folder, make_inputs(512, seed=1)) is None
+    assert locate_session(session, folder, main_calls(make_inputs(512, seed=1))) is None
 
 
 @pytest.mark.parametrize("target", ["onnx", "ort"])
 def test_padding_may_hold_anything(ingot: GetIngot, target: str) -> None:
     folder = ingot("olmoe", target)
     scrambled = ScramblesPadding(folder, Manifest.read(folder))
-    assert locate_session(scrambled, folder, make_inputs(512)) is None
+    assert locate_session(scrambled, folder, main_calls()) is None
     high = feeding(folder, PositionsOfPaddingAreHigh)
-    assert locate_session(high, folder, make_inputs(512)) is None
+    assert locate_session(high, folder, main_calls()) is None
 
 
 @pytest.mark.parametrize("family", ["mamba2", "olmoe"])
@@ -338,9 +339,9 @@ def test_runs_a_float16_graph(
 ) -> None:
     folder = make_ingot(make_checkpoint(family), "trt", builder="none", precision="fp16")
     session = load(folder, graph_only=True)
-    assert locate_session(session, folder, make_inputs(512)) is None
+    assert locate_session(session, folder, main_calls()) is None
     rounds = KeepsAStateInBfloat16(folder, Manifest.read(folder))
-    found = locate_session(rounds, folder, make_inputs(512))
+    found = locate_session(rounds, folder, main_calls())
     check(found, f"{MIDDLE[family]} at prefill", 500)
 
 
@@ -351,11 +352,11 @@ def test_runs_a_graph_without_state(tmp_path: Path, make_ingot: MakeIngot, targe
     write_checkpoint(tmp_path, family, config, task="classify", seed=3)
     folder = make_ingot(tmp_path, target, task="classify")
     inputs = make_inputs(512, stateful=False)
-    assert locate_session(load(folder), folder, inputs) is None
+    assert locate_session(load(folder), folder, main_calls(inputs)) is None
     counts = feeding(folder, CountsPadding)
-    check(locate_session(counts, folder, inputs), "position_ids at 19 tokens")
+    check(locate_session(counts, folder, main_calls(inputs)), "position_ids at 19 tokens")
     swaps = SwapsRows(folder, Manifest.read(folder))
-    check(locate_session(swaps, folder, inputs), "logits at 19 tokens", 1e5)
+    check(locate_session(swaps, folder, main_calls(inputs)), "logits at 19 tokens", 1e5)
 
 
 def test_runs_no_graph_that_the_session_does_not(ingot: GetIngot, tmp_path: Path) -> None:
@@ -364,7 +365,7 @@ def test_runs_no_graph_that_the_session_does_not(ingot: GetIngot, tmp_path: Path
     graph = ingot("olmoe", "onnx")
     folder = with_engine(graph, tmp_path / "engine")
     for other in (copied(graph, tmp_path / "half", precision="bfloat16"), folder):
-        assert locate_session(untouched, other, make_inputs(512)) is None
+        assert locate_session(untouched, other, main_calls()) is None
     # The graph beside an engine, which is what runs where there is no GPU.
     session = SwapsRows(folder, Manifest.read(folder))
-    check(locate_session(session, folder, make_inputs(512)), "logits at prefill", 1e5)
+    check(locate_session(session, folder, main_calls()), "logits at prefill", 1e5)

@@ -35,6 +35,7 @@ class TensorResult:
         limit: largest score accepted.
         problem: what is wrong in one sentence; empty where it passed.
         top1: share of agreeing likeliest tokens, for logits.
+        not_finite: which sides hold NaN or infinity, of ``reference``, ``eager`` and ``target``.
     """
 
     stage: str
@@ -47,6 +48,7 @@ class TensorResult:
     limit: float
     problem: str = ""
     top1: float | None = None
+    not_finite: tuple[str, ...] = ()
 
     @property
     def score(self) -> float | None:
@@ -224,19 +226,50 @@ class Location:
             graph is right, and what feeds it is not.
         value: the node's output; of a session the input it fed wrong, or the tensor it handed out
             wrong, and the call, such as ``position_ids at decode 1``.
-        ratio: its error over the floor.
+        ratio: its error over the floor; infinite where ``detail`` or ``overflow`` says what is
+            wrong, and 0 where the node is another than it should be without an effect on the
+            numbers that were fed.
+        inside: the first wrong operator of the node's branches or of the function that it calls,
+            such as ``then_branch: Mul output val_3``; empty where nothing inside is wrong.
+        detail: what is wrong with it, where that is no error; of an overflow, what eager PyTorch
+            does.
+        overflow: the largest number that it should hold, where that is beyond float16.
+        run: the stage that shows it, where that is not one of the main run.
     """
 
     layer: int | None
     operator: str
     value: str
     ratio: float
+    inside: str = ""
+    detail: str = ""
+    overflow: float | None = None
+    run: str = ""
+
+    @property
+    def node(self) -> str:
+        """The layer, the node and what is inside of it, in words."""
+        where = "outside of the layers" if self.layer is None else f"layer {self.layer}"
+        inside = f", in its {self.inside}" if self.inside else ""
+        return f"{where}, {self.operator} output {self.value}{inside}"
 
     def __str__(self) -> str:
+        run = f", at {self.run}" if self.run else ""
+        if self.overflow is not None:
+            eager = f"; {self.detail}" if self.detail else ""
+            beyond = f"{self.overflow:.2g} is beyond float16's 65504"
+            return f"overflow in {self.node}: {beyond}{eager}{run}"
         if self.operator == "session":
-            return f"not in the graph but in the session, {self.value}, {self.ratio:.3g}x floor"
-        where = "outside of the layers" if self.layer is None else f"layer {self.layer}"
-        return f"{where}, {self.operator} output {self.value}, {self.ratio:.3g}x floor"
+            found = f"not in the graph but in the session, {self.value}"
+        else:
+            found = self.node
+        if self.detail:
+            return f"{found}, {self.detail}{run}"
+        if self.ratio == 0:
+            return f"{found}, another node than it should be{run}"
+        return (
+            f"{found}{run}" if math.isinf(self.ratio) else f"{found}, {self.ratio:.3g}x floor{run}"
+        )
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from ingot.export.ingot import Manifest
 from ingot.export.manifest import ONNX_RUNTIME, TENSORRT, versions
 from ingot.export.progress import Stages
 from ingot.plugins.device import has_gpu
-from ingot.plugins.errors import IngotError
 from ingot.runtime.loading import load
 from ingot.runtime.session import Ids, Session
 from ingot.validate.identity.checks import Subject, checks
 from ingot.validate.judge import totals
 from ingot.validate.judge.distribution import negative_log_likelihoods, perplexities
 from ingot.validate.judge.judge import Judge, Observed
-from ingot.validate.result import Distribution, Location, Report
+from ingot.validate.result import Distribution, Report
 from ingot.validate.truth.inputs import ROWS, STANDARD, Inputs, Plan, make_inputs
 from ingot.validate.truth.recording import Layout
 from ingot.validate.truth.reference import TRUTH, Reference
@@ -244,29 +243,15 @@ def examine(
     report = replace(report, checks=checks(subject))
     if report.verdict != "failed":
         return report
+    from ingot.validate.locate.find import located, runs_of
+
+    target = Target(folder, reference)
     with stages.stage("find where it goes wrong"):
-        try:
-            found = _location(report, Target(folder, reference), reference, plan)
-        # That a graph is too damaged to be taken apart is no reason to lose what was found.
-        except IngotError as error:
-            return replace(report, unlocated=" ".join(str(error).split()))
-        return replace(report, location=found)
-
-
-def _location(report: Report, target: Target, reference: Reference, plan: Plan) -> Location | None:
-    """Where the graph goes wrong, or else the session; None where neither does by itself."""
-    from ingot.validate.locate.locate import locate
-    from ingot.validate.locate.session import locate_session
-
-    inputs = target.inputs(reference, plan, report.seed)
-    failed = {tensor.stage for tensor in report.tensors if tensor.problem}
-    stages = [stage for stage, _ in inputs.steps]
-    # A fault that shows in no call of the main run may be in any.
-    calls = next((n + 1 for n, stage in enumerate(stages) if stage in failed), None)
-    found = locate(target.folder, reference.checkpoint, inputs, calls)
-    if found is not None:
-        return found
-    return locate_session(target.delivered(), target.folder, inputs)
+        runs = []
+        for each in range(seed, seed + plan.seeds):
+            name = f"seed {each}, " if plan.seeds > 1 else ""
+            runs += runs_of(target.inputs(reference, plan, each), name)
+        return located(report, subject, runs, target.delivered)
 
 
 def spread(first: Report, second: Report) -> dict[str, float]:

@@ -52,16 +52,21 @@ def compare(
         found: Errors | None = None
         floor: float | None = None
         top1: float | None = None
+        not_finite: tuple[str, ...] = ()
         if name not in target:
             problem = "the target has no such output"
         elif name not in expected:
             problem = "the reference has no such output"
         else:
-            problem = _cannot_compare(expected[name], eager[name], target[name])
+            sides = (expected[name], eager[name], target[name])
+            not_finite = _not_finite(*sides)
+            problem = _cannot_compare(*sides, not_finite, precision)
         if not problem:
             found = errors(expected[name], target[name])
             of_eager = errors(truth[name], eager[name])
             usual = 0.0 if floors is None else floors.get(name, 0.0)
+            # Of a call in which eager PyTorch overflows there is no error.
+            usual = usual if np.isfinite(usual) else 0.0
             samples = () if noise is None else relative_errors(noise[name], truth[name])
             floor = max(of_eager.relative_rms, *samples, usual, ROUNDOFF[precision])
             problem = _judge(found, of_eager, floor, kind, precision)
@@ -80,6 +85,7 @@ def compare(
                 LIMITS[kind].score,
                 problem,
                 top1,
+                not_finite,
             )
         )
     if not any(result.error is not None for result in results):
@@ -96,19 +102,42 @@ def layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _cannot_compare(truth: Array, eager: Array, target: Array) -> str:
+def _cannot_compare(
+    truth: Array, eager: Array, target: Array, not_finite: tuple[str, ...], precision: str
+) -> str:
     if truth.shape != target.shape:
         return f"shape {list(target.shape)}, expected {list(truth.shape)}"
     if eager.dtype != target.dtype:
         return f"dtype {target.dtype}, expected {eager.dtype}"
     if truth.size == 0:
         return "the tensor is empty"
+    if not_finite:
+        return _what_is_not_finite(target, not_finite, precision)
     for side, array in (("the reference", truth), ("the target", target)):
-        if not np.isfinite(array).all():
-            return f"{side} holds NaN or infinity"
         if array.min() == array.max():
             return f"every element of {side} is {array.flat[0]}"
     return ""
+
+
+def _not_finite(truth: Array, eager: Array, target: Array) -> tuple[str, ...]:
+    """The sides that hold NaN or infinity."""
+    sides = {"reference": truth, "eager": eager, "target": target}
+    return tuple(name for name, array in sides.items() if not np.isfinite(array).all())
+
+
+def _what_is_not_finite(target: Array, sides: tuple[str, ...], precision: str) -> str:
+    """Who holds NaN or infinity, and whether float16 is too narrow for the model."""
+    if "reference" in sides:
+        return "the reference holds NaN or infinity"
+    if "eager" in sides:
+        as_well = ", and so does the target" if "target" in sides else ""
+        found = f"eager PyTorch in {precision} holds NaN or infinity{as_well}"
+        if precision == "float16":
+            return f"{found}: this model does not fit float16; use --precision bf16"
+        return f"{found}, so there is nothing to compare with"
+    overflow = precision == "float16" and np.isinf(target).any()
+    found = "the target overflows float16" if overflow else "the target holds NaN or infinity"
+    return f"{found}, and eager PyTorch does not"
 
 
 def _judge(found: Errors, eager: Errors, floor: float, kind: str, precision: str) -> str:

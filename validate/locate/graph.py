@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,6 @@ from onnx import helper
 
 from ingot.export.ingot import GRAPH
 from ingot.export.write_weights import weights_of
-from ingot.plugins.errors import IngotError
-from ingot.runtime.onnxruntime_session import open_session, ort_value
-from ingot.validate.locate.widen import widen, widened
 
 Array = npt.NDArray[Any]
 Values = dict[str, Array]
@@ -40,6 +37,7 @@ class Graph:
         inputs: names of the graph's inputs.
         makers: value -> the node it is an output of, in the order of computation.
         initializers: weights and constants by name.
+        functions: bodies of operators by domain and name.
         constants: value that depends on no input -> the weights that it is made of.
         positions: every other value's layer, ``BEFORE`` the first or ``AFTER`` the last, in the
             order of computation. A value belongs to the last layer whose weights or states it
@@ -56,6 +54,7 @@ class Graph:
         self.inputs = {value.name for value in model.graph.input}
         self.makers = {name: node for node in model.graph.node for name in node.output if name}
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.functions = {(each.domain, each.name): each for each in model.functions}
         self.constants: dict[str, frozenset[str]] = {
             name: frozenset([name] if self.is_weight(name) else []) for name in self.initializers
         }
@@ -86,20 +85,63 @@ class Graph:
 
     def label(self, node: onnx.NodeProto) -> Label:
         """What a node does, whatever the values are called: operator, attributes, constants."""
+        return self._label(node, self.constant)
+
+    def body(self, node: onnx.NodeProto) -> Label | None:
+        """What the function does that a node calls; None where it calls none of the graph's."""
+        function = self.functions.get((node.domain, node.op_type))
+        if function is None:
+            return None
+        return self._body(function.node, function.input, function.output, ())
+
+    def _label(self, node: onnx.NodeProto, told: Callable[[str], Any]) -> Label:
         return (
             node.domain,
             node.op_type,
             frozenset((a.name, self._attribute(a)) for a in node.attribute),
-            tuple(self._constant(name) for name in node.input),
+            tuple(told(name) for name in node.input),
         )
 
     def _attribute(self, attribute: onnx.AttributeProto) -> bytes | Label:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            return tuple(self.label(inner) for inner in attribute.g.node)
-        text: bytes = attribute.SerializeToString(deterministic=True)
+        graphs = branches(attribute)
+        if graphs:
+            return tuple(
+                self._body(
+                    graph.node,
+                    [value.name for value in graph.input],
+                    [value.name for value in graph.output],
+                    graph.initializer,
+                )
+                for graph in graphs
+            )
+        plain = onnx.AttributeProto()
+        plain.CopyFrom(attribute)
+        plain.ClearField("doc_string")
+        plain.t.ClearField("name")
+        text: bytes = plain.SerializeToString(deterministic=True)
         return text
 
-    def _constant(self, name: str) -> bytes | str | Label | None:
+    def _body(
+        self,
+        nodes: Iterable[onnx.NodeProto],
+        inputs: Iterable[str],
+        outputs: Iterable[str],
+        initializers: Iterable[onnx.TensorProto],
+    ) -> Label:
+        """What a branch or a function does: each node, and which values it reads by their place."""
+        places: dict[str, Any] = {name: ("input", at) for at, name in enumerate(inputs)}
+        places |= {tensor.name: _unnamed(tensor) for tensor in initializers}
+
+        def told(name: str) -> Any:
+            return places[name] if name in places else self.constant(name)
+
+        labels = []
+        for at, node in enumerate(nodes):
+            labels.append(self._label(node, told))
+            places |= {name: ("node", at, index) for index, name in enumerate(node.output)}
+        return tuple(labels), tuple(told(name) for name in outputs)
+
+    def constant(self, name: str) -> bytes | str | Label | None:
         """What a constant is: a weight its name, others their numbers; None for another value."""
         if name not in self.constants:
             return None
@@ -107,11 +149,7 @@ class Graph:
             return name
         if name in self.makers:
             return self.label(self.makers[name])
-        unnamed = onnx.TensorProto()
-        unnamed.CopyFrom(self.initializers[name])
-        unnamed.ClearField("name")
-        text: bytes = unnamed.SerializeToString(deterministic=True)
-        return text
+        return _unnamed(self.initializers[name])
 
     def leaving(self, position: int) -> set[str]:
         """The values of one position that a later one reads, and the graph's outputs among them."""
@@ -139,8 +177,9 @@ class Graph:
 
 
 def of_model(model: ir.Model, precision: str) -> Graph:
-    """The graph of a model with lazy weights."""
+    """The graph of a model with lazy weights, which is left as it is."""
     weights = {value.name: value.const_value for value in weights_of(model)}
+    model = model.clone()
     for value in weights_of(model):
         tensor = value.const_value
         assert tensor is not None
@@ -180,88 +219,34 @@ def of_ingot(folder: Path, precision: str) -> Graph:
     return Graph(model, read, precision)
 
 
+def branches(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
+    """The graphs that an attribute holds: a branch, or the body of a loop."""
+    if attribute.type == onnx.AttributeProto.GRAPH:
+        return [attribute.g]
+    return list(attribute.graphs)
+
+
 def uses(node: onnx.NodeProto) -> Iterator[str]:
     """Names that a node reads, those inside its branches included."""
     yield from (name for name in node.input if name)
     for attribute in node.attribute:
-        for inner in attribute.g.node:
-            yield from uses(inner)
+        for graph in branches(attribute):
+            for inner in graph.node:
+                yield from uses(inner)
+            yield from (value.name for value in graph.output)
+
+
+def _unnamed(tensor: onnx.TensorProto) -> bytes:
+    """A constant's type, shape and numbers."""
+    plain = onnx.TensorProto()
+    plain.CopyFrom(tensor)
+    plain.ClearField("name")
+    plain.ClearField("doc_string")
+    text: bytes = plain.SerializeToString(deterministic=True)
+    return text
 
 
 def _named_layer(name: str) -> int:
     """The layer in the name of a weight or a state; ``BEFORE`` where there is none."""
     match = LAYER.search(name)
     return int(match.group(1)) if match else BEFORE
-
-
-class LocateError(IngotError):
-    """A graph that is too damaged for its values to be computed one by one."""
-
-
-def run_graph(session: Any, values: Sequence[str], inputs: Mapping[str, Array]) -> Values:
-    """Some outputs of ONNX Runtime's session of a graph that may be damaged, by name.
-
-    Raises:
-        LocateError: it cannot be run, for example because shapes do not fit each other.
-    """
-    try:
-        found = session.run(list(values), dict(inputs))
-    # ONNX Runtime's exceptions share no public base class.
-    except Exception as error:
-        raise LocateError(f"ONNX Runtime cannot run the graph: {error}") from error
-    return dict(zip(values, found, strict=True))
-
-
-class Part:
-    """The piece of a graph between some values that are given and some that are asked for.
-
-    It is computed in float32, whatever the graph's precision.
-
-    Args:
-        graph: of which it is.
-        values: that are asked for; all can be computed from ``given``.
-        given: values by name, as an example of their dtypes and number of axes.
-    """
-
-    def __init__(self, graph: Graph, values: Sequence[str], given: Mapping[str, Array]) -> None:
-        seen: set[str] = set()
-        for value in values:
-            graph.walk(value, given, seen)
-        nodes = [n for n in graph.model.graph.node if any(name in seen for name in n.output)]
-        read = {name for node in nodes for name in uses(node)}
-        self.values = list(values)
-        self.inputs = [name for name in given if name in read]
-        weights = [name for name in graph.initializers if name in read and graph.is_weight(name)]
-        # They must outlive the session.
-        self._weights = {name: ort_value(widened(graph.read(name))) for name in weights}
-        model = onnx.ModelProto(
-            ir_version=graph.model.ir_version,
-            opset_import=graph.model.opset_import,
-            functions=graph.model.functions,
-            graph=onnx.GraphProto(
-                name="part",
-                node=nodes,
-                input=[_input(name, given[name]) for name in self.inputs],
-                output=[onnx.ValueInfoProto(name=name) for name in values],
-                initializer=[t for name, t in graph.initializers.items() if name in read],
-            ),
-        )
-        widen(model, graph.precision)
-        self._session: Any = None
-        if values:
-            self._session = open_session(model.SerializeToString(), weights=self._weights)
-
-    def run(self, known: Mapping[str, Array]) -> Values:
-        """Every value asked for, by name.
-
-        Raises:
-            LocateError: see ``run_graph``.
-        """
-        if self._session is None:
-            return {}
-        return run_graph(self._session, self.values, {name: known[name] for name in self.inputs})
-
-
-def _input(name: str, array: Array) -> onnx.ValueInfoProto:
-    dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
-    return helper.make_tensor_value_info(name, dtype, [None] * array.ndim)

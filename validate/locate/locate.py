@@ -7,30 +7,30 @@ the layer as an output. What enters a layer, states included, is the reference's
 layer and each call is judged by itself, so that no earlier error, and no router that it turned, can
 hide or fake a later one.
 
-Both run in float32, also where the ingot is in half precision (``validate.locate.widen``). Only one
-layer's weights are in memory at a time, and nothing is written. What is not in the graph, such as a
-session that counts positions wrongly or an engine with a faulty kernel, is not seen here.
+Both run in float32, also where the ingot is in half precision (``validate.locate.widen``); what is
+then beyond float16, and so is infinite in the ingot, is an overflow. Only one layer's weights are
+in memory at a time, and nothing is written. What is not in the graph, such as a session that counts
+positions wrongly or an engine with a faulty kernel, is not seen here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-
-from ingot.export.capture import Captured
-from ingot.export.graph import Capture, Recipe
-from ingot.export.ingot import Manifest
-from ingot.export.request import EXTRA_OUTPUTS
-from ingot.graphs.checkpoint import Checkpoint
+from ingot.plugins.errors import IngotError
+from ingot.validate.identity.checks import Subject
 from ingot.validate.judge.metrics import relative_error
-from ingot.validate.locate.graph import AFTER, BEFORE, Graph, Part, Values, of_ingot, of_model
+from ingot.validate.locate.calls import Fed
+from ingot.validate.locate.difference import difference
+from ingot.validate.locate.graph import AFTER, BEFORE, Graph, Values, of_ingot, of_model
+from ingot.validate.locate.inside import differs, first_inside
+from ingot.validate.locate.known import Known
+from ingot.validate.locate.overflow import beyond, halves
 from ingot.validate.locate.pairs import anchors, pair_values
+from ingot.validate.locate.part import LocateError, Part
 from ingot.validate.result import Location
-from ingot.validate.truth.inputs import Inputs
 
 # Relative RMS error of one layer's values that rounding explains. Both sides run the same
 # kernels on the same inputs, so right values are nearly always equal to the bit; where a changed
@@ -42,179 +42,182 @@ FLOOR = 1e-6
 LIMIT = 10.0
 
 
-def locate(
-    folder: Path,
-    checkpoint: Checkpoint,
-    inputs: Inputs,
-    calls: int | None = None,
-    *,
-    capture: Capture | None = None,
-) -> Location | None:
+@dataclass(frozen=True)
+class Bad:
+    """A value that is not as it should be.
+
+    Attributes:
+        value: the reference's name of it.
+        ratio: its error over the floor.
+        detail: what is wrong with it, where that is no error; see ``result.Location``.
+        overflow: the largest number that it should hold, where that is beyond float16.
+    """
+
+    value: str
+    ratio: float
+    detail: str = ""
+    overflow: float | None = None
+
+
+def locate(subject: Subject, calls: Sequence[Fed]) -> Location | None:
     """Name the first layer and the first node of an ingot beyond the floor.
 
     Args:
-        folder: an ingot; its hashes are not checked, and an engine is not run.
-        checkpoint: what it was made from.
-        inputs: for which its numbers are wrong; two or more calls show a fault in decode.
-        calls: only the first so many of ``inputs.steps``, where it is known that one of them fails;
-            every layer is run for every call.
-        capture: traces the eager graph, ``export.capture.capture`` by default.
+        subject: the ingot; its hashes are not checked, and an engine is not run.
+        calls: of a run whose numbers are wrong, up to the first that fails, where that is known:
+            every layer is run for every call. Two or more show a fault in decode.
 
     Returns:
         The first bad value, by layer, then by call, then in the order of computation; a node that
         only the ingot has is not named itself, but the first that is wrong behind it. Where all
-        values are right, the first node that is missing, or another operator, or has other
-        attributes or constants than it should, with a ratio of 0. None where the graph is as it
-        should be.
+        values are right, the first that overflows float16, or else the first node that is missing,
+        or another operator, or has other attributes, constants or branches than it should, with a
+        ratio of 0. None where the graph is as it should be.
+
+    Raises:
+        LocateError: the ingot's graph cannot be run, which says up to where it could.
     """
-    manifest = Manifest.read(folder)
-    captured = _captured(manifest, checkpoint, capture)
-    reference = of_model(captured.model, manifest.precision)
-    actual = of_ingot(folder, manifest.precision)
-    known = _Calls(captured, inputs, manifest.vocab_size, calls)
-    pairs = pair_values(reference, actual)
+    reference = of_model(subject.captured.model, subject.manifest.precision)
+    actual = of_ingot(subject.folder, subject.manifest.precision)
+    known = Known(subject.captured.states, calls, subject.manifest.vocab_size)
+    search = _Search(reference, actual, known)
     # In the order of computation.
     for position in sorted(set(reference.positions.values())):
-        found = _first_bad(reference, actual, known, pairs, position)
-        if found is not None:
-            return _location(*found, reference, actual, pairs)
-    changed = next((n for n in reference.positions if _differs(reference, actual, pairs, n)), None)
+        bad = search.first_bad(position)
+        # What overflows before is equal on both sides; it is infinite in the ingot all the same.
+        first = search.overflow or bad
+        if first is not None:
+            return search.location(first)
+    changed = next((name for name in reference.positions if search.differs(name)), None)
     if changed is not None:
-        return _location(changed, 0.0, reference, actual, pairs)
+        return search.location(Bad(changed, 0.0))
     return None
 
 
-def _location(
-    value: str, ratio: float, reference: Graph, actual: Graph, pairs: Mapping[str, str]
-) -> Location:
-    """A location by one of the reference's values, in the names of the ingot where it has it."""
-    position, node = reference.positions[value], reference.makers[value]
-    if value in pairs:
-        value = pairs[value]
-        node = actual.makers[value]
-    layer = None if position in (BEFORE, AFTER) else position
-    return Location(layer, node.op_type, value, ratio)
+class _Search:
+    """Two graphs, which value of one is which of the other, and what enters their layers."""
 
+    def __init__(self, reference: Graph, actual: Graph, known: Known) -> None:
+        self.reference = reference
+        self.actual = actual
+        self.known = known
+        self.pairs = pair_values(reference, actual)
+        self.overflow: Bad | None = None
+        self._halves = halves(actual)
 
-def _differs(reference: Graph, actual: Graph, pairs: Mapping[str, str], value: str) -> bool:
-    """Whether the node that makes a value is missing, or does another thing than it should."""
-    if value not in pairs:
-        return True
-    node, found = reference.makers[value], actual.makers[pairs[value]]
-    return reference.label(node) != actual.label(found)
+    def location(self, bad: Bad) -> Location:
+        """A location by one of the reference's values, in the ingot's names where it has it."""
+        value = bad.value
+        position, node = self.reference.positions[value], self.reference.makers[value]
+        inside = ""
+        if value in self.pairs:
+            value = self.pairs[value]
+            found = self.actual.makers[value]
+            inside = first_inside(self.reference, node, self.actual, found, self.pairs)
+            node = found
+        layer = None if position in (BEFORE, AFTER) else position
+        return Location(layer, node.op_type, value, bad.ratio, inside, bad.detail, bad.overflow)
 
+    def differs(self, value: str) -> bool:
+        """Whether the node that makes a value is missing, or does another thing than it should."""
+        if value not in self.pairs:
+            return True
+        node, found = self.reference.makers[value], self.actual.makers[self.pairs[value]]
+        return differs(self.reference, node, self.actual, found)
 
-def _captured(manifest: Manifest, checkpoint: Checkpoint, capture: Capture | None) -> Captured:
-    """The graph as the export makes it, lowered for the ingot's target."""
-    # A factor is folded over a hidden state only where that is no output, and what is folded
-    # shifts the names behind it, so the reference has the outputs that the ingot has.
-    named = {output.name.partition(".")[0] for output in manifest.outputs}
-    extra = tuple(name for name in EXTRA_OUTPUTS if name in named)
-    recipe = Recipe(manifest.target, manifest.task, manifest.precision, extra)
-    return recipe.graph(recipe.open(checkpoint), capture=capture)
+    def first_bad(self, position: int) -> Bad | None:
+        """The first value of one position (of ``Graph.positions``) beyond the limit.
 
+        ``overflow`` is then the first value there that overflows, if none before did.
+        """
+        reference, pairs = self.reference, self.pairs
+        values = [name for name, where in reference.positions.items() if where == position]
+        there = self._in_pairs(self.known.calls[0])
+        shared, broken = self._computable([n for n in values if n in pairs], there)
+        expected = Part(reference, values, self.known.calls[0])
+        found, error = self._part(shared, there)
+        bad = self._compared(expected, found, reference.leaving(position))
+        if bad is not None:
+            return bad
+        if error is not None:
+            raise error
+        # A value without such a name may be left out without harm; what is computed from it tells.
+        named = anchors(reference)
+        missing = next((name for name in values if name in named and name not in pairs), None)
+        if broken is not None:
+            return Bad(broken, math.inf, "computed from another value than it should be")
+        return None if missing is None else Bad(missing, math.inf, "which the graph does not have")
 
-class _Calls:
-    """What is known of every call: its inputs, and of the reference what later layers read.
+    def _compared(self, expected: Part, found: Part, kept: Collection[str]) -> Bad | None:
+        """The first bad value of two parts, over all calls.
 
-    Attributes:
-        known: by call, values by name.
-        padded: the same with other tokens in the padding; empty where there is no padding. An
-            element that differs between the two belongs to padding, wherever its tensor has it.
-    """
+        Args:
+            expected: of the reference.
+            found: the ingot's.
+            kept: what later layers read.
+        """
+        for call, given in enumerate(self.known.calls):
+            want = expected.run(given)
+            try:
+                have = found.run(self._in_pairs(given))
+            except LocateError as error:
+                raise LocateError(f"{self.known.stages[call]}: {error}") from error
+            other = self.known.keep(call, expected, want, kept)
+            for name in expected.values:
+                value = self.pairs.get(name, "")
+                if value not in have or name not in want:
+                    continue
+                arrays = want[name], have[value], other[name]
+                over = beyond(*arrays, half=value in self._halves)
+                ratio = relative_error(*arrays) / FLOOR
+                if math.isinf(ratio):
+                    return Bad(name, ratio, difference(*arrays), over)
+                if ratio > LIMIT:
+                    return Bad(name, ratio)
+                if over is not None:
+                    self.overflow = self.overflow or Bad(name, math.inf, "", over)
+        return None
 
-    def __init__(
-        self,
-        captured: Captured,
-        inputs: Inputs,
-        vocab_size: int,
-        most: int | None,
-    ) -> None:
-        self._most = most
-        self.states = captured.states
-        self._batch = inputs.input_ids.shape[0]
-        self.known = self._begin(inputs)
-        self.padded: list[Values] = []
-        masked = inputs.attention_mask == 0
-        if masked.any():
-            ids = np.where(masked, (inputs.input_ids + 1) % vocab_size, inputs.input_ids)
-            self.padded = self._begin(replace(inputs, input_ids=ids))
+    def _part(self, shared: list[str], there: Values) -> tuple[Part, LocateError | None]:
+        """The longest begin of some values that the ingot's graph can be run for.
 
-    def _begin(self, inputs: Inputs) -> list[Values]:
-        """Every call's token inputs, and the states of the first."""
-        cached = any(state.axis is not None for state in self.states)
-        steps = inputs.steps[: self._most]
-        known: list[Values] = [dict(inputs.feeds(at, cached=cached)) for _, at in steps]
-        for state in self.states:
-            known[0][state.input] = np.zeros(state.shape(self._batch, 0), dtype=np.float32)
-        return known
+        The error names the first value that it cannot be run for, if there is one.
+        """
 
-    def keep(self, known: list[Values], call: int, found: Values, kept: Collection[str]) -> None:
-        """Note what later layers and the next call read, and forget the states just used."""
-        for state in self.states:
-            if state.output not in found:
-                continue
-            # Caches of all layers and calls would fill the memory.
-            known[call].pop(state.input, None)
-            if call + 1 < len(known):
-                known[call + 1][state.input] = found[state.output]
-        states = {state.output for state in self.states}
-        known[call].update({name: found[name] for name in kept if name not in states})
+        def tried(count: int) -> tuple[Part | None, IngotError | None]:
+            values = [self.pairs[name] for name in shared[:count]]
+            try:
+                part = Part(self.actual, values, there)
+                part.run(there)
+            except IngotError as error:
+                return None, error
+            return part, None
 
+        best, failed = tried(len(shared))
+        if best is not None:
+            return best, None
+        least, most = 0, len(shared)
+        while most - least > 1:
+            middle = (least + most) // 2
+            part, error = tried(middle)
+            if part is None:
+                most, failed = middle, error
+            else:
+                least, best = middle, part
+        place = self.location(Bad(shared[most - 1], math.inf))
+        sentence = f"{place.node}: {failed}"
+        return best or Part(self.actual, [], there), LocateError(sentence)
 
-def _first_bad(
-    reference: Graph,
-    actual: Graph,
-    calls: _Calls,
-    pairs: Mapping[str, str],
-    position: int,
-) -> tuple[str, float] | None:
-    """The first value of one position beyond the limit, and its error over the floor.
+    def _in_pairs(self, known: Values) -> Values:
+        """What is known, by the names of the ingot; without what it has no counterpart of."""
+        return {self.pairs[name]: array for name, array in known.items() if name in self.pairs}
 
-    Args:
-        reference: one side.
-        actual: the other.
-        calls: what is known of each.
-        pairs: of ``pair_values``.
-        position: of ``Graph.positions``.
-    """
-    values = [name for name, where in reference.positions.items() if where == position]
-    kept = reference.leaving(position)
-    given = calls.known[0]
-    there = _in_pairs(given, pairs)
-    shared, broken = _computable(actual, [n for n in values if n in pairs], there, pairs)
-    expected_part = Part(reference, values, given)
-    actual_part = Part(actual, [pairs[name] for name in shared], there)
-    for call, known in enumerate(calls.known):
-        expected = expected_part.run(known)
-        other = expected
-        if calls.padded:
-            other = expected_part.run(calls.padded[call])
-            calls.keep(calls.padded, call, other, kept)
-        found = actual_part.run(_in_pairs(known, pairs))
-        calls.keep(calls.known, call, expected, kept)
-        for name in shared:
-            ratio = relative_error(expected[name], found[pairs[name]], other[name]) / FLOOR
-            if ratio > LIMIT:
-                return name, ratio
-    # A value without such a name may be left out without harm; what is computed from it tells.
-    named = anchors(reference)
-    missing = next((name for name in values if name in named and name not in pairs), None)
-    wrong = broken or missing
-    return (wrong, math.inf) if wrong else None
-
-
-def _in_pairs(known: Values, pairs: Mapping[str, str]) -> Values:
-    """What is known, by the names of the ingot; without what it has no counterpart of."""
-    return {pairs[name]: array for name, array in known.items() if name in pairs}
-
-
-def _computable(
-    graph: Graph, values: Sequence[str], there: Collection[str], pairs: Mapping[str, str]
-) -> tuple[list[str], str | None]:
-    """The values up to the first whose node reads what is not there at its place, and that one."""
-    seen: set[str] = set()
-    for index, value in enumerate(values):
-        if not graph.walk(pairs[value], there, seen):
-            return list(values[:index]), value
-    return list(values), None
+    def _computable(
+        self, values: Sequence[str], there: Collection[str]
+    ) -> tuple[list[str], str | None]:
+        """Values up to the first whose node reads what is not there at its place, and that one."""
+        seen: set[str] = set()
+        for index, value in enumerate(values):
+            if not self.actual.walk(self.pairs[value], there, seen):
+                return list(values[:index]), value
+        return list(values), None

@@ -14,6 +14,7 @@ follows from all of it, comes last: it alone is wrong where the session only han
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,18 @@ from ingot.runtime.onnxruntime_session import open_session
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Ids, Session
 from ingot.validate.judge.metrics import relative_error
-from ingot.validate.locate.graph import Values, run_graph
+from ingot.validate.locate.calls import Fed, feeds, real_so_far
+from ingot.validate.locate.difference import difference
+from ingot.validate.locate.graph import Values
 from ingot.validate.locate.locate import FLOOR, LIMIT
+from ingot.validate.locate.part import run_graph
 from ingot.validate.result import Location
-from ingot.validate.truth.inputs import Inputs
 
 Array = npt.NDArray[Any]
+Mask = npt.NDArray[np.bool_]
 
 
-def locate_session(session: Session, folder: Path, inputs: Inputs) -> Location | None:
+def locate_session(session: Session, folder: Path, calls: Sequence[Fed]) -> Location | None:
     """Name the first thing that a session feeds or hands out otherwise than its graph asks for.
 
     Call it where the graph is known to be right: a fault of the graph is on both sides, and is not
@@ -43,7 +47,7 @@ def locate_session(session: Session, folder: Path, inputs: Inputs) -> Location |
     Args:
         session: of the ingot.
         folder: the ingot; its hashes are not checked.
-        inputs: for which its numbers are wrong.
+        calls: of a run for which its numbers are wrong.
 
     Returns:
         The first difference, by call: in an input, at a real position (of the mask at any), with
@@ -56,37 +60,36 @@ def locate_session(session: Session, folder: Path, inputs: Inputs) -> Location |
     engine = manifest.engine is not None and not isinstance(session, OrtSession)
     if engine or manifest.precision == "bfloat16":
         return None
-    cached = any(state.axis is not None for state in manifest.states)
-    plain = _Plain(folder, manifest, inputs)
-    session.reset(*inputs.input_ids.shape)
-    for stage, columns in inputs.steps:
-        ids, mask = inputs.input_ids[:, columns], inputs.attention_mask[:, columns]
+    batch, capacity = len(calls[0].input_ids), sum(call.input_ids.shape[1] for call in calls)
+    plain = _Plain(folder, manifest, batch, capacity)
+    session.reset(batch, capacity)
+    for number, (stage, ids, mask) in enumerate(calls):
         main = session.step(ids, mask)
-        feeds = inputs.feeds(columns, cached=cached)
-        wrong = _first_fed_wrong(feeds, session.fed, mask != 0)
+        by_definition = feeds(calls, number, manifest.states)
+        wrong = _first_fed_wrong(by_definition, session.fed, mask != 0)
         if wrong is not None:
             return Location(None, "session", f"{wrong} at {stage}", math.inf)
-        expected = _real(plain.run(feeds, columns.stop), manifest, inputs, columns)
+        seen = real_so_far(calls, number) != 0 if manifest.states else mask != 0
+        expected = _real(plain.run(by_definition, seen.shape[1]), manifest, seen, mask != 0)
         handed = {**session.state(), manifest.main_output: main}
-        found = _real(handed, manifest, inputs, columns)
+        found = _real(handed, manifest, seen, mask != 0)
         for name in [*expected, *(name for name in found if name not in expected)]:
             ratio = _error(expected.get(name), found.get(name)) / FLOOR
             if ratio > LIMIT:
-                return Location(None, "session", f"{name} at {stage}", ratio)
+                detail = _detail(name, expected, found) if math.isinf(ratio) else ""
+                return Location(None, "session", f"{name} at {stage}", ratio, detail=detail)
     return None
 
 
-def _first_fed_wrong(
-    feeds: dict[str, Ids], fed: dict[str, Ids], real: npt.NDArray[np.bool_]
-) -> str | None:
+def _first_fed_wrong(by_definition: dict[str, Ids], fed: dict[str, Ids], real: Mask) -> str | None:
     """The first input fed otherwise than by definition.
 
     Args:
-        feeds: by definition.
+        by_definition: what it should feed.
         fed: by the session; what it does not tell is not judged.
         real: ``[B, T]``, where the call's tokens are not padding.
     """
-    for name, expected in feeds.items():
+    for name, expected in by_definition.items():
         if name not in fed:
             continue
         if fed[name].shape != expected.shape:
@@ -104,11 +107,11 @@ class _Plain:
     every token, as the operator asks for, and comes back as a new array of the same length.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, inputs: Inputs) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, batch: int, capacity: int) -> None:
         self._session = open_session(folder / GRAPH)
         self._manifest = manifest
         self._taken = {item.name for item in self._session.get_inputs()}
-        self._states = {state.input: _empty(state, inputs) for state in manifest.states}
+        self._states = {state.input: _empty(state, batch, capacity) for state in manifest.states}
 
     def run(self, feeds: dict[str, Ids], seen: int) -> Values:
         """The states, cut to the tokens seen, and the main output of one call, by name."""
@@ -122,26 +125,40 @@ class _Plain:
         return values
 
 
-def _empty(state: State, inputs: Inputs) -> Array:
+def _empty(state: State, batch: int, capacity: int) -> Array:
     """A state before the first call: zeros, and a cache of no tokens or with room for all."""
-    batch, capacity = inputs.input_ids.shape
     return np.zeros(state.shape(batch, capacity if state.shared else 0), dtype=state.dtype)
 
 
-def _real(values: Values, manifest: Manifest, inputs: Inputs, columns: slice) -> Values:
-    """What one call hands out, states first, in float32 and without the places of padding."""
+def _real(values: Values, manifest: Manifest, seen: Mask, new: Mask) -> Values:
+    """What one call hands out, states first, in float32 and without the places of padding.
+
+    Args:
+        values: by name.
+        manifest: of the ingot.
+        seen: ``[B, S]``, which tokens of the run are real so far.
+        new: ``[B, T]``, which of the call are.
+    """
     axes = {state.output: state.axis for state in manifest.states}
-    seen = inputs.attention_mask[:, : columns.stop] != 0
     result = {}
     for name, array in values.items():
         axis, real = axes.get(name), seen
         if name == manifest.main_output and array.ndim == 3:
-            axis, real = 1, inputs.attention_mask[:, columns] != 0
+            axis, real = 1, new
         if axis is not None:
             moved = np.moveaxis(array, axis, 1)
             array = moved[real] if moved.shape[:2] == real.shape else array
         result[name] = array.astype(np.float32)
     return result
+
+
+def _detail(name: str, expected: Values, found: Values) -> str:
+    """What is wrong where no error says it."""
+    if name not in found:
+        return "which is not handed out"
+    if name not in expected:
+        return "which is no state of the graph"
+    return difference(expected[name], found[name], expected[name])
 
 
 def _error(expected: Array | None, found: Array | None) -> float:

@@ -1,0 +1,143 @@
+"""From a failed report to one place: which run to look at, and in what order.
+
+A failure may show in one run only: in a piece of a prefill, a row alone, another seed. The cheapest
+run that failed is run again, first the graph and then the session; and where neither is wrong by
+itself, what the checks say of the weights, the graph and the contract is the place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ingot.plugins.errors import IngotError
+from ingot.runtime.onnxruntime_session import said
+from ingot.runtime.session import Session
+from ingot.validate.identity.checks import Subject
+from ingot.validate.judge.judge import pieces
+from ingot.validate.locate.calls import Fed, one_by_one
+from ingot.validate.locate.locate import locate
+from ingot.validate.locate.session import locate_session
+from ingot.validate.result import Location, Report
+from ingot.validate.truth.inputs import Inputs
+from ingot.validate.truth.recording import Call, fed, main_run
+
+# Elements of one tensor of attention scores, of one head; every value of a layer is computed twice.
+MOST_SCORES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Run:
+    """Calls from an empty state, as a validation makes them.
+
+    Attributes:
+        calls: each named as in the report.
+        main: whether it is the prefill and decode of the only seed, which needs no name.
+    """
+
+    calls: Sequence[Fed]
+    main: bool = False
+
+
+def runs_of(inputs: Inputs, name: str = "") -> list[Run]:
+    """The runs that one set of token ids is fed in: its main run, and pieces of the prefill.
+
+    Args:
+        inputs: the ids.
+        name: with which the stages begin in the report.
+    """
+
+    def calls(found: Sequence[Call]) -> list[Fed]:
+        return [Fed(f"{name}{call.stage}", *fed(inputs, call)) for call in found]
+
+    pieces_of = [Run(calls(piece.calls)) for piece in pieces(inputs)]
+    return [Run(calls(main_run(inputs)), main=not name), *pieces_of]
+
+
+def located(
+    report: Report, subject: Subject, runs: Sequence[Run], session: Callable[[], Session]
+) -> Report:
+    """A failed report with its place; where that cannot be found, with the reason.
+
+    Args:
+        report: of the ingot.
+        subject: the ingot, and a fresh capture of its graph.
+        runs: all that were fed; what is computed again is one of them.
+        session: opens the ingot's, as it is delivered.
+    """
+    by_checks = next((c.location for c in report.checks if c.location is not None), None)
+    try:
+        found = _by_numbers(report, subject, runs, session)
+    # A damaged graph may make ONNX Runtime, onnx or numpy raise anything, and that it cannot be
+    # taken apart is no reason to lose what was found.
+    except Exception as error:
+        if by_checks is not None:
+            return replace(report, location=by_checks)
+        reason = " ".join(str(error).split()) if isinstance(error, IngotError) else said(error)
+        return replace(report, unlocated=reason)
+    return replace(report, location=found or by_checks)
+
+
+def _by_numbers(
+    report: Report, subject: Subject, runs: Sequence[Run], session: Callable[[], Session]
+) -> Location | None:
+    """Where the graph goes wrong, or else the session; None where neither does by itself."""
+    if not any(tensor.problem for tensor in report.tensors) and not _others(report):
+        return None
+    run = failed_run(report, runs)
+    if run is None:
+        return None
+    states = subject.manifest.states
+    calls = one_by_one(run.calls, states)
+    where = "" if run.main else calls[-1].stage
+    found = locate(subject, calls)
+    if found is not None:
+        if found.overflow is not None:
+            found = replace(found, detail=eager_overflows(report))
+        return replace(found, run=where)
+    found = locate_session(session(), subject.folder, calls)
+    return None if found is None else replace(found, run="" if run.main else where)
+
+
+def _others(report: Report) -> bool:
+    """Whether something failed that is no tensor of one call: a choice of experts, or growth."""
+    flips = (flip for routing in report.routing.values() for flip in routing.flips)
+    return any(flip.fails for flip in flips) or any(growth.problem for growth in report.growth)
+
+
+def failed_run(report: Report, runs: Sequence[Run]) -> Run | None:
+    """The cheapest run that failed, up to the first call that did.
+
+    Where the failure is of no run, it may be of any call of the main one.
+    """
+    failed = {tensor.stage for tensor in report.tensors if tensor.problem}
+    found = []
+    for run in runs:
+        number = next((n for n, call in enumerate(run.calls) if _fails(call.stage, failed)), None)
+        if number is not None:
+            found.append(replace(run, calls=run.calls[: number + 1]))
+    if not found:
+        found = list(runs[:1])
+    found = [run for run in found if _scores(run) <= MOST_SCORES]
+    return min(found, key=lambda run: (_scores(run), not run.main), default=None)
+
+
+def _fails(stage: str, failed: set[str]) -> bool:
+    """Whether a call failed, with experts that were given or not."""
+    return any(each == stage or each.startswith(f"{stage}, ") for each in failed)
+
+
+def _scores(run: Run) -> int:
+    """Products of queries and keys in its longest call, as a measure of what it costs."""
+    longest, seen = 0, 0
+    for _, ids, _ in run.calls:
+        seen += ids.shape[1]
+        longest = max(longest, ids.size * seen)
+    return longest
+
+
+def eager_overflows(report: Report) -> str:
+    """What eager PyTorch does in the precision of an ingot that overflows, and what helps."""
+    if any("eager" in tensor.not_finite for tensor in report.tensors):
+        return f"eager PyTorch in {report.precision} overflows too: use --precision bf16"
+    return f"eager PyTorch in {report.precision} does not overflow"
