@@ -134,7 +134,7 @@ def find(model: str, revision: str | None = None) -> Source:
     if not HUB_NAME.match(model):
         raise CheckpointError(
             f"{shown(model)} is neither a folder, nor a family name ({', '.join(FAMILIES)}), nor "
-            f"org/name on the hub{_meant(model)}"
+            f"org/name on the hub{meant(model)}"
         )
     # It becomes part of paths in the client's cache.
     if revision is not None and not (REVISION.match(revision) and ".." not in revision):
@@ -144,7 +144,7 @@ def find(model: str, revision: str | None = None) -> Source:
     return Source(_snapshot(model, revision, PATTERNS), model)
 
 
-def _meant(model: str) -> str:
+def meant(model: str) -> str:
     """How a sentence ends that knows no such model: with what was meant, where that shows."""
     address = ADDRESS.match(model)
     if address:

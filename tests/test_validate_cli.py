@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
@@ -25,6 +26,8 @@ from ingot.export.ingot import GRAPH, WEIGHTS, Manifest
 from ingot.graphs.family import find_family
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.plugins.errors import IngotError
+from ingot.validate.api import validate
+from ingot.validate.baseline import Spread, save_baseline
 from ingot.validate.cli import validate_command
 from ingot.validate.result import Report, TensorResult
 from ingot.validate.truth.inputs import QUICK, STANDARD, THOROUGH, Plan
@@ -338,7 +341,15 @@ def test_a_missing_package_costs_what_it_draws(
 # --- baselines
 
 
-def test_gates_on_a_baseline(ingot: Path, swapped: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_gates_on_a_baseline(
+    ingot: Path,
+    swapped: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Other processors are measured in processes of their own, by a slow test.
+    monkeypatch.setattr("ingot.validate.spread.elsewhere", lambda *_arguments: None)
     kept = tmp_path / "new" / "baseline.json"
     _passed(_quick(ingot, checkpoint, "--save-baseline", kept))
     good = _quick(ingot, checkpoint, "--gate", kept, "--json")
@@ -351,10 +362,16 @@ def test_gates_on_a_baseline(ingot: Path, swapped: Path, checkpoint: Path, tmp_p
     assert worse[1].startswith("prefill, logits: score ")
 
     _refused(_quick(ingot, checkpoint, "--gate", kept, "--seed", "1"), "is of something else: seed")
+    _refused(_validate(ingot, checkpoint, "--gate", kept), "it fed quick and this is standard")
+
+    edited = tmp_path / "edited.json"
+    edited.write_text(re.sub(r'"score": 1\.', '"score": 9.', kept.read_text()))
+    _refused(_quick(ingot, checkpoint, "--gate", edited), "it was edited or cut")
 
     # As if this had been twice as good last time.
-    text = re.sub(r'"score": ([\d.e-]+)', lambda m: f'"score": {float(m[1]) / 2}', kept.read_text())
-    kept.write_text(text)
+    report = validate(ingot, checkpoint, plan="quick")
+    halved = (replace(each, error=each.error and each.error / 2) for each in report.tensors)
+    save_baseline(replace(report, tensors=tuple(halved)), kept, Spread())
     worse_only = _quick(ingot, checkpoint, "--gate", kept)
     assert worse_only.exit_code == 1, worse_only.output
     assert re.match(rf"WORSE: .*: \d+ figures? (is|are) worse than in {kept}\.", worse_only.stdout)
@@ -362,20 +379,20 @@ def test_gates_on_a_baseline(ingot: Path, swapped: Path, checkpoint: Path, tmp_p
     assert "FAILED" not in worse_only.stdout
     # Neither this run nor a report of it becomes what the next one is held against.
     before = kept.read_bytes()
-    report = tmp_path / "report"
-    options: list[str | Path] = ["--json", "--report", report, "--save-baseline", kept]
+    out = tmp_path / "report"
+    options: list[str | Path] = ["--json", "--report", out, "--save-baseline", kept]
     as_json = _quick(ingot, checkpoint, "--gate", kept, *options)
     assert (as_json.exit_code, kept.read_bytes()) == (1, before)
     worse = re.findall(r"^WORSE (prefill, logits: score .*)$", as_json.stderr, re.MULTILINE)
     assert len(worse) == 1
     data = _strict(as_json.stdout)
-    assert data == _strict((report / "report.json").read_text())
+    assert data == _strict((out / "report.json").read_text())
     assert (data["verdict"], data["failures"]) == ("failed", [])
     assert data["gate"]["baseline"] == str(kept) and data["gate"]["worse"][0] == worse[0]
-    suite = ElementTree.parse(report / "junit.xml").getroot()[0]
+    suite = ElementTree.parse(out / "junit.xml").getroot()[0]
     assert suite.get("failures") == str(len(data["gate"]["worse"]))
     for name in ("summary.md", "report.html"):
-        text = (report / name).read_text()
+        text = (out / name).read_text()
         assert "WORSE: olmoe" in text and "WORSE prefill, logits: score" in text, name
         assert "PASSED" not in text
 
@@ -653,6 +670,7 @@ def test_keeps_what_eager_computes(
         again = _quick(ingot, checkpoint, "--json")
     assert _stages(again) == [stage for stage in _stages(first) if stage not in EAGER_STAGES]
     one, other = _strict(first.stdout), _strict(again.stdout)
+    assert one.pop("date") <= other.pop("date")
     assert one.pop("seconds") > other.pop("seconds") and one == other
     # Other tokens are another truth.
     assert "run eager float64" in _stages(_quick(ingot, checkpoint, "--seed", "1"))

@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 
 from ingot.plugins.whole import WriteError
+from ingot.validate.coverage import Coverage, Experts, LeftOut, Part
 from ingot.validate.report import files, html, texts, words
 from ingot.validate.result import (
+    Check,
     Distribution,
     Flip,
     Gate,
@@ -71,6 +73,27 @@ def make_report(**changes: Any) -> Report:
         "seconds": 12.5,
     }
     return Report(**(values | changes))
+
+
+def covered_report(**changes: Any) -> Report:
+    """A passing report that says what it asked, and that left nothing out."""
+    coverage = Coverage(
+        calls=45,
+        rows=(1, 2, 3),
+        lengths=(1, 2, 19),
+        positions=51,
+        context=4096,
+        paddings=("left", "right"),
+        ids=94,
+        vocab_size=512,
+        chunks=3,
+        experts=(Experts("layer 0", (0, 1, 2), (3,), ()),),
+        parts=(Part("decode of one sequence", 32, "session"),),
+        left_out=(LeftOut("tokens", 3, 95, "a near-tie turned before them"),),
+        not_asked=("contexts beyond 51 of 4,096 tokens",),
+    )
+    checks = (Check("weights", 29), Check("graph", 0, left_out="made by torch 2.12"))
+    return make_report(**({"coverage": coverage, "checks": checks} | changes))
 
 
 def with_tensor(found: Report, index: int, **changes: Any) -> Report:

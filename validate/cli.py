@@ -19,8 +19,11 @@ STATUS = {"passed": 0, "passed, in part": 0, "failed": 1, "skipped": 0}
 @click.option(
     "--checkpoint",
     required=True,
-    type=click.Path(path_type=Path),
-    help="The checkpoint folder the ingot was made from.",
+    help="What the ingot was made from: a folder, or org/name on the hub.",
+)
+@click.option(
+    "--revision",
+    help="Of a hub name: branch, tag or commit; by default the one that the ingot names.",
 )
 @click.option("--adapter", help="The adapter that was merged into it: its folder, or a hub name.")
 @click.option("--seed", default=0, show_default=True, help="Of the token ids.")
@@ -53,7 +56,7 @@ STATUS = {"passed": 0, "passed, in part": 0, "failed": 1, "skipped": 0}
     "--save-baseline",
     "baseline",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Remember this result; the validation runs twice, to measure its spread.",
+    help="Remember this result; the validation runs again, to measure how far its figures move.",
 )
 @click.option(
     "--gate",
@@ -63,7 +66,8 @@ STATUS = {"passed": 0, "passed, in part": 0, "failed": 1, "skipped": 0}
 @click.option("--strict", is_flag=True, help="Exit with 1 for any verdict but passed.")
 def validate_command(
     ingot: Path,
-    checkpoint: Path,
+    checkpoint: str,
+    revision: str | None,
     adapter: str | None,
     seed: int,
     plan: Literal["quick", "thorough"] | None,
@@ -89,12 +93,13 @@ def validate_command(
     from ingot.validate.report.texts import json_text
 
     if folder is not None:
-        files.check_folder(folder, ingot, checkpoint, *([Path(adapter)] if adapter else []))
+        files.check_folder(folder, ingot, Path(checkpoint), *([Path(adapter)] if adapter else []))
         if lacking := files.missing():
             note(f"note: {lacking}")
     report = validate(
         ingot,
         checkpoint,
+        revision=revision,
         adapter=adapter,
         plan=plan or "standard",
         seed=seed,

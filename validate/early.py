@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ingot.export.ingot import TARGETS, Manifest
-from ingot.graphs.adapter import read_adapter, refuse_forgotten
-from ingot.graphs.folder import Folder, is_folder
+from ingot.graphs.adapter import read_adapter
+from ingot.graphs.folder import is_folder
 from ingot.graphs.hub import resolve_adapter
 from ingot.graphs.names import nearest
 from ingot.plugins.device import has_gpu
@@ -31,23 +31,21 @@ def cannot_compare(manifest: Manifest) -> str | None:
 
 
 def check_request(
-    ingot: Path, checkpoint: Path, *, plan: str, against: str, adapter: str | None = None
-) -> Manifest:
-    """Refuse what cannot be validated, as far as it shows without a graph.
+    ingot: Path, *, plan: str, against: str, adapter: str | None = None
+) -> tuple[Manifest, Path | None]:
+    """Refuse what cannot be validated, as far as it shows without a graph or a checkpoint.
 
     Args:
         ingot: the ingot folder.
-        checkpoint: the checkpoint folder it was made from.
         plan: of ``PLANS``.
         against: ``EAGER``, a target or the folder of another ingot.
         adapter: what was merged into the checkpoint, if anything was.
 
     Returns:
-        The manifest of the ingot.
+        The manifest of the ingot, and the adapter's folder.
 
     Raises:
-        IngotError: no such ingot, plan or other ingot, or a checkpoint without weights or of an
-            architecture that is not there.
+        IngotError: no such ingot, plan, other ingot or adapter.
     """
     if plan not in PLANS:
         raise IngotError(f"{shown(plan)} is no plan; give one of: {', '.join(PLANS)}.")
@@ -70,12 +68,7 @@ def check_request(
     found = None if adapter is None else resolve_adapter(adapter)
     if found is not None:
         read_adapter(found)
-    refuse_forgotten(checkpoint, found)
-    folder = Folder.read(checkpoint)
-    # Read for their refusals.
-    _ = folder.family
-    folder.weight_map()
-    return manifest
+    return manifest, found
 
 
 def check_seed(seed: int) -> None:

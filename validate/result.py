@@ -299,10 +299,12 @@ class Gate:
     Attributes:
         baseline: the file.
         worse: what got worse since, one sentence each.
+        note: what was held and how closely, where the baseline is of another processor; else empty.
     """
 
     baseline: str
     worse: tuple[str, ...]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -328,6 +330,8 @@ class Report:
         gate: what a baseline says, where the validation was held against one.
         checks: of the weights, the graph and the contract.
         coverage: what was asked; None where nothing was.
+        plan: how much was fed, in a word or two.
+        date: when, in UTC; empty in an ingot, in which nothing depends on the day.
     """
 
     ingot: str
@@ -350,6 +354,8 @@ class Report:
     gate: Gate | None = None
     checks: tuple[Check, ...] = ()
     coverage: Coverage | None = None
+    plan: str = "standard"
+    date: str = ""
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -19,11 +19,13 @@ from ingot.validate.identity.checks import Subject, checks
 from ingot.validate.judge import totals
 from ingot.validate.judge.distribution import negative_log_likelihoods, perplexities
 from ingot.validate.judge.judge import Judge, Observed
+from ingot.validate.processor import processor
 from ingot.validate.result import Distribution, Report
 from ingot.validate.truth.inputs import ROWS, STANDARD, Inputs, Plan, make_inputs
 from ingot.validate.truth.recording import Layout
 from ingot.validate.truth.reference import TRUTH, Reference
 from ingot.validate.truth.taps import TappedSession
+from ingot.version import __version__
 
 LIBRARIES = ("torch", "numpy", *ONNX_RUNTIME, *TENSORRT)
 # Tokens of a text that see each other where perplexity is measured.
@@ -254,19 +256,7 @@ def examine(
         return located(report, subject, runs, target.delivered)
 
 
-def spread(first: Report, second: Report) -> dict[str, float]:
-    """The largest difference of two runs of one validation, as a share of the score, by kind."""
-    scores = {(tensor.stage, tensor.name): tensor.score for tensor in second.tensors}
-    result: dict[str, float] = {}
-    for tensor in first.tensors:
-        one, other = tensor.score, scores.get((tensor.stage, tensor.name))
-        if one and other:
-            apart = abs(one - other) / min(one, other)
-            result[tensor.kind] = max(result.get(tensor.kind, 0.0), apart)
-    return result
-
-
 def environment() -> dict[str, str]:
-    """What the figures may depend on: the versions of the libraries, and the processor's kind."""
+    """What the figures may depend on: versions, and the processor with the instructions it used."""
     found = {"machine": platform.machine(), "python": platform.python_version()}
-    return found | versions(LIBRARIES)
+    return {"ingot": __version__, **found, **versions(LIBRARIES), **processor()}
