@@ -72,7 +72,7 @@ def drop(*names: str) -> Callable[[dict[str, Any]], None]:
 
 
 def put(value: Any, *names: str | int) -> Callable[[dict[str, Any]], None]:
-    def change(data: dict[str, Any]) -> None:
+    def change(data: Any) -> None:
         for name in names[:-1]:
             data = data[name]
         data[names[-1]] = value

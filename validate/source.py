@@ -48,7 +48,7 @@ def find_checkpoint(
         folder.weight_map()
     if folder.family != manifest.model_type:
         raise IngotError(
-            f"{checkpoint} is a {folder.family} and the ingot was made from a "
+            f"{checkpoint} is a checkpoint of {folder.family} and the ingot was made from one of "
             f"{manifest.model_type}; give the checkpoint it was made from."
         )
     return source
