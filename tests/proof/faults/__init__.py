@@ -1,0 +1,27 @@
+"""Every planted fault, by what it is an instance of."""
+
+from __future__ import annotations
+
+from proof.faults import (
+    constants,
+    contract,
+    exports,
+    kernels,
+    rounding,
+    sessions,
+    shapes,
+    structure,
+    weights,
+)
+
+FAULTS = [
+    *shapes.FAULTS,
+    *constants.FAULTS,
+    *structure.FAULTS,
+    *weights.FAULTS,
+    *rounding.FAULTS,
+    *contract.FAULTS,
+    *sessions.FAULTS,
+    *kernels.FAULTS,
+    *exports.FAULTS,
+]

@@ -1,0 +1,144 @@
+"""Runs the faults and the right exports of one base after another, in two processes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+from traces import Traces
+
+from ingot.export.progress import Stages
+from ingot.plugins.errors import IngotError
+from ingot.validate.result import Report
+from ingot.validate.run import examine
+from ingot.validate.truth.inputs import QUICK, STANDARD, THOROUGH
+from proof.bases import Base, Kept, known
+from proof.fault import Fault, Outcome, located, planted, seen_by, worst
+
+PLANS = {"quick": QUICK, "standard": STANDARD, "thorough": THOROUGH}
+RIGHT = "right export"
+
+
+def examined(ingot: Path, kept: Kept, plan: str = "standard") -> Report:
+    """The path of ``ingot validate``; whatever traces the eager graph once more gets the kept one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ingot.export.graph.trace", kept.traces)
+        return examine(ingot, kept.reference, Stages(), plan=PLANS[plan], capture=kept.traces)
+
+
+def run_fault(fault: Fault, kept: Kept, place: Path) -> Outcome:
+    """Plant one fault, validate it and hold what comes of it against what is expected."""
+    # Exporting the right ingot is no time of the fault's.
+    assert kept.ingot
+    began = time.perf_counter()
+    outcome = Outcome(fault.title, fault.kind, "raw", (), None, "", 0.0)
+    try:
+        with planted(fault, kept, place) as ingot:
+            report = examined(ingot, kept, fault.plan)
+    except IngotError as error:
+        outcome = replace(outcome, verdict="refused", by=("refused",), said=str(error))
+        if "refused" not in fault.by:
+            outcome = replace(outcome, missed="it was refused, not judged")
+    except Exception:
+        said = " ".join(traceback.format_exc().split())[-300:]
+        outcome = replace(outcome, missed="no sentence but an exception", said=said)
+    else:
+        outcome = replace(
+            outcome,
+            verdict=report.verdict,
+            by=seen_by(report),
+            floors=worst(report),
+            location=report.place or located(report.location),
+            said=next(iter([*report.failures, *report.short]), ""),
+            missed=_missed(fault, report),
+        )
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return replace(outcome, seconds=time.perf_counter() - began)
+
+
+def _missed(fault: Fault, report: Report) -> str:
+    if not fault.by:
+        return "" if report.verdict == "passed" else "rounding explains it, and it did not pass"
+    missed = []
+    if report.verdict != "failed":
+        missed.append(f"the verdict is {report.verdict}")
+    found = seen_by(report)
+    if not set(found) & set(fault.by):
+        missed.append(f"not seen by {' or '.join(fault.by)}")
+    if not missed and fault.where is not None:
+        missed += filter(None, [fault.where.missed(report)])
+    return "; ".join(missed)
+
+
+def run_right(base: Base, kept: Kept) -> Outcome:
+    """Export what is unusual and right, and validate it."""
+    began = time.perf_counter()
+    outcome = Outcome(base.name, RIGHT, "raw", (), None, "", 0.0)
+    try:
+        report = examined(kept.ingot, kept)
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        outcome = replace(outcome, missed="it raised", said=said)
+    else:
+        outcome = replace(
+            outcome,
+            verdict=report.verdict,
+            by=seen_by(report),
+            floors=worst(report),
+            location=report.place or "",
+            said=next(iter([*report.failures, *report.short]), ""),
+            missed="" if report.verdict == "passed" else "it did not pass",
+        )
+    return replace(outcome, seconds=time.perf_counter() - began)
+
+
+def run_group(base: Base, faults: Sequence[Fault], right: bool) -> list[Outcome]:
+    """All that begins with one base; prints each as it is done."""
+    outcomes = []
+    with known(base), tempfile.TemporaryDirectory(prefix="proof-") as place:
+        kept = Kept(base, Path(place), _traces(base))
+        if right:
+            outcomes.append(run_right(base, kept))
+            print(outcomes[-1], flush=True)
+        for fault in faults:
+            outcomes.append(run_fault(fault, kept, Path(place) / "wrong"))
+            print(outcomes[-1], flush=True)
+    # Models and sessions are in cycles.
+    del kept
+    gc.collect()
+    return outcomes
+
+
+_LAST: list[tuple[str, Traces]] = []
+
+
+def _traces(base: Base) -> Traces:
+    """Of the family that this process is at: bases differ in weights more often than in graphs."""
+    if not _LAST or _LAST[0][0] != base.family:
+        _LAST[:] = [(base.family, Traces())]
+    return _LAST[0][1]
+
+
+Group = tuple[Base, Sequence[Fault], bool]
+
+
+def run_all(groups: Sequence[Group], processes: int) -> list[Outcome]:
+    """Every group; those of one family by one process, as far as there is enough for the others."""
+    if processes == 1:
+        return [outcome for group in groups for outcome in run_group(*group)]
+    # Each process has a thread, and what it runs keeps off the other's core.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        futures = [pool.submit(run_group, *group) for group in groups]
+        return [outcome for future in futures for outcome in future.result()]
