@@ -49,18 +49,20 @@ class Editor:
 
     def maker(self, value: str) -> onnx.NodeProto:
         """The node of the main graph that makes a value."""
+        node: onnx.NodeProto
         (node,) = (node for node in self.graph.node if value in node.output)
         return node
 
     def reader(self, ending: str) -> onnx.NodeProto:
         """The first node of the main graph with an input that ends so, such as a weight."""
-        return next(
+        found: onnx.NodeProto = next(
             node for node in self.graph.node if any(name.endswith(ending) for name in node.input)
         )
+        return found
 
     def made_of(self, ending: str) -> str:
         """The value that is made of a weight, by the end of the weight's name."""
-        return self.reader(ending).output[0]
+        return str(self.reader(ending).output[0])
 
     def constant(self, value: Any, dtype: Any = np.int64) -> str:
         """An initializer."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from proof import conditions as at
 from proof.editing import Condition, Edit, Editor, Make, plus, rolled, scaled
-from proof.fault import Fault, Where
+from proof.fault import By, Fault, Where
 from proof.planting import in_graph, in_kernel
 
 KIND = "shape of use"
@@ -22,9 +22,13 @@ BEHIND = {
     "mamba2": "layers.1.mixer.out_proj.weight",
     "olmoe": "layers.1.self_attn.o_proj.weight",
 }
+NUMBERS: tuple[By, ...] = ("numbers",)
 ANYWHERE = Where(1)
 # A wrong kernel differs in no graph; the layer is what its numbers can tell.
 KERNEL = Where(1, or_none=True)
+
+
+HALF = scaled(0.5)
 
 
 def product(base: str, make: Make, where: Condition) -> Edit:
@@ -53,6 +57,11 @@ def place(make: Make, where: Condition) -> Edit:
     return lambda edit: edit.change("position_ids", make, where, rank=2)
 
 
+def scores(where: Condition) -> Edit:
+    """A classifier's are half of themselves there."""
+    return lambda edit: edit.change("logits", HALF, where, rank=2)
+
+
 def any_row(condition: Condition) -> Condition:
     """It holds for one row of the call."""
 
@@ -63,7 +72,6 @@ def any_row(condition: Condition) -> Condition:
     return holds
 
 
-HALF = scaled(0.5)
 DECODE_OF_ONE = at.both(at.rows(1), at.tokens(1), at.after_a_past)
 TURN = at.both(at.rows(1), at.tokens(2, -1), at.after_a_past)
 FIRST_OF_ONE = at.both(at.tokens(1), at.first_call)
@@ -105,7 +113,7 @@ def _both_places(base: str, conditions: dict[str, Condition]) -> list[Fault]:
     for name, condition in conditions.items():
         edit = product(base, HALF, condition)
         if base.endswith("onnx"):
-            made.append(in_graph(name, base, KIND, edit, ANYWHERE, ("numbers",)))
+            made.append(in_graph(name, base, KIND, edit, ANYWHERE, NUMBERS))
         else:
             made.append(in_kernel(name, base, KIND, edit, KERNEL))
     return made
@@ -133,7 +141,7 @@ FAULTS = [
     *_both_places("hybrid onnx", _only("decode of one row, second turn of one row", CACHED)),
     *_both_places("hybrid ort", _only("row 3 of the batch, prompt of one token", CACHED)),
     *(
-        make(f"experts halved in {name}", base, KIND, experts(HALF, condition), where, ("numbers",))
+        make(f"experts halved in {name}", base, KIND, experts(HALF, condition), where, NUMBERS)
         for base, make, where in (
             ("olmoe onnx", in_graph, ANYWHERE),
             ("olmoe ort", in_kernel, KERNEL),
@@ -148,8 +156,8 @@ FAULTS = [
     *(
         make(f"positions off by one in {name}", base, KIND, place(plus(1), condition), where, by)
         for base, make, where, by in (
-            ("granite onnx", in_graph, Where(None), ("numbers",)),
-            ("olmoe ort", in_kernel, Where(None, or_none=True), ("numbers",)),
+            ("granite onnx", in_graph, Where(None), NUMBERS),
+            ("olmoe ort", in_kernel, Where(None, or_none=True), NUMBERS),
         )
         for name, condition in (
             ("a prompt of one token", FIRST_OF_ONE),
@@ -178,7 +186,7 @@ FAULTS = [
         KIND,
         state(CONV, rolled(2), at.tokens(2), 3),
         ANYWHERE,
-        ("numbers",),
+        NUMBERS,
     ),
     in_kernel(
         "conv state loses a tap where T is 2",
@@ -207,7 +215,7 @@ FAULTS = [
         KIND,
         state(SSM, scaled(0.9), at.nothing_but_padding),
         ANYWHERE,
-        ("numbers",),
+        NUMBERS,
     ),
     in_kernel(
         "scan wrong from three chunks on",
@@ -222,7 +230,7 @@ FAULTS = [
         KIND,
         product("granite", NARROW, DECODE_OF_ONE),
         ANYWHERE,
-        ("numbers",),
+        NUMBERS,
     ),
     in_kernel(
         "second turn of one row, float16",
@@ -244,7 +252,7 @@ FAULTS = [
         KIND,
         product("granite", HALF, DECODE_OF_ONE),
         ANYWHERE,
-        ("numbers",),
+        NUMBERS,
     ),
     in_kernel(
         "padded on the right, features",
@@ -265,7 +273,7 @@ FAULTS = [
             f"classifier halved where {name}",
             "jetmoe classify " + target,
             KIND,
-            lambda edit, where=condition: edit.change("logits", HALF, where, rank=2),
+            scores(condition),
             Where(None, or_none=True),
         )
         for target in ("onnx", "ort")

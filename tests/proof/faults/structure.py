@@ -16,12 +16,12 @@ from proof.editing import (
     scaled,
     value_of,
 )
-from proof.fault import Fault, Where
+from proof.fault import By, Fault, Where
 from proof.planting import in_graph
 
 KIND = "structure"
 LAYER, OUTSIDE = Where(1), Where(None)
-NUMBERS = ("numbers",)
+NUMBERS: tuple[By, ...] = ("numbers",)
 
 
 def swapped(operator: str, number: int, first: int, second: int) -> Edit:

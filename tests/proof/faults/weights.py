@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,8 +14,11 @@ from proof.fault import Fault, Where
 from proof.planting import in_weights
 from proof.stored import every_weight, weight, weights
 
+# In place, or to what it returns.
+Alter = Callable[[Array], Any]
 
-def element(amount: float) -> object:
+
+def element(amount: float) -> Alter:
     """One element is further by a share of the whole's size."""
 
     def change(array: Array) -> None:
@@ -22,7 +27,7 @@ def element(amount: float) -> object:
     return change
 
 
-def zero_rows(begin: int, end: int) -> object:
+def zero_rows(begin: int, end: int) -> Alter:
     def change(array: Array) -> None:
         array[begin:end] = 0
 
@@ -47,10 +52,11 @@ def by_row(array: Array) -> Array:
     """Int8 with a scale for each row."""
     wide = array.astype(np.float32)
     scale = np.abs(wide).max(axis=-1, keepdims=True) / 127
-    return (np.round(wide / scale) * scale).astype(array.dtype)
+    result: Array = (np.round(wide / scale) * scale).astype(array.dtype)
+    return result
 
 
-def through(dtype: object) -> object:
+def through(dtype: Any) -> Alter:
     return lambda array: array.astype(dtype).astype(array.dtype)
 
 
@@ -75,7 +81,7 @@ def exchanged(first: Array, second: Array) -> None:
     second[...] = kept
 
 
-def times(factor: float) -> object:
+def times(factor: float) -> Alter:
     return lambda array: (array.astype(np.float32) * np.float32(factor)).astype(array.dtype)
 
 
@@ -101,9 +107,9 @@ EMBEDDING = Where(words="embed")
 LAYER = Where(1)
 
 
-def _at(base: str, name: str, ending: str, change: object, where: Where | None = LAYER) -> Fault:
+def _at(base: str, name: str, ending: str, change: Alter, where: Where | None = LAYER) -> Fault:
     found = where if where is not LAYER else Where(words=ending.strip("."))
-    return in_weights(name, base, weight(ending, change), found)  # type: ignore[arg-type]
+    return in_weights(name, base, weight(ending, change), found)
 
 
 FAULTS: list[Fault] = [
@@ -212,13 +218,13 @@ FAULTS: list[Fault] = [
         "granite onnx",
         every_weight(through(ml_dtypes.bfloat16)),
         Where(words="weight"),
-    ),  # type: ignore[arg-type]
+    ),
     in_weights(
         "all through bfloat16",
         "mamba2 fp16",
         every_weight(through(ml_dtypes.bfloat16)),
         Where(words="weight"),
-    ),  # type: ignore[arg-type]
+    ),
     _at("granite ort", "a scale folded twice", "layers.1.mlp.down_proj.weight", times(0.22)),
     _at("granite onnx", "a scale folded not at all", f"{ATTENTION}o_proj.weight", times(1 / 0.22)),
     _at("granite ort", "the head's scale folded twice", "model.norm.weight", times(1 / 8)),
