@@ -38,6 +38,8 @@ class Facts:
         experts_per_token: K of every router; 0 where there is none.
         chunk_size: of a scan, whose state must be seen to carry over a boundary; 0 without one.
         context_length: longest sequence the positions are meant for; None where nothing limits it.
+        switch_length: of a call whose last position is beyond so many tokens all positions are
+            turned otherwise, so pieces of it do not compute what the whole does; None for most.
         num_labels: classes of a classifier.
         eos_token_ids: each of which ends a sequence.
         pad_token_id: fills up shorter rows.
@@ -47,6 +49,7 @@ class Facts:
     experts_per_token: int = 0
     chunk_size: int = 0
     context_length: int | None = None
+    switch_length: int | None = None
     num_labels: int = 0
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0

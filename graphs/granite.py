@@ -113,6 +113,7 @@ class GraniteConfig(ModelConfig):
             facts=Facts(
                 routers=(0,) * layers,
                 context_length=rope.context_length,
+                switch_length=rope.switch_length,
                 eos_token_ids=config.token_ids("eos_token_id"),
                 pad_token_id=config.take("pad_token_id", int, 0),
             ),

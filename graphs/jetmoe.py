@@ -109,6 +109,7 @@ class JetMoeConfig(ModelConfig):
                 routers=(2,) * layers,
                 experts_per_token=chosen,
                 context_length=rope.context_length,
+                switch_length=rope.switch_length,
                 num_labels=config.labels(),
                 eos_token_ids=config.token_ids("eos_token_id"),
                 pad_token_id=config.take("pad_token_id", int, 0),

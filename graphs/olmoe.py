@@ -104,6 +104,7 @@ class OlmoeConfig(ModelConfig):
                 routers=(1,) * layers,
                 experts_per_token=chosen,
                 context_length=rope.context_length,
+                switch_length=rope.switch_length,
                 eos_token_ids=config.token_ids("eos_token_id"),
                 pad_token_id=config.take("pad_token_id", int, 0),
             ),

@@ -142,6 +142,13 @@ class RopeParameters:
         stretched = self.original_max_position_embeddings * factor
         return int(min(max(self.max_position_embeddings, stretched), MOST_POSITIONS))
 
+    @property
+    def switch_length(self) -> int | None:
+        """Tokens beyond which a call's frequencies follow from its longest position, if they do."""
+        if self.rope_type == "dynamic":
+            return self.max_position_embeddings
+        return self.original_max_position_embeddings if self.rope_type == "longrope" else None
+
     def frequencies(self) -> tuple[torch.Tensor, float]:
         """Inverse frequencies ``[D/2]`` float32 and the factor on cos and sin.
 

@@ -26,6 +26,7 @@ from ingot.validate.locate.find import runs_of
 from ingot.validate.locate.locate import locate
 from ingot.validate.result import Location
 from ingot.validate.truth.inputs import Inputs, make_inputs
+from ingot.validate.truth.runs import recorded_run
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Change = Callable[[Path], None]
@@ -77,7 +78,8 @@ def subject(folder: Path, checkpoint: Checkpoint, capture: Capture | None = None
 
 def main_calls(inputs: Inputs | None = None) -> list[Fed]:
     """The prefill and the decode steps of a validation."""
-    return list(runs_of(inputs or make_inputs(512))[0].calls)
+    main = recorded_run("main", inputs or make_inputs(512), 0)
+    return list(runs_of([main])[0].calls)
 
 
 def finder(subjects: Subjects, traces: Traces, folder: Path) -> Find:

@@ -115,11 +115,16 @@ class Played:
         self.chosen.append(chosen)
 
     def reset(self, batch: int, capacity: int) -> None:
-        self._run += 1
+        # A run with given experts is the same run again.
+        self._run += not self._given
         self._seen: Ids = np.zeros((batch, 0), np.int64)
 
+    @property
+    def _given(self) -> bool:
+        return bool(self.chosen) and self.chosen[-1] is not None
+
     def _playing(self) -> Table:
-        if self.chosen and self.chosen[-1] is not None:
+        if self._given:
             assert self.forced is not None
             return self.forced
         return self.runs.get(self._run, self.table)

@@ -14,20 +14,27 @@ from played import HIDDEN, KEY, ROUTERS, SSM, Played, Table, token
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import find_family
 from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.validate.counting import Recorder
 from ingot.validate.judge.judge import CACHES, FREE, REPLAYED, Judge
 from ingot.validate.result import TensorResult
 from ingot.validate.run import validate_ingot
 from ingot.validate.truth.inputs import QUICK
+from ingot.validate.truth.material import Material
 from ingot.validate.truth.recording import record
 from ingot.validate.truth.reference import Reference, References
 from ingot.validate.truth.replay import Routers
+from ingot.validate.truth.runs import recorded_run, row_run, split_run
 from ingot.validate.truth.taps import TappedSession
 
 NOISE = 1e-6
 # Rounding explains a margin of 32 times the noise.
 NEAR, FAR = 1e-5, 1e-2
 STAGES = ["prefill", "decode 1", "decode 2", "decode 3"]
-PIECES = ["split 16+3", "split 11+8", "row 0 alone", "row 1 alone"]
+SPLITS = [
+    *("split 16", "split 16+3", f"split 16+3, {CACHES}"),
+    *("split 11", "split 11+8", f"split 11+8, {CACHES}"),
+]
+PIECES = [*SPLITS, "row 0 alone", "row 1 alone"]
 
 CHOOSING = Routers(by_layer=(1, 1), top_k=2)
 
@@ -81,20 +88,30 @@ def judged(
     session: Played, want: Table, *, eager: Table | None = None, classifier: bool = False
 ) -> Judge:
     """A judge that has seen all that the session gives."""
-    inputs, layout = played.inputs(classifier=classifier), played.layout(classifier=classifier)
-    exact, rounded = (
-        record(Played(table, classifier=classifier), layout, inputs)
-        for table in (want, eager or near(want, 1))
-    )
-    judge = Judge(CHOOSING, References("float32", exact, rounded, exact), layout, inputs)
-    found = judge.run(session)
-    judge.judge_graph(cast(TappedSession, session), found)
-    judge.judge_session(found)
+    judge = Judge(CHOOSING, material(want, eager or near(want, 1), classifier=classifier))
+    recorder = Recorder(session, stateful=not classifier)
+    judge.judge_graph(cast(TappedSession, session), recorder=recorder)
     return judge
 
 
+def material(want: Table, eager: Table, *, classifier: bool = False) -> Material:
+    """The main run, the prefill in pieces, and each row's by itself."""
+    inputs, layout = played.inputs(classifier=classifier), played.layout(classifier=classifier)
+    exact, rounded = (
+        record(Played(table, classifier=classifier), layout, inputs) for table in (want, eager)
+    )
+    main = recorded_run("main", inputs, 0)
+    runs = [main]
+    if not classifier:
+        runs += [split_run(main, sizes, "split") for sizes in ((16, 3), (11, 8))]
+        runs += [row_run(main, f"row {row} alone", row, (19 - 7 * row,)) for row in range(2)]
+    return Material(layout, runs, [References("float32", exact, rounded, exact)])
+
+
 def problems(judge: Judge) -> list[tuple[str, str]]:
-    return [(result.stage, result.name) for result in judge.results if result.problem]
+    """But those of a piece's caches at its end, which say again what its calls say."""
+    failed = [(result.stage, result.name) for result in judge.results if result.problem]
+    return [(stage, name) for stage, name in failed if not stage.endswith(f", {CACHES}")]
 
 
 def stages(judge: Judge) -> list[str]:
@@ -114,7 +131,12 @@ def test_passes_what_is_right_and_compares_all_of_it() -> None:
     assert session.chosen == [] and session._run == 4
     outputs = ["logits", KEY, SSM]
     expected = [(stage, name) for stage in STAGES for name in outputs]
-    expected += [(CACHES, KEY)] + [(stage, name) for stage in PIECES for name in outputs]
+    expected += [(CACHES, KEY)]
+    for first, last, caches in (SPLITS[:3], SPLITS[3:]):
+        # After so few tokens no state of the second kind was recorded.
+        expected += [(first, "logits"), (first, KEY), *((last, name) for name in outputs)]
+        expected += [(caches, KEY)]
+    expected += [(stage, name) for stage in PIECES[6:] for name in outputs]
     inside = [*outputs, *ROUTERS, HIDDEN]
     expected += [(stage, name) for stage in replayed_stages() for name in inside]
     assert [(result.stage, result.name) for result in judge.results] == expected
@@ -264,23 +286,42 @@ def test_a_piece_has_flips_of_its_own(
     want = truth({flip: NEAR})
     right = near(want, 2, 1e-7)
     piece = wrong(flipped(right, flip), place)
-    judge = judged(Played(right, runs={run: piece}), want)
+    judge = judged(Played(right, right, runs={run: piece}), want)
     assert judge.routing[FREE].flips == ()
     assert problems(judge) == [(stage, name) for stage in failing for name in ("logits", KEY)]
     # Elsewhere the same is no excuse.
     other = 1 + run % 2
     shared = {run: flipped(right, flip), other: wrong(right, (flip[0], 18))}
-    assert {stage for stage, _ in problems(judged(Played(right, runs=shared), want))} == {
-        PIECES[other - 1]
-    }
+    judge = judged(Played(right, right, runs=shared), want)
+    last = ["split 16+3", "split 11+8", "row 0 alone", "row 1 alone"][other - 1]
+    assert {stage for stage, _ in problems(judge)} == {last}
 
 
 def test_a_row_alone_that_flips_at_once_is_left_out() -> None:
     want = truth({(1, 7): NEAR})
     right = near(want, 2, 1e-7)
-    judge = judged(Played(right, runs={4: wrong(flipped(right, (1, 7)), (1, 9))}), want)
+    piece = wrong(flipped(right, (1, 7)), (1, 9))
+    judge = judged(Played(right, right, runs={4: piece}), want)
     assert problems(judge) == []
-    assert [stage for stage in stages(judge) if stage in PIECES] == PIECES[:3]
+    assert [stage for stage in stages(judge) if stage in PIECES] == PIECES[:-1]
+    # With the truth's experts it was judged all the same.
+    assert "row 1 alone, replayed" in stages(judge)
+    judge = judged(Played(right, wrong(right, (1, 9)), runs={4: piece}), want)
+    assert problems(judge) == [("row 1 alone, replayed", name) for name in ("logits", KEY)]
+
+
+def test_what_a_piece_does_to_the_cache_before_it_is_seen_at_its_end() -> None:
+    class Spoils(Played):
+        def state(self) -> dict[str, np.ndarray]:
+            found = super().state()
+            if self._run == 1 and self._seen.shape[1] == 19:
+                found[KEY] = found[KEY].copy()
+                found[KEY][0, :, 3] += 1
+            return found
+
+    want = truth()
+    failed = [r for r in judged(Spoils(near(want, 2)), want).results if r.problem]
+    assert [(r.stage, r.name) for r in failed] == [(SPLITS[2], KEY)]
 
 
 def test_a_flip_of_the_main_run_excuses_no_piece() -> None:
@@ -330,7 +371,7 @@ class Other(Played):
         return found
 
 
-EVERYWHERE = [*STAGES, *PIECES, *replayed_stages()]
+EVERYWHERE = [*STAGES, *(s for s in PIECES if CACHES not in s), *replayed_stages()]
 
 
 @pytest.mark.parametrize(
@@ -349,7 +390,9 @@ def test_fails_a_state_that_is_missing_or_of_another_shape(
     judge = judged(Other(near(want, 2), **changes), want)
     # The caches at the end are judged where there are any.
     whole = [(CACHES, KEY), (CACHES, "all outputs")] if changes == {"cut": KEY} else []
-    assert sorted(problems(judge)) == sorted([*((stage, name) for stage in EVERYWHERE), *whole])
+    # And no state of the second kind is known of the first pieces.
+    known = [s for s in EVERYWHERE if name == KEY or s not in ("split 16", "split 11")]
+    assert sorted(problems(judge)) == sorted([*((stage, name) for stage in known), *whole])
     first = next(result for result in judge.results if result.problem)
     assert first.problem == problem and first.error is None
 
@@ -411,11 +454,9 @@ def test_an_engine_is_not_judged_from_a_doubtful_choice_on(
     place: Place, failing: list[str]
 ) -> None:
     want = truth({(0, 17): NEAR})
-    inputs, layout = played.inputs(), played.layout()
-    exact, rounded = (record(Played(t), layout, inputs) for t in (want, near(want, 1)))
-    judge = Judge(CHOOSING, References("float32", exact, rounded, exact), layout, inputs)
+    judge = Judge(CHOOSING, material(want, near(want, 1)))
     judge.exclude_doubtful()
-    judge.judge_session(judge.run(Played(wrong(near(want, 2), place))))
+    judge.judge_session(Recorder(Played(wrong(near(want, 2), place))))
     expected = [(stage, name) for stage in failing for name in ("logits", KEY)]
     assert problems(judge) == [p for p in expected if p != (CACHES, "logits")]
     assert judge.routing == {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import played
 import pytest
@@ -13,14 +15,9 @@ from ingot.validate.truth.recording import (
     Call,
     _thinned,
     collect_whole,
-    fed,
     main_run,
-    observe,
     places,
     record,
-    row_run,
-    select,
-    split_run,
     whole,
 )
 
@@ -57,16 +54,6 @@ def test_places_are_those_of_real_tokens_row_by_row() -> None:
     assert listed(inputs, prefill) == PREFILL
     assert [listed(inputs, call) for call in decode] == [[(0, n), (1, n)] for n in (19, 20, 21)]
     assert [call.stage for call in decode] == ["decode 1", "decode 2", "decode 3"]
-    first, second = split_run(inputs, 11)
-    assert (first.stage, second.stage) == ("split 11+8", "split 11+8")
-    assert listed(inputs, first) == [place for place in PREFILL if place[1] < 11]
-    assert listed(inputs, second) == [place for place in PREFILL if place[1] >= 11]
-    for row in range(2):
-        alone = row_run(inputs, row)
-        assert alone.stage == f"row {row} alone"
-        assert listed(inputs, alone) == [place for place in PREFILL if place[0] == row]
-        ids, mask = fed(inputs, alone)
-        assert ids.tolist() == [[100 * row + c for c in range(7 * row, 19)]] and mask.all()
 
 
 def test_a_recording_holds_what_each_call_added() -> None:
@@ -84,28 +71,19 @@ def test_a_recording_holds_what_each_call_added() -> None:
         assert tokens_of(tensors[SSM]) == [(0, 18 + number), (1, 18 + number)]
 
 
-@pytest.mark.parametrize(
-    "calls",
-    [
-        *(split_run(played.inputs(), split) for split in (16, 11, 3)),
-        *([row_run(played.inputs(), row)] for row in range(2)),
-    ],
-    ids=lambda calls: calls[0].stage,
-)
-def test_a_piece_gives_what_the_prefill_gave_of_its_tokens(calls: list[Call]) -> None:
-    inputs, layout, session = played.inputs(), played.layout(), Played(table())
-    prefill = observe(session, layout, inputs, main_run(inputs)[0])
-    rows = range(2)[calls[0].rows]
-    for call in calls:
-        found = observe(session, layout, inputs, call)
-        at = listed(inputs, call)
-        tokens = np.array([place in at for place in PREFILL])
-        wanted = select(layout, prefill, tokens, rows)
-        assert found.keys() == wanted.keys()
-        for name in found.keys() - {SSM}:
-            assert tokens_of(found[name]) == at
-            np.testing.assert_array_equal(found[name], wanted[name])
-    np.testing.assert_array_equal(found[SSM], wanted[SSM])
+def test_of_a_long_call_some_tokens_are_kept_and_all_router_logits() -> None:
+    whole_inputs, layout = played.inputs(), played.layout()
+    kept = np.zeros(whole_inputs.input_ids.shape, np.bool_)
+    kept[:, [3, 12, 18, 20]] = True
+    inputs = replace(whole_inputs, kept=kept)
+    recording = record(Played(table()), layout, inputs)
+    every = record(Played(table()), layout, whole_inputs)
+    some = [[(0, 3), (0, 12), (0, 18), (1, 12), (1, 18)], [], [(0, 20), (1, 20)], []]
+    for at, found, all_of_it in zip(some, recording, every, strict=True):
+        for name in ["logits", KEY, HIDDEN]:
+            assert (tokens_of(found[name]) if at else list(found[name])) == at
+        for name in [*ROUTERS, SSM]:
+            np.testing.assert_array_equal(found[name], all_of_it[name])
 
 
 def test_whole_caches_are_ordered_as_the_calls_were() -> None:
@@ -130,20 +108,6 @@ def test_a_cache_of_another_length_stays_as_it_is() -> None:
     assert [call[KEY].shape for call in found] == [(2, 2, n + 1, 3) for n in (19, 20, 21, 22)]
     end = collect_whole(layout, inputs, main_run(inputs), session.state())
     assert end[KEY].shape == (2, 2, 23, 3)
-    assert select(layout, found[0], np.ones(31, np.bool_), [0])[KEY].shape == (2, 2, 20, 3)
-
-
-def test_selects_tokens_and_rows() -> None:
-    inputs, layout = played.inputs(), played.layout()
-    found = observe(Played(table()), layout, inputs, main_run(inputs)[0])
-    keep = np.zeros(len(PREFILL), np.bool_)
-    keep[[2, 18, 19, 30]] = True
-    some = select(layout, found, keep, [1])
-    for name in found.keys() - {SSM}:
-        assert tokens_of(some[name]) == [(0, 2), (0, 18), (1, 7), (1, 18)]
-    assert tokens_of(some[SSM]) == [(1, 18)]
-    none = select(layout, found, np.zeros(len(PREFILL), np.bool_), [])
-    assert {len(array) for array in none.values()} == {0}
 
 
 def test_a_classifier_has_one_output_a_row_and_begins_anew_with_every_call() -> None:
@@ -160,8 +124,6 @@ def test_a_classifier_has_one_output_a_row_and_begins_anew_with_every_call() -> 
             assert tokens_of(tensors[name]) == real
     # One reset a call.
     assert session._run == 3 and session._seen.shape == (2, 22)
-    one = select(layout, found[0], np.arange(31) < 3, [1])
-    assert tokens_of(one["logits"]) == [(1, 18)] and tokens_of(one[HIDDEN]) == PREFILL[:3]
 
 
 def test_tells_what_a_tensor_is() -> None:

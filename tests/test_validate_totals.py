@@ -25,12 +25,15 @@ def judge(
     routing: Mapping[str, Routing] | None = None,
     references: Any = None,
     top_k: int = 2,
+    logits: Sequence[Array] = (),
 ) -> Any:
     """What is read of a ``Judge``."""
     return SimpleNamespace(
         results=list(results),
         routing=routing or {},
-        references=references,
+        references=[references],
+        compared=[references],
+        logits=list(logits),
         routers=Routers((1, 1), top_k),
     )
 
@@ -205,11 +208,12 @@ def sides(expected: Array, noise: float = 0.0, tokens: Sequence[int] = (2, 1)) -
 
 def test_next_tokens_are_those_of_all_calls_and_seeds() -> None:
     zero = np.zeros((3, 2))
-    judges = [judge(references=sides(zero)), judge(references=sides(zero, tokens=(3,)))]
     # Probabilities of 1/4 and 3/4 where the truth has 1/2: the divergence is log(2 / sqrt(3)).
     other = np.array([[0.0, math.log(3)]])
-    logits = [np.zeros((2, 2)), other, np.concatenate([other, np.zeros((2, 2))])]
-    found = totals.next_tokens(judges, logits)
+    first = judge(references=sides(zero), logits=[np.zeros((2, 2)), other])
+    both = np.concatenate([other, np.zeros((2, 2))])
+    second = judge(references=sides(zero, tokens=(3,)), logits=[both])
+    found = totals.next_tokens([first, second])
     assert found is not None and found.tokens == 6
     assert found.kl == pytest.approx((0, 0, 0, 0) + (math.log(2 / math.sqrt(3)),) * 2)
     assert found.top1_agreement == pytest.approx(4 / 6)
@@ -220,8 +224,8 @@ def test_next_tokens_are_those_of_all_calls_and_seeds() -> None:
 def test_a_tie_is_what_rounding_explains() -> None:
     noise = 0.01
     rows = np.array([[TIE_LIMIT * noise * share, 0.0] for share in (0.98, 1.02)])
-    logits = [rows[:, ::-1]]
-    found = totals.next_tokens([judge(references=sides(rows, noise, (2,)))], logits)
+    references = sides(rows, noise, (2,))
+    found = totals.next_tokens([judge(references=references, logits=[rows[:, ::-1]])])
     assert found is not None
     assert (found.top1_agreement, found.near_ties) == (0, 1)
 
@@ -230,7 +234,7 @@ def test_another_ingot_is_expected_and_eagers_noise_is_against_the_truth() -> No
     truth = np.array([[1.0, 0.0]])
     references = sides(truth, 0.001, (1,))
     references.expected = [{"logits": np.array([[0.0, 3.0]])}]
-    found = totals.next_tokens([judge(references=references)], [truth])
+    found = totals.next_tokens([judge(references=references, logits=[truth])])
     assert found is not None
     # Not the truth's likeliest, and by far more than a tie.
     assert (found.top1_agreement, found.near_ties) == (0, 0)
@@ -239,7 +243,8 @@ def test_another_ingot_is_expected_and_eagers_noise_is_against_the_truth() -> No
 
 @pytest.mark.parametrize("shape", [(2, 3), (1, 2), (2, 2, 1)])
 def test_logits_of_another_shape_have_no_distribution(shape: tuple[int, ...]) -> None:
-    judges = [judge(references=sides(np.zeros((3, 2))))]
+    references = sides(np.zeros((3, 2)))
     good = [np.zeros((2, 2)), np.zeros((1, 2))]
-    assert totals.next_tokens(judges, good) is not None
-    assert totals.next_tokens(judges, [np.zeros(shape), good[1]]) is None
+    assert totals.next_tokens([judge(references=references, logits=good)]) is not None
+    wrong = [np.zeros(shape), good[1]]
+    assert totals.next_tokens([judge(references=references, logits=wrong)]) is None

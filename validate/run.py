@@ -15,15 +15,26 @@ from ingot.export.progress import Stages
 from ingot.plugins.device import has_gpu
 from ingot.runtime.loading import load
 from ingot.runtime.session import Ids, Session
+from ingot.validate.counting import Fed, Recorder
+from ingot.validate.covered import coverage
 from ingot.validate.identity.checks import Subject, checks
 from ingot.validate.judge import totals
+from ingot.validate.judge.again import (
+    judge_repeats,
+    judge_threads,
+    other_threads,
+    repeated_calls,
+    threads_calls,
+)
 from ingot.validate.judge.distribution import negative_log_likelihoods, perplexities
-from ingot.validate.judge.judge import Judge, Observed
+from ingot.validate.judge.judge import Judge
 from ingot.validate.processor import processor
 from ingot.validate.result import Distribution, Report
-from ingot.validate.truth.inputs import ROWS, STANDARD, Inputs, Plan, make_inputs
+from ingot.validate.truth.inputs import STANDARD, Plan
+from ingot.validate.truth.material import Material
 from ingot.validate.truth.recording import Layout
 from ingot.validate.truth.reference import TRUTH, Reference
+from ingot.validate.truth.runs import Traits, make_runs
 from ingot.validate.truth.taps import TappedSession
 from ingot.version import __version__
 
@@ -54,27 +65,39 @@ class Target:
         # no part of it.
         self.graph_only = not self.engine and self.manifest.target not in ("onnx", "ort")
 
-    def delivered(self) -> Session:
+    def delivered(self, threads: int = 0) -> Session:
         """A session as a user gets it; over the graph, where an engine cannot run."""
-        return load(self.folder, verify=False, allow_failed=True, graph_only=not self.engine)
+        return load(
+            self.folder,
+            threads=threads,
+            verify=False,
+            allow_failed=True,
+            graph_only=not self.engine,
+        )
 
-    def tapped(self) -> TappedSession:
+    def tapped(self, threads: int = 0) -> TappedSession:
         """The graph on ONNX Runtime with its routers and hidden states."""
-        return TappedSession(self.folder, self.manifest)
+        return TappedSession(self.folder, self.manifest, threads=threads)
 
-    def inputs(self, reference: Reference, plan: Plan, seed: int) -> Inputs:
-        """What one validation feeds."""
-        manifest, longest = self.manifest, None
+    def traits(self, reference: Reference) -> Traits:
+        """What decides which shapes of use there are."""
+        manifest, states, facts = self.manifest, reference.states, reference.facts
+        rows, longest = None, None
         if self.engine and manifest.engine is not None:
-            longest = manifest.engine.profiles[0].shapes["input_ids"][2][1]
-        return make_inputs(
-            manifest.vocab_size,
-            seed,
-            plan,
-            chunk_size=reference.chunk_size,
+            rows, longest = manifest.engine.profiles[0].shapes["input_ids"][2]
+        convolutions = [state.input_shape[-1] for state in states if state.kind == "conv"]
+        return Traits(
+            vocab_size=manifest.vocab_size,
             stateful=bool(manifest.states),
+            cached=any(state.axis is not None for state in states),
+            recurrent=any(state.axis is None for state in states),
+            chunk=facts.chunk_size,
+            width=max((1 + size for size in convolutions if isinstance(size, int)), default=0),
+            context=facts.context_length,
+            switch=facts.switch_length,
+            most_rows=rows,
             longest=longest,
-            rows=ROWS,
+            threads=not self.engine,
         )
 
 
@@ -109,14 +132,14 @@ def validate_ingot(
     target = Target(folder, reference)
     target.manifest.check_files(folder, hashes=verify)
     seeds = range(seed, seed + plan.seeds)
+    traits = target.traits(reference)
     judges = []
     for each in seeds:
-        inputs = target.inputs(reference, plan, each)
-        (references,) = reference.record(target.layout, [inputs], stages)
-        judges.append(Judge(reference.routers, references, target.layout, inputs))
-    session, observed = _observe(target, judges, stages)
-    for judge, found in zip(judges, observed, strict=True):
-        judge.judge_session(found)
+        runs = make_runs(traits, plan, each, context=each == seed)
+        recorded = [run.inputs for run in runs if run.recorded]
+        references = reference.record(target.layout, recorded, stages)
+        judges.append(Judge(reference.routers, Material(target.layout, runs, references)))
+    session, calls = _observe(target, judges, stages)
     report = replace(
         empty_report(target.manifest, reference.against, name or folder.name, seed),
         tensors=totals.tensors(judges, seeds),
@@ -125,10 +148,10 @@ def validate_ingot(
         hidden=totals.hidden(judges),
         router_margin=totals.margin(judges),
         reason=_reason(target, judges),
+        coverage=coverage(traits, calls, judges, None if target.engine else {}),
     )
     if target.manifest.main_output == "logits" and target.manifest.states:
-        logits = [call["logits"] for found in observed for call in found.main]
-        tokens = totals.next_tokens(judges, logits)
+        tokens = totals.next_tokens(judges)
         if tokens is not None and text is not None:
             tokens = _with_perplexity(tokens, session, reference, text, stages)
         report = replace(report, distribution=tokens)
@@ -163,40 +186,61 @@ def _reason(target: Target, judges: Sequence[Judge]) -> str | None:
     return NO_GPU if target.graph_only and target.manifest.engine is not None else None
 
 
-def _observe(
-    target: Target, judges: Sequence[Judge], stages: Stages
-) -> tuple[Session, list[Observed]]:
-    """The session of the target and what it gives; what is inside of its graph is judged."""
+def _observe(target: Target, judges: Sequence[Judge], stages: Stages) -> tuple[Session, list[Fed]]:
+    """The session of the target, all of it judged, and the calls that it was given."""
+    stateful = bool(target.manifest.states)
+    calls: list[Fed] = []
     if target.engine:
         for judge in judges:
             judge.exclude_doubtful()
     else:
-        inside = _judge_graph(target, judges, stages)
+        # Each session goes before another takes as much memory.
+        tapped = _judge_graph(target, judges, stages, calls)
         if target.graph_only:
-            return inside
-        # It goes before another session takes as much memory.
-        del inside
+            _judge_threads(target, judges, stages, calls)
+            return tapped, calls
+        del tapped
+        _judge_threads(target, judges, stages, calls)
     session = target.delivered()
-    calls = sum(judge.calls for judge in judges)
-    with stages.stage("validate against eager PyTorch", calls, "steps") as advance:
-        return session, [judge.run(session, advance) for judge in judges]
+    recorder = Recorder(session, stateful, calls)
+    count = sum(judge.calls for judge in judges) + repeated_calls(judges[0])
+    with stages.stage("validate against eager PyTorch", count, "steps") as advance:
+        for judge in judges:
+            judge.judge_session(recorder, advance)
+        judge_repeats(judges[0], recorder)
+        advance(repeated_calls(judges[0]))
+    return session, calls
 
 
 def _judge_graph(
-    target: Target, judges: Sequence[Judge], stages: Stages
-) -> tuple[TappedSession, list[Observed]]:
-    """The session of the graph with taps and what it gives, all of it judged.
+    target: Target, judges: Sequence[Judge], stages: Stages, calls: list[Fed]
+) -> TappedSession:
+    """The session of the graph with taps, whose hidden states and routers are judged.
 
-    Judged are its hidden states and routers, and with the truth's experts every tensor.
+    With the truth's experts every tensor is; and what it gives when it chooses itself, where no
+    other session is to be judged.
     """
     session = target.tapped()
-    calls = sum(judge.calls for judge in judges)
-    observed = []
-    with stages.stage("run the graph with its routers", calls, "steps") as advance:
+    recorder = Recorder(session, bool(target.manifest.states), calls)
+    count = sum(judge.calls for judge in judges)
+    with stages.stage("run the graph with its routers", count, "steps") as advance:
         for judge in judges:
-            observed.append(judge.run(session, advance))
-            judge.judge_graph(session, observed[-1])
-    return session, observed
+            judge.judge_graph(session, advance, recorder if target.graph_only else None)
+        if target.graph_only:
+            judge_repeats(judges[0], recorder)
+    return session
+
+
+def _judge_threads(
+    target: Target, judges: Sequence[Judge], stages: Stages, calls: list[Fed]
+) -> None:
+    """A session with another number of threads, for the first calls."""
+    judge, threads = judges[0], other_threads()
+    with stages.stage("run with other threads", len(threads_calls(judge)), "steps") as advance:
+        routed = bool(judge.routers.names())
+        session = target.tapped(threads) if routed else target.delivered(threads)
+        judge_threads(judge, Recorder(session, bool(target.manifest.states), calls), threads)
+        advance(len(threads_calls(judge)))
 
 
 def _with_perplexity(
@@ -252,7 +296,8 @@ def examine(
         runs = []
         for each in range(seed, seed + plan.seeds):
             name = f"seed {each}, " if plan.seeds > 1 else ""
-            runs += runs_of(target.inputs(reference, plan, each), name)
+            fed = make_runs(target.traits(reference), plan, each, context=each == seed)
+            runs += runs_of(fed, name)
         return located(report, subject, runs, target.delivered)
 
 

@@ -1,8 +1,8 @@
-"""One set of token ids: a target's numbers held against the eager graph's, stage by stage."""
+"""One set of token ids: a target's numbers held against the eager graph's, run by run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,24 +10,24 @@ import numpy.typing as npt
 
 from ingot.export.progress import Advance
 from ingot.plugins.errors import IngotError
+from ingot.validate.counting import Fed, Recorder
 from ingot.validate.judge.compare import compare
-from ingot.validate.judge.metrics import errors
 from ingot.validate.judge.routing import (
     compare_choices,
     doubtful,
     first_flips,
     ignored_choices,
 )
-from ingot.validate.result import Routing, TensorResult
+from ingot.validate.result import Ignored, Routing, TensorResult
 from ingot.validate.truth.cache import Recording
-from ingot.validate.truth.inputs import Inputs
+from ingot.validate.truth.material import Material
+from ingot.validate.truth.noise import relative_errors
 from ingot.validate.truth.recording import (
     CHOSEN_EXPERTS,
     HIDDEN_STATES,
     ROUTER_LOGITS,
     Array,
     Call,
-    Layout,
     Places,
     Stepper,
     Tensors,
@@ -37,14 +37,11 @@ from ingot.validate.truth.recording import (
     main_run,
     observe,
     places,
-    record,
-    row_run,
-    select,
-    split_run,
     whole,
 )
 from ingot.validate.truth.reference import References
-from ingot.validate.truth.replay import Routers, choices
+from ingot.validate.truth.replay import Routers, choices, forced_choices
+from ingot.validate.truth.runs import LONG, MAIN, Run
 from ingot.validate.truth.taps import TappedSession
 
 Mask = npt.NDArray[np.bool_]
@@ -58,51 +55,33 @@ def _ignore(_calls: int) -> None:
     pass
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of the prefill that is fed by itself.
+@dataclass
+class Observed:
+    """What a target gives in one run.
 
     Attributes:
-        calls: one after the other; the last is compared.
-        tokens: by call, which of the prefill's real tokens it has.
-        rows: of the batch.
+        calls: one after the other.
+        whole: the caches at the end, where they are compared; see
+            ``validate.truth.recording.collect_whole``.
+        fed: what the calls were, where they were recorded for the coverage.
     """
 
-    calls: Sequence[Call]
-    tokens: Sequence[Mask]
-    rows: Sequence[int]
-
-
-def pieces(inputs: Inputs) -> list[Piece]:
-    """The prefill in two pieces, at the end of a chunk and off it; and each row alone.
-
-    A state must carry over whatever the call boundaries are, and a padded row must compute what it
-    computes alone.
-    """
-    if not inputs.stateful:
-        return []
-    row_of, position_of = places(inputs, main_run(inputs)[0]).T
-    rows = range(len(inputs.input_ids))
-    splits = [split for split in inputs.splits if split < inputs.prefill]
-    return [
-        Piece(split_run(inputs, split), [position_of < split, position_of >= split], rows)
-        for split in splits
-    ] + [Piece([row_run(inputs, row)], [row_of == row], [row]) for row in rows]
+    calls: Recording
+    whole: Tensors
+    fed: list[Fed] = field(default_factory=list)
 
 
 @dataclass
-class Observed:
-    """What a target gives.
+class Flips:
+    """Where the target's own choices are others than the truth's in one run.
 
     Attributes:
-        main: of the main run.
-        whole: the caches at its end; see ``validate.truth.recording.collect_whole``.
-        pieces: of each piece its calls.
+        routing: all of them.
+        first: by call, by row the first column from which on they changed the numbers.
     """
 
-    main: Recording
-    whole: Tensors
-    pieces: list[list[Tensors]] = field(default_factory=list)
+    routing: Routing
+    first: list[dict[int, int]]
 
 
 class Judge:
@@ -110,95 +89,110 @@ class Judge:
 
     Args:
         routers: of the model.
-        references: what the eager graphs give for the inputs.
-        layout: of the outputs.
-        inputs: that are fed.
+        material: the runs that are fed and what they are compared with.
 
     Attributes:
+        references: of the recorded runs.
         routing: the experts' choices held against the truth's, by mode: ``free`` where the target
             chose, ``replayed`` where the truth's choices were forced.
+        chosen: by router, the experts that it chose by itself for some token.
+        experts: by router, how many it has.
+        logits: the main output of every call of the recorded runs, of the session that was judged.
+        states: how many states were given back, and how many of them compared.
     """
 
-    def __init__(
-        self, routers: Routers, references: References, layout: Layout, inputs: Inputs
-    ) -> None:
+    def __init__(self, routers: Routers, material: Material) -> None:
         self.routers = routers
-        self.references = references
-        self.layout = layout
-        self.inputs = inputs
-        self._free: list[TensorResult] = []
-        self._inside: list[TensorResult] = []
+        self.material = material
+        self.layout = material.layout
+        self.references = material.references
         self.routing: dict[str, Routing] = {}
-        self._calls = main_run(inputs)
-        self._pieces = pieces(inputs)
-        self._places = [places(inputs, call) for call in self._calls]
-        self._recordings = (references.expected, references.truth, references.eager)
-        self._floors = _usual_floors(references)
-        self._flips: list[dict[int, int]] = [{} for _ in self._calls]
-        self._piece_flips: list[dict[int, int]] = [{} for _ in self._pieces]
+        self.chosen: list[set[int]] = [set() for _ in routers.names()]
+        self.experts = [
+            logits.shape[1] for logits in all_router_logits(self.references[0].truth[0])
+        ]
+        self.logits: list[Array] = []
+        self.states = [0, 0]
+        self._free: list[TensorResult] = []
+        self._again: list[TensorResult] = []
+        self._inside: list[TensorResult] = []
+        self._floors = [_usual_floors(references) for references in self.references]
+        self._flips: dict[int, list[dict[int, int]]] = {}
+        # By run and call, the tokens that were judged with the truth's experts.
+        self._replayed: dict[tuple[int, int], int] = {}
 
     @property
     def results(self) -> list[TensorResult]:
         """One result of every tensor after every call: of free runs, and then of the rest."""
-        return self._free + self._inside
+        return self._free + self._again + self._inside
+
+    @property
+    def compared(self) -> list[References]:
+        """What the calls behind ``logits`` are compared with."""
+        return [each for run, each in self.material.recorded if run.name in (MAIN, LONG)]
 
     @property
     def calls(self) -> int:
-        """The calls that ``run`` feeds."""
-        return len(self._calls) + sum(len(piece.calls) for piece in self._pieces)
+        """The calls of all runs."""
+        return sum(len(run.inputs.steps) for run in self.material.runs)
 
-    def run(self, session: Stepper, advance: Advance = _ignore) -> Observed:
-        """Feed every stage to a session that chooses its experts itself."""
-        main = record(session, self.layout, self.inputs, advance=advance)
-        end = collect_whole(self.layout, self.inputs, self._calls, session.state())
-        found = Observed(main, end)
-        for piece in self._pieces:
-            found.pieces.append([])
-            for call in piece.calls:
-                found.pieces[-1].append(observe(session, self.layout, self.inputs, call))
-                advance(1)
-        return found
+    def observe(self, session: Stepper, run: Run, advance: Advance = _ignore) -> Observed:
+        """Feed one run to a session that chooses its experts itself."""
+        return self._observe(session, run, lambda _number: None, advance)
 
     def judge_graph(
-        self, session: TappedSession, found: Observed, advance: Advance = _ignore
+        self, session: TappedSession, advance: Advance = _ignore, recorder: Recorder | None = None
     ) -> None:
         """Judge the graph's hidden states; with routers, all tensors under the truth's experts.
 
+        A run in which no expert is another is not run again: it would compute the same once more.
+
         Args:
             session: over the target's graph.
-            found: what it gave when it chose itself.
             advance: told of each finished call.
+            recorder: of the same session, where no other session of the target is judged: then
+                what it gives when it chooses itself is judged as well.
 
         Raises:
             IngotError: the graph does not name all its routers.
         """
-        expected = len(all_router_logits(self.references.truth[0]))
+        expected = len(all_router_logits(self.references[0].truth[0]))
         if len(session.routers) != expected:
             raise IngotError(
                 f"the graph names {len(session.routers)} routers and the model has {expected}; it "
                 "was made by another version: export it again."
             )
-        if not session.routers:
-            for number, call in enumerate(self._calls):
-                taps = {n: a for n, a in found.main[number].items() if is_tap(n)}
-                self._inside += self._compare(call.stage, number, taps, wanted=is_tap)
-            return
-        self._note_flips(found)
-        replayed = found.main
-        # Without a flip it would compute the same once more.
-        if self.routing[FREE].flips:
-            truth = self.references.truth
-            replayed = record(
-                session,
-                self.layout,
-                self.inputs,
-                lambda n: session.choose(self.routers.chosen(truth[n], self.inputs, n)),
-                advance,
-            )
-            session.choose(None)
-        self.routing[REPLAYED] = self._replayed(replayed, forced=bool(self.routing[FREE].flips))
-        for number, call in enumerate(self._calls):
-            self._inside += self._compare(f"{call.stage}, {REPLAYED}", number, replayed[number])
+        free: list[Routing] = []
+        replayed: list[Routing] = []
+        for index, run in enumerate(self.material.runs):
+            found = self.observe(session if recorder is None else recorder, run, advance)
+            if not session.routers:
+                if run.recorded:
+                    taps = [{n: a for n, a in call.items() if is_tap(n)} for call in found.calls]
+                    for number, call in enumerate(main_run(run.inputs)):
+                        stage, some = call.stage, taps[number]
+                        self._inside += self._compare(run, stage, number, some, wanted=is_tap)
+            else:
+                self._note_chosen(found)
+                flips = self._flipped(run, found.calls)
+                self._flips[index] = flips.first
+                if run.recorded or any(flip.fails for flip in flips.routing.flips):
+                    free.append(flips.routing)
+                if flips.routing.flips or run.recorded:
+                    replayed.append(self._judge_replayed(session, index, run, found, flips))
+            if recorder is not None:
+                self._judge_free(index, run, found)
+        if session.routers:
+            self.routing = {FREE: _merged(free), REPLAYED: _merged(replayed)}
+
+    def judge_session(self, session: Recorder, advance: Advance = _ignore) -> None:
+        """Judge what a session gives when it chooses its experts itself.
+
+        Tokens are left out from where a flip that rounding explains changed their numbers; with the
+        truth's experts they were judged by ``judge_graph``.
+        """
+        for index, run in enumerate(self.material.runs):
+            self._judge_free(index, run, self.observe(session, run, advance))
 
     def exclude_doubtful(self) -> None:
         """Leave tokens out of ``judge_session`` from where rounding may have turned a choice.
@@ -206,138 +200,276 @@ class Judge:
         For a target whose routers cannot be seen, such as an engine: any choice whose margin
         rounding explains may have been another there.
         """
-        expected, truth, eager = map(_by_router, self._recordings)
-        at = np.concatenate(self._places)
-        flips = doubtful(expected, truth, eager, at, self.routers.top_k)
-        self._flips = [flips for _ in self._calls]
-        self._piece_flips = [flips for _ in self._pieces]
+        for index, run in enumerate(self.material.runs):
+            sides = [self._by_call(run, side) for side in self.material.sides(run)]
+            expected, truth, eager = map(_by_router, sides)
+            at = [places(run.inputs, call) for call in main_run(run.inputs)]
+            first = doubtful(expected, truth, eager, np.concatenate(at), self.routers.top_k)
+            self._flips[index] = [first for _ in at]
+            for router, logits in enumerate(expected):
+                self._choose(router, choices(logits, self.routers.top_k))
 
-    def judge_session(self, found: Observed) -> None:
-        """Judge what a session gave when it chose its experts itself.
+    def add(self, results: Iterable[TensorResult]) -> None:
+        """Results of what is judged elsewhere, such as calls that are repeated."""
+        self._again += results
 
-        Tokens are left out from where a flip that rounding explains changed their numbers; with the
-        truth's experts they were judged by ``judge_graph``.
+    def compare_call(
+        self, run: Run, stage: str, number: int, found: Tensors
+    ) -> tuple[list[TensorResult], int]:
+        """Compare one call of a run all of whose experts are the truth's.
+
+        Returns:
+            The results, and how many tokens they are about.
         """
-        for number, call in enumerate(self._calls):
-            main, flips = found.main[number], self._flips[number]
-            self._free += self._compare(call.stage, number, main, flips, wanted=is_no_tap)
+        results = self._compare(run, stage, number, found, wanted=is_no_tap)
+        return results, self._kept(run, number)
+
+    def force(self, session: TappedSession, run: Run, number: int) -> None:
+        """Force the truth's experts on the next call, which is one of a run."""
+        truth = self.material.sides(run)[1]
+        logits = all_router_logits(self.material.cut(run, number, truth))
+        call = main_run(run.inputs)[number]
+        real = (run.inputs.attention_mask[:, call.columns] != 0).reshape(-1)
+        session.choose(forced_choices(logits, real, self.routers.top_k))
+
+    def _observe(
+        self,
+        session: Stepper,
+        run: Run,
+        prepare: Callable[[int], object],
+        advance: Advance,
+    ) -> Observed:
+        calls = main_run(run.inputs)
+        found = Observed([], {})
+        for number, call in enumerate(calls):
+            prepare(number)
+            found.calls.append(observe(session, self.layout, run.inputs, call))
+            if isinstance(session, Recorder):
+                found.fed.append(session.calls[-1])
+            advance(1)
+        if run.whole:
+            found.whole = collect_whole(self.layout, run.inputs, calls, session.state())
+        return found
+
+    def _judge_free(self, index: int, run: Run, found: Observed) -> None:
+        """What a session gave in one run when it chose its experts itself."""
+        calls = main_run(run.inputs)
+        flips = self._flips.get(index, [{} for _ in calls])
+        for number, call in enumerate(calls):
+            some = {name: a for name, a in found.calls[number].items() if is_no_tap(name)}
+            self._free += self._compare(run, call.stage, number, some, flips[number])
+            if run.recorded and run.name in (MAIN, LONG):
+                self.logits.append(found.calls[number][self.layout.main_output])
+            if found.fed:
+                fed = found.fed[number]
+                fed.free += self._kept(run, number, flips[number])
+                fed.replayed += self._replayed.get((index, number), 0)
+                fed.recorded += int(run.inputs.wanted[:, call.columns].sum())
         if found.whole:
-            self._free += self._compare_whole(found.whole)
-        for piece, calls, flips in zip(self._pieces, found.pieces, self._piece_flips, strict=True):
-            stage = piece.calls[-1].stage
-            self._free += self._compare(stage, 0, calls[-1], flips, wanted=is_no_tap, piece=piece)
+            self._free += self._compare_whole(run, found.whole, flips[-1])
+
+    def _judge_replayed(
+        self, session: TappedSession, index: int, run: Run, found: Observed, flips: Flips
+    ) -> Routing:
+        """One run with the truth's experts; as it was, where they are the target's own."""
+        again = found
+        if flips.routing.flips:
+            again = self._observe(
+                session, run, lambda number: self.force(session, run, number), _ignore
+            )
+            session.choose(None)
+        for number, call in enumerate(main_run(run.inputs)):
+            stage = f"{call.stage}, {REPLAYED}"
+            self._inside += self._compare(run, stage, number, again.calls[number])
+            self._replayed[index, number] = self._kept(run, number)
+        routing = self._routing(run, again.calls, forced=True)
+        if not flips.routing.flips:
+            return routing
+        return replace(routing, ignored=self._ignored(run, again.calls))
+
+    def _kept(self, run: Run, number: int, flips: Mapping[int, int] = {}) -> int:
+        """How many tokens of a call are compared."""
+        at = _kept_places(run, main_run(run.inputs)[number])
+        return sum(flips.get(int(row), NEVER) > int(column) for row, column in at)
 
     def _compare(
         self,
+        run: Run,
         stage: str,
         number: int,
         found: Tensors,
         flips: Mapping[int, int] = {},
         *,
         wanted: Callable[[str], bool] = lambda name: not is_choice(name),
-        piece: Piece | None = None,
     ) -> list[TensorResult]:
-        """Compare one call with a recorded one, or with a piece of it.
+        """Compare one call of a run with what was recorded.
 
         Args:
+            run: that was fed.
             stage: named in the results.
-            number: of the recorded call.
+            number: of the call.
             found: of the target.
             flips: by row, where tokens are left out from.
             wanted: which names are compared; a tap only where the target has it.
-            piece: of the recorded call.
         """
-        at = self._places[number]
-        tokens = np.ones(len(at), dtype=np.bool_) if piece is None else piece.tokens[-1]
-        rows = range(len(self.inputs.input_ids)) if piece is None else piece.rows
-        sides = [select(self.layout, side[number], tokens, rows) for side in self._recordings]
+        call = main_run(run.inputs)[number]
+        known = self.material.rows(run, number)
+        sides = [self.material.cut(run, number, side) for side in self._sides(run)]
+        every = len(run.rows)
+        for name in found:
+            if self.layout.of_rows(name):
+                self.states[0] += every
+                self.states[1] += sum(row not in flips for row in known)
         names = [n for n in sides[0] if wanted(n) and (n in found or is_no_tap(n))]
-        names += [name for name in found if name not in sides[0] and wanted(name)]
-        return self._results(stage, names, at[tokens], rows, [*sides, found], flips)
+        unknown = [name for name in found if name not in sides[0] and wanted(name)]
+        # Of a state that no recorded call has nothing is known.
+        names += [name for name in unknown if not self.layout.of_rows(name) or run.recorded]
+        found = {
+            name: array[known] if self.layout.of_rows(name) and len(array) == every else array
+            for name, array in found.items()
+        }
+        at = {True: places(run.inputs, call), False: _kept_places(run, call)}
+        return self._results(run, stage, names, at, known, [*sides, found], flips)
 
-    def _compare_whole(self, found: Tensors) -> list[TensorResult]:
-        """The caches at the end of the main run, with all that its calls added."""
-        at = np.concatenate(self._places)
-        rows = range(len(self.inputs.input_ids))
-        sides = [whole(self.layout, side) for side in self._recordings]
-        return self._results(CACHES, list(sides[0]), at, rows, [*sides, found], self._flips[-1])
+    def _compare_whole(
+        self, run: Run, found: Tensors, flips: Mapping[int, int]
+    ) -> list[TensorResult]:
+        """The caches at the end of a run, with all that its calls added."""
+        calls = main_run(run.inputs)
+        at = np.concatenate([places(run.inputs, call) for call in calls])
+        sides = [whole(self.layout, self._by_call(run, side)) for side in self._sides(run)]
+        names = list(sides[0])
+        stage = CACHES if run is self.material.runs[0] else f"{run.name}, {CACHES}"
+        return self._results(run, stage, names, {True: at, False: at}, [], [*sides, found], flips)
 
     def _results(
         self,
+        run: Run,
         stage: str,
         names: Sequence[str],
-        at: Places,
+        at: Mapping[bool, Places],
         rows: Sequence[int],
         sides: Sequence[Tensors],
         flips: Mapping[int, int],
     ) -> list[TensorResult]:
-        """Compare expected, truth, eager and target where no flip changed the numbers."""
-        keep = np.array([flips.get(row, NEVER) > position for row, position in at], dtype=np.bool_)
-        kept_rows = [index for index, row in enumerate(rows) if row not in flips]
-        names = [n for n in names if kept_rows or not self.layout.of_rows(n)]
-        names = [n for n in names if keep.any() or self.layout.of_rows(n)]
-        if flips and not names:
-            return []
-        expected, truth, eager, found = (
-            select(self.layout, {n: side[n] for n in names if n in side}, keep, kept_rows)
-            for side in sides
-        )
-        kinds = {name: self.layout.kind(name) for name in names}
-        precision = self.references.precision
-        return compare(stage, truth, eager, found, kinds, precision, self._floors, expected)
-
-    def _note_flips(self, found: Observed) -> None:
-        """What the target's own choices are, and from where on they changed its numbers."""
-        self.routing[FREE] = self._routing(found.main)
-        self._flips = [first_flips(self.routing[FREE]) for _ in self._calls]
-        if not self.inputs.stateful:
-            # Each call stands alone.
-            every = (*self._recordings, found.main)
-            self._flips = [
-                first_flips(self._choices([[side[n]] for side in every], [at]))
-                for n, at in enumerate(self._places)
-            ]
-        for index, (piece, calls) in enumerate(zip(self._pieces, found.pieces, strict=True)):
-            sides = [
-                [select(self.layout, side[0], tokens, piece.rows) for tokens in piece.tokens]
-                for side in self._recordings
-            ]
-            at = [self._places[0][tokens] for tokens in piece.tokens]
-            self._piece_flips[index] = first_flips(self._choices([*sides, calls], at))
-
-    def _routing(self, found: Recording, *, forced: bool = False) -> Routing:
-        """The choices of a main run."""
-        return self._choices([*self._recordings, found], self._places, forced=forced)
-
-    def _choices(
-        self, sides: Sequence[Recording], at: Sequence[Places], *, forced: bool = False
-    ) -> Routing:
-        """The choices in some calls, of which the sides are expected, truth, eager and target."""
-        expected, truth, eager, found = map(_by_router, sides)
-        names = self.routers.names()
-        top_k = self.routers.top_k
-        place = np.concatenate(at)
-        chosen = [choices(logits, top_k) for logits in found]
-        if not forced:
-            # What the kernels took tells it better than the logits they were given.
-            for router, used in _used(sides[-1]).items():
-                chosen[router] = used
-        return compare_choices(expected, truth, eager, chosen, place, top_k, names, forced=forced)
-
-    def _replayed(self, found: Recording, *, forced: bool) -> Routing:
-        """The choices of a main run in which the truth's experts were used.
+        """Compare expected, truth, eager and target where no flip changed the numbers.
 
         Args:
-            found: what the target gave.
-            forced: whether they were forced, and not its own.
+            run: that was fed.
+            stage: named in the results.
+            names: that are compared.
+            at: row and column of each token: of routers' logits (True), and of all else.
+            rows: of what is by row.
+            sides: expected, truth, eager, its noise, and target.
+            flips: by row, where tokens are left out from.
         """
-        result = self._routing(found, forced=True)
-        if not forced:
-            return result
-        expected = _by_router(self._recordings[1])
-        wanted = [choices(logits, self.routers.top_k) for logits in expected]
-        at = np.concatenate(self._places)
-        return replace(result, ignored=ignored_choices(wanted, _used(found), expected, at))
+        keep = {
+            routers: np.array([flips.get(row, NEVER) > column for row, column in some], np.bool_)
+            for routers, some in at.items()
+        }
+        kept_rows = [index for index, row in enumerate(rows) if row not in flips]
+
+        def some_left(name: str) -> bool:
+            if self.layout.of_rows(name):
+                return bool(kept_rows)
+            return bool(keep[name.startswith(ROUTER_LOGITS)].any())
+
+        names = [name for name in names if some_left(name)]
+        if not names:
+            return []
+
+        def select(name: str, array: Array) -> Array:
+            if self.layout.of_rows(name):
+                return array[kept_rows] if len(array) == len(rows) else array
+            tokens = keep[name.startswith(ROUTER_LOGITS)]
+            # One of another length is left as it is, and fails by its shape.
+            return array[tokens] if len(array) == len(tokens) else array
+
+        expected, truth, eager, noise, found = (
+            {name: select(name, side[name]) for name in names if name in side} for side in sides
+        )
+        kinds = {name: self.layout.kind(name) for name in names}
+        precision, floors = self.references[run.source].precision, self._floors[run.source]
+        return compare(stage, truth, eager, found, kinds, precision, floors, expected, noise)
+
+    def _sides(self, run: Run) -> tuple[Recording, ...]:
+        """What a run is compared with: expected, truth, eager and its noise."""
+        return *self.material.sides(run), self.material.noise(run)
+
+    def _by_call(self, run: Run, recording: Recording) -> Recording:
+        calls = range(len(run.inputs.steps))
+        return [self.material.cut(run, number, recording) for number in calls]
+
+    def _note_chosen(self, found: Observed) -> None:
+        for router, used in enumerate(self._used(found.calls)):
+            self._choose(router, used)
+
+    def _choose(self, router: int, used: Array) -> None:
+        """Take note of the experts ``[n, E]`` of some tokens."""
+        self.chosen[router] |= set(np.flatnonzero(used.any(axis=0)).tolist())
+
+    def _used(self, calls: Recording) -> list[Array]:
+        """By router the experts ``[n, E]`` of some calls.
+
+        What the kernels took tells it better than the logits they were given, where it is known.
+        """
+        found = [choices(logits, self.routers.top_k) for logits in _by_router(calls)]
+        for router, used in _taken(calls).items():
+            found[router] = used
+        return found
+
+    def _ignored(self, run: Run, calls: Recording) -> tuple[Ignored, ...]:
+        """Where the truth's experts were forced and not used."""
+        truth = _by_router(self._by_call(run, self.material.sides(run)[1]))
+        wanted = [choices(logits, self.routers.top_k) for logits in truth]
+        at = np.concatenate([places(run.inputs, call) for call in main_run(run.inputs)])
+        return ignored_choices(wanted, _taken(calls), truth, at)
+
+    def _flipped(self, run: Run, found: Recording) -> Flips:
+        """What the target's own choices are, and from where on they changed its numbers."""
+        routing = self._routing(run, found)
+        calls = main_run(run.inputs)
+        if run.inputs.stateful:
+            return Flips(routing, [first_flips(routing)] * len(calls))
+        # Each call stands alone.
+        return Flips(
+            routing,
+            [first_flips(self._routing(run, found, range(n, n + 1))) for n in range(len(calls))],
+        )
+
+    def _routing(
+        self, run: Run, found: Recording, numbers: range | None = None, *, forced: bool = False
+    ) -> Routing:
+        """The choices in some calls of a run, by default in all."""
+        numbers = range(len(found)) if numbers is None else numbers
+        calls = main_run(run.inputs)
+        sides = [
+            [self.material.cut(run, number, side) for number in numbers]
+            for side in self.material.sides(run)
+        ]
+        expected, truth, eager = map(_by_router, sides)
+        calls_of_it = [found[number] for number in numbers]
+        # Of forced experts only what the logits say by themselves.
+        own = [choices(logits, self.routers.top_k) for logits in _by_router(calls_of_it)]
+        own = own if forced else self._used(calls_of_it)
+        at = np.concatenate([places(run.inputs, calls[number]) for number in numbers])
+        names, top_k = self.routers.names(), self.routers.top_k
+        return compare_choices(expected, truth, eager, own, at, top_k, names, forced=forced)
+
+
+def _merged(found: Sequence[Routing]) -> Routing:
+    """The choices of several runs as one, by run equally."""
+    agreement = np.mean([each.agreement for each in found], axis=0)
+    flips = tuple(flip for each in found for flip in each.flips)
+    ignored = tuple(router for each in found for router in each.ignored)
+    return Routing(tuple(map(float, agreement)), flips, found[0].names, ignored)
+
+
+def _kept_places(run: Run, call: Call) -> Places:
+    """Row and column of each recorded token of a call, row by row."""
+    found = np.argwhere(run.inputs.wanted[:, call.columns])
+    result: Places = found + np.array((0, call.columns.start))
+    return result
 
 
 def _by_router(calls: Recording) -> list[Array]:
@@ -345,19 +477,19 @@ def _by_router(calls: Recording) -> list[Array]:
     return [np.concatenate(each) for each in zip(*map(all_router_logits, calls), strict=True)]
 
 
-def _used(calls: Recording) -> dict[int, Array]:
+def _taken(calls: Recording) -> dict[int, Array]:
     """The experts ``[n, E]`` that kernels took over all calls, by router."""
     found = [all_chosen_experts(call) for call in calls]
     return {router: np.concatenate([each[router] for each in found]) for router in found[0]}
 
 
 def _usual_floors(references: References) -> dict[str, float]:
-    """Eager PyTorch's relative RMS error over all calls of the main run, by tensor."""
+    """Eager PyTorch's relative RMS error over all calls of a recorded run, by tensor."""
     squares: dict[str, list[float]] = {}
-    for truth, eager in zip(references.truth, references.eager, strict=True):
+    for truth, noise in zip(references.truth, references.noise, strict=True):
         for name, want in truth.items():
             if want.size:
-                error = errors(want, eager[name]).relative_rms
+                error = float(relative_errors(noise[name], want).max())
                 squares.setdefault(name, []).append(error**2)
     return {name: float(np.sqrt(np.mean(found))) for name, found in squares.items()}
 

@@ -15,7 +15,7 @@ from ingot.validate.judge.limits import TIE_LIMIT
 from ingot.validate.judge.metrics import rms
 from ingot.validate.judge.routing import least_margin
 from ingot.validate.result import Distribution, Growth, Routing, TensorResult
-from ingot.validate.truth.recording import HIDDEN_STATES, Array, all_router_logits
+from ingot.validate.truth.recording import HIDDEN_STATES, all_router_logits
 
 
 def tensors(judges: Sequence[Judge], seeds: Sequence[int]) -> tuple[TensorResult, ...]:
@@ -80,23 +80,25 @@ def margin(judges: Sequence[Judge]) -> float | None:
     found = [
         least_margin(all_router_logits(call), judge.routers.top_k)
         for judge in judges
-        for call in judge.references.truth
+        for references in judge.references
+        for call in references.truth
     ]
     return min((each for each in found if each is not None), default=None)
 
 
-def next_tokens(judges: Sequence[Judge], logits: Sequence[Array]) -> Distribution | None:
-    """The target's distributions over all calls; None where the logits are of another shape.
+def next_tokens(judges: Sequence[Judge]) -> Distribution | None:
+    """The target's distributions over all recorded runs; None where the logits have another shape.
 
     Args:
-        judges: each with its references.
-        logits: of the target, ``[n, V]`` of each call of each judge.
+        judges: each with its references, and with the logits ``[n, V]`` of each of their calls.
     """
-    sides = [(r.expected, r.truth, r.eager) for r in (judge.references for judge in judges)]
-    expected, truth, eager = (
-        [call["logits"] for recording in side for call in recording]
-        for side in zip(*sides, strict=True)
-    )
+    expected, truth, eager = [], [], []
+    for judge in judges:
+        for references in judge.compared:
+            expected += [call["logits"] for call in references.expected]
+            truth += [call["logits"] for call in references.truth]
+            eager += [call["logits"] for call in references.eager]
+    logits = [array for judge in judges for array in judge.logits]
     if any(found.shape != want.shape for found, want in zip(logits, expected, strict=True)):
         return None
     noise = np.concatenate(eager).astype(np.float64) - np.concatenate(truth)

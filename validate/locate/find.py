@@ -14,13 +14,12 @@ from ingot.plugins.errors import IngotError
 from ingot.runtime.onnxruntime_session import said
 from ingot.runtime.session import Session
 from ingot.validate.identity.checks import Subject
-from ingot.validate.judge.judge import pieces
 from ingot.validate.locate.calls import Fed, one_by_one
 from ingot.validate.locate.locate import locate
 from ingot.validate.locate.session import locate_session
 from ingot.validate.result import Location, Report
-from ingot.validate.truth.inputs import Inputs
-from ingot.validate.truth.recording import Call, fed, main_run
+from ingot.validate.truth.recording import fed, main_run
+from ingot.validate.truth.runs import Run as FedRun
 
 # Elements of one tensor of attention scores, of one head; every value of a layer is computed twice.
 MOST_SCORES = 1 << 24
@@ -39,19 +38,20 @@ class Run:
     main: bool = False
 
 
-def runs_of(inputs: Inputs, name: str = "") -> list[Run]:
-    """The runs that one set of token ids is fed in: its main run, and pieces of the prefill.
+def runs_of(fed_runs: Sequence[FedRun], name: str = "") -> list[Run]:
+    """The runs that one set of token ids is fed in.
 
     Args:
-        inputs: the ids.
+        fed_runs: the main run first.
         name: with which the stages begin in the report.
     """
-
-    def calls(found: Sequence[Call]) -> list[Fed]:
-        return [Fed(f"{name}{call.stage}", *fed(inputs, call)) for call in found]
-
-    pieces_of = [Run(calls(piece.calls)) for piece in pieces(inputs)]
-    return [Run(calls(main_run(inputs)), main=not name), *pieces_of]
+    return [
+        Run(
+            [Fed(f"{name}{call.stage}", *fed(run.inputs, call)) for call in main_run(run.inputs)],
+            main=run is fed_runs[0] and not name,
+        )
+        for run in fed_runs
+    ]
 
 
 def located(

@@ -1,15 +1,14 @@
 """What sessions compute when they are fed a validation's inputs, kept call by call.
 
 A recording holds real tokens only, since what a session computes for padding means nothing: of a
-tensor by token ``[n, ...]`` in the order of ``Calls.places``, and of a cache the positions that a
-call added. Whatever a prefill gives, pieces of it and rows of it give as well, so one recording of
-the truth serves every stage.
+tensor by token ``[n, ...]`` in the order of ``places``, and of a cache the positions that a call
+added. Of long calls it holds some tokens (``Inputs.wanted``), but every token's router logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,19 +53,15 @@ class Stepper(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a run: rows and columns of the inputs.
+    """One call of a run.
 
     Attributes:
         stage: its name in a report.
-        columns: the columns that it feeds.
-        rows: the rows that it feeds.
-        first: the column with which the run began.
+        columns: of the inputs, which it feeds.
     """
 
     stage: str
     columns: slice
-    rows: slice = field(default_factory=lambda: slice(None))
-    first: int = 0
 
 
 class Layout:
@@ -122,40 +117,26 @@ def all_chosen_experts(tensors: Tensors) -> dict[int, Array]:
 
 
 def main_run(inputs: Inputs) -> list[Call]:
-    """The calls that a recording holds: a prefill and the decode steps."""
+    """The calls of a run."""
     return [Call(stage, columns) for stage, columns in inputs.steps]
-
-
-def split_run(inputs: Inputs, split: int) -> list[Call]:
-    """The prefill in two pieces."""
-    name = f"split {split}+{inputs.prefill - split}"
-    return [Call(name, slice(0, split)), Call(name, slice(split, inputs.prefill))]
-
-
-def row_run(inputs: Inputs, row: int) -> Call:
-    """The prefill of one row, without its padding and without the others."""
-    first = int((inputs.attention_mask[row] == 0).sum())
-    columns = slice(first, inputs.prefill)
-    return Call(f"row {row} alone", columns, slice(row, row + 1), first)
 
 
 def fed(inputs: Inputs, call: Call) -> tuple[Ids, Ids]:
     """Token ids and mask of a call."""
-    place = (call.rows, call.columns)
-    return inputs.input_ids[place], inputs.attention_mask[place]
+    return inputs.input_ids[:, call.columns], inputs.attention_mask[:, call.columns]
 
 
 def places(inputs: Inputs, call: Call) -> Places:
     """``[n, 2]``: row and column of each real token of a call, row by row."""
     real = np.argwhere(fed(inputs, call)[1] != 0)
-    result: Places = real + np.array((call.rows.start or 0, call.columns.start))
+    result: Places = real + np.array((0, call.columns.start))
     return result
 
 
 def collect(layout: Layout, inputs: Inputs, call: Call, tensors: Mapping[str, Array]) -> Tensors:
     """What is kept of one call's outputs, states and taps."""
     real = fed(inputs, call)[1] != 0
-    kept = inputs.wanted[call.rows, call.columns]
+    kept = inputs.wanted[:, call.columns]
     result: Tensors = {}
     for name, array in tensors.items():
         axis = layout.axis(name)
@@ -172,7 +153,7 @@ def collect(layout: Layout, inputs: Inputs, call: Call, tensors: Mapping[str, Ar
 
 def _added(cache: Array, axis: int, call: Call, kept: npt.NDArray[np.bool_]) -> Array:
     """The positions ``[n, Hkv, D]`` that a call added to a cache; they are its last."""
-    if cache.shape[axis] != call.columns.stop - call.first:
+    if cache.shape[axis] != call.columns.stop:
         # One of another length is left as it is, and fails by its shape.
         return cache
     added = call.columns.stop - call.columns.start
@@ -186,7 +167,7 @@ def record(
     prepare: Callable[[int], object] = lambda _number: None,
     advance: Callable[[int], None] = lambda _calls: None,
 ) -> Recording:
-    """Feed the main run to a session and keep what it gives, its taps included.
+    """Feed a run to a session and keep what it gives, its taps included.
 
     Args:
         session: reset at the begin of the run.
@@ -206,7 +187,7 @@ def record(
 def observe(session: Stepper, layout: Layout, inputs: Inputs, call: Call) -> Tensors:
     """Feed one call to a session, after a reset where a run begins, and keep what it gives."""
     ids, mask = fed(inputs, call)
-    if call.columns.start == call.first:
+    if call.columns.start == 0:
         session.reset(len(ids), inputs.input_ids.shape[1])
     main = session.step(ids, mask)
     tensors = {layout.main_output: main, **session.state(), **session.tapped}
@@ -222,7 +203,7 @@ def collect_whole(
         axis = layout.axis(name)
         if axis is None:
             continue
-        if cache.shape[axis] != calls[-1].columns.stop - calls[0].first:
+        if cache.shape[axis] != calls[-1].columns.stop:
             result[name] = cache
             continue
         by_position = np.moveaxis(cache, axis, 1)
@@ -235,21 +216,6 @@ def whole(layout: Layout, recording: Recording) -> Tensors:
     """The caches ``[n, Hkv, D]`` of a recording after its last call, ordered as the calls were."""
     names = [name for name in recording[0] if layout.axis(name) is not None]
     return {name: np.concatenate([call[name] for call in recording]) for name in names}
-
-
-def select(
-    layout: Layout, tensors: Tensors, tokens: npt.NDArray[np.bool_], rows: Sequence[int]
-) -> Tensors:
-    """Some tokens of one call, and some rows of what has no tokens."""
-    return {
-        name: array[list(rows)]
-        if layout.of_rows(name)
-        # One of another length is left as it is, and fails by its shape.
-        else array[tokens]
-        if len(array) == len(tokens)
-        else array
-        for name, array in tensors.items()
-    }
 
 
 def _thinned(array: Array) -> Array:

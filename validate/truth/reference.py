@@ -84,9 +84,9 @@ class Reference:
         self._model = family_of(checkpoint).build(
             checkpoint.config, task, stored=checkpoint.entries
         )
-        facts = self._model.config.facts
-        self.chunk_size = facts.chunk_size
-        self.routers = Routers(facts.routers, facts.experts_per_token)
+        self.facts = self._model.config.facts
+        self.chunk_size = self.facts.chunk_size
+        self.routers = Routers(self.facts.routers, self.facts.experts_per_token)
         self.states = self._model.states
 
     @property
@@ -247,7 +247,7 @@ def _calls(inputs: Inputs, chosen: Callable[[int], list[Chosen]] = lambda _numbe
     result = []
     for number, call in enumerate(main_run(inputs)):
         ids, mask = fed(inputs, call)
-        wanted = None if inputs.kept is None else inputs.wanted[call.rows, call.columns]
+        wanted = None if inputs.kept is None else inputs.wanted[:, call.columns]
         result.append(Fed(ids, mask, chosen(number) or None, wanted))
     return result
 

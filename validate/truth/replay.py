@@ -89,12 +89,23 @@ class Routers:
         """
         call = main_run(inputs)[number]
         real = (inputs.attention_mask[:, call.columns] != 0).reshape(-1)
-        result = []
-        for logits in all_router_logits(truth):
-            mask = np.ones((len(real), logits.shape[1]), dtype=np.bool_)
-            mask[real] = choices(logits, self.top_k)
-            result.append(mask)
-        return result
+        return forced_choices(all_router_logits(truth), real, self.top_k)
+
+
+def forced_choices(router_logits: Sequence[Array], real: Chosen, top_k: int) -> list[Chosen]:
+    """The experts ``[B*T, E]`` that logits choose, router by router; all for padding.
+
+    Args:
+        router_logits: ``[n, E]`` of each router, of the real tokens alone.
+        real: ``[B*T]``, which are no padding.
+        top_k: K.
+    """
+    result = []
+    for logits in router_logits:
+        mask = np.ones((len(real), logits.shape[1]), dtype=np.bool_)
+        mask[real] = choices(logits, top_k)
+        result.append(mask)
+    return result
 
 
 def replayed(router_logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

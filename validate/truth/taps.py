@@ -32,6 +32,7 @@ class TappedSession(OrtSession):
     Args:
         folder: the ingot.
         manifest: the ingot's.
+        threads: see ``runtime.loading.load``.
 
     Attributes:
         routers: the names of its router logits, in the order they run.
@@ -41,7 +42,7 @@ class TappedSession(OrtSession):
             that were used, where that can be read.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int = 0) -> None:
         model = onnx.load(str(folder / GRAPH), load_external_data=False)
         named = {name for node in model.graph.node for name in node.output}
         self.routers = numbered(named, ROUTER_LOGITS)
@@ -54,7 +55,9 @@ class TappedSession(OrtSession):
         self._probes = insert_probes(model, self.routers)
         self.unread = self._probes.unread
         taps = list(dict.fromkeys([*self._named, *self._probes.outputs]))
-        super().__init__(folder, manifest, graph=model.SerializeToString(), taps=taps)
+        super().__init__(
+            folder, manifest, threads=threads, graph=model.SerializeToString(), taps=taps
+        )
         self.choose(None)
 
     def choose(self, chosen: Sequence[Chosen] | None) -> None:
