@@ -26,7 +26,7 @@ from ingot.export.manifest import make_manifest
 from ingot.export.progress import Stages
 from ingot.export.request import PRECISIONS, ExportError, ExportRequest
 from ingot.export.source import check_space, open_checkpoint
-from ingot.export.tokenizer import copy_tokenizer, make_tokenizer
+from ingot.export.tokenizer import copy_tokenizer, find_beside, make_tokenizer
 from ingot.export.write_weights import weight_bytes, write_weights
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import parameter_bytes
@@ -80,11 +80,9 @@ def build(
     # Before any weight is read: what is wrong in a file of some lines is said at once.
     generation = read_generation(checkpoint, opened.model.config)
     if request.context is not None:
-        generation["context_length"] = request.context
-
-    def beside(name: str) -> Path:
-        return require_inside(checkpoint.side_folder(name), name, hub=True)
-
+        # A validation recomputes what the config says; this is what somebody said.
+        generation.update(context_length=request.context, context_given=True)
+    beside = find_beside(checkpoint)
     tokenizer = make_tokenizer(beside, opened.family.tokenizer_class)
     # An engine holds its weights once more.
     check_space(request.out, parameter_bytes(opened.model) * (2 if builder else 1))

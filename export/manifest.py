@@ -35,6 +35,7 @@ TOOLS = (
     "onnxscript",
     *ONNX_RUNTIME,
     "safetensors",
+    "tokenizers",
     *TENSORRT,
     "polygraphy",
 )

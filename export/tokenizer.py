@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ingot.export.tokenizer_files import NAMES, Token, TokenizerFiles, read_tokenizer_files
+from ingot.graphs.checkpoint import Checkpoint
 from ingot.plugins.child import ChildError, ask
 from ingot.plugins.errors import IngotError
+from ingot.plugins.links import require_inside
 
 Find = Callable[[str], Path]
 
@@ -59,6 +61,19 @@ CLASSES = {
 }
 # They say no more than that there is a tokenizer.
 GENERAL = ("", "PreTrainedTokenizer", "TokenizersBackend")
+
+
+def find_beside(checkpoint: Checkpoint) -> Find:
+    """The path of a file beside the weights, by its name; whether it is there is another matter.
+
+    Raises (when called):
+        LinkError: it is a link out of its folder.
+    """
+
+    def find(name: str) -> Path:
+        return require_inside(checkpoint.side_folder(name), name, hub=True)
+
+    return find
 
 
 def make_tokenizer(find: Find, family_class: str) -> str | None:

@@ -10,7 +10,7 @@ goes by its dtype, shape and bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx
@@ -102,6 +102,15 @@ def message(proto: object, *without: str) -> bytes:
         copy.ClearField(name)  # type: ignore[attr-defined]
     text: bytes = copy.SerializeToString(deterministic=True)  # type: ignore[attr-defined]
     return text
+
+
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of the graphs inside of them."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from all_nodes(inner)
 
 
 def is_weight(tensor: onnx.TensorProto) -> bool:

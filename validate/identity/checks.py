@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ingot.plugins.errors import IngotError
+from ingot.validate.identity.contract import check_contract
 from ingot.validate.identity.graph import check_graph
 from ingot.validate.identity.subject import Subject as Subject
 from ingot.validate.identity.weights import check_weights
@@ -13,6 +14,7 @@ from ingot.validate.result import Check
 CHECKS: dict[str, Callable[[Subject], Check]] = {
     "weights": check_weights,
     "graph": check_graph,
+    "contract": check_contract,
 }
 
 

@@ -26,7 +26,7 @@ from ingot.export.manifest import passes, versions
 from ingot.export.write_weights import weights_of
 from ingot.graphs.checkpoint import read_header
 from ingot.plugins.errors import named, shown
-from ingot.validate.identity.bodies import is_weight
+from ingot.validate.identity.bodies import all_nodes, is_weight
 from ingot.validate.identity.differences import FRESH, Difference, differences, path
 from ingot.validate.identity.subject import Subject
 from ingot.validate.locate.graph import AFTER, BEFORE, Graph
@@ -123,15 +123,6 @@ def _stand_ins(model: ir.Model) -> Iterator[None]:
     finally:
         for value, tensor in zip(values, before, strict=True):
             value.const_value = tensor
-
-
-def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """The nodes of a graph and of the graphs inside of them."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from all_nodes(inner)
 
 
 def _stored(model: onnx.ModelProto, folder: Path) -> Iterator[str]:

@@ -1,0 +1,252 @@
+"""What ``ingot.json`` promises, recomputed from the checkpoint and read off the graph file.
+
+A session feeds and stops by these fields, and a user plans by them; no run shows most of them to be
+wrong. They are worked out twice: as an export makes them now, and apart from the export, from the
+graph file and from the checkpoint's JSON alone (``validate.identity.stated``), so that a fault of
+the one function that makes a manifest does not hide behind itself.
+
+Not compared, because nothing here could: the name that the checkpoint's folder had, the versions of
+tools, and a context that the user of the export gave (``generation.context_given``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from ingot.export.engine import custom_nodes, trtexec_options
+from ingot.export.generation import read_generation
+from ingot.export.ingot import GRAPH, TRTEXEC, Manifest
+from ingot.export.manifest import make_manifest
+from ingot.graphs.family import find_family
+from ingot.plugins.errors import IngotError, named, shown
+from ingot.validate.identity.bodies import all_nodes, is_weight
+from ingot.validate.identity.side_files import side_files
+from ingot.validate.identity.stated import stated
+from ingot.validate.identity.subject import Subject
+from ingot.validate.result import Check
+
+NAME = "contract"
+# Of ``ingot.json``: what is recomputed. The graph's facts are read off the file, and its passes are
+# a part of the graph.
+RECOMPUTED = (
+    *("model_type", "task", "target", "precision", "main_output", "inputs", "outputs", "states"),
+    *("vocab_size", "labels", "generation", "parameters", "active_parameters", "weight_bytes"),
+)
+# Elements of lists that have a name of their own.
+KEYS = ("name", "input")
+SHARING = "GroupQueryAttention"
+
+
+def check_contract(subject: Subject) -> Check:
+    """Hold every field of ``ingot.json`` that can be known against the checkpoint and the graph.
+
+    Args:
+        subject: the ingot and its checkpoint.
+    """
+    manifest = subject.manifest
+    model = onnx.load(str(subject.folder / GRAPH), load_external_data=False)
+    fields = _Fields()
+    fields.compare(_read_off(manifest, model), "in the graph")
+    fields.compare(_engine(subject), "in the graph")
+    problems = [*_precision(manifest, model.graph), *_profiles(subject)]
+    left_out = ""
+    try:
+        fields.compare(_stated(subject), "in the checkpoint's files")
+        fields.compare(_recomputed(manifest, _expected(subject)), "in a new export")
+        files, left_out = side_files(subject)
+        problems += files
+    # Nothing can be made of the checkpoint that is as the manifest says.
+    except IngotError as error:
+        problems.append(f"no such ingot can be made: {' '.join(str(error).split())}".rstrip("."))
+    return Check(NAME, len(fields.names), (*fields.problems, *problems), None, left_out)
+
+
+# A field, what the manifest has and what it should have.
+Field = tuple[str, Any, Any]
+
+
+class _Fields:
+    """The fields that were compared, and what is wrong with them, each told once.
+
+    Attributes:
+        names: of the fields.
+    """
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self._wrong: dict[str, str] = {}
+
+    @property
+    def problems(self) -> list[str]:
+        """One sentence a field that is wrong."""
+        return list(self._wrong.values())
+
+    def compare(self, fields: Iterable[Field], where: str) -> None:
+        """Note each field that is not what it is ``where``."""
+        for name, found, expected in fields:
+            self.names.add(name)
+            if found != expected or type(found) is not type(expected):
+                both = f"{_said(found)}, and {_said(expected)} {where}"
+                self._wrong.setdefault(name, f"{name} of ingot.json is {both}")
+
+
+def _said(value: Any) -> str:
+    return "absent" if value is None else shown(value)
+
+
+def _expected(subject: Subject) -> Manifest:
+    """The manifest of a new export of the checkpoint."""
+    checkpoint, opened = subject.checkpoint, subject.opened
+    weights = opened.family.weight_map(opened.model, checkpoint, subject.recipe.task)
+    for name in sorted({part.name for parts in weights.values() for part in parts}):
+        # The checkpoint's hash is over all that was read.
+        if name not in checkpoint.digests:
+            checkpoint.read(name)
+    generation = read_generation(checkpoint, opened.model.config)
+    return make_manifest(subject.recipe, opened, checkpoint, subject.captured, generation)
+
+
+def _recomputed(manifest: Manifest, expected: Manifest) -> Iterator[Field]:
+    """Every single value of a field, with what a new export has there."""
+    found, fresh = (json.loads(json.dumps(asdict(each))) for each in (manifest, expected))
+    if manifest.generation.get("context_given") is True:
+        del fresh["generation"]["context_length"]
+    for name in RECOMPUTED:
+        yield from _leaves(name, found[name], fresh[name])
+    for name in ("sha256", "adapter"):
+        # What an adapter's folder is called may be another here.
+        pair = [each["source"].get(name) for each in (found, fresh)]
+        sums = [each["sha256"] if isinstance(each, dict) else each for each in pair]
+        yield f"source.{name}", *sums
+    name = "unread_bytes"
+    yield f"graph.{name}", found["graph"].get(name), fresh["graph"][name]
+
+
+def _leaves(name: str, found: Any, fresh: Any) -> Iterator[Field]:
+    if isinstance(fresh, dict) and isinstance(found, dict):
+        for key in fresh:
+            yield from _leaves(f"{name}.{key}", found.get(key), fresh[key])
+    elif (keyed := _keyed(found, fresh)) is not None:
+        mine, theirs = keyed
+        yield f"the order of {name}", list(mine), list(theirs)
+        for key in [key for key in theirs if key in mine]:
+            yield from _leaves(f"{name}[{key}]", mine[key], theirs[key])
+    else:
+        yield name, found, fresh
+
+
+def _keyed(found: Any, fresh: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Two lists of objects by their names; None where they are none."""
+    for key in KEYS:
+        if all(
+            isinstance(each, list) and all(isinstance(e, dict) and key in e for e in each)
+            for each in (found, fresh)
+        ):
+            mine, theirs = ({each[key]: each for each in side} for side in (found, fresh))
+            return mine, theirs
+    return None
+
+
+def _stated(subject: Subject) -> Iterator[Field]:
+    """What the checkpoint's JSON says in plain words."""
+    manifest = subject.manifest
+    has = {"vocab_size": manifest.vocab_size, **manifest.generation}
+    for name, expected in stated(subject.checkpoint).items():
+        if name == "context_length" and manifest.generation.get("context_given") is True:
+            continue
+        field = name if name == "vocab_size" else f"generation.{name}"
+        yield field, has.get(name), expected
+
+
+def _read_off(manifest: Manifest, model: onnx.ModelProto) -> Iterator[Field]:
+    """What the graph file itself says of inputs, outputs, states and operators."""
+    graph = model.graph
+    opsets = {each.domain: each.version for each in model.opset_import}
+    yield "graph.opset", manifest.graph["opset"], opsets.get("", opsets.get("ai.onnx"))
+    for kind, tensors, values in (
+        ("inputs", manifest.inputs, graph.input),
+        ("outputs", manifest.outputs, graph.output),
+    ):
+        yield kind, [each.name for each in tensors], [each.name for each in values]
+        kinds = {value.name: _kind(value.type) for value in values}
+        for each in tensors:
+            if each.name in kinds:
+                yield f"{kind}[{each.name}]", (each.dtype, each.shape), kinds[each.name]
+    operators = Counter(node.op_type for node in all_nodes(graph))
+    yield "graph.nodes", manifest.graph["nodes"], operators.total()
+    yield "graph.operators", dict(manifest.graph["operators"]), dict(operators)
+    for state in manifest.states:
+        # Of the kernels only this one appends to a buffer in place.
+        shares = SHARING in operators and state.kind in ("key", "value")
+        yield f"states[{state.input}].shared", state.shared, shares
+
+
+def _kind(proto: onnx.TypeProto) -> tuple[str, tuple[int | str, ...]]:
+    """Dtype and shape, as a manifest has them."""
+    tensor = proto.tensor_type
+    try:
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    except KeyError:
+        dtype = f"dtype {tensor.elem_type}"
+    return dtype, tuple(
+        each.dim_value if each.HasField("dim_value") else each.dim_param
+        for each in tensor.shape.dim
+    )
+
+
+def _precision(manifest: Manifest, graph: onnx.GraphProto) -> Iterator[str]:
+    """A precision that is not what the graph's main output and its weights are of."""
+    precision, kept = manifest.precision, find_family(manifest.model_type).keep_in_fp32
+    for value in graph.output:
+        dtype = _kind(value.type)[0]
+        if value.name == manifest.main_output and dtype != precision:
+            yield (
+                f"precision of ingot.json is {precision}, and {value.name}, the main output of the "
+                f"graph, is {dtype}"
+            )
+    others = []
+    weights = [tensor for tensor in graph.initializer if is_weight(tensor)]
+    for tensor in weights:
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type).name
+        expected = "float32" if tensor.name.endswith(kept) else precision
+        if dtype != expected:
+            others.append((dtype, tensor.name))
+    if others:
+        yield (
+            f"precision of ingot.json is {precision}, and {len(others)} of {len(weights)} weights "
+            f"of the graph are of another; {named(others[0][1])}, the first, is {others[0][0]}"
+        )
+
+
+def _engine(subject: Subject) -> Iterator[Field]:
+    """What an engine's facts say of the graph it was built of."""
+    folder, manifest = subject.folder, subject.manifest
+    engine = manifest.engine
+    if engine is None:
+        return
+    yield "engine.graph_sha256", engine.graph_sha256, manifest.files[GRAPH].sha256
+    yield "engine.plugins", engine.plugins, custom_nodes(folder / GRAPH)
+    for profile in engine.profiles:
+        for tensor in manifest.inputs:
+            for axis, size in enumerate(tensor.shape):
+                sizes = [shape[axis] for shape in profile.shapes[tensor.name]]
+                if isinstance(size, int):
+                    name = f"engine.profiles[{profile.name}].{tensor.name}"
+                    yield name, sizes, [size] * len(sizes)
+
+
+def _profiles(subject: Subject) -> Iterator[str]:
+    """Options for trtexec that build another engine than the one there is."""
+    engine = subject.manifest.engine
+    if engine is None:
+        return
+    options = subject.folder / TRTEXEC
+    if not options.is_file() or options.read_text() != trtexec_options(engine.profiles):
+        yield f"{TRTEXEC} does not build the profiles that engine.profiles of ingot.json has"
