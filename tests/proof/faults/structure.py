@@ -127,7 +127,7 @@ def body_rewired(function: str, operator: str, index: int, to: str) -> Edit:
 
 
 def body_constant(function: str, name: str, value: int) -> Edit:
-    """A constant of a body, whole numbers."""
+    """A constant of a body."""
 
     def apply(edit: Editor) -> None:
         (node,) = (n for n in edit.body(function, "Constant") if n.output[0] == name)
@@ -136,6 +136,8 @@ def body_constant(function: str, name: str, value: int) -> Edit:
             attribute(node, held.name, value)
         elif held.type == onnx.AttributeProto.INTS:
             attribute(node, held.name, [value])
+        elif held.type == onnx.AttributeProto.FLOAT:
+            attribute(node, held.name, float(value))
         else:
             array = onnx.numpy_helper.to_array(held.t)
             other = np.full(array.shape, value, array.dtype)
@@ -144,13 +146,12 @@ def body_constant(function: str, name: str, value: int) -> Edit:
     return apply
 
 
-def other_perm(operator: str, number: int, perm: list[int]) -> Edit:
-    """A permutation in a branch or the main graph."""
+def other_perm(before: list[int], after: list[int]) -> Edit:
+    """The last such permutation, branches included."""
 
     def apply(edit: Editor) -> None:
-        node = edit.anywhere(operator)[number]
-        assert value_of(node, "perm") != perm
-        attribute(node, "perm", perm)
+        node = [n for n in edit.anywhere("Transpose") if value_of(n, "perm") == before][-1]
+        attribute(node, "perm", after)
 
     return apply
 
@@ -315,10 +316,10 @@ FAULTS: list[Fault] = [
     in_graph(
         "state of layer 0 in layer 1", "mamba2 onnx", KIND, state_of_layer_zero, LAYER, NUMBERS
     ),
-    in_graph("another branch's turn", "mamba2 ort", KIND, other_perm("Transpose", 3, [0, 1, 2])),
+    in_graph("another branch's turn", "mamba2 ort", KIND, other_perm([0, 1, 3, 2], [0, 1, 2, 3])),
     in_graph("B for C", "mamba2 onnx", KIND, swapped("Mamba2Scan", 1, 3, 4), LAYER, NUMBERS),
     in_graph(
-        "B for C for one token", "mamba2 ort", KIND, swapped("LinearAttention", 2, 1, 0), None
+        "B for C for several tokens", "mamba2 ort", KIND, swapped("LinearAttention", 3, 0, 1), None
     ),
     in_graph(
         "softmax over tokens",
