@@ -27,10 +27,12 @@ from ingot.validate.judge.again import (
     threads_calls,
 )
 from ingot.validate.judge.distribution import negative_log_likelihoods, perplexities
+from ingot.validate.judge.forced import ForcedJudge
 from ingot.validate.judge.judge import Judge
 from ingot.validate.processor import processor
 from ingot.validate.result import Distribution, Report
-from ingot.validate.truth.inputs import STANDARD, Plan
+from ingot.validate.truth.forced import forced_runs
+from ingot.validate.truth.inputs import STANDARD, Inputs, Plan
 from ingot.validate.truth.material import Material
 from ingot.validate.truth.recording import Layout
 from ingot.validate.truth.reference import TRUTH, Reference
@@ -134,21 +136,27 @@ def validate_ingot(
     seeds = range(seed, seed + plan.seeds)
     traits = target.traits(reference)
     judges = []
+    every = [] if target.engine else _forced_runs(target, reference, seed)
     for each in seeds:
         runs = make_runs(traits, plan, each, context=each == seed)
         recorded = [run.inputs for run in runs if run.recorded]
-        references = reference.record(target.layout, recorded, stages)
-        judges.append(Judge(reference.routers, Material(target.layout, runs, references)))
-    session, calls = _observe(target, judges, stages)
+        # One set of calls runs every expert; their truth is computed with that of the first runs.
+        more = every if each == seed else []
+        references = reference.record(target.layout, [*recorded, *more], stages)
+        own, of_forced = references[: len(recorded)], references[len(recorded) :]
+        judges.append(Judge(reference.routers, Material(target.layout, runs, own)))
+        if each == seed:
+            forced = ForcedJudge(reference.routers, target.layout, every, of_forced)
+    session, calls = _observe(target, judges, forced, stages)
     report = replace(
         empty_report(target.manifest, reference.against, name or folder.name, seed),
-        tensors=totals.tensors(judges, seeds),
-        routing=totals.routing(judges),
+        tensors=(*totals.tensors(judges, seeds), *forced.results),
+        routing={**totals.routing(judges), **forced.routing},
         growth=totals.worst_growth(judges),
         hidden=totals.hidden(judges),
         router_margin=totals.margin(judges),
         reason=_reason(target, judges),
-        coverage=coverage(traits, calls, judges, None if target.engine else {}),
+        coverage=coverage(traits, calls, judges, None if target.engine else forced.experts),
     )
     if target.manifest.main_output == "logits" and target.manifest.states:
         tokens = totals.next_tokens(judges)
@@ -186,7 +194,16 @@ def _reason(target: Target, judges: Sequence[Judge]) -> str | None:
     return NO_GPU if target.graph_only and target.manifest.engine is not None else None
 
 
-def _observe(target: Target, judges: Sequence[Judge], stages: Stages) -> tuple[Session, list[Fed]]:
+def _forced_runs(target: Target, reference: Reference, seed: int) -> list[Inputs]:
+    """What is fed so that every expert is run."""
+    stateful, top_k = bool(target.manifest.states), reference.routers.top_k
+    vocabulary = target.manifest.vocab_size
+    return forced_runs(reference.experts, top_k, vocabulary, seed, stateful=stateful)
+
+
+def _observe(
+    target: Target, judges: Sequence[Judge], forced: ForcedJudge, stages: Stages
+) -> tuple[Session, list[Fed]]:
     """The session of the target, all of it judged, and the calls that it was given."""
     stateful = bool(target.manifest.states)
     calls: list[Fed] = []
@@ -195,7 +212,7 @@ def _observe(target: Target, judges: Sequence[Judge], stages: Stages) -> tuple[S
             judge.exclude_doubtful()
     else:
         # Each session goes before another takes as much memory.
-        tapped = _judge_graph(target, judges, stages, calls)
+        tapped = _judge_graph(target, judges, forced, stages, calls)
         if target.graph_only:
             _judge_threads(target, judges, stages, calls)
             return tapped, calls
@@ -213,19 +230,24 @@ def _observe(target: Target, judges: Sequence[Judge], stages: Stages) -> tuple[S
 
 
 def _judge_graph(
-    target: Target, judges: Sequence[Judge], stages: Stages, calls: list[Fed]
+    target: Target,
+    judges: Sequence[Judge],
+    forced: ForcedJudge,
+    stages: Stages,
+    calls: list[Fed],
 ) -> TappedSession:
     """The session of the graph with taps, whose hidden states and routers are judged.
 
-    With the truth's experts every tensor is; and what it gives when it chooses itself, where no
+    With the truth's experts every tensor is, and with every expert in turn; and what it gives when it chooses itself, where no
     other session is to be judged.
     """
     session = target.tapped()
     recorder = Recorder(session, bool(target.manifest.states), calls)
-    count = sum(judge.calls for judge in judges)
+    count = sum(judge.calls for judge in judges) + forced.calls
     with stages.stage("run the graph with its routers", count, "steps") as advance:
         for judge in judges:
             judge.judge_graph(session, advance, recorder if target.graph_only else None)
+        forced.judge(session, advance)
         if target.graph_only:
             judge_repeats(judges[0], recorder)
     return session

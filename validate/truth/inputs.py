@@ -58,6 +58,8 @@ class Inputs:
             steps of one token each, and without state calls that are one token longer each.
         kept: ``[B, C]``, the tokens of which more than the routers' logits is recorded; None for
             all. Of a long sequence all outputs would not fit into memory.
+        forced: of each call, the experts ``[B*T, E]`` that are given to each router, on every side;
+            where there are none, the truth chooses.
     """
 
     input_ids: Ids
@@ -66,6 +68,7 @@ class Inputs:
     stateful: bool = True
     calls: tuple[tuple[str, int], ...] = ()
     kept: Mask | None = None
+    forced: tuple[tuple[Mask, ...], ...] = ()
 
     @property
     def splits(self) -> tuple[int, ...]:

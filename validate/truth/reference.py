@@ -20,6 +20,7 @@ from ingot.graphs.family import family_of
 from ingot.plugins.errors import IngotError
 from ingot.validate.truth.cache import Cache, Recording, code_digest, inputs_digest, key
 from ingot.validate.truth.eager import EagerSession
+from ingot.validate.truth.forced import experts_of
 from ingot.validate.truth.inputs import Inputs
 from ingot.validate.truth.layerwise import Array, Fed, Keep, Layerwise, Order, Run
 from ingot.validate.truth.noise import all_squared_errors, noise_of, squared_errors, together
@@ -88,6 +89,11 @@ class Reference:
         self.chunk_size = self.facts.chunk_size
         self.routers = Routers(self.facts.routers, self.facts.experts_per_token)
         self.states = self._model.states
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """E of each router, in the order they run."""
+        return experts_of(self._model) if self.routers.top_k else ()
 
     @property
     def against(self) -> str:
@@ -235,6 +241,7 @@ class Reference:
             replayed=_name(TRUTH[self.precision]) if replayed else None,
             orders=orders,
             inputs=inputs_digest(inputs.input_ids, inputs.attention_mask, inputs.wanted),
+            forced=inputs_digest(*(mask for masks in inputs.forced for mask in masks)),
             calls=json.dumps([columns.stop for _, columns in inputs.steps]),
             stateful=inputs.stateful,
             torch=torch.__version__,
@@ -243,12 +250,16 @@ class Reference:
 
 
 def _calls(inputs: Inputs, chosen: Callable[[int], list[Chosen]] = lambda _number: []) -> list[Fed]:
-    """The calls of a run, each with the experts to force; without any the graph chooses."""
+    """The calls of a run, each with the experts to force; without any the graph chooses.
+
+    What the run itself gives comes first.
+    """
     result = []
     for number, call in enumerate(main_run(inputs)):
         ids, mask = fed(inputs, call)
         wanted = None if inputs.kept is None else inputs.wanted[:, call.columns]
-        result.append(Fed(ids, mask, chosen(number) or None, wanted))
+        given = inputs.forced[number] if inputs.forced else chosen(number) or None
+        result.append(Fed(ids, mask, given, wanted))
     return result
 
 

@@ -80,13 +80,17 @@ class Routers:
         )
 
     def chosen(self, truth: Tensors, inputs: Inputs, number: int) -> list[Chosen]:
-        """The truth's experts ``[B*T, E]`` in one call, router by router; all for padding.
+        """The experts ``[B*T, E]`` to force in one call, router by router; all for padding.
+
+        They are those that the run gives, or else the truth's.
 
         Args:
-            truth: one call of its recording.
+            truth: one call of its recording; not looked at where the run gives experts.
             inputs: that it was fed.
             number: of the call in the main run.
         """
+        if inputs.forced:
+            return list(inputs.forced[number])
         call = main_run(inputs)[number]
         real = (inputs.attention_mask[:, call.columns] != 0).reshape(-1)
         return forced_choices(all_router_logits(truth), real, self.top_k)

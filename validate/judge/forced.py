@@ -1,0 +1,141 @@
+"""Every expert of every layer, run once by forced routing and held against the truth.
+
+It shows wrong weights of an expert that no token chose, and a kernel that chooses by other numbers
+than the router's logits: experts that were given and not used are a failure, whatever the margin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ingot.export.progress import Advance
+from ingot.validate.judge.compare import compare
+from ingot.validate.judge.routing import ignored_choices
+from ingot.validate.result import Routing, TensorResult
+from ingot.validate.truth.cache import Recording
+from ingot.validate.truth.inputs import Inputs
+from ingot.validate.truth.recording import (
+    HIDDEN_STATES,
+    ROUTER_LOGITS,
+    Array,
+    Layout,
+    all_chosen_experts,
+    all_router_logits,
+    main_run,
+    record,
+)
+from ingot.validate.truth.reference import References
+from ingot.validate.truth.replay import Chosen, Routers, replayed
+from ingot.validate.truth.taps import TappedSession
+
+FORCED = "forced"
+
+
+class ForcedJudge:
+    """Runs every expert on a target's graph and compares all it gives.
+
+    Args:
+        routers: of the model.
+        layout: of the outputs.
+        runs: of ``validate.truth.forced.forced_runs``; without any, nothing comes of it.
+        references: of each run.
+
+    Attributes:
+        results: of every tensor after every call.
+        routing: by mode, whether the experts that were given were used; empty without runs.
+        experts: by the number of a router, the experts that were run because they were given,
+            ascending.
+    """
+
+    def __init__(
+        self,
+        routers: Routers,
+        layout: Layout,
+        runs: Sequence[Inputs],
+        references: Sequence[References],
+    ) -> None:
+        self._routers = routers
+        self._layout = layout
+        self._runs = runs
+        self._references = references
+        self.results: list[TensorResult] = []
+        self.routing: dict[str, Routing] = {}
+        self.experts: dict[int, tuple[int, ...]] = {}
+
+    @property
+    def calls(self) -> int:
+        """The calls that ``judge`` feeds."""
+        return sum(len(inputs.steps) for inputs in self._runs)
+
+    def judge(self, session: TappedSession, advance: Advance = lambda _calls: None) -> None:
+        """Feed every run.
+
+        Args:
+            session: over the graph.
+            advance: told of each finished call.
+        """
+        every: list[Recording] = []
+        for inputs, reference in zip(self._runs, self._references, strict=True):
+            every.append(_recorded(session, self._layout, inputs))
+            self.results += _compared(self._layout, inputs, reference, every[-1])
+            advance(len(every[-1]))
+        if every:
+            self._judge_choices([call for calls in every for call in calls])
+
+    def _judge_choices(self, calls: Recording) -> None:
+        """Hold what was used in all calls against what was given."""
+        given = _by_router([masks for inputs in self._runs for masks in inputs.forced])
+        expected = [call for reference in self._references for call in reference.expected]
+        moved = map(_moved, _by_router(list(map(all_router_logits, expected))), given)
+        found = list(map(all_chosen_experts, calls))
+        used = {router: np.concatenate([each[router] for each in found]) for router in found[0]}
+        # The number of a token's run is told as its row.
+        at = [(n, token) for n, inputs in enumerate(self._runs) for token in range(inputs.prefill)]
+        agreement = []
+        for router, mask in enumerate(given):
+            # Where a choice cannot be read, the numbers alone say that the experts were run.
+            taken = used.get(router, mask)
+            agreement.append(float((mask == taken).all(axis=-1).mean()))
+            run = np.flatnonzero((mask & taken).any(axis=0))
+            self.experts[router] = tuple(run.tolist())
+        ignored = ignored_choices(given, used, list(moved), np.array(at))
+        self.routing[FORCED] = Routing(tuple(agreement), (), self._routers.names(), ignored)
+
+
+def _recorded(session: TappedSession, layout: Layout, inputs: Inputs) -> Recording:
+    try:
+        return record(session, layout, inputs, lambda n: session.choose(inputs.forced[n]))
+    finally:
+        session.choose(None)
+
+
+def _compared(
+    layout: Layout, inputs: Inputs, reference: References, found: Recording
+) -> list[TensorResult]:
+    """All outputs, states and taps; of the last only those that the graph names."""
+    results = []
+    for number, call in enumerate(main_run(inputs)):
+        tensors = {n: a for n, a in found[number].items() if n in reference.truth[number]}
+        taps = (ROUTER_LOGITS, HIDDEN_STATES)
+        truth, eager, expected = (
+            {n: a for n, a in side[number].items() if n in tensors or not n.startswith(taps)}
+            for side in (reference.truth, reference.eager, reference.expected)
+        )
+        kinds = {name: layout.kind(name) for name in truth}
+        precision = reference.precision
+        results += compare(call.stage, truth, eager, tensors, kinds, precision, expected=expected)
+    return results
+
+
+def _by_router(calls: Sequence[Sequence[Array]]) -> list[Array]:
+    """What each router has in all calls."""
+    return [np.concatenate(each) for each in zip(*calls, strict=True)]
+
+
+def _moved(router_logits: Array, chosen: Chosen) -> Array:
+    """The logits ``[n, E]`` that make experts the choice."""
+    moved: Array = replayed(torch.from_numpy(router_logits), torch.from_numpy(chosen)).numpy()
+    return moved
