@@ -97,8 +97,8 @@ class Layout:
 
 
 def numbered(names: Iterable[str], prefix: str) -> list[str]:
-    """The names of one kind of tap, in the order of their numbers."""
-    found = [name for name in names if name.startswith(prefix)]
+    """The names of one kind of tap, in the order of their numbers; a graph has others like them."""
+    found = [n for n in names if n.startswith(prefix) and n.removeprefix(prefix).isdecimal()]
     return sorted(found, key=lambda name: int(name.removeprefix(prefix)))
 
 
