@@ -6,7 +6,7 @@ than the router's logits: experts that were given and not used are a failure, wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from ingot.validate.truth.recording import (
     ROUTER_LOGITS,
     Array,
     Layout,
+    Tensors,
     all_chosen_experts,
     all_router_logits,
     main_run,
@@ -32,6 +33,10 @@ from ingot.validate.truth.replay import Chosen, Routers, replayed
 from ingot.validate.truth.taps import TappedSession
 
 FORCED = "forced"
+TAPS = (ROUTER_LOGITS, HIDDEN_STATES)
+# Elements of a token from which on it is also compared by itself. An expert may be used by one of a
+# call's tokens only, and its error is thinned out by the others.
+LEAST_SIZE = 32
 
 
 class ForcedJudge:
@@ -119,15 +124,72 @@ def _compared(
     results = []
     for number, call in enumerate(main_run(inputs)):
         tensors = {n: a for n, a in found[number].items() if n in reference.truth[number]}
-        taps = (ROUTER_LOGITS, HIDDEN_STATES)
-        truth, eager, expected = (
-            {n: a for n, a in side[number].items() if n in tensors or not n.startswith(taps)}
-            for side in (reference.truth, reference.eager, reference.expected)
-        )
-        kinds = {name: layout.kind(name) for name in truth}
-        precision = reference.precision
-        results += compare(call.stage, truth, eager, tensors, kinds, precision, expected=expected)
+        names = [n for n in reference.truth[number] if n in tensors or not n.startswith(TAPS)]
+        whole = _Comparison(layout, reference, number, names, tensors)
+        here = whole.results(call.stage)
+        floors = {each.name: each.floor for each in here if each.floor is not None}
+        wide = [n for n in floors if n.startswith(HIDDEN_STATES) or n == layout.main_output]
+        wide = [n for n in wide if not layout.of_rows(n) and tensors[n][0].size >= LEAST_SIZE]
+        for token in range(inputs.prefill if wide else 0):
+            one = _Comparison(layout, reference, number, wide, tensors, token)
+            here += one.results(call.stage, floors)
+        results += _worst(here)
     return results
+
+
+class _Comparison:
+    """Some tensors of one call, of all tokens or of one.
+
+    Args:
+        layout: of the outputs.
+        reference: of the run.
+        number: of the call in it.
+        names: that are compared.
+        found: of the target.
+        token: alone; None for all of them.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        reference: References,
+        number: int,
+        names: Sequence[str],
+        found: Tensors,
+        token: int | None = None,
+    ) -> None:
+        self._kinds = {name: layout.kind(name) for name in names}
+        self._precision = reference.precision
+        some = slice(None) if token is None else slice(token, token + 1)
+        sides = (r[number] for r in (reference.truth, reference.eager, reference.expected))
+        self._truth, self._eager, self._expected, self._found, self._noise = (
+            {name: side[name][some] for name in names if name in side}
+            for side in (*sides, found, reference.noise[number])
+        )
+
+    def results(self, stage: str, floors: Mapping[str, float] | None = None) -> list[TensorResult]:
+        """One of each tensor; ``floors`` are those that hold at least."""
+        return compare(
+            stage,
+            self._truth,
+            self._eager,
+            self._found,
+            self._kinds,
+            self._precision,
+            floors,
+            self._expected,
+            self._noise,
+        )
+
+
+def _worst(results: Sequence[TensorResult]) -> list[TensorResult]:
+    """Of each tensor one result: with a problem, if any has one, and else the highest score."""
+    found: dict[str, TensorResult] = {}
+    for each in results:
+        before = found.setdefault(each.name, each)
+        if (bool(each.problem), each.score or 0.0) > (bool(before.problem), before.score or 0.0):
+            found[each.name] = each
+    return list(found.values())
 
 
 def _by_router(calls: Sequence[Sequence[Array]]) -> list[Array]:
