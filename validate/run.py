@@ -238,8 +238,8 @@ def _judge_graph(
 ) -> TappedSession:
     """The session of the graph with taps, whose hidden states and routers are judged.
 
-    With the truth's experts every tensor is, and with every expert in turn; and what it gives when it chooses itself, where no
-    other session is to be judged.
+    With the truth's experts every tensor is, and with every expert in turn; and what it gives when
+    it chooses itself, where no other session is to be judged.
     """
     session = target.tapped()
     recorder = Recorder(session, bool(target.manifest.states), calls)
