@@ -9,7 +9,7 @@ of use that a default validation is to have asked for. A part that is not covere
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 # What judged a part: the delivered session by itself, or its graph with the truth's experts where
 # flips left nothing of the former.
@@ -110,3 +110,29 @@ class Coverage:
     def short(self) -> tuple[str, ...]:
         """The parts that are missing, each with the reason."""
         return tuple(f"{part.name}: {part.why}" for part in self.parts if not part.covered)
+
+    def summary(self) -> dict[str, Any]:
+        """What ``ingot.json`` keeps of it: counts, and by name what is not as it should be."""
+        result: dict[str, Any] = {
+            "calls": self.calls,
+            "rows": list(self.rows),
+            "longest_call": max(self.lengths, default=0),
+            "positions": self.positions,
+            "paddings": list(self.paddings),
+            "ids": self.ids,
+            "parts": sum(part.covered for part in self.parts),
+            "not_asked": list(self.not_asked),
+        }
+        if self.chunks:
+            result["chunks"] = self.chunks
+        replayed = [part.name for part in self.parts if part.how == "replayed"]
+        forced = {each.router: list(each.forced) for each in self.experts if each.forced}
+        never = {each.router: list(each.never) for each in self.experts if each.never}
+        left_out = [f"{each.count} of {each.of} {each.what}: {each.why}" for each in self.left_out]
+        found = {
+            "replayed": replayed,
+            "experts_forced_only": forced,
+            "experts_never_run": never,
+            "left_out": left_out,
+        }
+        return result | {name: each for name, each in found.items() if each}

@@ -425,6 +425,8 @@ class Report:
             result["reason"] = self.reason
         if self.short:
             result["short"] = list(self.short)
+        if self.coverage is not None:
+            result["coverage"] = self.coverage.summary()
         for kind, tensor in self.worst.items():
             result[f"{kind}_score"] = tensor.score
             result[f"{kind}_error"] = tensor.error
