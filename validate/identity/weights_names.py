@@ -72,12 +72,14 @@ class Made:
         shape: of the weight, by Hugging Face.
         parts: all of its rows, each once.
         begin: number of the first of its matrices among those of the parameter.
+        of_stack: whether it is one matrix of a stack.
     """
 
     parameter: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     begin: int = 0
+    of_stack: bool = False
 
     @property
     def matrices(self) -> tuple[int, int, int]:
@@ -147,7 +149,7 @@ def make(name: str, stored: Mapping[str, Tensor], tied: bool) -> Made | None:
         return None
     expert = int(one["expert"])
     parts = [part for part in stack.parts if part.matrix == expert]
-    return Made(stack.parameter, stack.shape[1:], tuple(parts), expert) if parts else None
+    return Made(stack.parameter, stack.shape[1:], tuple(parts), expert, True) if parts else None
 
 
 def spellings(name: str, tied: bool) -> Iterator[str]:
