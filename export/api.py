@@ -142,18 +142,19 @@ def _compare(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str, 
     from ingot.export.ingot import REPORT, Manifest
     from ingot.validate.early import cannot_compare
     from ingot.validate.report.files import write_json
-    from ingot.validate.run import examine
+    from ingot.validate.run import examine, examine_unrun
     from ingot.validate.truth.cache import default_cache
     from ingot.validate.truth.reference import Reference
 
     manifest = Manifest.read(folder)
-    reason = cannot_compare(manifest)
-    if reason is not None:
-        return {"verdict": "skipped", "reason": reason}
     reference = Reference(checkpoint, manifest.task, manifest.precision, default_cache())
     # The folder still has a temporary name, and two exports are to be equal byte by byte.
     name = f"{manifest.model_type}-{manifest.target}"
-    report = examine(folder, reference, stages, verify=False, name=name)
+    reason = cannot_compare(manifest)
+    if reason is None:
+        report = examine(folder, reference, stages, verify=False, name=name)
+    else:
+        report = examine_unrun(folder, reference, stages, reason, verify=False, name=name)
     # The manifest has the versions; nothing in an ingot depends on the machine or the day.
     write_json(replace(report, environment={}, seconds=0.0), folder / REPORT)
     return report.summary()

@@ -85,7 +85,7 @@ def validate(
     source = find_checkpoint(str(checkpoint), manifest, revision, merged).fetch()
     # Here: what is refused above answers at once.
     from ingot.graphs.merge import open_checkpoint
-    from ingot.validate.run import empty_report, examine, validate_ingot
+    from ingot.validate.run import empty_report, examine, examine_unrun, validate_ingot
     from ingot.validate.spread import Task, elsewhere, measure
     from ingot.validate.truth.against import OtherReference, other_ingot
     from ingot.validate.truth.reference import Reference
@@ -94,12 +94,8 @@ def validate(
     reference = Reference(opened, manifest.task, manifest.precision, default_cache())
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     reason = cannot_compare(manifest)
-    if reason is not None:
-        if earlier is not None or baseline is not None:
-            raise GateError(f"{folder} cannot be compared, so there is nothing to gate: {reason}.")
-        manifest.check_files(folder)
-        empty = empty_report(manifest, reference.against, folder.name, seed)
-        return replace(empty, reason=reason, plan=plan, date=now)
+    if reason is not None and (earlier is not None or baseline is not None):
+        raise GateError(f"{folder} cannot be compared, so there is nothing to gate: {reason}.")
     made_from, given = manifest.source.get("sha256"), reference.hash(stages)
     if given != made_from:
         adapted = "" if adapter is None else f" with the adapter {adapter}"
@@ -108,6 +104,9 @@ def validate(
             f"{given[:12]}… and the ingot's {str(made_from)[:12]}…; give the one it was made from, "
             "or export again."
         )
+    if reason is not None:
+        report = examine_unrun(folder, reference, stages, reason, seed=seed)
+        return replace(report, plan=plan, date=now)
     chosen, other = PLANS[plan], None
     with contextlib.ExitStack() as stack:
         if str(against) != EAGER:

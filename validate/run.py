@@ -14,6 +14,7 @@ from ingot.export.manifest import ONNX_RUNTIME, TENSORRT, versions
 from ingot.export.progress import Stages
 from ingot.plugins.device import has_gpu
 from ingot.runtime.loading import load
+from ingot.runtime.onnxruntime_session import said
 from ingot.runtime.session import Ids, Session
 from ingot.validate.counting import Fed, Recorder
 from ingot.validate.covered import coverage
@@ -30,7 +31,7 @@ from ingot.validate.judge.distribution import negative_log_likelihoods, perplexi
 from ingot.validate.judge.forced import ForcedJudge
 from ingot.validate.judge.judge import Judge
 from ingot.validate.processor import processor
-from ingot.validate.result import Distribution, Report
+from ingot.validate.result import Check, Distribution, Report
 from ingot.validate.truth.forced import forced_runs
 from ingot.validate.truth.inputs import STANDARD, Inputs, Plan
 from ingot.validate.truth.material import Material
@@ -60,7 +61,9 @@ class Target:
 
     def __init__(self, folder: Path, reference: Reference) -> None:
         self.folder = folder
-        self.manifest = Manifest.read(folder)
+        # What is fed is of the checkpoint's vocabulary, whatever the ingot says of it: one that says
+        # too little would choose its own questions.
+        self.manifest = replace(Manifest.read(folder), vocab_size=reference.vocab_size)
         self.layout = Layout(self.manifest, reference.states)
         self.engine = self.manifest.engine is not None and has_gpu()
         # For TensorRT a graph is delivered, where no engine can run; how ONNX Runtime fuses it is
@@ -304,11 +307,23 @@ def examine(
     Args:
         capture: traces the eager graph once more, ``export.capture.capture`` by default.
     """
-    report = validate_ingot(
-        folder, reference, stages, plan=plan, seed=seed, verify=verify, name=name, text=text
-    )
-    subject = Subject(folder, Manifest.read(folder), reference.checkpoint, stages, capture)
-    report = replace(report, checks=checks(subject))
+    began = time.perf_counter()
+    manifest = Manifest.read(folder)
+    manifest.check_files(folder, hashes=verify)
+    subject = Subject(folder, manifest, reference.checkpoint, stages, capture)
+    # First: where an ingot cannot be run, they say why.
+    found = checks(subject)
+    try:
+        report = validate_ingot(
+            folder, reference, stages, plan=plan, seed=seed, verify=False, name=name, text=text
+        )
+    # ONNX Runtime's exceptions share no public base class.
+    except Exception as error:
+        if not any(check.problems for check in found):
+            raise
+        report = empty_report(manifest, reference.against, name or folder.name, seed)
+        found += (Check("session", 0, (f"the ingot cannot be run: {said(error)}",)),)
+    report = replace(report, checks=found, seconds=time.perf_counter() - began)
     if report.verdict != "failed":
         return report
     from ingot.validate.locate.find import located, runs_of
@@ -321,6 +336,33 @@ def examine(
             fed = make_runs(target.traits(reference), plan, each, context=each == seed)
             runs += runs_of(fed, name)
         return located(report, subject, runs, target.delivered)
+
+
+def examine_unrun(
+    folder: Path,
+    reference: Reference,
+    stages: Stages,
+    reason: str,
+    *,
+    seed: int = 0,
+    verify: bool = True,
+    name: str | None = None,
+    capture: Capture | None = None,
+) -> Report:
+    """What ``examine`` finds of an ingot that this machine cannot run: what needs no run.
+
+    Args:
+        reason: why it cannot be run, in one sentence without a full stop.
+    """
+    began = time.perf_counter()
+    manifest = Manifest.read(folder)
+    manifest.check_files(folder, hashes=verify)
+    subject = Subject(folder, manifest, reference.checkpoint, stages, capture)
+    found = checks(subject)
+    report = empty_report(manifest, reference.against, name or folder.name, seed)
+    place = next((each.location for each in found if each.location is not None), None)
+    seconds = time.perf_counter() - began
+    return replace(report, reason=reason, checks=found, location=place, seconds=seconds)
 
 
 def environment() -> dict[str, str]:

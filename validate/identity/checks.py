@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ingot.plugins.errors import IngotError
+from ingot.runtime.onnxruntime_session import said
 from ingot.validate.identity.contract import check_contract
 from ingot.validate.identity.graph import check_graph
 from ingot.validate.identity.subject import Subject as Subject
@@ -32,3 +33,6 @@ def _made(name: str, check: Callable[[Subject], Check], subject: Subject) -> Che
         return check(subject)
     except IngotError as error:
         return Check(name, 0, (" ".join(str(error).split()).removesuffix("."),))
+    # A file that is no graph may make onnx and numpy raise anything.
+    except Exception as error:
+        return Check(name, 0, (f"it cannot be compared ({type(error).__name__}: {said(error)})",))

@@ -39,6 +39,8 @@ RECOMPUTED = (
     *("model_type", "task", "target", "precision", "main_output", "inputs", "outputs", "states"),
     *("vocab_size", "labels", "generation", "parameters", "active_parameters", "weight_bytes"),
 )
+# Fields that are told; what is wrong of one state is often wrong of all.
+MOST = 12
 # Elements of lists that have a name of their own.
 KEYS = ("name", "input")
 SHARING = "GroupQueryAttention"
@@ -85,8 +87,10 @@ class _Fields:
 
     @property
     def problems(self) -> list[str]:
-        """One sentence a field that is wrong."""
-        return list(self._wrong.values())
+        """One sentence a field that is wrong, up to ``MOST`` of them."""
+        told = list(self._wrong.values())
+        more = len(told) - MOST
+        return told if more <= 0 else [*told[:MOST], f"{more} more fields are wrong"]
 
     def compare(self, fields: Iterable[Field], where: str) -> None:
         """Note each field that is not what it is ``where``."""

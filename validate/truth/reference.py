@@ -85,6 +85,7 @@ class Reference:
         self._model = family_of(checkpoint).build(
             checkpoint.config, task, stored=checkpoint.entries
         )
+        self.vocab_size = self._model.config.vocab_size
         self.facts = self._model.config.facts
         self.chunk_size = self.facts.chunk_size
         self.routers = Routers(self.facts.routers, self.facts.experts_per_token)
