@@ -231,8 +231,8 @@ class Location:
             numbers that were fed.
         inside: the first wrong operator of the node's branches or of the function that it calls,
             such as ``then_branch: Mul output val_3``; empty where nothing inside is wrong.
-        detail: what is wrong with it, where that is no error; of an overflow, what eager PyTorch
-            does.
+        detail: what is wrong with it, where that is no error, or what else there is to say; of an
+            overflow, what eager PyTorch does.
         overflow: the largest number that it should hold, where that is beyond float16.
         run: the stage that shows it, where that is not one of the main run.
     """
@@ -258,18 +258,17 @@ class Location:
         if self.overflow is not None:
             eager = f"; {self.detail}" if self.detail else ""
             beyond = f"{self.overflow:.2g} is beyond float16's 65504"
-            return f"overflow in {self.node}: {beyond}{eager}{run}"
+            preposition = "" if self.layer is None else "in "
+            return f"overflow {preposition}{self.node}: {beyond}{eager}{run}"
         if self.operator == "session":
             found = f"not in the graph but in the session, {self.value}"
         else:
             found = self.node
-        if self.detail:
-            return f"{found}, {self.detail}{run}"
         if self.ratio == 0:
-            return f"{found}, another node than it should be{run}"
-        return (
-            f"{found}{run}" if math.isinf(self.ratio) else f"{found}, {self.ratio:.3g}x floor{run}"
-        )
+            found += ", another node than it should be"
+        elif not math.isinf(self.ratio):
+            found += f", {self.ratio:.3g}x floor"
+        return f"{found}{', ' if self.detail else ''}{self.detail}{run}"
 
 
 @dataclass(frozen=True)

@@ -334,7 +334,7 @@ def examine(
         for each in range(seed, seed + plan.seeds):
             name = f"seed {each}, " if plan.seeds > 1 else ""
             fed = make_runs(target.traits(reference), plan, each, context=each == seed)
-            runs += runs_of(fed, name)
+            runs += runs_of(fed, name, first=each == seed)
         return located(report, subject, runs, target.delivered)
 
 

@@ -7,6 +7,7 @@ itself, what the checks say of the weights, the graph and the contract is the pl
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,24 +32,28 @@ class Run:
 
     Attributes:
         calls: each named as in the report.
-        main: whether it is the prefill and decode of the only seed, which needs no name.
+        main: whether it is the prefill and decode of the first seed.
+        name: what it is called in a location; empty of the main one.
     """
 
     calls: Sequence[Fed]
     main: bool = False
+    name: str = ""
 
 
-def runs_of(fed_runs: Sequence[FedRun], name: str = "") -> list[Run]:
+def runs_of(fed_runs: Sequence[FedRun], name: str = "", *, first: bool = True) -> list[Run]:
     """The runs that one set of token ids is fed in.
 
     Args:
         fed_runs: the main run first.
         name: with which the stages begin in the report.
+        first: whether no other set came before.
     """
     return [
         Run(
             [Fed(f"{name}{call.stage}", *fed(run.inputs, call)) for call in main_run(run.inputs)],
-            main=run is fed_runs[0] and not name,
+            main=first and run is fed_runs[0],
+            name="" if first and run is fed_runs[0] else f"{name}{run.name}",
         )
         for run in fed_runs
     ]
@@ -87,16 +92,13 @@ def _by_numbers(
     run = failed_run(report, runs)
     if run is None:
         return None
-    states = subject.manifest.states
-    calls = one_by_one(run.calls, states)
-    where = "" if run.main else calls[-1].stage
+    calls = one_by_one(run.calls, subject.manifest.states)
     found = locate(subject, calls)
-    if found is not None:
-        if found.overflow is not None:
-            found = replace(found, detail=eager_overflows(report))
-        return replace(found, run=where)
-    found = locate_session(session(), subject.folder, calls)
-    return None if found is None else replace(found, run="" if run.main else where)
+    if found is None:
+        found = locate_session(session(), subject.folder, calls)
+    elif found.overflow is not None:
+        found = replace(found, detail=eager_overflows(report))
+    return None if found is None else replace(found, run=run.name)
 
 
 def _others(report: Report) -> bool:
@@ -108,23 +110,33 @@ def _others(report: Report) -> bool:
 def failed_run(report: Report, runs: Sequence[Run]) -> Run | None:
     """The cheapest run that failed, up to the first call that did.
 
-    Where the failure is of no run, it may be of any call of the main one.
+    That of the main run's prefill stands for all. Where the failure is of no run, it may be of any
+    call of the first one.
     """
-    failed = {tensor.stage for tensor in report.tensors if tensor.problem}
+    failed = _failed_calls(report, runs)
     found = []
     for run in runs:
-        number = next((n for n, call in enumerate(run.calls) if _fails(call.stage, failed)), None)
+        number = next((n for n, call in enumerate(run.calls) if call.stage in failed), None)
         if number is not None:
             found.append(replace(run, calls=run.calls[: number + 1]))
-    if not found:
-        found = list(runs[:1])
+            if run.main and number == 0:
+                return found[-1]
+    found = found or list(runs[:1])
+    if any(run.main for run in found):
+        found = [replace(run, name="") for run in found]
     found = [run for run in found if _scores(run) <= MOST_SCORES]
-    return min(found, key=lambda run: (_scores(run), not run.main), default=None)
+    return min(found, key=_scores, default=None)
 
 
-def _fails(stage: str, failed: set[str]) -> bool:
-    """Whether a call failed, with experts that were given or not."""
-    return any(each == stage or each.startswith(f"{stage}, ") for each in failed)
+def _failed_calls(report: Report, runs: Sequence[Run]) -> set[str]:
+    """The calls that failed; what was done with one beside, such as a replay, is a word behind."""
+    stages = {call.stage for run in runs for call in run.calls}
+    result = set()
+    for failed in {tensor.stage for tensor in report.tensors if tensor.problem}:
+        words = failed.split(", ")
+        begins = (", ".join(words[:count]) for count in range(len(words), 0, -1))
+        result.update(itertools.islice((begin for begin in begins if begin in stages), 1))
+    return result
 
 
 def _scores(run: Run) -> int:

@@ -19,6 +19,8 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import onnx
+
 from ingot.plugins.errors import IngotError
 from ingot.validate.identity.checks import Subject
 from ingot.validate.judge.metrics import relative_error
@@ -27,7 +29,7 @@ from ingot.validate.locate.difference import difference
 from ingot.validate.locate.graph import AFTER, BEFORE, Graph, Values, of_ingot, of_model
 from ingot.validate.locate.inside import differs, first_inside
 from ingot.validate.locate.known import Known
-from ingot.validate.locate.overflow import beyond, halves
+from ingot.validate.locate.overflow import beyond, halves, reader_of_infinite
 from ingot.validate.locate.pairs import anchors, pair_values
 from ingot.validate.locate.part import LocateError, Part
 from ingot.validate.result import Location
@@ -88,6 +90,9 @@ def locate(subject: Subject, calls: Sequence[Fed]) -> Location | None:
         first = search.overflow or bad
         if first is not None:
             return search.location(first)
+    if reference.precision == "float16" and (infinite := reader_of_infinite(reference)):
+        value, weight = infinite
+        return search.location(Bad(value, math.inf, f"whose {weight} is beyond float16's 65504"))
     changed = next((name for name in reference.positions if search.differs(name)), None)
     if changed is not None:
         return search.location(Bad(changed, 0.0))
@@ -102,21 +107,36 @@ class _Search:
         self.actual = actual
         self.known = known
         self.pairs = pair_values(reference, actual)
+        self.taken = set(self.pairs.values())
         self.overflow: Bad | None = None
         self._halves = halves(actual)
 
     def location(self, bad: Bad) -> Location:
         """A location by one of the reference's values, in the ingot's names where it has it."""
-        value = bad.value
-        position, node = self.reference.positions[value], self.reference.makers[value]
-        inside = ""
-        if value in self.pairs:
-            value = self.pairs[value]
+        value, inside, detail = bad.value, "", bad.detail
+        node = self.reference.makers.get(value)
+        position = self.reference.positions.get(value, self.actual.positions.get(value, AFTER))
+        if value in self.pairs or node is None:
+            value = self.pairs.get(value, value)
             found = self.actual.makers[value]
-            inside = first_inside(self.reference, node, self.actual, found, self.pairs)
+            extra = self._only_here_before(found)
+            if node is not None:
+                inside = first_inside(self.reference, node, self.actual, found, self.pairs)
+            if extra is not None and self.actual.positions[extra] != position:
+                # In the layer where it stands, and not in the one that reads it.
+                value, position = extra, self.actual.positions[extra]
+                found, detail = self.actual.makers[extra], "which should not be there"
+            elif extra is not None and not detail:
+                operator = self.actual.makers[extra].op_type
+                detail = f"which reads a {operator} that should not be there"
             node = found
         layer = None if position in (BEFORE, AFTER) else position
-        return Location(layer, node.op_type, value, bad.ratio, inside, bad.detail, bad.overflow)
+        return Location(layer, node.op_type, value, bad.ratio, inside, detail, bad.overflow)
+
+    def _only_here_before(self, node: onnx.NodeProto) -> str | None:
+        """What a node reads that only the ingot's graph makes."""
+        read = (name for name in self.actual.variables(node) if name in self.actual.makers)
+        return next((name for name in read if name not in self.taken), None)
 
     def differs(self, value: str) -> bool:
         """Whether the node that makes a value is missing, or does another thing than it should."""
@@ -135,7 +155,7 @@ class _Search:
         there = self._in_pairs(self.known.calls[0])
         shared, broken = self._computable([n for n in values if n in pairs], there)
         expected = Part(reference, values, self.known.calls[0])
-        found, error = self._part(shared, there)
+        found, error = self._part(shared, self._only_here(position, there), there)
         bad = self._compared(expected, found, reference.leaving(position))
         if bad is not None:
             return bad
@@ -176,16 +196,35 @@ class _Search:
                     return Bad(name, ratio)
                 if over is not None:
                     self.overflow = self.overflow or Bad(name, math.inf, "", over)
+            for value in (value for value in found.values if value not in self.taken):
+                over = beyond(have[value], have[value], have[value], half=True)
+                if over is not None:
+                    self.overflow = self.overflow or Bad(value, math.inf, "", over)
         return None
 
-    def _part(self, shared: list[str], there: Values) -> tuple[Part, LocateError | None]:
+    def _only_here(self, position: int, there: Collection[str]) -> list[str]:
+        """The ingot's values of one position that only it has, and that may overflow."""
+        values = [n for n in self._halves - self.taken if self.actual.positions.get(n) == position]
+        return [value for value in values if self.actual.walk(value, there, set())]
+
+    def _part(
+        self, shared: list[str], more: list[str], there: Values
+    ) -> tuple[Part, LocateError | None]:
         """The longest begin of some values that the ingot's graph can be run for.
 
-        The error names the first value that it cannot be run for, if there is one.
+        Args:
+            shared: the reference's values.
+            more: values of the ingot alone, where it can be run for all.
+            there: what the ingot's graph is given.
+
+        Returns:
+            The part, and an error that names the first value that it cannot be run for, if there
+            is one.
         """
 
         def tried(count: int) -> tuple[Part | None, IngotError | None]:
             values = [self.pairs[name] for name in shared[:count]]
+            values += more if count == len(shared) else []
             try:
                 part = Part(self.actual, values, there)
                 part.run(there)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from ingot.validate.judge.metrics import UNSETTLED, rms
-from ingot.validate.locate.graph import Array, Graph
+from ingot.validate.locate.graph import Array, Graph, uses
 
 FLOAT16 = onnx.TensorProto.FLOAT16
 # The largest finite one; what is nearer to the next power of two is rounded to infinity.
@@ -58,3 +58,16 @@ def beyond(expected: Array, found: Array, other: Array, *, half: bool) -> float 
     held = held[np.isfinite(held)]
     largest = float(held.max(initial=0.0))
     return largest if largest >= ROUNDS_DOWN else None
+
+
+def reader_of_infinite(graph: Graph) -> tuple[str, str] | None:
+    """The first value that is made from a weight with infinite numbers, and that weight.
+
+    Rounding to float16 makes a number beyond it infinite. Every weight is read.
+    """
+    for node in graph.model.graph.node:
+        for name in uses(node):
+            outputs = [value for value in node.output if value in graph.positions]
+            if outputs and graph.is_weight(name) and np.isinf(graph.read(name)).any():
+                return outputs[0], name
+    return None
