@@ -21,7 +21,7 @@ import pytest
 
 from ingot.plugins.whole import WriteError
 from ingot.validate.coverage import Coverage, Experts, LeftOut, Part
-from ingot.validate.report import files, html, texts, words
+from ingot.validate.report import files, html, plots, texts, words
 from ingot.validate.result import (
     Check,
     Distribution,
@@ -362,6 +362,11 @@ def test_summary_lists_some_problems_and_counts_the_rest() -> None:
     found = make_report()
     bad = replace(found, tensors=tuple(replace(t, problem="bad") for t in found.tensors))
     text = texts.markdown_text(bad)
+    # One line a kind, each of which says how many calls it is of.
+    assert text.count(": bad") == 3
+    assert "- logits at 9 of 9 calls, worst at decode " in text
+    unlike = (replace(t, problem="bad" + "!" * n) for n, t in enumerate(found.tensors))
+    text = texts.markdown_text(replace(found, tensors=tuple(unlike)))
     assert text.count(": bad") == words.LISTED
     assert f"and {63 - words.LISTED} more in report.json" in text
 
@@ -474,37 +479,38 @@ def test_page_axes_have_names_and_units() -> None:
 
 
 def test_page_series_differ_without_colour() -> None:
-    looks = [html.look(index) for index in range(8)]
+    looks = [plots.look(index) for index in range(8)]
     assert len({marker for marker, _, _ in looks}) == 8
     assert len({str(style) for _, style, _ in looks}) == 8
-    assert html.look(8)[0] == looks[0][0]
+    assert plots.look(8)[0] == looks[0][0]
 
 
 def test_page_lists_some_problems_and_counts_the_rest() -> None:
     found = make_report()
-    bad = plain_report(tensors=tuple(replace(t, problem="bad") for t in found.tensors))
+    unlike = (replace(t, problem="bad" + "!" * n) for n, t in enumerate(found.tensors))
+    bad = plain_report(tensors=tuple(unlike))
     page = Page(html.page(bad))
     assert len(page.of("li")) == html.LISTED
     assert f"And {63 - html.LISTED} more in report.json." in page.words
 
 
 def captions(found: Report) -> list[str]:
-    return [plot.caption for plot in html.plots(found)]
+    return [plot.caption for plot in plots.plots(found)]
 
 
 def test_plots_prefer_hidden_states() -> None:
     hidden = ((1e-6, 1e-6), (3e-6, 2e-6), (9e-6, 3e-6))
-    plot = html.plots(plain_report(hidden=hidden))[0]
+    plot = plots.plots(plain_report(hidden=hidden))[0]
     assert "hidden state after each layer" in plot.caption
     assert "9e-06 at layer 2 (error: hidden state)" in plot.caption
     assert "floor: hidden state" in plot.svg
 
 
 def test_plots_show_the_worst_tensor_of_a_place() -> None:
-    plot = html.plots(failing_report())[0]
+    plot = plots.plots(failing_report())[0]
     assert "3e-05 at layer 1 (error: key)" in plot.caption
     assert "at decode 8" not in page_of(make_report)
-    assert "at decode 8" in html.plots(with_tensor(make_report(), 56, error=1.0))[1].caption
+    assert "at decode 8" in plots.plots(with_tensor(make_report(), 56, error=1.0))[1].caption
 
 
 def test_plots_take_decode_steps_with_the_truths_experts_where_there_are_some() -> None:
@@ -514,22 +520,22 @@ def test_plots_take_decode_steps_with_the_truths_experts_where_there_are_some() 
         for tensor in found.tensors
         if tensor.stage == "decode 3"
     ]
-    plot = html.plots(replace(found, tensors=(*found.tensors, *replayed)))[1]
+    plot = plots.plots(replace(found, tensors=(*found.tensors, *replayed)))[1]
     assert "at decode 3" in plot.caption and "error over its floor" in plot.svg
-    assert plot.svg != html.plots(found)[1].svg
+    assert plot.svg != plots.plots(found)[1].svg
 
 
 def test_plots_have_labels_on_axes_of_one_decade_and_of_many() -> None:
     for top in (1.0001e-7, 3e-7, 1e-3):
-        words = html.plots(plain_report(hidden=((1e-7, 1e-7), (top, 1e-7))))[0].svg
+        words = plots.plots(plain_report(hidden=((1e-7, 1e-7), (top, 1e-7))))[0].svg
         assert len(re.findall(r">\de-\d\d<", words)) >= 2, top
-    assert html._widened(1.0, 1.0)[1] / html._widened(1.0, 1.0)[0] == pytest.approx(10)
-    assert html._widened(1.0, 100.0) == (1.0, 100.0)
+    assert plots._widened(1.0, 1.0)[1] / plots._widened(1.0, 1.0)[0] == pytest.approx(10)
+    assert plots._widened(1.0, 100.0) == (1.0, 100.0)
 
 
 def test_plots_keep_a_nan_as_the_worst_of_its_place() -> None:
     tensors = [replace(make_report().tensors[3], error=error) for error in (1.0, math.nan, 2.0)]
-    text = html.plots(plain_report(tensors=tuple(tensors)))[0].caption
+    text = plots.plots(plain_report(tensors=tuple(tensors)))[0].caption
     assert "Not drawn: 1 value" in text
 
 
@@ -537,7 +543,7 @@ def test_plots_leave_out_what_has_no_place_on_a_logarithmic_axis_and_say_so() ->
     found = with_tensor(make_report(), 3, error=math.nan)
     assert "Not drawn: 1 value (zero or not finite)." in captions(found)[0]
     hidden = ((0.0, 0.0), (math.inf, math.nan))
-    plot = html.plots(plain_report(hidden=hidden))[0]
+    plot = plots.plots(plain_report(hidden=hidden))[0]
     assert plot.caption.startswith("Nothing to draw on a logarithmic axis. Not drawn: 4 values")
     assert not plot.svg
 
@@ -563,22 +569,22 @@ def test_plots_of_divergences() -> None:
     assert found is not None
     zeros = plain_report(distribution=replace(found, kl=(0.0, 0.0, *found.kl)))
     assert "Not drawn: 2 tokens (zero, negative or not finite)." in captions(zeros)[2]
-    nothing = html.plots(plain_report(distribution=replace(found, kl=(-1e-17, 0.0))))[2]
+    nothing = plots.plots(plain_report(distribution=replace(found, kl=(-1e-17, 0.0))))[2]
     assert nothing.caption.startswith("Nothing to draw on a logarithmic axis.")
     assert not nothing.svg
-    assert html.plots(plain_report(distribution=replace(found, kl=(1e-9,) * 5)))[2].svg
-    mean = html.plots(plain_report(distribution=replace(found, kl=(-1.0, 1e-9))))[2]
+    assert plots.plots(plain_report(distribution=replace(found, kl=(1e-9,) * 5)))[2].svg
+    mean = plots.plots(plain_report(distribution=replace(found, kl=(-1.0, 1e-9))))[2]
     assert "mean: " not in mean.svg
     assert "max: 1e-09" in mean.svg
 
 
 def test_plots_of_margins_tell_failing_flips_apart() -> None:
-    plot = html.plots(failing_report())[3]
+    plot = plots.plots(failing_report())[3]
     assert "1 of 3 lie above 1 and fail" in plot.caption
     assert "fails: replayed" in plot.svg
     assert "explained: free" in plot.svg
     zero = Flip(0, 0, 0, (1,), (2,), 0.0, 1e-6)
-    only = html.plots(
+    only = plots.plots(
         plain_report(routing={"free": Routing((0.9,), (zero, replace(zero, explained=0.0)))})
     )
     assert only[3].caption.startswith("Nothing to draw on a logarithmic axis. Not drawn: 2 flips")
@@ -613,7 +619,7 @@ def test_every_report_names_what_got_worse() -> None:
     assert 'class="verdict failed"' in page and "PASSED" not in page
     data = strict(texts.json_text(found))
     assert (data["verdict"], data["summary"]["first_worse"]) == ("failed", WORSE[0])
-    assert data["gate"] == {"baseline": "old.json", "worse": list(WORSE)}
+    assert data["gate"] == {"baseline": "old.json", "worse": list(WORSE), "note": ""}
 
 
 def test_every_report_names_a_gate_that_holds() -> None:
@@ -623,7 +629,7 @@ def test_every_report_names_a_gate_that_holds() -> None:
     assert held in texts.markdown_text(found) and held in html.page(plain_report(gate=found.gate))
     suite = junit(found)
     assert (suite.get("tests"), suite.get("failures")) == ("66", "0")
-    assert strict(texts.json_text(found))["gate"] == {"baseline": "old.json", "worse": []}
+    assert strict(texts.json_text(found))["gate"]["worse"] == []
 
 
 def test_a_report_without_a_gate_says_nothing_of_one() -> None:

@@ -112,27 +112,36 @@ class Coverage:
         return tuple(f"{part.name}: {part.why}" for part in self.parts if not part.covered)
 
     def summary(self) -> dict[str, Any]:
-        """What ``ingot.json`` keeps of it: counts, and by name what is not as it should be."""
+        """What ``ingot.json`` keeps of it."""
+        covered = [part for part in self.parts if part.covered]
         result: dict[str, Any] = {
             "calls": self.calls,
             "rows": list(self.rows),
-            "longest_call": max(self.lengths, default=0),
+            "lengths": list(self.lengths),
             "positions": self.positions,
+            "context": self.context,
             "paddings": list(self.paddings),
             "ids": self.ids,
-            "parts": sum(part.covered for part in self.parts),
-            "not_asked": list(self.not_asked),
+            "vocab_size": self.vocab_size,
+            "parts": len(self.parts),
+            "covered": len(covered),
+            "replayed": [part.name for part in covered if part.how == "replayed"],
         }
         if self.chunks:
             result["chunks"] = self.chunks
-        replayed = [part.name for part in self.parts if part.how == "replayed"]
-        forced = {each.router: list(each.forced) for each in self.experts if each.forced}
-        never = {each.router: list(each.never) for each in self.experts if each.never}
-        left_out = [f"{each.count} of {each.of} {each.what}: {each.why}" for each in self.left_out]
-        found = {
-            "replayed": replayed,
-            "experts_forced_only": forced,
-            "experts_never_run": never,
-            "left_out": left_out,
-        }
-        return result | {name: each for name, each in found.items() if each}
+        if self.experts:
+            result["experts"] = {
+                each.router: {
+                    "chosen": len(each.chosen),
+                    "forced": list(each.forced),
+                    "never": list(each.never),
+                }
+                for each in self.experts
+            }
+        if self.left_out:
+            result["left_out"] = [
+                f"{left.count} of {left.of} {left.what}: {left.why}" for left in self.left_out
+            ]
+        if self.not_asked:
+            result["not_asked"] = list(self.not_asked)
+        return result

@@ -180,7 +180,8 @@ def _require_calls(report: Report, baseline: Baseline, path: Path) -> None:
     lacking = [call for call in ran if call not in had]
     if lacking:
         raise GateError(
-            f"the baseline {path} is damaged: it lacks {_few(lacking)}, which its plan has; {NEW}."
+            f"the baseline {path} lacks {_few(lacking)}, which its plan has, so it was cut or "
+            f"made by another build of Ingot; {NEW}."
         )
 
 

@@ -424,6 +424,8 @@ class Report:
             result["reason"] = self.reason
         if self.short:
             result["short"] = list(self.short)
+        if self.checks:
+            result["checks"] = {check.name: check.compared for check in self.checks}
         if self.coverage is not None:
             result["coverage"] = self.coverage.summary()
         for kind, tensor in self.worst.items():

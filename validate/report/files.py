@@ -31,12 +31,14 @@ def check_folder(folder: Path, *read: Path) -> None:
 def missing() -> str | None:
     """What a report lacks here, in one sentence; None where it lacks nothing."""
     try:
-        from ingot.validate.report.html import cannot_draw
+        import ingot.validate.report.html  # noqa: F401
     except ImportError as error:
         return (
             f"There is no report.html, for {error.name or error} cannot be imported; install it "
             f"with: {install_hint('report')}"
         )
+    from ingot.validate.report.plots import cannot_draw
+
     return cannot_draw()
 
 

@@ -7,6 +7,8 @@ from rich.table import Table
 
 from ingot.export.summary import COLOURS
 from ingot.plugins.command_line import console
+from ingot.validate.report.asked import asked
+from ingot.validate.report.grouping import grouped
 from ingot.validate.report.words import LISTED, figures, headline, number
 from ingot.validate.result import Report
 
@@ -20,17 +22,17 @@ def print_report(report: Report) -> None:
         out.print(f"It begins at: {escape(report.place)}")
     if report.worst:
         console().print(_scores(report))
-    for name, text in figures(report):
+    for name, text in (*figures(report), *asked(report)):
         out.print(f"{name}: {text}", markup=False)
     for part in report.short:
         out.print(f"NOT COVERED {part}", markup=False)
-    for failure in report.failures[:LISTED]:
-        out.print(f"FAILED {failure}", markup=False)
-    if len(report.failures) > LISTED:
-        more = len(report.failures) - LISTED
-        out.print(f"and {more} more problems; --report FOLDER writes all of them")
-    for problem in report.worse:
-        out.print(f"WORSE {problem}", markup=False)
+    for word, problems in (("FAILED", report.failures), ("WORSE", report.worse)):
+        groups = grouped(report, problems)
+        for group in groups[:LISTED]:
+            out.print(f"{word} {group.text}", markup=False)
+        more = sum(group.count for group in groups[LISTED:])
+        if more:
+            out.print(f"and {more} more problems; --report FOLDER writes all of them")
 
 
 def _scores(report: Report) -> Table:

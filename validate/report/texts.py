@@ -11,6 +11,8 @@ from numbers import Integral, Real
 from typing import Any
 from xml.etree import ElementTree
 
+from ingot.validate.report.asked import asked
+from ingot.validate.report.grouping import Group, grouped
 from ingot.validate.report.words import LISTED, clean, figures, headline, number
 from ingot.validate.result import Report, TensorResult
 
@@ -49,7 +51,7 @@ def plain(value: Any) -> Any:
 
 
 def junit_text(report: Report) -> str:
-    """One test case per tensor of a stage, per routing mode and per figure that got worse."""
+    """One test case a tensor of a stage, routing mode, check, part and figure that got worse."""
     suite = ElementTree.Element("testsuite", name="validate", time=f"{report.seconds:.3f}")
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in _properties(report).items():
@@ -60,6 +62,14 @@ def junit_text(report: Report) -> str:
         _case(suite, f"{prefix}.{tensor.stage}", tensor.name, problems, report.reason)
     for mode, routing in report.routing.items():
         _case(suite, f"{prefix}.routing", mode, routing.problems, report.reason)
+    for check in report.checks:
+        # One that was made in part is not green, and what it found is red all the same.
+        left_out = report.reason or check.left_out or None
+        _case(suite, f"{prefix}.checks", check.name, list(check.problems), left_out)
+    if report.coverage is not None:
+        for part in report.coverage.parts:
+            why = report.reason or (None if part.covered else part.why)
+            _case(suite, f"{prefix}.coverage", part.name, [], why)
     for growth in report.growth:
         if growth.problem:
             _case(suite, f"{prefix}.growth", growth.kind, [growth.problem], report.reason)
@@ -88,7 +98,10 @@ def _properties(report: Report) -> dict[str, str]:
         "ingot": report.ingot,
         "against": report.against,
         "seed": str(report.seed),
+        "plan": report.plan,
     }
+    if report.date:
+        result["date"] = report.date
     if report.place is not None:
         result["location"] = report.place
     return result | {f"environment {name}": value for name, value in report.environment.items()}
@@ -118,19 +131,37 @@ def markdown_text(report: Report) -> str:
     rows = figures(report)
     if rows:
         lines += ["", *(f"- **{_escape(name)}:** {_escape(text)}" for name, text in rows)]
-    failures = report.failures
-    if failures:
-        lines += ["", "### Problems", ""]
-        lines += [f"- {_escape(failure)}" for failure in failures[:LISTED]]
-        if len(failures) > LISTED:
-            lines.append(f"- and {len(failures) - LISTED} more in report.json")
-    if report.worse:
-        lines += ["", "### Worse than the baseline", ""]
-        lines += [f"- WORSE {_escape(problem)}" for problem in report.worse[:LISTED]]
-        if len(report.worse) > LISTED:
-            lines.append(f"- and {len(report.worse) - LISTED} more in report.json")
-    lines += ["", f"Seed {report.seed}; {report.seconds:.1f} s; {_escape(report.ingot)}"]
+    covered = asked(report)
+    if covered:
+        lines += ["", "### What was asked", ""]
+        lines += [f"- **{_escape(name)}:** {_escape(text)}" for name, text in covered]
+    if report.short:
+        lines += ["", "### Not covered", "", *(f"- {_escape(part)}" for part in report.short)]
+    lines += _problems("Problems", "", grouped(report, report.failures))
+    lines += _problems("Worse than the baseline", "WORSE ", grouped(report, report.worse))
+    version = report.environment.get("ingot")
+    made = [
+        *([f"Ingot {version}"] if version else []),
+        *([report.date] if report.date else []),
+        f"plan {report.plan}",
+        f"seed {report.seed}",
+        f"{report.seconds:.1f} s",
+        report.ingot,
+    ]
+    lines += ["", _escape("; ".join(made))]
     return "\n".join(lines) + "\n"
+
+
+def _problems(title: str, word: str, groups: list[Group]) -> list[str]:
+    """A section of problems; nothing where there are none."""
+    if not groups:
+        return []
+    lines = ["", f"### {title}", ""]
+    lines += [f"- {word}{_escape(group.text)}" for group in groups[:LISTED]]
+    more = sum(group.count for group in groups[LISTED:])
+    if more:
+        lines.append(f"- and {more} more in report.json")
+    return lines
 
 
 def _worst_row(kind: str, tensor: TensorResult) -> str:

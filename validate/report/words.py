@@ -53,7 +53,8 @@ def figures(report: Report) -> list[tuple[str, str]]:
     rows = [(f"Routing, {mode}", _routing(found)) for mode, found in report.routing.items()]
     if report.gate is not None:
         found_worse = f"{len(report.worse)} worse" if report.worse else "nothing worse"
-        rows.append(("Gate", f"{found_worse} than in {report.gate.baseline}"))
+        note = f", {report.gate.note}" if report.gate.note else ""
+        rows.append(("Gate", f"{found_worse} than in {report.gate.baseline}{note}"))
     if report.growth:
         by_kind = ", ".join(f"{each.kind} {number(each.ratio)}" for each in report.growth)
         rows.append(("Growth of the error over decode, in floors", f"{by_kind}-fold"))
