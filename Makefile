@@ -9,7 +9,7 @@ PRESET ?= tiny
 OUT ?= out/$(notdir $(MODEL))-$(TARGET)
 
 .PHONY: setup export plugins test test-slow gpu gpu-rehearse gpu-kernels gpu-bundle test-gpu triton-test lint format
-.PHONY: clean fuzz
+.PHONY: clean fuzz proof
 
 setup: $(VENV)/.installed
 
@@ -43,6 +43,16 @@ FUZZ_SEED ?= 0
 fuzz: setup
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.checkpoint --n $(FUZZ_N) --seed $(FUZZ_SEED)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.ingot --n $(FUZZ_N) --seed $(FUZZ_SEED)
+
+# Plants every fault of tests/proof in a kept ingot and validates it, and exports what is unusual and right:
+# a share of them by PROOF_SEED, or those whose title holds PROOF_ONLY. build/proof.json has what came of each.
+PROOF_SHARE ?= 1
+PROOF_SEED ?= 0
+PROOF_ONLY ?=
+
+proof: setup
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m proof --share $(PROOF_SHARE) --seed $(PROOF_SEED) \
+		--only "$(PROOF_ONLY)"
 
 # Everything a GPU is to prove and measure. On the GPU machine itself, with its own python3 and PyTorch:
 # no .venv, no network; `make gpu-bundle` elsewhere makes what to bring. GPU_ARGS="--only models" and such.

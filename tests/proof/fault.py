@@ -122,7 +122,7 @@ class Fault:
     """One planted fault.
 
     Attributes:
-        name: of the fault; with the base's it is the only one.
+        name: of the fault; with the base and the place it is the only one.
         base: of ``proof.bases``.
         kind: what it is an instance of.
         place: what is wrong.
@@ -143,8 +143,8 @@ class Fault:
 
     @property
     def title(self) -> str:
-        """The fault and its base."""
-        return f"{self.base}: {self.name}"
+        """The base, what is wrong of it, and the fault."""
+        return f"{self.base}, {self.place}: {self.name}"
 
 
 @dataclass(frozen=True)

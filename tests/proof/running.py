@@ -60,14 +60,15 @@ def run_fault(fault: Fault, kept: Kept, place: Path) -> Outcome:
             floors=worst(report),
             location=report.place or located(report.location),
             said=next(iter([*report.failures, *report.short]), ""),
-            missed=_missed(fault, report),
+            missed=judged(fault, report),
         )
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return replace(outcome, seconds=time.perf_counter() - began)
 
 
-def _missed(fault: Fault, report: Report) -> str:
+def judged(fault: Fault, report: Report) -> str:
+    """What of a report is not as the fault expects it, in words; empty where all is."""
     if not fault.by:
         return "" if report.verdict == "passed" else "rounding explains it, and it did not pass"
     missed = []
