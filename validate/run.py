@@ -61,8 +61,8 @@ class Target:
 
     def __init__(self, folder: Path, reference: Reference) -> None:
         self.folder = folder
-        # What is fed is of the checkpoint's vocabulary, whatever the ingot says of it: one that says
-        # too little would choose its own questions.
+        # What is fed is of the checkpoint's vocabulary, whatever the ingot says of it: one that
+        # says too little would choose its own questions.
         self.manifest = replace(Manifest.read(folder), vocab_size=reference.vocab_size)
         self.layout = Layout(self.manifest, reference.states)
         self.engine = self.manifest.engine is not None and has_gpu()

@@ -131,7 +131,7 @@ def failed_run(report: Report, runs: Sequence[Run]) -> Run | None:
 def _failed_calls(report: Report, runs: Sequence[Run]) -> set[str]:
     """The calls that failed; what was done with one beside, such as a replay, is a word behind."""
     stages = {call.stage for run in runs for call in run.calls}
-    result = set()
+    result: set[str] = set()
     for failed in {tensor.stage for tensor in report.tensors if tensor.problem}:
         words = failed.split(", ")
         begins = (", ".join(words[:count]) for count in range(len(words), 0, -1))
