@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from ingot.validate.counting import Fed
-from ingot.validate.coverage import Coverage, Experts, LeftOut
+from ingot.validate.coverage import Coverage, Experts, LeftOut, Part
 from ingot.validate.judge.judge import Judge
 from ingot.validate.parts import parts
 from ingot.validate.truth.runs import Traits
@@ -17,6 +18,7 @@ FLIPPED = (
     "the truth's experts given"
 )
 DOUBTFUL = "they come behind a choice of experts that rounding may turn, and nothing shows which"
+UNFORCED = "each expert by itself, since the experts of an engine cannot be given"
 UNKNOWN = "the truth was not computed for as many tokens of such a row"
 SAMPLED = "of long calls the outputs of some tokens are compared"
 
@@ -26,6 +28,7 @@ def coverage(
     calls: Sequence[Fed],
     judges: Sequence[Judge],
     forced: Mapping[int, Sequence[int]] | None = None,
+    unread: Mapping[int, str] = MappingProxyType({}),
 ) -> Coverage:
     """Add up what was asked.
 
@@ -35,6 +38,7 @@ def coverage(
         judges: one for each set.
         forced: by router, the experts that were run because they were given; None where none
             could be given.
+        unread: by router, why it cannot be seen which experts it chose.
     """
     compared = [call for call in calls if call.purpose == "compare"]
     ids = {int(each) for call in calls for each in np.unique(call.input_ids)}
@@ -53,9 +57,12 @@ def coverage(
         vocab_size=traits.vocab_size,
         chunks=chunks,
         experts=_experts(judges, forced or {}),
-        parts=parts(traits, calls),
+        parts=(*parts(traits, calls), *_unread(judges[0].routers.names(), unread)),
         left_out=tuple(_left_out(compared, judges, forced is None)),
-        not_asked=tuple(_not_asked(traits, positions, max(rows, default=0), len(ids))),
+        not_asked=(
+            *_not_asked(traits, positions, max(rows, default=0), len(ids)),
+            *(UNFORCED for _ in judges[0].routers.names()[:1] if forced is None),
+        ),
     )
 
 
@@ -82,6 +89,11 @@ def _experts(judges: Sequence[Judge], forced: Mapping[int, Sequence[int]]) -> tu
         never = set(range(first.experts[router])) - chosen - given
         found.append(Experts(name, *(tuple(sorted(each)) for each in (chosen, given, never))))
     return tuple(found)
+
+
+def _unread(names: Sequence[str], unread: Mapping[int, str]) -> Iterator[Part]:
+    for router, why in sorted(unread.items()):
+        yield Part(f"the experts that {names[router]} chooses", 0, None, why)
 
 
 def _left_out(calls: Sequence[Fed], judges: Sequence[Judge], unseen: bool) -> Iterator[LeftOut]:

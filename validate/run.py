@@ -159,7 +159,9 @@ def validate_ingot(
         hidden=totals.hidden(judges),
         router_margin=totals.margin(judges),
         reason=_reason(target, judges),
-        coverage=coverage(traits, calls, judges, None if target.engine else forced.experts),
+        coverage=coverage(
+            traits, calls, judges, None if target.engine else forced.experts, forced.unread
+        ),
     )
     if target.manifest.main_output == "logits" and target.manifest.states:
         tokens = totals.next_tokens(judges)

@@ -53,6 +53,7 @@ class ForcedJudge:
         routing: by mode, whether the experts that were given were used; empty without runs.
         experts: by the number of a router, the experts that were run because they were given,
             ascending.
+        unread: by the number of a router, why it cannot be seen which experts were used.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class ForcedJudge:
         self.results: list[TensorResult] = []
         self.routing: dict[str, Routing] = {}
         self.experts: dict[int, tuple[int, ...]] = {}
+        self.unread: dict[int, str] = {}
 
     @property
     def calls(self) -> int:
@@ -82,6 +84,7 @@ class ForcedJudge:
             session: over the graph.
             advance: told of each finished call.
         """
+        self.unread = {session.routers.index(name): why for name, why in session.unread.items()}
         every: list[Recording] = []
         for inputs, reference in zip(self._runs, self._references, strict=True):
             every.append(_recorded(session, self._layout, inputs))
