@@ -249,7 +249,8 @@ def _judge_graph(
     session = target.tapped()
     recorder = Recorder(session, bool(target.manifest.states), calls)
     count = sum(judge.calls for judge in judges) + forced.calls
-    with stages.stage("run the graph with its routers", count, "steps") as advance:
+    inside = "routers" if judges[0].routers.names() else "hidden states"
+    with stages.stage(f"run the graph with its {inside}", count, "steps") as advance:
         for judge in judges:
             judge.judge_graph(session, advance, recorder if target.graph_only else None)
         forced.judge(session, advance)
