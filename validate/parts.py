@@ -83,7 +83,8 @@ def _stateful(traits: Traits) -> Iterator[Asked]:
         if room is None or room > 2 * count:
             yield asked(f"a turn of {count} tokens after decode steps", _turn_of(count))
     yield asked(
-        "a prompt in pieces", lambda c: c.tokens > 1 and len(c.turns) > 0 and c.turns[-1] > 1
+        "a prompt in pieces",
+        lambda c: c.tokens > 1 and bool(c.past.any()) and min(c.turns) > 1,
     )
     yield asked(
         "padding before the prompt is a call of its own", lambda c: c.rows == 1 and c.began_padded

@@ -201,7 +201,7 @@ class Judge:
         rounding explains may have been another there.
         """
         for index, run in enumerate(self.material.runs):
-            sides = [self._by_call(run, side) for side in self.material.sides(run)]
+            sides = [self._by_call(run, s, of_router) for s in self.material.sides(run)]
             expected, truth, eager = map(_by_router, sides)
             at = [places(run.inputs, call) for call in main_run(run.inputs)]
             first = doubtful(expected, truth, eager, np.concatenate(at), self.routers.top_k)
@@ -227,7 +227,7 @@ class Judge:
     def force(self, session: TappedSession, run: Run, number: int) -> None:
         """Force the truth's experts on the next call, which is one of a run."""
         truth = self.material.sides(run)[1]
-        logits = all_router_logits(self.material.cut(run, number, truth))
+        logits = all_router_logits(self.material.cut(run, number, truth, of_router))
         call = main_run(run.inputs)[number]
         real = (run.inputs.attention_mask[:, call.columns] != 0).reshape(-1)
         session.choose(forced_choices(logits, real, self.routers.top_k))
@@ -337,7 +337,11 @@ class Judge:
         """The caches at the end of a run, with all that its calls added."""
         calls = main_run(run.inputs)
         at = np.concatenate([places(run.inputs, call) for call in calls])
-        sides = [whole(self.layout, self._by_call(run, side)) for side in self._sides(run)]
+
+        def is_cache(name: str) -> bool:
+            return self.layout.axis(name) is not None
+
+        sides = [whole(self.layout, self._by_call(run, s, is_cache)) for s in self._sides(run)]
         names = list(sides[0])
         stage = CACHES if run is self.material.runs[0] else f"{run.name}, {CACHES}"
         return self._results(run, stage, names, {True: at, False: at}, [], [*sides, found], flips)
@@ -372,7 +376,7 @@ class Judge:
         def some_left(name: str) -> bool:
             if self.layout.of_rows(name):
                 return bool(kept_rows)
-            return bool(keep[name.startswith(ROUTER_LOGITS)].any())
+            return bool(keep[of_router(name)].any())
 
         names = [name for name in names if some_left(name)]
         if not names:
@@ -381,7 +385,7 @@ class Judge:
         def select(name: str, array: Array) -> Array:
             if self.layout.of_rows(name):
                 return array[kept_rows] if len(array) == len(rows) else array
-            tokens = keep[name.startswith(ROUTER_LOGITS)]
+            tokens = keep[of_router(name)]
             # One of another length is left as it is, and fails by its shape.
             return array[tokens] if len(array) == len(tokens) else array
 
@@ -396,9 +400,9 @@ class Judge:
         """What a run is compared with: expected, truth, eager and its noise."""
         return *self.material.sides(run), self.material.noise(run)
 
-    def _by_call(self, run: Run, recording: Recording) -> Recording:
+    def _by_call(self, run: Run, recording: Recording, wanted: Callable[[str], bool]) -> Recording:
         calls = range(len(run.inputs.steps))
-        return [self.material.cut(run, number, recording) for number in calls]
+        return [self.material.cut(run, number, recording, wanted) for number in calls]
 
     def _note_chosen(self, found: Observed) -> None:
         for router, used in enumerate(self._used(found.calls)):
@@ -420,7 +424,7 @@ class Judge:
 
     def _ignored(self, run: Run, calls: Recording) -> tuple[Ignored, ...]:
         """Where the truth's experts were forced and not used."""
-        truth = _by_router(self._by_call(run, self.material.sides(run)[1]))
+        truth = _by_router(self._by_call(run, self.material.sides(run)[1], of_router))
         wanted = [choices(logits, self.routers.top_k) for logits in truth]
         at = np.concatenate([places(run.inputs, call) for call in main_run(run.inputs)])
         return ignored_choices(wanted, _taken(calls), truth, at)
@@ -444,7 +448,7 @@ class Judge:
         numbers = range(len(found)) if numbers is None else numbers
         calls = main_run(run.inputs)
         sides = [
-            [self.material.cut(run, number, side) for number in numbers]
+            [self.material.cut(run, number, side, of_router) for number in numbers]
             for side in self.material.sides(run)
         ]
         expected, truth, eager = map(_by_router, sides)
@@ -492,6 +496,11 @@ def _usual_floors(references: References) -> dict[str, float]:
                 error = float(relative_errors(noise[name], want).max())
                 squares.setdefault(name, []).append(error**2)
     return {name: float(np.sqrt(np.mean(found))) for name, found in squares.items()}
+
+
+def of_router(name: str) -> bool:
+    """Whether it is a router's logits."""
+    return name.startswith(ROUTER_LOGITS)
 
 
 def is_tap(name: str) -> bool:

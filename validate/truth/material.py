@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,7 @@ class Material:
         self.runs = list(runs)
         self.references = list(references)
         recorded = [run for run in runs if run.recorded]
+        self._found: dict[tuple[str, int], tuple[_Places, _Places, _Places]] = {}
         self._sources = [_Source(run) for run, _ in zip(recorded, references, strict=True)]
 
     @property
@@ -94,25 +95,31 @@ class Material:
         """The squared errors by token of several eager runs; see ``validate.truth.noise``."""
         return self.references[run.source].noise
 
-    def cut(self, run: Run, number: int, recording: Recording) -> Tensors:
+    def cut(
+        self,
+        run: Run,
+        number: int,
+        recording: Recording,
+        wanted: Callable[[str], bool] = lambda _name: True,
+    ) -> Tensors:
         """What a recording says of one call of a run, as if that call had been recorded.
 
         Args:
             run: one of ``runs``.
             number: of its call.
             recording: one of ``sides(run)``, or ``noise(run)``.
+            wanted: which names.
 
         Returns:
             By name what ``validate.truth.recording.observe`` gives for the call. Of what is by row
             there are the rows ``rows(run, number)``, and none where that is empty.
         """
         if run.recorded:
-            return recording[number]
-        call, source = main_run(run.inputs)[number], self._sources[run.source]
-        kept, real = source.places(run, call, kept=True), source.places(run, call, kept=False)
-        ends = source.ends(run, call)
+            return {name: array for name, array in recording[number].items() if wanted(name)}
+        source = self._sources[run.source]
+        kept, real, ends = self._places(run, number)
         result: Tensors = {}
-        for name in recording[0]:
+        for name in filter(wanted, recording[0]):
             if self.layout.of_rows(name):
                 if len(ends.calls):
                     result[name] = ends.take(recording, name, source.rows)
@@ -121,6 +128,18 @@ class Material:
             else:
                 result[name] = kept.take(recording, name, source.kept)
         return result
+
+    def _places(self, run: Run, number: int) -> tuple[_Places, _Places, _Places]:
+        """Of one call the recorded tokens, all real tokens, and the ends of its rows."""
+        key = run.name, number
+        if key not in self._found:
+            call, source = main_run(run.inputs)[number], self._sources[run.source]
+            self._found[key] = (
+                source.places(run, call, kept=True),
+                source.places(run, call, kept=False),
+                source.ends(run, call),
+            )
+        return self._found[key]
 
     def rows(self, run: Run, number: int) -> list[int]:
         """The rows of a run whose state after a call is known."""

@@ -51,6 +51,8 @@ class Traits:
         most_rows: that the target takes; None where nothing limits it.
         longest: sequence that the target takes; None where nothing limits it.
         threads: whether a session may be given a number of threads.
+        by_token: whether a session feeds several tokens of several rows behind others one by one,
+            as ``runtime.ort`` does where buffers are shared.
     """
 
     vocab_size: int
@@ -64,6 +66,7 @@ class Traits:
     most_rows: int | None = None
     longest: int | None = None
     threads: bool = True
+    by_token: bool = False
 
     @property
     def rows(self) -> int:
@@ -138,11 +141,25 @@ def make_runs(traits: Traits, plan: Plan, seed: int, *, context: bool = True) ->
     # Of one call a first piece is the same call again.
     found: list[Run] = []
     for run in cuts:
-        if traits.crosses(recorded[run.source].inputs):
-            recorded.append(recorded_run(run.name, run.inputs, len(recorded)))
-        else:
+        if not traits.crosses(recorded[run.source].inputs):
             found.append(run)
+        elif traits.by_token and len(run.rows) > 1:
+            # There the calls that count are of one token each.
+            single = recorded_run(f"{run.name}, by token", _by_token(run), len(recorded))
+            recorded.append(single)
+            found.append(
+                replace(run, source=single.source, rows=single.rows, columns=single.columns)
+            )
+        else:
+            recorded.append(recorded_run(run.name, run.inputs, len(recorded)))
     return [*recorded, *found]
+
+
+def _by_token(run: Run) -> Inputs:
+    """The same columns in a first call as long, and calls of one token."""
+    first, last = run.inputs.prefill, run.columns.shape[1]
+    calls = [(f"{run.name}, by token, {stop}", stop) for stop in range(first, last + 1)]
+    return replace(run.inputs, calls=tuple(calls))
 
 
 def recorded_run(name: str, inputs: Inputs, number: int) -> Run:
@@ -330,7 +347,9 @@ def _cut(source: Run, name: str, rows: Iterable[int], mask: Ids, sizes: Sequence
     )
     stops = np.cumsum(sizes).tolist()
     has = np.array([len(places[row]) for row in rows])
-    fitting = [stop for stop in stops if (mask[:, :stop].sum(1) <= has).all()]
+    # No longer than the source, which the target takes.
+    room = inputs.input_ids.shape[1]
+    fitting = [s for s in stops if s <= room and (mask[:, :s].sum(1) <= has).all()]
     mask = mask[:, : fitting[-1] if fitting else 0]
     columns = np.full(mask.shape, -1, dtype=np.int64)
     for index, row in enumerate(rows):
