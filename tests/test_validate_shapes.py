@@ -42,8 +42,10 @@ class Session(Played):
         padded: ``[B]``, whether a call was all padding in the row.
     """
 
-    def __init__(self, table: Table, wrong: Callable[[Session], object], **options: bool) -> None:
-        super().__init__(table, table, **options)
+    def __init__(
+        self, table: Table, wrong: Callable[[Session], object], *, classifier: bool = False
+    ) -> None:
+        super().__init__(table, table, classifier=classifier)
         self.wrong = wrong
 
     def reset(self, batch: int, capacity: int) -> None:
