@@ -14,6 +14,8 @@ from typing import Any
 from ingot.export.ingot import Verdict
 from ingot.validate.coverage import Coverage
 
+# The mode of routing in which every expert in turn is given.
+FORCED = "forced"
 SCHEMA_VERSION = 1
 # A score: an error no larger than eager's own is no fault, whatever it rose from.
 HARMLESS = 1.0
@@ -316,7 +318,7 @@ class Report:
         against: what the truth and the floor are, in words.
         seed: of the token ids.
         tensors: every tensor after every call, in order.
-        routing: by mode, ``free`` and ``replayed``; empty for a model without routers.
+        routing: by mode, ``free``, ``replayed`` and ``forced``; empty for a model without routers.
         growth: of the errors over decode, by kind; empty where there were too few steps.
         distribution: None for a target without logits.
         location: where it went wrong, where it did.

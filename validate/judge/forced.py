@@ -14,7 +14,7 @@ import torch
 from ingot.export.progress import Advance
 from ingot.validate.judge.compare import compare
 from ingot.validate.judge.routing import ignored_choices
-from ingot.validate.result import Routing, TensorResult
+from ingot.validate.result import FORCED, Routing, TensorResult
 from ingot.validate.truth.cache import Recording
 from ingot.validate.truth.inputs import Inputs
 from ingot.validate.truth.recording import (
@@ -32,7 +32,6 @@ from ingot.validate.truth.reference import References
 from ingot.validate.truth.replay import Chosen, Routers, replayed
 from ingot.validate.truth.taps import TappedSession
 
-FORCED = "forced"
 TAPS = (ROUTER_LOGITS, HIDDEN_STATES)
 # Elements of a token from which on it is also compared by itself. An expert may be used by one of a
 # call's tokens only, and its error is thinned out by the others.

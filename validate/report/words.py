@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from ingot.validate.result import Report, Routing
+from ingot.validate.result import FORCED, Report, Routing
 
 # How many failures a summary lists; the JSON and the JUnit file have all of them.
 LISTED = 10
@@ -50,7 +50,7 @@ def headline(report: Report) -> str:
 
 def figures(report: Report) -> list[tuple[str, str]]:
     """Routing, gate, growth and distribution figures, each in words."""
-    rows = [(f"Routing, {mode}", _routing(found)) for mode, found in report.routing.items()]
+    rows = [(f"Routing, {mode}", _routing(mode, found)) for mode, found in report.routing.items()]
     if report.gate is not None:
         found_worse = f"{len(report.worse)} worse" if report.worse else "nothing worse"
         note = f", {report.gate.note}" if report.gate.note else ""
@@ -90,16 +90,18 @@ def figures(report: Report) -> list[tuple[str, str]]:
     return rows
 
 
-def _routing(routing: Routing) -> str:
+def _routing(mode: str, routing: Routing) -> str:
     worst = min(routing.agreement, default=1.0)
-    failing = sum(flip.fails for flip in routing.flips)
     share = "all"
     if worst < 1:
         share = f"at least {worst:.2%} ({routing.name(routing.agreement.index(worst))}) of"
+    if mode == FORCED:
+        return f"{share} tokens used the experts that they were given, each in turn"
+    failing = sum(flip.fails for flip in routing.flips)
     ignored = len({each.router for each in routing.ignored})
     return (
         f"{share} tokens have the truth's experts at each router; "
         f"{len(routing.flips)} flips, {failing} beyond what rounding explains"
-        + f"; {ignored} routers do not use the experts that are forced"
+        + f"; {ignored} routers do not use the experts that they are given"
         * bool(ignored)
     )
