@@ -27,7 +27,7 @@ from ingot.export.progress import Stages
 from ingot.graphs import checkpoint as checkpoints
 from ingot.graphs import olmoe
 from ingot.graphs.merge import open_checkpoint
-from ingot.validate.identity.checks import Subject
+from ingot.validate.identity.subject import Subject
 from ingot.validate.identity.weights import check_weights
 from ingot.validate.identity.weights_files import rounded, widen
 from ingot.validate.result import Check, Location

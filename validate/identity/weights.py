@@ -16,15 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from ingot.export.ingot import Manifest
-from ingot.export.progress import Advance, Stages
-from ingot.graphs.checkpoint import Checkpoint
+from ingot.export.progress import Advance
 from ingot.graphs.names import ALIASES, RELEASED
 from ingot.plugins.errors import named
+from ingot.validate.identity.subject import Subject
 from ingot.validate.identity.weights_checkpoint import Tensors
 from ingot.validate.identity.weights_compare import BLOCK, Source, compare, shape_in
 from ingot.validate.identity.weights_factors import factors
@@ -167,15 +165,6 @@ def _same(reader: Reader, one: Tensor, other: Tensor) -> bool:
         if not np.array_equal(mine, its):
             return False
     return True
-
-
-class Subject(Protocol):
-    """What is checked; see ``checks.Subject``, which is one."""
-
-    folder: Path
-    manifest: Manifest
-    checkpoint: Checkpoint
-    stages: Stages
 
 
 def check_weights(subject: Subject) -> Check:
