@@ -29,14 +29,16 @@ def aligned(
 ) -> Iterator[Pair]:
     """Every node of both lists once, in order, with its partner or None.
 
-    As many nodes in a gap as there are others stand in their places.
+    As many nodes in a gap as there are others stand in their places, and the same operators in one
+    order are each other's, whatever they read.
     """
+    alike = [node.operator for node in nodes] == [other.operator for other in others]
+    if alike or (not tellings and len(nodes) == len(others)):
+        yield from zip(nodes, others, strict=True)
+        return
     if not nodes or not others or not tellings:
-        if len(nodes) == len(others):
-            yield from zip(nodes, others, strict=True)
-        else:
-            yield from ((node, None) for node in nodes)
-            yield from ((None, other) for other in others)
+        yield from ((node, None) for node in nodes)
+        yield from ((None, other) for other in others)
         return
     tell, *coarser = tellings
     mine, theirs = [tell(node) for node in nodes], [tell(node) for node in others]

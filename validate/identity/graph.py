@@ -70,7 +70,8 @@ def check_graph(subject: Subject) -> Check:
     places = _Places(found, fresh)
     problems = [places.sentence(each) for each in told[:MOST]]
     if len(told) > MOST:
-        problems.append(f"{len(told) - MOST} more differences, which may follow from these")
+        more = len(told) - MOST
+        problems.append(f"differences beyond these {MOST}, which may follow from them: {more}")
     place = next((places.location(each) for each in told if each.nodes), None)
     nodes = sum(1 for _ in all_nodes(found.graph))
     return Check(NAME, nodes, (*problems, *plain, *record), place)
