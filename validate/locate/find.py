@@ -17,6 +17,7 @@ from ingot.runtime.session import Session
 from ingot.validate.identity.checks import Subject
 from ingot.validate.locate.calls import Fed, one_by_one
 from ingot.validate.locate.locate import locate
+from ingot.validate.locate.part import LocateError
 from ingot.validate.locate.session import locate_session
 from ingot.validate.result import Location, Report
 from ingot.validate.truth.recording import fed, main_run
@@ -90,8 +91,6 @@ def _by_numbers(
     if not any(tensor.problem for tensor in report.tensors) and not _others(report):
         return None
     run = failed_run(report, runs)
-    if run is None:
-        return None
     calls = one_by_one(run.calls, subject.manifest.states)
     found = locate(subject, calls)
     if found is None:
@@ -107,11 +106,14 @@ def _others(report: Report) -> bool:
     return any(flip.fails for flip in flips) or any(growth.problem for growth in report.growth)
 
 
-def failed_run(report: Report, runs: Sequence[Run]) -> Run | None:
+def failed_run(report: Report, runs: Sequence[Run]) -> Run:
     """The cheapest run that failed, up to the first call that did.
 
     That of the main run's prefill stands for all. Where the failure is of no run, it may be of any
     call of the first one.
+
+    Raises:
+        LocateError: its calls are too long.
     """
     failed = _failed_calls(report, runs)
     found = []
@@ -119,13 +121,14 @@ def failed_run(report: Report, runs: Sequence[Run]) -> Run | None:
         number = next((n for n, call in enumerate(run.calls) if call.stage in failed), None)
         if number is not None:
             found.append(replace(run, calls=run.calls[: number + 1]))
-            if run.main and number == 0:
-                return found[-1]
     found = found or list(runs[:1])
     if any(run.main for run in found):
         found = [replace(run, name="") for run in found]
-    found = [run for run in found if _scores(run) <= MOST_SCORES]
-    return min(found, key=_scores, default=None)
+    first = found[0]
+    best = first if first.main and len(first.calls) == 1 else min(found, key=_scores)
+    if _scores(best) > MOST_SCORES:
+        raise LocateError("what failed is too long to be run again with all that is inside of it")
+    return best
 
 
 def _failed_calls(report: Report, runs: Sequence[Run]) -> set[str]:

@@ -1,0 +1,216 @@
+"""A failed report gets one place: of the run that failed, or of a check, or a reason for none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from ingot.graphs.state import key_value_states
+from ingot.runtime.session import Session
+from ingot.validate.identity.subject import Subject
+from ingot.validate.locate import find
+from ingot.validate.locate.calls import Fed, feeds, one_by_one, other_padding
+from ingot.validate.locate.find import Run, eager_overflows, failed_run, located, runs_of
+from ingot.validate.locate.part import LocateError
+from ingot.validate.result import Check, Growth, Location, Report, TensorResult
+from ingot.validate.truth.inputs import QUICK, make_inputs
+from ingot.validate.truth.runs import Traits, make_runs
+
+STATES = key_value_states(0, 2, 4)
+
+
+def tensor(stage: str, problem: str = "wrong", **more: Any) -> TensorResult:
+    return TensorResult(stage, "logits", "logits", None, 1.0, 0.1, 1.0, 8.0, problem, **more)
+
+
+def report(*tensors: TensorResult, **more: Any) -> Report:
+    return Report("ingot", "granite", "ort", "float16", "eager", 0, tensors, **more)
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[Run]:
+    """Of two seeds."""
+    made = [make_runs(Traits(512), QUICK, seed, context=seed == 0) for seed in (0, 1)]
+    first, second = made
+    return [*runs_of(first, "seed 0, "), *runs_of(second, "seed 1, ", first=False)]
+
+
+def chosen(runs: list[Run], *stages: str) -> tuple[str, str]:
+    """The name of the run that is repeated, and its last call."""
+    run = failed_run(report(*map(tensor, stages), tensor("seed 0, prefill", "")), runs)
+    return run.name, run.calls[-1].stage
+
+
+def test_repeats_the_run_that_failed_up_to_the_first_call_that_did(runs: list[Run]) -> None:
+    assert chosen(runs, "seed 0, prefill") == ("", "seed 0, prefill")
+    assert chosen(runs, "seed 0, decode 3", "seed 0, decode 2") == ("", "seed 0, decode 2")
+    assert chosen(runs, "seed 0, decode 2, replayed") == ("", "seed 0, decode 2")
+    assert chosen(runs, "seed 1, decode 2")[0] == "seed 1, main"
+    alone = "seed 1, row 0 alone"
+    assert chosen(runs, alone) == (alone, alone)
+    # A later call of the same run is not taken for the first, whose name it begins with.
+    assert chosen(runs, f"{alone}, decode 2, replayed") == (alone, f"{alone}, decode 2")
+
+
+def test_repeats_the_cheapest_run_unless_the_first_prefill_failed(runs: list[Run]) -> None:
+    stages = ("seed 0, decode 8", "seed 0, row 2 alone", "seed 1, prefill")
+    name, call = chosen(runs, *stages)
+    # The main run failed too, so the other needs no name.
+    assert (name, call) == ("", "seed 0, row 2 alone")
+    assert chosen(runs, *stages, "seed 0, prefill") == ("", "seed 0, prefill")
+
+
+def test_repeats_the_main_run_where_no_call_failed(runs: list[Run]) -> None:
+    assert failed_run(report(tensor("all of the caches")), runs) == runs[0]
+
+
+def test_repeats_no_run_that_would_fill_the_memory() -> None:
+    ids = np.zeros((1, 1 << 13), np.int64)
+    run = Run([Fed("prefill", ids, ids + 1)], main=True)
+    with pytest.raises(LocateError, match="too long"):
+        failed_run(report(tensor("prefill")), [run])
+
+
+def test_what_is_fed_is_what_its_definition_says() -> None:
+    inputs = make_inputs(512, plan=QUICK)
+    (run, *_) = runs_of(make_runs(Traits(512), QUICK, 0))
+    for number, (_, columns) in enumerate(inputs.steps):
+        rows = len(inputs.input_ids)
+        calls = [call._replace(input_ids=call.input_ids[:rows]) for call in run.calls]
+        calls = [call._replace(attention_mask=call.attention_mask[:rows]) for call in calls]
+        found, expected = feeds(calls, number, STATES), inputs.feeds(columns, cached=True)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array)
+
+
+def test_calls_without_a_state_stand_alone() -> None:
+    one = Fed("3 tokens", np.array([[5, 6, 7]]), np.array([[0, 1, 1]]))
+    found = feeds([one, one], 1, ())
+    assert found["attention_mask"].tolist() == [[0, 1, 1]]
+    assert found["position_ids"].tolist() == [[0, 0, 1]]
+
+
+def test_feeds_a_shared_cache_one_token_at_a_time_after_a_past() -> None:
+    ids = np.arange(10).reshape(2, 5)
+    calls = [Fed("a", ids[:, :2], ids[:, :2]), Fed("b", ids[:, 2:], ids[:, 2:])]
+    assert one_by_one(calls, STATES) == calls
+    shared = [replace(state, shared=True) for state in STATES]
+    found = one_by_one(calls, shared)
+    assert [(call.stage, call.input_ids.shape[1]) for call in found] == [
+        ("a", 2),
+        *[("b", 1)] * 3,
+    ]
+    np.testing.assert_array_equal(np.concatenate([c.input_ids for c in found], axis=1), ids)
+    # One row is taken as it is.
+    rows = [Fed(s, i[:1], m[:1]) for s, i, m in calls]
+    assert [call.input_ids.shape[1] for call in one_by_one(rows, shared)] == [2, 3]
+
+
+def test_other_tokens_stand_in_padding_only() -> None:
+    call = Fed("a", np.array([[511, 3]]), np.array([[0, 1]]))
+    found = other_padding([call], 512)
+    assert found is not None and found[0].input_ids.tolist() == [[0, 3]]
+    assert other_padding([call._replace(attention_mask=np.array([[1, 1]]))], 512) is None
+
+
+class _Manifest:
+    states = STATES
+
+
+class _Subject:
+    manifest, folder = _Manifest(), Path("nowhere")
+
+
+def place(
+    monkeypatch: pytest.MonkeyPatch, found: Report, locate: Any, session: Any = None
+) -> Report:
+    """The report with its place, where these look for it."""
+    monkeypatch.setattr(find, "locate", locate)
+    monkeypatch.setattr(find, "locate_session", session or (lambda *_: None))
+    (run, *_) = runs_of(make_runs(Traits(512), QUICK, 0))
+    return located(found, cast(Subject, _Subject()), [run], lambda: cast(Session, None))
+
+
+NODE = Location(1, "Cast", "val_3", 0.0)
+WRONG = Check("graph", 3, ("layer 1, Cast val_3: there is no such node",), NODE)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("No corresponding Numpy type for Tensor Type.\n  bfloat16"),
+        KeyError("val_3"),
+        AssertionError(),
+    ],
+)
+def test_whatever_goes_wrong_on_the_way_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    found = place(monkeypatch, report(tensor("prefill")), fails)
+    assert found.location is None and found.verdict == "failed"
+    assert found.unlocated and "\n" not in found.unlocated and "Traceback" not in found.unlocated
+    assert str(error).split()[:3] == [] or str(error).split()[0] in found.unlocated
+    # What a check says of the place is better than none.
+    assert place(monkeypatch, report(tensor("prefill"), checks=(WRONG,)), fails).location == NODE
+
+
+def test_numbers_come_before_checks_and_the_graph_before_the_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wrong = report(tensor("prefill"), checks=(WRONG,))
+    of_graph, of_session = Location(0, "Add", "sum", 20.0), Location(None, "session", "mask", 1.0)
+    assert place(monkeypatch, wrong, lambda *_: of_graph).location == of_graph
+    found = place(monkeypatch, wrong, lambda *_: None, lambda *_: of_session)
+    assert found.location == of_session
+    assert place(monkeypatch, wrong, lambda *_: None).location == NODE
+
+
+def test_numbers_that_are_right_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        pytest.fail("it was run")
+
+    right = report(tensor("prefill", ""), checks=(WRONG,))
+    assert place(monkeypatch, right, never).location == NODE
+    grown = replace(right, growth=(Growth("key", 1.0, 9.0, 4.0),))
+    assert place(monkeypatch, grown, lambda *_: NODE).location == NODE
+
+
+def test_says_of_an_overflow_what_eager_pytorch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    overflow = Location(3, "MoE", "moe_3", np.inf, overflow=71000.0)
+    one = tensor("prefill", not_finite=("target",))
+    found = place(monkeypatch, report(one), lambda *_: overflow)
+    begin = "overflow in layer 3, MoE output moe_3: 7.1e+04 is beyond float16's 65504; "
+    assert found.place == f"{begin}eager PyTorch in float16 does not overflow"
+    both = tensor("prefill", not_finite=("eager", "target"))
+    found = place(monkeypatch, report(both), lambda *_: overflow)
+    assert found.place == f"{begin}eager PyTorch in float16 overflows too: use --precision bf16"
+    assert eager_overflows(report(both)) in str(found.place)
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        (
+            Location(1, "If", "v", 20.0, "then_branch: Mul output w"),
+            "layer 1, If output v, in its ",
+        ),
+        (Location(None, "Cast", "v", 0.0), "Cast output v, another node than it should be"),
+        (
+            Location(1, "Add", "v", np.inf, detail="which holds NaN"),
+            "Add output v, which holds NaN",
+        ),
+        (Location(1, "Add", "v", 20.0, run="row 0 alone"), "20x floor, at row 0 alone"),
+        (Location(None, "MatMul", "v", np.inf, overflow=7e4), "overflow outside of the layers, "),
+        (Location(None, "session", "mask at decode 1", np.inf), "in the session, mask at decode 1"),
+    ],
+)
+def test_says_what_is_wrong_in_words(location: Location, words: str) -> None:
+    assert words in str(location)
+    assert not {"inf", "nan", "infx"} & set(str(location).replace(",", " ").split())
