@@ -52,7 +52,7 @@ def test_what_was_asked_is_said_in_a_few_lines() -> None:
         ),
         (
             "Shapes of use",
-            "2 of 3 were covered, with the truth's experts: a prompt of one token",
+            "2 of 3 were covered; with the truth's experts alone: a prompt of one token",
         ),
         ("Left out", "3 of 95 tokens: a near-tie turned before them"),
         ("Not asked", "contexts beyond 51 of 4,096 tokens"),

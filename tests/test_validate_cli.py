@@ -232,8 +232,9 @@ def test_says_that_an_engine_did_not_run(
         ([], STANDARD, 0),
         (["--quick"], QUICK, 0),
         (["--thorough", "--seed", "5"], THOROUGH, 5),
+        (["--length", "300"], replace(STANDARD, length=300), 0),
     ],
-    ids=["standard", "quick", "thorough"],
+    ids=["standard", "quick", "thorough", "length"],
 )
 def test_options_choose_the_plan(
     ingot: Path,
@@ -336,6 +337,14 @@ def test_a_missing_package_costs_what_it_draws(
     if "report.html" in left:
         page = (tmp_path / "report" / "report.html").read_text()
         assert "The page has no plots" in page and "<svg" not in page and "PASSED" in page
+
+
+@pytest.mark.parametrize("length", ["0", "1", "-3", "513"])
+def test_refuses_a_length_that_the_model_does_not_take(
+    ingot: Path, checkpoint: Path, length: str
+) -> None:
+    said = f"--length is {length}; it must be 2 to 512, the longest that the model is meant for"
+    _refused(_validate(ingot, checkpoint, "--length", length), said)
 
 
 # --- baselines

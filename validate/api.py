@@ -16,8 +16,10 @@ from ingot.validate.early import (
     PLANS,
     cannot_compare,
     check_baseline,
+    check_length,
     check_request,
     check_seed,
+    plan_words,
     read_words,
 )
 from ingot.validate.gate import gated, require_comparable
@@ -33,6 +35,7 @@ def validate(
     revision: str | None = None,
     adapter: str | Path | None = None,
     plan: Literal["quick", "standard", "thorough"] = "standard",
+    length: int | None = None,
     seed: int = 0,
     against: str | Path = EAGER,
     tokens: str | Path | None = None,
@@ -50,6 +53,8 @@ def validate(
         adapter: the adapter that was merged into it, its folder or ``org/name`` on the hub.
         plan: how much is fed: ``quick`` 8 decode steps, ``standard`` 32, ``thorough`` 3 seeds of
             128 each.
+        length: also feed one sequence of so many tokens, in pieces and in bounded memory;
+            ``thorough`` by itself feeds one of the model's context, up to 4096.
         seed: of the token ids.
         against: what the ingot is compared with: ``eager``, a target (``onnx``, ``ort``, ``trt`` or
             ``trt-rtx``) or the folder of another ingot.
@@ -77,6 +82,7 @@ def validate(
     named = None if adapter is None else str(adapter)
     manifest, merged = check_request(folder, plan=plan, against=str(against), adapter=named)
     check_seed(seed)
+    check_length(length, manifest)
     if baseline is not None:
         check_baseline(Path(baseline), folder, Path(checkpoint), named)
     words = read_words(manifest, folder, tokens, text)
@@ -92,6 +98,7 @@ def validate(
 
     opened = open_checkpoint(source, merged)
     reference = Reference(opened, manifest.task, manifest.precision, default_cache())
+    fed = plan_words(plan, length)
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     reason = cannot_compare(manifest)
     if reason is not None and (earlier is not None or baseline is not None):
@@ -106,8 +113,8 @@ def validate(
         )
     if reason is not None:
         report = examine_unrun(folder, reference, stages, reason, seed=seed)
-        return replace(report, plan=plan, date=now)
-    chosen, other = PLANS[plan], None
+        return replace(report, plan=fed, date=now)
+    chosen, other = replace(PLANS[plan], length=length), None
     with contextlib.ExitStack() as stack:
         if str(against) != EAGER:
             other, name = stack.enter_context(other_ingot(str(against), manifest, opened, stages))
@@ -115,10 +122,10 @@ def validate(
         if earlier is not None and gate is not None:
             # Before minutes of work; whether an engine runs, only these show.
             expected = empty_report(manifest, reference.against, folder.name, seed)
-            expected = replace(expected, reason=earlier.identity["reason"], plan=plan)
+            expected = replace(expected, reason=earlier.identity["reason"], plan=fed)
             require_comparable(expected, earlier, Path(gate))
         report = examine(folder, reference, stages, plan=chosen, seed=seed, text=words)
-        report = replace(report, plan=plan, date=now)
+        report = replace(report, plan=fed, date=now)
         if earlier is not None and gate is not None:
             report = gated(report, earlier, Path(gate))
         if baseline is not None and report.verdict != "failed":

@@ -30,6 +30,11 @@ STATUS = {"passed": 0, "passed, in part": 0, "failed": 1, "skipped": 0}
 @click.option("--quick", "plan", flag_value="quick", help="8 decode steps in place of 32.")
 @click.option("--thorough", "plan", flag_value="thorough", help="3 seeds, 128 decode steps each.")
 @click.option(
+    "--length",
+    type=int,
+    help="Also feed one sequence of so many tokens; --thorough feeds the context, up to 4096.",
+)
+@click.option(
     "--against",
     default="eager",
     show_default=True,
@@ -71,6 +76,7 @@ def validate_command(
     adapter: str | None,
     seed: int,
     plan: Literal["quick", "thorough"] | None,
+    length: int | None,
     against: str,
     tokens: Path | None,
     text: Path | None,
@@ -102,6 +108,7 @@ def validate_command(
         revision=revision,
         adapter=adapter,
         plan=plan or "standard",
+        length=length,
         seed=seed,
         against=against,
         tokens=tokens,

@@ -18,6 +18,8 @@ from ingot.validate.truth.inputs import QUICK, STANDARD, THOROUGH
 
 EAGER = "eager"
 PLANS = {"quick": QUICK, "standard": STANDARD, "thorough": THOROUGH}
+# Tokens of ``--length``, where the model has no limit; a day of eager PyTorch.
+MOST_LENGTH = 1 << 20
 
 
 def cannot_compare(manifest: Manifest) -> str | None:
@@ -79,6 +81,30 @@ def check_seed(seed: int) -> None:
     """
     if type(seed) is not int or seed < 0:
         raise IngotError(f"--seed is {shown(seed)}; it must be a whole number of at least 0.")
+
+
+def check_length(length: int | None, manifest: Manifest) -> None:
+    """Refuse a length of a long sequence that the ingot does not take.
+
+    Raises:
+        IngotError: it is no whole number, or beyond the context, the engine or any measure.
+    """
+    if length is None:
+        return
+    context, most, why = manifest.generation.get("context_length"), MOST_LENGTH, "the most there is"
+    if context is not None and context < most:
+        most, why = context, "the longest that the model is meant for"
+    if manifest.engine is not None:
+        longest = manifest.engine.profiles[0].shapes["input_ids"][2][1]
+        if longest < most:
+            most, why = longest, "the longest that its engine takes"
+    if type(length) is not int or not 2 <= length <= most:
+        raise IngotError(f"--length is {shown(length)}; it must be 2 to {most}, {why}.")
+
+
+def plan_words(plan: str, length: int | None) -> str:
+    """What a report calls the plan and the sequence that it was told to feed."""
+    return plan if length is None else f"{plan}, and one sequence of {length} tokens"
 
 
 def check_baseline(path: Path, ingot: Path, checkpoint: Path, adapter: str | None) -> None:

@@ -61,7 +61,7 @@ def parts_words(found: Coverage) -> str:
     replayed = [part.name for part in covered if part.how == "replayed"]
     text = f"{len(covered)} of {len(found.parts)} were covered"
     if replayed:
-        text += f", with the truth's experts: {', '.join(replayed)}"
+        text += f"; with the truth's experts alone: {', '.join(replayed)}"
     return text
 
 
