@@ -159,7 +159,7 @@ def validate_ingot(
         growth=totals.worst_growth(judges),
         hidden=totals.hidden(judges),
         router_margin=totals.margin(judges),
-        reason=_reason(target, judges),
+        reason=_reason(target, calls),
         coverage=coverage(
             traits, calls, judges, None if target.engine else forced.experts, forced.unread
         ),
@@ -193,9 +193,9 @@ def empty_report(manifest: Manifest, against: str, name: str, seed: int) -> Repo
     )
 
 
-def _reason(target: Target, judges: Sequence[Judge]) -> str | None:
+def _reason(target: Target, calls: Sequence[Fed]) -> str | None:
     """Why passing proves nothing about the ingot itself, if it does not."""
-    if target.engine and not any(judge.results for judge in judges):
+    if target.engine and not any(call.free for call in calls if call.purpose == "compare"):
         return ALL_DOUBTFUL
     return NO_GPU if target.graph_only and target.manifest.engine is not None else None
 
@@ -218,12 +218,11 @@ def _observe(
             judge.exclude_doubtful()
     else:
         # Each session goes before another takes as much memory.
+        _judge_threads(target, judges, stages, calls)
         tapped = _judge_graph(target, judges, forced, stages, calls)
         if target.graph_only:
-            _judge_threads(target, judges, stages, calls)
             return tapped, calls
         del tapped
-        _judge_threads(target, judges, stages, calls)
     session = target.delivered()
     recorder = Recorder(session, stateful, calls)
     count = sum(judge.calls for judge in judges) + repeated_calls(judges[0])
