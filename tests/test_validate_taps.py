@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def by_row(array: Floats) -> Floats:
     return array.reshape(2, -1, array.shape[-1])
 
 
-def chosen(taps: dict[str, Floats]) -> list[Floats]:
+def chosen(taps: dict[str, Any]) -> list[Chosen]:
     """The experts that were used, router by router."""
     count = sum(name.startswith("router_logits.") for name in taps)
     return [taps[f"chosen_experts.{n}"] for n in range(count)]
@@ -95,6 +96,8 @@ def assert_near(expected: dict[str, Floats], found: dict[str, Floats], columns: 
     """Every tap is that of the eager session at real tokens."""
     real = make_inputs(512).attention_mask[:, columns] != 0
     for name, array in found.items():
+        if name.startswith("chosen_experts."):
+            continue
         assert array.shape == expected[name].shape and array.dtype == np.float32
         want, have = by_row(expected[name])[real], by_row(array)[real]
         assert relative_rms(want, have) < 1e-5, name
@@ -130,8 +133,12 @@ def test_taps_are_what_eager_pytorch_has(
     assert session.routers == routers
     pairs = zip(steps(subject.eager), steps(session), CALLS, strict=True)
     for (_, expected), (_, found), columns in pairs:
-        assert list(found) == [*routers, *hidden]
+        used = [f"chosen_experts.{n}" for n in range(ROUTERS[family])]
+        assert list(found) == [*routers, *hidden, *used] and not session.unread
         assert_near(expected, found, columns)
+        for name, mask in zip(routers, chosen(found), strict=True):
+            # No two logits are near each other here.
+            np.testing.assert_array_equal(mask, choices(found[name], TOP_K))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -143,7 +150,8 @@ def test_the_last_hidden_state_of_features_is_the_main_output(
     pairs = zip(steps(subject.eager), steps(session), CALLS, strict=True)
     for (main, expected), (found_main, found), columns in pairs:
         assert list(found) == [
-            *("router_logits.0", "router_logits.1", "hidden_states.0", "hidden_states.1")
+            *("router_logits.0", "router_logits.1", "hidden_states.0", "hidden_states.1"),
+            *("chosen_experts.0", "chosen_experts.1"),
         ]
         assert_near(expected, found, columns)
         np.testing.assert_array_equal(main["main"], expected["hidden_states.2"])
@@ -160,11 +168,12 @@ def test_a_step_taken_token_by_token_has_the_taps_of_all(
     together = [taps for _, taps in steps(session)]
     singly = [taps for _, taps in steps(session, SINGLE)]
     for name, array in together[2].items():
-        assert array.shape[:-1] == ((6,) if name in session.routers else (2, 3))
+        by_token = name.startswith(("router_logits.", "chosen_experts."))
+        assert array.shape[:-1] == ((6,) if by_token else (2, 3))
         parts = [by_row(call[name]) for call in singly[2:5]]
         np.testing.assert_array_equal(by_row(array), np.concatenate(parts, axis=1))
         # Were it in another order, it would show.
-        assert len(np.unique(array.reshape(6, -1), axis=0)) == 6
+        assert array.dtype == np.bool_ or len(np.unique(array.reshape(6, -1), axis=0)) == 6
 
 
 def own_choices(session: EagerSession, count: int, seed: int) -> list[list[Chosen]]:
@@ -191,6 +200,8 @@ def test_forced_experts_give_what_they_give_in_eager_pytorch(
     real = make_inputs(512).attention_mask != 0
     for number, columns in enumerate(SINGLE):
         (want, want_taps), (have, have_taps) = expected[number], found[number]
+        for mask, given in zip(chosen(have_taps), others[number], strict=True):
+            np.testing.assert_array_equal(mask, given)
         assert_near(want_taps, have_taps, columns)
         assert_near({"main": want["main"]}, {"main": have["main"]}, columns)
         seen = real[:, : columns.stop]
@@ -209,6 +220,21 @@ def test_forced_experts_give_what_they_give_in_eager_pytorch(
         assert out["main"].tobytes() == before.tobytes()
 
 
+@pytest.mark.parametrize("family", ROUTED)
+def test_forces_the_experts_of_a_step_that_is_taken_token_by_token(
+    subjects: Callable[..., Subject], family: str
+) -> None:
+    session = subjects(family).tapped("ort")
+    random = np.random.default_rng(0)
+    given = [
+        [choices(random.standard_normal(taps[name].shape), TOP_K) for name in session.routers]
+        for _, taps in steps(session)
+    ]
+    for number, (_, taps) in enumerate(steps(session, CALLS, lambda n: session.choose(given[n]))):
+        for mask, wanted in zip(chosen(taps), given[number], strict=True):
+            np.testing.assert_array_equal(mask, wanted)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("family", ROUTED)
 def test_its_own_experts_forced_change_no_bit(
@@ -225,5 +251,5 @@ def test_its_own_experts_forced_change_no_bit(
 
 def test_wants_the_experts_of_every_router(subjects: Callable[..., Subject]) -> None:
     session = subjects("olmoe").tapped("onnx")
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="1 choices for 2 routers"):
         session.choose([np.ones((1, 1), dtype=np.bool_)])
