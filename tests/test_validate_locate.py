@@ -89,7 +89,7 @@ def find(subjects: Subjects, traces: Traces, tmp_path: Path) -> Find:
         pytest.param(graph(skip_query_norm), 1, "Reshape", id="query norm dropped"),
         # The next layer reads it, so it is missed itself.
         pytest.param(graph(drop_residual), 1, "Add", id="residual dropped"),
-        pytest.param(graph(shift_mask), None, "Unsqueeze", id="mask off by one"),
+        pytest.param(graph(shift_mask), None, "Slice", id="mask off by one"),
     ],
 )
 def test_finds_what_is_wrong_in_olmoe(

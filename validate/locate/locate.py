@@ -70,8 +70,8 @@ def locate(subject: Subject, calls: Sequence[Fed]) -> Location | None:
             every layer is run for every call. Two or more show a fault in decode.
 
     Returns:
-        The first bad value, by layer, then by call, then in the order of computation; a node that
-        only the ingot has is not named itself, but the first that is wrong behind it. Where all
+        The first bad value, by layer, then by call, then in the order of computation; where it is
+        wrong by what it reads, and that is a node that only the ingot has, that node. Where all
         values are right, the first that overflows float16, or else the first node that is missing,
         or another operator, or has other attributes, constants or branches than it should, with a
         ratio of 0. None where the graph is as it should be.
@@ -112,31 +112,44 @@ class _Search:
         self._halves = halves(actual)
 
     def location(self, bad: Bad) -> Location:
-        """A location by one of the reference's values, in the ingot's names where it has it."""
+        """A location by one of the reference's values, in the ingot's names where it has it.
+
+        Where its node does what it should, but reads a node that only the ingot has, it is that.
+        """
         value, inside, detail = bad.value, "", bad.detail
         node = self.reference.makers.get(value)
         position = self.reference.positions.get(value, self.actual.positions.get(value, AFTER))
         if value in self.pairs or node is None:
             value = self.pairs.get(value, value)
             found = self.actual.makers[value]
-            extra = self._only_here_before(found)
-            if node is not None:
-                inside = first_inside(self.reference, node, self.actual, found, self.pairs)
-            if extra is not None and self.actual.positions[extra] != position:
-                # In the layer where it stands, and not in the one that reads it.
+            extra = None
+            if node is not None and not differs(self.reference, node, self.actual, found):
+                extra = self._only_here_before(found)
+            if extra is not None:
                 value, position = extra, self.actual.positions[extra]
                 found, detail = self.actual.makers[extra], "which should not be there"
-            elif extra is not None and not detail:
-                operator = self.actual.makers[extra].op_type
-                detail = f"which reads a {operator} that should not be there"
+            elif node is not None:
+                inside = first_inside(self.reference, node, self.actual, found, self.pairs)
             node = found
         layer = None if position in (BEFORE, AFTER) else position
         return Location(layer, node.op_type, value, bad.ratio, inside, detail, bad.overflow)
 
     def _only_here_before(self, node: onnx.NodeProto) -> str | None:
-        """What a node reads that only the ingot's graph makes."""
-        read = (name for name in self.actual.variables(node) if name in self.actual.makers)
-        return next((name for name in read if name not in self.taken), None)
+        """The first of the values on the way to a node that only the ingot has, in one layer."""
+        first: str | None = None
+        while True:
+            before = [
+                name
+                for name in self.actual.variables(node)
+                if name in self.actual.positions
+                and name not in self.taken
+                and self.actual.positions[name]
+                == self.actual.positions.get(first or name, self.actual.positions[name])
+            ]
+            if not before:
+                return first
+            first = before[0]
+            node = self.actual.makers[first]
 
     def differs(self, value: str) -> bool:
         """Whether the node that makes a value is missing, or does another thing than it should."""
