@@ -93,6 +93,47 @@ def test_fails_on_nan_and_infinity_on_either_side(bad: float) -> None:
     assert "NaN or infinity" in _one(damaged, damaged).problem
 
 
+@pytest.mark.parametrize(
+    ("precision", "sides", "said"),
+    [
+        ("float16", ("eager", "target"), "and so does the target: this model does not fit float16"),
+        # Without a floor nothing is proven, also where the target is finite.
+        ("float16", ("eager",), "this model does not fit float16; use --precision bf16"),
+        ("float16", ("target",), "the target overflows float16, and eager PyTorch does not"),
+        ("float32", ("eager", "target"), "there is nothing to compare with"),
+        ("float32", ("target",), "the target holds NaN or infinity, and eager PyTorch does not"),
+        ("float16", ("reference", "target"), "the reference holds NaN or infinity"),
+    ],
+)
+def test_tells_an_overflow_and_whose_it_is(
+    precision: str, sides: tuple[str, ...], said: str
+) -> None:
+    def side(name: str) -> Floats:
+        array = _random(4, 6)
+        if name in sides:
+            array[1, 2] = np.inf
+        return array
+
+    truth, eager, target = map(side, ("reference", "eager", "target"))
+    # A usual floor that an overflow of another call made infinite lets nothing pass.
+    floors = {"key": np.inf}
+    found, *_ = compare(
+        "prefill", {"key": truth}, {"key": eager}, {"key": target}, KINDS, precision, floors
+    )
+    assert said in found.problem
+    assert (found.not_finite, found.error) == (sides, None)
+    wrong = compare(
+        "prefill",
+        {"key": _random(4, 6)},
+        {"key": _random(4, 6)},
+        {"key": _random(4, 6, seed=1)},
+        KINDS,
+        precision,
+        floors,
+    )
+    assert "times what eager PyTorch makes" in wrong[0].problem
+
+
 def test_fails_where_nothing_was_compared() -> None:
     (found,) = compare("prefill", {}, {}, {}, KINDS)
     assert (found.name, found.problem) == ("all outputs", "nothing was compared")

@@ -68,6 +68,7 @@ def compare(
             # Of a call in which eager PyTorch overflows there is no error.
             usual = usual if np.isfinite(usual) else 0.0
             samples = () if noise is None else relative_errors(noise[name], truth[name])
+            samples = tuple(sample for sample in samples if np.isfinite(sample))
             floor = max(of_eager.relative_rms, *samples, usual, ROUNDOFF[precision])
             problem = _judge(found, of_eager, floor, kind, precision)
             if kind == "logits":

@@ -1,0 +1,198 @@
+"""A fault of every kind is found in its layer, in every family, target and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import MakeCheckpoint, MakeIngot
+from located import Change, Find, Subjects, bypass, finder, graph, weight
+from onnx import helper, numpy_helper
+from traces import Traces
+
+from ingot.export.ingot import GRAPH
+from ingot.validate.locate.graph import Graph
+
+# Minutes of tracing; one of them is quick, since other tests trace the same graphs.
+SUBJECTS = [
+    pytest.param(
+        family,
+        target,
+        precision,
+        marks=[pytest.mark.slow] * ((family, target, precision) != ("olmoe", "onnx", "fp32")),
+    )
+    for target, precision in (("onnx", "fp32"), ("ort", "fp32"), ("trt", "fp16"), ("trt", "bf16"))
+    for family in ("granite", "jetmoe", "mamba2", "olmoe")
+]
+LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def subjects(make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> Subjects:
+    return Subjects(make_checkpoint, make_ingot)
+
+
+@pytest.fixture
+def find(subjects: Subjects, traces: Traces, tmp_path: Path) -> Find:
+    """``find(family, target, change, ...)``: see ``located.finder``."""
+    return finder(subjects, traces, tmp_path)
+
+
+def of_layer(graph: onnx.GraphProto, operator: str, at: int = 0) -> onnx.NodeProto:
+    """One of the nodes of an operator in the middle layer, in the order of computation."""
+    positions = Graph(onnx.ModelProto(graph=graph), lambda _name: np.zeros(1), "").positions
+    nodes = [node for node in graph.node if node.op_type == operator]
+    found: onnx.NodeProto = [n for n in nodes if positions.get(n.output[0]) == LAYER][at]
+    return found
+
+
+def behind(graph: onnx.GraphProto, node: onnx.NodeProto, *made: onnx.NodeProto) -> None:
+    """Nodes from ``IN``, which is what the node makes, to ``OUT``, which its readers read."""
+    value = node.output[0]
+    names = {"IN": value, "OUT": f"{value}.new"}
+    for other in graph.node:
+        for place, name in enumerate(other.input):
+            other.input[place] = names["OUT"] if name == value else name
+    at = list(graph.node).index(node) + 1
+    for offset, new in enumerate(made):
+        for field in (new.input, new.output):
+            for place, name in enumerate(field):
+                field[place] = names.get(name, name)
+        graph.node.insert(at + offset, new)
+
+
+def dtype_of(graph: onnx.GraphProto, node: onnx.NodeProto) -> int:
+    """Of the weight that a product reads, which is that of what it makes."""
+    (found,) = (t.data_type for t in graph.initializer if t.name == node.input[1])
+    return int(found)
+
+
+def more(graph: onnx.GraphProto) -> str:
+    behind(graph, of_layer(graph, "MatMul"), helper.make_node("Neg", ["IN"], ["OUT"]))
+    return "Neg"
+
+
+def rounded(graph: onnx.GraphProto) -> str:
+    """By another half type than the graph's."""
+    node = of_layer(graph, "MatMul")
+    own, half = dtype_of(graph, node), onnx.TensorProto
+    to = half.FLOAT16 if own == half.BFLOAT16 else half.BFLOAT16
+    narrow = helper.make_node("Cast", ["IN"], ["narrow"], to=to)
+    behind(graph, node, narrow, helper.make_node("Cast", ["narrow"], ["OUT"], to=own))
+    return "Cast"
+
+
+def like_another(graph: onnx.GraphProto) -> str:
+    """The same by the type of another value."""
+    node = of_layer(graph, "MatMul")
+    own, half = dtype_of(graph, node), onnx.TensorProto
+    to = half.FLOAT16 if own == half.BFLOAT16 else half.BFLOAT16
+    graph.initializer.append(helper.make_tensor("like", to, [], [1.0]))
+    narrow = helper.make_node("CastLike", ["IN", "like"], ["narrow"])
+    behind(graph, node, narrow, helper.make_node("Cast", ["narrow"], ["OUT"], to=own))
+    return "CastLike"
+
+
+def other_operator(graph: onnx.GraphProto) -> str:
+    node = of_layer(graph, "Add", -1)
+    node.op_type = "Sub"
+    return "Sub"
+
+
+def one_less(graph: onnx.GraphProto) -> str:
+    """The norm at the begin of the layer; what reads it first is wrong."""
+    node = of_layer(graph, "RMSNormalization")
+    read = node.output[0]
+    reader = next(other for other in graph.node if read in other.input)
+    bypass(graph, node, node.input[0])
+    return str(reader.op_type)
+
+
+def by_several(graph: onnx.GraphProto) -> str:
+    """A sum by a difference from the opposite, whose sign is then lost."""
+    node = of_layer(graph, "Add", -1)
+    at = list(graph.node).index(node)
+    graph.node.insert(at, helper.make_node("Neg", [node.input[1]], ["opposite"]))
+    graph.node.insert(at + 1, helper.make_node("Abs", ["opposite"], ["size"]))
+    node.op_type, node.input[1] = "Sub", "size"
+    return "Sub"
+
+
+def attribute(graph: onnx.GraphProto) -> str:
+    node = of_layer(graph, "RMSNormalization")
+    (epsilon,) = (each for each in node.attribute if each.name == "epsilon")
+    epsilon.f *= 1e4
+    return "RMSNormalization"
+
+
+def constant(graph: onnx.GraphProto) -> str:
+    """A factor that only this layer reads, where the weights had none."""
+    node = of_layer(graph, "MatMul")
+    own = helper.tensor_dtype_to_np_dtype(dtype_of(graph, node))
+    graph.initializer.append(numpy_helper.from_array(np.array(1.125, own), "factor"))
+    behind(graph, node, helper.make_node("Mul", ["IN", "factor"], ["OUT"]))
+    return "Mul"
+
+
+def swapped_inputs(graph: onnx.GraphProto) -> str:
+    """A difference of the residual and what is added to it, the other way round."""
+    node = of_layer(graph, "Add", -1)
+    node.op_type = "Sub"
+    node.input[0], node.input[1] = node.input[1], node.input[0]
+    return "Sub"
+
+
+FAULTS = (
+    more,
+    rounded,
+    like_another,
+    other_operator,
+    one_less,
+    by_several,
+    attribute,
+    constant,
+    swapped_inputs,
+)
+
+
+@pytest.mark.parametrize(("family", "target", "precision"), SUBJECTS)
+def test_names_the_layer_and_the_operator(
+    find: Find, family: str, target: str, precision: str
+) -> None:
+    missed = []
+    for fault in FAULTS:
+        operators: list[str] = []
+
+        def plant(
+            graph: onnx.GraphProto,
+            fault: Callable[[onnx.GraphProto], str] = fault,
+            operators: list[str] = operators,
+        ) -> None:
+            operators.append(fault(graph))
+
+        found = find(family, target, graph(plant), calls=1, precision=precision)
+        right = found is not None and (found.layer, found.operator) == (LAYER, operators[0])
+        if not right or found is None or found.ratio < 100:
+            missed.append((fault.__name__, operators, str(found)))
+    assert missed == []
+
+
+@pytest.mark.parametrize(("family", "target", "precision"), SUBJECTS)
+def test_names_the_layer_of_a_weight(find: Find, family: str, target: str, precision: str) -> None:
+    names: list[str] = []
+
+    def note(graph: onnx.GraphProto) -> None:
+        names.append(of_layer(graph, "MatMul").input[1])
+
+    def change(folder: Path) -> None:
+        note(onnx.load(str(folder / GRAPH), load_external_data=False).graph)
+        apply: Change = weight(
+            names[0], lambda a: (a.astype(np.float32) * np.float32(1.05)).astype(a.dtype)
+        )
+        apply(folder)
+
+    found = find(family, target, change, calls=1, precision=precision)
+    assert found is not None and (found.layer, found.operator) == (LAYER, "MatMul")
