@@ -88,8 +88,9 @@ def export(
         stages: shows the steps; where absent, nothing is shown.
 
     Returns:
-        The manifest and the checkpoint's folder. ``manifest.verdict`` is ``passed``, ``skipped``
-        (nothing was compared) or ``failed``; an ingot that failed is there and does not load.
+        The manifest and the checkpoint's folder. ``manifest.verdict`` is ``passed``; ``passed, in
+        part``, with what was not covered in ``manifest.validation["short"]``; ``skipped`` (nothing
+        was compared); or ``failed``: such an ingot is there and does not load.
 
     Raises:
         IngotError: anything wrong with the arguments, the checkpoint or the destination; nothing is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -48,6 +49,19 @@ def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stage
 KINDS = ("logits", "hidden", "router", "key", "value", "conv", "ssm")
 
 
+# What each check of a validation counts.
+UNITS = {"weights": "weights", "graph": "nodes of the graph", "contract": "fields of the contract"}
+
+
+def _coverage(found: dict[str, Any]) -> str:
+    context = "" if found["context"] is None else f" of {found['context']:,}"
+    return (
+        f"{found['covered']} of {found['parts']} shapes of use, sequences up to "
+        f"{found['positions']:,}{context} positions, {found['ids']:,} of "
+        f"{found['vocab_size']:,} token ids"
+    )
+
+
 def _engine_rows(engine: EngineInfo) -> list[tuple[str, str]]:
     devices = ", ".join(f"{c // 10}.{c % 10}" for c in engine.compute_capabilities)
     plugins = ", ".join(f"{count} {name}" for name, count in engine.plugins.items()) or "none"
@@ -88,6 +102,11 @@ def _verdict_rows(manifest: Manifest) -> list[tuple[str, str]]:
     if "against" in found:
         compared = f"{found['compared']} tensors over {found['stages']} calls"
         rows.append(("compared", f"{compared}, with {found['against']}"))
+    if "checks" in found:
+        checked = (f"{count} {UNITS.get(name, name)}" for name, count in found["checks"].items())
+        rows.append(("checked", f"{', '.join(checked)}, against the checkpoint"))
+    if "coverage" in found:
+        rows.append(("covered", _coverage(found["coverage"])))
     for kind in KINDS:
         if f"{kind}_score" in found:
             score, error = found[f"{kind}_score"], found[f"{kind}_error"]

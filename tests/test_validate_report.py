@@ -649,3 +649,61 @@ def test_junit_fails_for_an_error_that_grows() -> None:
     (failure,) = junit(found).iter("failure")
     assert (failure.get("message") or "").startswith("the error of key grows over decode")
     assert len(found.failures) == 1
+
+
+# --- the page on a dark screen and on paper
+
+
+def style_of(page: str) -> str:
+    return page.split("<style>")[1].split("</style>")[0]
+
+
+def test_page_is_legible_on_a_dark_screen() -> None:
+    style = style_of(page_of(make_report))
+    assert "color-scheme: light dark" in style
+    dark = style.split("@media screen and (prefers-color-scheme: dark)")[1].split("@media print")[0]
+    light = style.split("@media")[0]
+    # Every colour of the page has another there, and no rule names one of its own.
+    names = set(re.findall(r"(--[a-z]+): #", light))
+    assert names == set(re.findall(r"(--[a-z]+): #", dark))
+    assert not re.search(r": #", re.sub(r":root \{.*?\}", "", light, flags=re.DOTALL))
+    # Plots are dark ink on nothing, which is turned over.
+    assert "figure svg { filter: invert(1)" in dark
+    for svg in svgs(page_of(make_report)):
+        background = next(e for e in svg.iter() if (e.get("id") or "").endswith("patch_1"))
+        assert all("fill: none" in (e.get("style") or "fill: none") for e in background.iter())
+
+
+def test_page_prints_whole() -> None:
+    style = style_of(page_of(make_report))
+    paper = style.split("@media print")[1]
+    assert ".wide { overflow: visible; }" in paper
+    assert "thead { display: table-header-group; }" in paper
+    assert "max-width: none" in paper
+    # Nothing is folded away that paper could not open.
+    assert Page(page_of(covered_report)).of("details") == []
+
+
+def test_page_says_when_and_by_what_it_was_made() -> None:
+    made = plain_report(date="2026-11-26 21:40 UTC", environment={"ingot": "0.1.0"}, plan="quick")
+    said = " ".join(Page(html.page(made)).words.split("How it was made")[1].split())
+    assert said.startswith("Ingot/tmp/olmoe-ort Date2026-11-26 21:40 UTC Planquick ")
+    assert said.endswith("version of Ingot0.1.0")
+    assert "Date" not in Page(html.page(plain_report())).words
+    assert "Ingot 0.1.0; 2026-11-26 21:40 UTC; plan quick" in texts.markdown_text(made)
+
+
+def test_page_of_a_model_without_routers_or_logits_has_no_empty_section() -> None:
+    bare = Page(html.page(plain_report(environment={})))
+    text = " ".join(bare.words.split())
+    for heading in ("Figures", "What was asked", "Shapes of use", "Problems", "Not covered"):
+        assert f" {heading} " not in text
+    assert "None" not in text and "nan" not in text
+
+
+def test_plots_show_the_limit_of_a_decode_step() -> None:
+    plot = plots.plots(make_report())[1]
+    assert "below the limit of 4." in plot.caption
+    assert ">limit<" in plot.svg
+    # The axis reaches it.
+    assert re.search(r">5<|>1e\+01<|>10<", plot.svg)
