@@ -118,13 +118,6 @@ FAULTS: list[Fault] = [
         "scan's scale", "mamba2 ort", KIND, set_of("LinearAttention", 3, "scale", 1.01), KERNEL
     ),
     in_kernel(
-        "scan's scale for one token",
-        "mamba2 ort",
-        KIND,
-        set_of("LinearAttention", 2, "scale", 1.01),
-        None,
-    ),
-    in_kernel(
         "time step clamped at 0.5",
         "mamba2 onnx",
         KIND,
