@@ -22,7 +22,7 @@ from ingot.plugins.errors import IngotError
 from ingot.validate.result import Report
 from ingot.validate.run import examine
 from ingot.validate.truth.inputs import QUICK, STANDARD, THOROUGH
-from proof.bases import Base, Kept, known
+from proof.bases import BASES, Base, Kept, known
 from proof.fault import Fault, Outcome, located, planted, seen_by, worst
 
 PLANS = {"quick": QUICK, "standard": STANDARD, "thorough": THOROUGH}
@@ -132,14 +132,37 @@ def _traces(base: Base) -> Traces:
 
 
 Group = tuple[Base, Sequence[Fault], bool]
+# The same by names: what a fault is made by does not go from one process to another.
+Named = tuple[str, list[str], bool]
 
 
 def run_all(groups: Sequence[Group], processes: int) -> list[Outcome]:
-    """Every group; those of one family by one process, as far as there is enough for the others."""
+    """Every group; those of one family in one process, which traces what they have in common once."""
     if processes == 1:
         return [outcome for group in groups for outcome in run_group(*group)]
-    # Each process has a thread, and what it runs keeps off the other's core.
+    # A thread for each process, and no more processes than cores.
     os.environ["OMP_NUM_THREADS"] = "1"
+    by_family: dict[str, list[Named]] = {}
+    for base, faults, right in groups:
+        named = base.name, [fault.title for fault in faults], right
+        by_family.setdefault(base.family, []).append(named)
+    largest_first = sorted(by_family.values(), key=_size, reverse=True)
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        futures = [pool.submit(run_group, *group) for group in groups]
+        futures = [pool.submit(_run_named, family) for family in largest_first]
         return [outcome for future in futures for outcome in future.result()]
+
+
+def _size(groups: Sequence[Named]) -> int:
+    return sum(len(titles) + right for _, titles, right in groups)
+
+
+def _run_named(groups: Sequence[Named]) -> list[Outcome]:
+    from proof.faults import FAULTS
+    from proof.rights import RIGHTS
+
+    known_bases, faults = {**BASES, **RIGHTS}, {fault.title: fault for fault in FAULTS}
+    return [
+        outcome
+        for name, titles, right in groups
+        for outcome in run_group(known_bases[name], [faults[title] for title in titles], right)
+    ]
