@@ -17,11 +17,12 @@ from conftest import MakeCheckpoint, MakeIngot
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
-from ingot.export.ingot import GRAPH, WEIGHTS, Manifest
+from ingot.export.ingot import GRAPH, MANIFEST, WEIGHTS, Manifest
 from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
+from ingot.runtime.session import Floats, Ids
 from ingot.validate.judge.forced import ForcedJudge
-from ingot.validate.result import FORCED, Report
+from ingot.validate.result import FORCED, Report, TensorResult
 from ingot.validate.run import validate_ingot
 from ingot.validate.truth.forced import TOKENS, forced_runs
 from ingot.validate.truth.inputs import QUICK
@@ -81,8 +82,11 @@ class Subject:
         self.references: list[References] = self.reference.record(self.layout, self.runs, Stages())
 
     def judged(self, ingot: Path) -> ForcedJudge:
+        return self.judged_by(TappedSession(ingot, Manifest.read(ingot)))
+
+    def judged_by(self, session: TappedSession) -> ForcedJudge:
         judge = ForcedJudge(self.reference.routers, self.layout, self.runs, self.references)
-        judge.judge(TappedSession(ingot, Manifest.read(ingot)))
+        judge.judge(session)
         return judge
 
 
@@ -103,6 +107,9 @@ def changed(ingot: Path, out: Path, change: Change) -> Path:
     model = onnx.load(str(out / GRAPH), load_external_data=False)
     change(model)
     (out / GRAPH).write_bytes(model.SerializeToString())
+    raw = json.loads((out / MANIFEST).read_text())
+    raw["files"][GRAPH]["bytes"] = (out / GRAPH).stat().st_size
+    (out / MANIFEST).write_text(json.dumps(raw))
     return out
 
 
@@ -236,6 +243,37 @@ def test_fails_other_weights_of_any_expert(
     judge = subject.judged(reweighted(ingot, tmp_path / "other", "layers.1.mlp.experts.d", expert))
     wrong = {result.name for result in judge.results if result.problem}
     assert wrong == {"logits", "hidden_states.2"} and judge.routing[FORCED].ignored == ()
+
+
+class Disturbed(TappedSession):
+    """One token of a hidden state is off by so much of its size."""
+
+    off = 0.0
+
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        main = super().step(input_ids, attention_mask)
+        state = self.tapped["hidden_states.2"][0, 5]
+        error = np.random.default_rng(0).standard_normal(state.shape)
+        scale = np.sqrt(np.mean(np.square(state)) / np.mean(np.square(error)))
+        state += (self.off * scale * error).astype(np.float32)
+        return main
+
+
+def test_an_error_at_one_token_is_not_thinned_out(subject: Subject, tiny_onnx: Path) -> None:
+    def worst(session: TappedSession) -> TensorResult:
+        judge = subject.judged_by(session)
+        (found,) = (each for each in judge.results if each.name == "hidden_states.2")
+        return found
+
+    session = Disturbed(tiny_onnx, Manifest.read(tiny_onnx))
+    right = worst(session)
+    assert right.problem == "" and right.floor is not None
+    # Over all of the call's tokens it would be a quarter of that.
+    session.off = 2 * right.limit * right.floor
+    wrong = worst(session)
+    assert wrong.problem and wrong.score is not None and wrong.score > 1.5 * wrong.limit
+    session.off = right.limit * right.floor / 4
+    assert worst(session).problem == ""
 
 
 def test_names_what_it_cannot_read(subject: Subject, tiny_onnx: Path, tmp_path: Path) -> None:
