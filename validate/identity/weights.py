@@ -114,6 +114,8 @@ class Weights:
             sizes = f"{list(tensor.shape)} and should be {list(shape)}"
             found.wrong(name, operator, f"it is stored as {sizes}")
             return
+        if is_embedding(made.parameter) and HEAD not in self.graph.weights:
+            found.parameters.add(HEAD)
         folded = self._factors.get(name, ())
         for what in self._roles(made):
             found.parameters.add(what.parameter)
