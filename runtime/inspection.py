@@ -20,7 +20,7 @@ from ingot.export.ingot import SIZES, WEIGHTS, Manifest
 from ingot.graphs.state import State
 from ingot.plugins.command_line import Command, console
 from ingot.plugins.errors import IngotError
-from ingot.plugins.json_fields import Field, FieldError
+from ingot.plugins.json_fields import Field, FieldError, safe
 from ingot.plugins.json_file import MOST_BYTES, JsonError, parse_json
 from ingot.plugins.registry import OPERATORS
 
@@ -88,6 +88,7 @@ class Inspection:
         operators: every operator of the graph, those inside of branches and loops as well, and how
             often it is there.
         lowered: of the operators that are not ONNX's own, what runs each.
+        passes: what led from the canonical graph to this one, each with the nodes it took away.
         parameters: in all.
         active_parameters: that one token uses.
         weight_bytes: of all parameters.
@@ -113,6 +114,7 @@ class Inspection:
     source: dict[str, Any]
     operators: dict[str, int]
     lowered: dict[str, str]
+    passes: tuple[str, ...]
     parameters: int
     active_parameters: int
     weight_bytes: int
@@ -163,6 +165,7 @@ def inspect(folder: Path) -> Inspection:
             for name in operators
             if name in _IN_GRAPH
         },
+        passes=tuple(_passes(manifest.graph.get("lowering"))),
         parameters=manifest.parameters,
         active_parameters=manifest.active_parameters,
         weight_bytes=manifest.weight_bytes,
@@ -177,6 +180,17 @@ def inspect(folder: Path) -> Inspection:
         engine=f"{engine.builder} {engine.version}" if engine is not None else None,
         files={name: asdict(info) for name, info in manifest.files.items()},
     )
+
+
+def _passes(recorded: object) -> Iterable[str]:
+    """Each pass that changed something, in words; of what is not as passes say it, nothing."""
+    for each in recorded if isinstance(recorded, list) else ():
+        if not isinstance(each, dict) or not isinstance(each.get("name"), str) or len(each) == 1:
+            continue
+        removed = each.get("removed")
+        counts = removed.items() if isinstance(removed, dict) else ()
+        took = ", ".join(f"{count} {name}" for name, count in counts)
+        yield safe(f"{each['name']} ({took})" if took else each["name"])
 
 
 def _by_kind(states: Iterable[State]) -> Iterable[States]:
@@ -291,6 +305,8 @@ def _rows(found: Inspection) -> Iterable[tuple[str, str]]:
     yield "operators", f"{total}: {counted}"
     for name, how in found.lowered.items():
         yield name, how
+    if found.passes:
+        yield "passes", ", ".join(found.passes)
     most = found.context_length
     if found.state_bytes_per_token:
         whole = f"; {found.sequence_bytes(most):,} a sequence of {most:,} tokens" if most else ""

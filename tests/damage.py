@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ingot.export.engine import profiles
+from ingot.export.engine import custom_nodes, profiles, trtexec_options
 from ingot.export.ingot import (
     ENGINE,
     GRAPH,
     MANIFEST,
+    TRTEXEC,
     WEIGHTS,
     EngineInfo,
     Manifest,
@@ -41,7 +42,9 @@ def with_engine(ingot: Path, out: Path) -> Path:
     manifest = Manifest.read(out)
     made = profiles(manifest.inputs, manifest.states, Limits())
     sha256 = manifest.files[GRAPH].sha256
-    engine = EngineInfo("tensorrt-rtx", "1.7", (80,), sha256, {}, (), False, made)
+    plugins = custom_nodes(out / GRAPH)
+    engine = EngineInfo("tensorrt-rtx", "1.7", (80,), sha256, plugins, (), False, made)
+    (out / TRTEXEC).write_text(trtexec_options(made))
     replace(manifest, engine=engine, files=file_infos(out, {})).write(out)
     return out
 

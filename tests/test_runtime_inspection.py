@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -174,3 +175,19 @@ def test_refuses_weights_without_a_header(tiny_ort: Path, tmp_path: Path, damage
 def test_refuses_a_folder_that_is_no_ingot(tmp_path: Path) -> None:
     result = CliRunner().invoke(inspect_command, [str(tmp_path)])
     assert result.exit_code == 2 and "is not an ingot" in result.output
+
+
+def test_shows_what_the_passes_took_from_the_canonical_graph(
+    tiny_ort: Path, tmp_path: Path
+) -> None:
+    assert inspect(tiny_ort).passes[0] == "MoeDispatchToMoE (2 MoeDispatch)"
+    odd: list[Any] = [None, 3, [3], [{}], [{"name": 4}], [{"name": "Idle"}]]
+    for number, recorded in enumerate(odd):
+        graph = {**Manifest.read(tiny_ort).graph, "lowering": recorded}
+        assert inspect(copied(tiny_ort, tmp_path / str(number), graph=graph)).passes == ()
+    graph = {
+        "lowering": [{"name": "Odd\x1b[31m", "removed": 3}, {"name": "Neat", "added": {"Mul": 1}}]
+    }
+    graph = {**Manifest.read(tiny_ort).graph, **graph}
+    found = inspect(copied(tiny_ort, tmp_path / "odd", graph=graph)).passes
+    assert found == ("Odd\ufffd[31m", "Neat")
