@@ -388,6 +388,8 @@ def test_what_the_passes_did_is_held_against_what_they_do(checked: Checked) -> N
 
     (found,) = checked("olmoe", "onnx", said=one_less).problems
     assert re.match(r"graph.passes of ingot.json has \d+ passes, and \d+ in a fresh capture", found)
+    (found,) = checked("olmoe", "onnx", said=lambda raw: raw["graph"].pop("passes")).problems
+    assert found.startswith("graph.passes of ingot.json has none, and [{'name': 'WeightsToIniti")
 
 
 @pytest.mark.slow
