@@ -56,6 +56,13 @@ def test_repeats_the_run_that_failed_up_to_the_first_call_that_did(runs: list[Ru
     assert chosen(runs, f"{alone}, decode 2, replayed") == (alone, f"{alone}, decode 2")
 
 
+def test_repeats_all_of_a_run_whose_caches_are_wrong_at_its_end(runs: list[Run]) -> None:
+    alone = next(run for run in runs if run.name == "seed 1, row 0 alone")
+    name, call = chosen(runs, "seed 1, row 0 alone, all of the caches")
+    assert (name, call) == (alone.name, alone.calls[-1].stage) and len(alone.calls) > 2
+    assert chosen(runs, "seed 0, all of the caches") == ("", "seed 0, decode 8")
+
+
 def test_repeats_the_cheapest_run_unless_the_first_prefill_failed(runs: list[Run]) -> None:
     stages = ("seed 0, decode 8", "seed 0, row 2 alone", "seed 1, prefill")
     name, call = chosen(runs, *stages)

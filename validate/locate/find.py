@@ -15,6 +15,7 @@ from ingot.plugins.errors import IngotError
 from ingot.runtime.onnxruntime_session import said
 from ingot.runtime.session import Session
 from ingot.validate.identity.checks import Subject
+from ingot.validate.judge.judge import CACHES
 from ingot.validate.locate.calls import Fed, one_by_one
 from ingot.validate.locate.locate import locate
 from ingot.validate.locate.part import LocateError
@@ -35,11 +36,13 @@ class Run:
         calls: each named as in the report.
         main: whether it is the prefill and decode of the first seed.
         name: what it is called in a location; empty of the main one.
+        end: the stage of its caches after its last call.
     """
 
     calls: Sequence[Fed]
     main: bool = False
     name: str = ""
+    end: str = CACHES
 
 
 def runs_of(fed_runs: Sequence[FedRun], name: str = "", *, first: bool = True) -> list[Run]:
@@ -55,6 +58,7 @@ def runs_of(fed_runs: Sequence[FedRun], name: str = "", *, first: bool = True) -
             [Fed(f"{name}{call.stage}", *fed(run.inputs, call)) for call in main_run(run.inputs)],
             main=first and run is fed_runs[0],
             name="" if first and run is fed_runs[0] else f"{name}{run.name}",
+            end=f"{name}{CACHES}" if run is fed_runs[0] else f"{name}{run.name}, {CACHES}",
         )
         for run in fed_runs
     ]
@@ -91,13 +95,13 @@ def _by_numbers(
     if not any(tensor.problem for tensor in report.tensors) and not _others(report):
         return None
     run = failed_run(report, runs)
-    calls = one_by_one(run.calls, subject.manifest.states)
-    found = locate(subject, calls)
+    found = locate(subject, one_by_one(run.calls, subject.manifest.states))
     if found is None:
-        found = locate_session(session(), subject.folder, calls)
-    elif found.overflow is not None:
+        # Its words name the call.
+        return locate_session(session(), subject.folder, run.calls)
+    if found.overflow is not None:
         found = replace(found, detail=eager_overflows(report))
-    return None if found is None else replace(found, run=run.name)
+    return replace(found, run=run.name)
 
 
 def _others(report: Report) -> bool:
@@ -115,12 +119,14 @@ def failed_run(report: Report, runs: Sequence[Run]) -> Run:
     Raises:
         LocateError: its calls are too long.
     """
-    failed = _failed_calls(report, runs)
+    failed = _failed_stages(report, runs)
     found = []
     for run in runs:
         number = next((n for n, call in enumerate(run.calls) if call.stage in failed), None)
         if number is not None:
             found.append(replace(run, calls=run.calls[: number + 1]))
+        elif run.end in failed:
+            found.append(run)
     found = found or list(runs[:1])
     if any(run.main for run in found):
         found = [replace(run, name="") for run in found]
@@ -131,9 +137,12 @@ def failed_run(report: Report, runs: Sequence[Run]) -> Run:
     return best
 
 
-def _failed_calls(report: Report, runs: Sequence[Run]) -> set[str]:
-    """The calls that failed; what was done with one beside, such as a replay, is a word behind."""
-    stages = {call.stage for run in runs for call in run.calls}
+def _failed_stages(report: Report, runs: Sequence[Run]) -> set[str]:
+    """The calls and ends of runs that failed.
+
+    What was done with one beside, such as a replay, is a word behind it.
+    """
+    stages = {stage for run in runs for stage in (run.end, *(call.stage for call in run.calls))}
     result: set[str] = set()
     for failed in {tensor.stage for tensor in report.tensors if tensor.problem}:
         words = failed.split(", ")
@@ -143,12 +152,12 @@ def _failed_calls(report: Report, runs: Sequence[Run]) -> set[str]:
 
 
 def _scores(run: Run) -> int:
-    """Products of queries and keys in its longest call, as a measure of what it costs."""
-    longest, seen = 0, 0
+    """Products of queries and keys in all of its calls, as a measure of what it costs."""
+    total, seen = 0, 0
     for _, ids, _ in run.calls:
         seen += ids.shape[1]
-        longest = max(longest, ids.size * seen)
-    return longest
+        total += ids.size * seen
+    return total
 
 
 def eager_overflows(report: Report) -> str:

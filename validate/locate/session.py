@@ -27,7 +27,7 @@ from ingot.runtime.onnxruntime_session import open_session
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Ids, Session
 from ingot.validate.judge.metrics import relative_error
-from ingot.validate.locate.calls import Fed, feeds, real_so_far
+from ingot.validate.locate.calls import Fed, feeds, one_by_one, real_so_far
 from ingot.validate.locate.difference import difference
 from ingot.validate.locate.graph import Values
 from ingot.validate.locate.locate import FLOOR, LIMIT
@@ -65,12 +65,12 @@ def locate_session(session: Session, folder: Path, calls: Sequence[Fed]) -> Loca
     session.reset(batch, capacity)
     for number, (stage, ids, mask) in enumerate(calls):
         main = session.step(ids, mask)
-        by_definition = feeds(calls, number, manifest.states)
-        wrong = _first_fed_wrong(by_definition, session.fed, mask != 0)
+        expected, last = plain.call(calls, number)
+        wrong = _first_fed_wrong(last, session.fed)
         if wrong is not None:
             return Location(None, "session", f"{wrong} at {stage}", math.inf)
         seen = real_so_far(calls, number) != 0 if manifest.states else mask != 0
-        expected = _real(plain.run(by_definition, seen.shape[1]), manifest, seen, mask != 0)
+        expected = _real(expected, manifest, seen, mask != 0)
         handed = {**session.state(), manifest.main_output: main}
         found = _real(handed, manifest, seen, mask != 0)
         for name in [*expected, *(name for name in found if name not in expected)]:
@@ -81,14 +81,15 @@ def locate_session(session: Session, folder: Path, calls: Sequence[Fed]) -> Loca
     return None
 
 
-def _first_fed_wrong(by_definition: dict[str, Ids], fed: dict[str, Ids], real: Mask) -> str | None:
+def _first_fed_wrong(by_definition: dict[str, Ids], fed: dict[str, Ids]) -> str | None:
     """The first input fed otherwise than by definition.
 
     Args:
         by_definition: what it should feed.
         fed: by the session; what it does not tell is not judged.
-        real: ``[B, T]``, where the call's tokens are not padding.
     """
+    tokens = by_definition["input_ids"].shape[1]
+    real = by_definition["attention_mask"][:, -tokens:] != 0
     for name, expected in by_definition.items():
         if name not in fed:
             continue
@@ -113,8 +114,23 @@ class _Plain:
         self._taken = {item.name for item in self._session.get_inputs()}
         self._states = {state.input: _empty(state, batch, capacity) for state in manifest.states}
 
-    def run(self, feeds: dict[str, Ids], seen: int) -> Values:
-        """The states, cut to the tokens seen, and the main output of one call, by name."""
+    def call(self, calls: Sequence[Fed], number: int) -> tuple[Values, dict[str, Ids]]:
+        """What one call gives, and what is fed in it last, where the graph takes it in pieces."""
+        states, main = self._manifest.states, self._manifest.main_output
+        before = one_by_one(calls[:number], states)
+        pieces = one_by_one(calls[: number + 1], states)
+        found: list[Values] = []
+        for at in range(len(before), len(pieces)):
+            fed = feeds(pieces, at, states)
+            seen = sum(piece.input_ids.shape[1] for piece in pieces[: at + 1])
+            found.append(self._run(fed, seen))
+        values = found[-1]
+        if len(found) > 1:
+            values[main] = np.concatenate([each[main] for each in found], axis=1)
+        return values, fed
+
+    def _run(self, feeds: dict[str, Ids], seen: int) -> Values:
+        """The states, cut to the tokens seen, and the main output, by name."""
         names = [*(state.output for state in self._manifest.states), self._manifest.main_output]
         taken = {name: array for name, array in feeds.items() if name in self._taken}
         values = run_graph(self._session, names, {**taken, **self._states})
