@@ -413,3 +413,20 @@ def test_another_processor_is_void_where_its_spread_was_not_measured(tmp_path: P
 def test_another_kind_of_machine_is_void(measured: Path) -> None:
     with pytest.raises(GateError, match="machine was x86_64, 16 cores and is aarch64"):
         gate(on(make_report(), machine="aarch64"), measured)
+
+
+def test_how_many_other_threads_there_are_depends_on_the_machine(tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    found = make_report()
+
+    def with_threads(word: str) -> Report:
+        more = [replace(t, stage=f"{t.stage}, {word}") for t in found.tensors[:3]]
+        return on(replace(found, tensors=(*found.tensors, *more)))
+
+    save_baseline(with_threads("1 thread"), path, MEASURED)
+    one = on(with_threads("2 threads"), threads="1 of PyTorch, 1 available")
+    assert gate(one, path) == []
+    worse = with_tensor(one, -1, error=2 * (one.tensors[-1].error or 0))
+    (problem,) = gate(worse, path)
+    assert problem.startswith("prefill, 2 threads, present.0.value: error ")
+    assert "shrank" in gate(on(found, threads="1 of PyTorch, 1 available"), path)[0]

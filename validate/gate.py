@@ -9,6 +9,7 @@ tensor, and more closely their mean over all calls.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ KL_FLOOR = 1e-14
 SHARE_FLOOR = 1e-9
 # How the stage of a call ends that was judged with the truth's experts.
 REPLAYED = ", replayed"
+# How many threads a session has that is given another number depends on the machine.
+_THREADS = re.compile(r"\b\d+ threads?\b")
 # Characters of an entry that changed, such as a list of versions.
 SAID = 200
 
@@ -185,9 +188,14 @@ def _require_calls(report: Report, baseline: Baseline, path: Path) -> None:
         )
 
 
+def _stage(stage: str) -> str:
+    """A stage as machines with more and with fewer processors both have it."""
+    return _THREADS.sub("other threads", stage)
+
+
 def _call(stage: str) -> str:
     """A call, however it was judged: where flips left nothing of it, it is there as replayed."""
-    return stage.removesuffix(REPLAYED)
+    return _stage(stage).removesuffix(REPLAYED)
 
 
 def _kept(environment: Mapping[str, str]) -> dict[str, str]:
@@ -223,11 +231,12 @@ def _failed(report: Report) -> Iterator[str]:
 
 
 def _tensors(report: Report, baseline: Baseline, slack: Slack) -> Iterator[str]:
-    missing = dict.fromkeys(baseline.tensors)
+    then = {(_stage(stage), name): entry for (stage, name), entry in baseline.tensors.items()}
+    missing = dict.fromkeys(then)
     rises: dict[tuple[str, str], list[float]] = defaultdict(list)
     for tensor in report.tensors:
-        key = (tensor.stage, tensor.name)
-        entry = baseline.tensors.get(key)
+        key = (_stage(tensor.stage), tensor.name)
+        entry = then.get(key)
         if entry is None or tensor.error is None:
             continue
         missing.pop(key, None)
@@ -240,7 +249,7 @@ def _tensors(report: Report, baseline: Baseline, slack: Slack) -> Iterator[str]:
         yield from _means(rises, slack.mean)
     if not slack.choices:
         # Where a near-tie turned, the tokens after it are judged with the truth's experts alone.
-        replayed = {(t.stage, t.name) for t in report.tensors if t.error is not None}
+        replayed = {(_stage(t.stage), t.name) for t in report.tensors if t.error is not None}
         missing = {key: None for key in missing if (f"{key[0]}{REPLAYED}", key[1]) not in replayed}
     if missing:
         names = [" ".join(key) for key in missing]
