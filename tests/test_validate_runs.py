@@ -123,7 +123,10 @@ def test_a_long_prompt_stays_within_what_model_and_target_take() -> None:
 @pytest.mark.parametrize("most", [1, 2, 3, 8])
 def test_no_more_rows_than_the_target_takes(most: int) -> None:
     runs = make_runs(replace(CACHES, most_rows=most), STANDARD, 0)
-    assert max(len(run.rows) for run in runs) == min(most, 3)
+    assert max(len(run.rows) for run in runs) == min(most, 5)
+    assert {len(run.rows) for run in runs} == {n for n in (1, 2, 3, 5) if n <= most} | {
+        min(most, 5)
+    }
     assert any(lengths(run)[0] == 1 and len(run.rows) == 1 for run in runs)
 
 

@@ -169,6 +169,9 @@ TURNS = {2: "chat, then 2 tokens", 3: "chat, then 3 tokens", 9: "chat, then 9 to
             {"padding within"},
         ),
         # Rows and length.
+        (CACHES, lambda s: len(s.seen) == 2, {"split 11+8"}),
+        (SCAN, lambda s: np.arange(len(s.seen)) > 3, {"every row padded"}),
+        (SCAN, lambda s: s.turn and not s.alone, {"every row padded, then 2 tokens"}),
         (CACHES, lambda s: np.arange(len(s.seen)) > 1, {"prefill", "decode 1"}),
         (CACHES, lambda s: s.seen.shape[1] > 128, {"long", "long, decode 1"}),
         (CACHES, lambda s: s.seen.shape[1] > 256, {"long", "long split 2+257"}),
@@ -291,7 +294,10 @@ def covered(traits: Traits, leave_out: Callable[[str], bool] = lambda _name: Fal
 def test_all_that_is_asked_by_default_is_covered(traits: Traits) -> None:
     found = covered(traits)
     assert found.short == () and {part.how for part in found.parts} == {"session"}
-    assert found.rows == (1, 3) and found.vocab_size == played.IDS
+    assert (
+        found.rows == ((1, 2, 3, 5) if traits.stateful else (1, 3))
+        and found.vocab_size == played.IDS
+    )
     assert "left" in found.paddings and ("right" in found.paddings) == traits.anywhere
     assert found.chunks == (4 if traits.chunk else 0)
     assert all(type(part.tokens) is int for part in found.parts)
@@ -319,6 +325,11 @@ ONE_ROW = ("row", "chat", "padding first", "long")
         (CACHES, ("right padding", "padding within"), {"padding on the right"}),
         (CACHES, ("every row padded", "padding within"), {"padding in every row"}),
         (CACHES, ("split", "long split"), {"a prompt in pieces"}),
+        (
+            SCAN,
+            ("every row padded",),
+            {"a turn of several sequences", "more than 3 sequences", "padding in every row"},
+        ),
         (SCAN, ("padding first",), {"padding before the prompt is a call of its own"}),
         (
             SCAN,
@@ -342,7 +353,7 @@ def test_says_what_was_not_asked() -> None:
     found = covered(CACHES)
     assert found.not_asked == (
         "sequences of 296 to 4096 tokens",
-        "batches of more than 3 rows",
+        "batches of more than 5 rows",
         f"{played.IDS - found.ids} of {played.IDS} token ids",
     )
     endless = covered(SCAN).not_asked[0]

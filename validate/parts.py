@@ -132,6 +132,12 @@ def _several(traits: Traits) -> Iterator[Asked]:
             f"decode of {most} sequences of different length",
             lambda c: c.rows == most and bool(c.turns) and c.tokens == 1 and different(c),
         )
+        yield asked(
+            "a turn of several sequences",
+            lambda c: len(c.turns) > 1 and c.turns[-1] == 1 and c.tokens > 1,
+        )
+        if traits.most_rows is None or traits.most_rows > ROWS:
+            yield asked(f"more than {ROWS} sequences", lambda c: c.rows > ROWS)
         yield asked("a call that is all padding in one of several rows", lambda c: c.began_padded)
     else:
         yield asked(f"{most} rows of different length", lambda c: c.rows == most and different(c))

@@ -31,6 +31,8 @@ MOST_CROSSED = 512
 MOST_CONTEXT = 4096
 # Tokens of one call of a sequence as long as the context.
 CONTEXT_PIECE = 256
+# Of the largest batch.
+MOST_ROWS = 5
 # About as many tokens of a long call are recorded.
 KEPT = 96
 
@@ -247,6 +249,8 @@ def _cuts(traits: Traits, main: Run) -> list[Run]:
     if traits.chunk and SPLIT % traits.chunk:
         places.append(traits.chunk)
     runs = [split_run(main, (at, prefill - at), "split") for at in places if at < prefill]
+    # One of them with two rows.
+    runs[1:2] = [_first_rows(run, 2) for run in runs[1:2]]
     # Two tokens, and as many as a convolution looks back.
     short = (2, max(2, traits.width - 1))
     if prefill > sum(short):
@@ -262,7 +266,8 @@ def _cuts(traits: Traits, main: Run) -> list[Run]:
         runs.append(row_run(main, "one token", last, (1, 1, 1, 2, 3)))
     runs.append(row_run(main, "padding first", last, (3, 2, 1), padding=3))
     if len(rows) > 1:
-        runs.append(_padded(main, "every row padded", prefill, _lefts(prefill)))
+        several = (*rows, *rows)[: min(MOST_ROWS, traits.most_rows or MOST_ROWS)]
+        runs.append(_padded(main, "every row padded", prefill, _lefts(prefill), several))
     if traits.anywhere and len(rows) > 1:
         runs.append(_padded(main, "right padding", prefill, _rights(prefill)))
         runs.append(_padded(main, "padding within", prefill, _middles(prefill)))
@@ -287,7 +292,7 @@ def _calls(main: Run) -> list[Run]:
 
 def _lefts(prefill: int) -> list[list[int]]:
     """Paddings of different lengths in every row, one of them longer than most of the call."""
-    paddings = (2, prefill - 5, prefill - 3)
+    paddings = (2, prefill - 5, prefill - 3, 1, 9)
     return [[0] * padding + [1] * (prefill - padding) for padding in paddings]
 
 
@@ -323,12 +328,29 @@ def row_run(source: Run, name: str, row: int, sizes: Sequence[int], padding: int
     return _cut(source, name, [row], mask, sizes)
 
 
-def _padded(source: Run, name: str, prefill: int, masks: list[list[int]]) -> Run:
-    """Rows with padding of their own in the first call, and two decode steps."""
-    rows = source.rows
+def _padded(
+    source: Run,
+    name: str,
+    prefill: int,
+    masks: list[list[int]],
+    rows: Sequence[int] | None = None,
+) -> Run:
+    """Rows with padding of their own in the first call, two decode steps, and a turn."""
+    rows = source.rows if rows is None else rows
     mask = np.array(masks[: len(rows)], dtype=np.int64)
-    mask = np.hstack((mask, np.ones((len(rows), 2), dtype=np.int64)))
-    return _cut(source, name, rows, mask, (prefill, 1, 1))
+    mask = np.hstack((mask, np.ones((len(rows), 4), dtype=np.int64)))
+    return _cut(source, name, rows, mask, (prefill, 1, 1, 2))
+
+
+def _first_rows(run: Run, rows: int) -> Run:
+    """The same calls of the first rows alone."""
+    inputs = replace(
+        run.inputs,
+        input_ids=run.inputs.input_ids[:rows],
+        attention_mask=run.inputs.attention_mask[:rows],
+        kept=None if run.inputs.kept is None else run.inputs.kept[:rows],
+    )
+    return replace(run, inputs=inputs, rows=run.rows[:rows], columns=run.columns[:rows])
 
 
 def _cut(source: Run, name: str, rows: Iterable[int], mask: Ids, sizes: Sequence[int]) -> Run:
