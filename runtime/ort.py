@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class OrtSession:
         threads: see ``runtime.loading.load``.
         graph: to run in place of the ingot's own; it finds its weights in the folder.
         taps: outputs of that graph to keep beside those that the manifest names.
+        weights: see ``runtime.onnxruntime_session.open_session``.
 
     Attributes:
         given: inputs of that graph beside those that the manifest names.
@@ -52,6 +53,7 @@ class OrtSession:
         threads: int = 0,
         graph: bytes | None = None,
         taps: Sequence[str] = (),
+        weights: Mapping[str, Any] | None = None,
     ) -> None:
         self.manifest = manifest
         self.given: dict[str, Array] = {}
@@ -65,6 +67,7 @@ class OrtSession:
                 name=name,
                 threads=threads,
                 weights_folder=folder,
+                weights=weights,
             )
         except SessionError as error:
             made_with = manifest.tools.get("onnxruntime", "another version")

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from conftest import MakeCheckpoint, MakeIngot
-from damage import as_lowered, copied, one_percent, with_engine, with_weight
+from damage import copied, one_percent, with_engine, with_weight
 from test_runtime_tokenizer import cut_and_padded
 
 from ingot.export.ingot import GRAPH, WEIGHTS, Manifest
@@ -554,20 +554,21 @@ def test_refuses_another_checkpoint_and_writes_nothing(
     assert list(tmp_path.iterdir()) == [] and _files(ingot) == before
 
 
-def test_says_why_bfloat16_is_not_compared(
-    ingot: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_says_how_bfloat16_is_compared(
+    checkpoint: Path, make_ingot: MakeIngot, tmp_path: Path
 ) -> None:
-    # What it is decided by; the checks, which need no run, would find that it is no such ingot.
-    monkeypatch.setattr("ingot.validate.run.checks", lambda _subject: ())
-    other = as_lowered(copied(ingot, tmp_path / "ingot", precision="bfloat16"))
+    other = make_ingot(checkpoint, "trt", precision="bf16", builder="none")
     result = _quick(other, checkpoint, "--report", tmp_path / "report")
     # As an export says it: status and words.
     assert result.exit_code == 0
     said = "this ingot is bfloat16, an engine needs a GPU, and ONNX Runtime's CPU provider"
     assert re.match(rf"SKIPPED: olmoe, trt, bfloat16, against eager .*: {said}", result.stdout)
-    assert "--precision fp32 compares the same graph" in result.stdout
+    assert "its graph was compared in float32 over its own weights" in result.stdout
     data = _strict((tmp_path / "report" / "report.json").read_text())
-    assert (data["verdict"], data["failures"], data["tensors"]) == ("skipped", [], [])
+    assert (data["verdict"], data["failures"]) == ("skipped", [])
+    assert {tensor["stage"].partition(", ")[2] for tensor in data["tensors"]} == {"in float32"}
+    assert max(tensor["score"] for tensor in data["tensors"]) < 4
     suite = ElementTree.parse(tmp_path / "report" / "junit.xml").getroot()[0]
     assert (suite.get("failures"), suite.get("skipped")) == ("0", "1")
     assert "SKIPPED" in (tmp_path / "report" / "summary.md").read_text()

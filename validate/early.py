@@ -23,12 +23,12 @@ MOST_LENGTH = 1 << 20
 
 
 def cannot_compare(manifest: Manifest) -> str | None:
-    """Why an ingot cannot be compared with eager PyTorch on this machine; None where it can."""
+    """Why an ingot cannot be run on this machine in its own precision; None where it can."""
     if manifest.precision != "bfloat16" or (manifest.engine is not None and has_gpu()):
         return None
     return (
         "this ingot is bfloat16, an engine needs a GPU, and ONNX Runtime's CPU provider computes "
-        "no bfloat16; --precision fp32 compares the same graph"
+        "no bfloat16; its graph was compared in float32 over its own weights"
     )
 
 

@@ -13,6 +13,7 @@ from ingot.export.ingot import Manifest
 from ingot.export.manifest import ONNX_RUNTIME, TENSORRT, versions
 from ingot.export.progress import Stages
 from ingot.plugins.device import has_gpu
+from ingot.plugins.errors import IngotError
 from ingot.runtime.loading import load
 from ingot.runtime.onnxruntime_session import said
 from ingot.runtime.session import Ids, Session
@@ -30,6 +31,7 @@ from ingot.validate.judge.again import (
 from ingot.validate.judge.distribution import negative_log_likelihoods, perplexities
 from ingot.validate.judge.forced import ForcedJudge
 from ingot.validate.judge.judge import Judge
+from ingot.validate.judge.widened import judge_widened
 from ingot.validate.processor import processor
 from ingot.validate.result import Check, Distribution, Report
 from ingot.validate.truth.forced import forced_runs
@@ -151,10 +153,11 @@ def validate_ingot(
         judges.append(Judge(reference.routers, Material(target.layout, runs, own)))
         if each == seed:
             forced = ForcedJudge(reference.routers, target.layout, every, of_forced)
+    in_float32 = judge_widened(folder, target.manifest, reference, seed, stages)
     session, calls = _observe(target, judges, forced, stages)
     report = replace(
         empty_report(target.manifest, reference.against, name or folder.name, seed),
-        tensors=(*totals.tensors(judges, seeds), *forced.results),
+        tensors=(*totals.tensors(judges, seeds), *forced.results, *in_float32),
         routing={**totals.routing(judges), **forced.routing},
         growth=totals.worst_growth(judges),
         hidden=totals.hidden(judges),
@@ -352,7 +355,9 @@ def examine_unrun(
     name: str | None = None,
     capture: Capture | None = None,
 ) -> Report:
-    """What ``examine`` finds of an ingot that this machine cannot run: what needs no run.
+    """What ``examine`` finds of an ingot that this machine cannot run in its own precision.
+
+    That is what needs no run, and what the graph computes in float32.
 
     Args:
         reason: why it cannot be run, in one sentence without a full stop.
@@ -363,6 +368,13 @@ def examine_unrun(
     subject = Subject(folder, manifest, reference.checkpoint, stages, capture)
     found = checks(subject)
     report = empty_report(manifest, reference.against, name or folder.name, seed)
+    try:
+        tensors = judge_widened(folder, manifest, reference, seed, stages)
+        report = replace(report, tensors=tuple(tensors))
+    except IngotError as error:
+        if not any(check.problems for check in found):
+            raise
+        found += (Check("session", 0, (f"the graph cannot be run: {said(error)}",)),)
     place = next((each.location for each in found if each.location is not None), None)
     seconds = time.perf_counter() - began
     return replace(report, reason=reason, checks=found, location=place, seconds=seconds)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ingot.validate.judge.limits import LIMITS, NORM_LIMIT, ROUNDOFF, TIE_LIMIT
+from ingot.validate.judge.limits import HALF_NORM_LIMIT, LIMITS, NORM_LIMIT, ROUNDOFF, TIE_LIMIT
 from ingot.validate.judge.metrics import Array, Errors, errors, rms, top1_disagreements
 from ingot.validate.result import TensorResult
 from ingot.validate.truth.noise import relative_errors
@@ -69,7 +69,7 @@ def compare(
             usual = usual if np.isfinite(usual) else 0.0
             samples = () if noise is None else relative_errors(noise[name], truth[name])
             samples = tuple(sample for sample in samples if np.isfinite(sample))
-            floor = max(of_eager.relative_rms, *samples, usual, ROUNDOFF[precision])
+            floor = float(max(of_eager.relative_rms, *samples, usual, ROUNDOFF[precision]))
             problem = _judge(found, of_eager, floor, kind, precision)
             if kind == "logits":
                 top1, differ = _judge_top1(expected[name], target[name], floor)
@@ -83,7 +83,7 @@ def compare(
                 None if found is None else found.relative_rms,
                 floor,
                 None if found is None else found.norm_ratio,
-                LIMITS[kind].score,
+                LIMITS[kind].of(precision),
                 problem,
                 top1,
                 not_finite,
@@ -142,7 +142,7 @@ def _what_is_not_finite(target: Array, sides: tuple[str, ...], precision: str) -
 
 
 def _judge(found: Errors, eager: Errors, floor: float, kind: str, precision: str) -> str:
-    limit = LIMITS[kind].score
+    limit = LIMITS[kind].of(precision)
     score = found.relative_rms / floor
     if score > limit:
         return (
@@ -152,10 +152,11 @@ def _judge(found: Errors, eager: Errors, floor: float, kind: str, precision: str
     # A kernel whose errors lean to one side may change the norm by all of its error.
     noise = abs(eager.norm_ratio - 1) + floor / 2
     off = abs(found.norm_ratio - 1)
-    if off > NORM_LIMIT * noise:
+    most = NORM_LIMIT if precision == "float32" else HALF_NORM_LIMIT
+    if off > most * noise:
         return (
             f"the norm is {found.norm_ratio:.6f} times the reference's, {off / noise:.3g} times "
-            f"what rounding explains; up to {NORM_LIMIT:g} times are accepted"
+            f"what rounding explains; up to {most:g} times are accepted"
         )
     return ""
 

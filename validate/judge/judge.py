@@ -12,6 +12,7 @@ from ingot.export.progress import Advance
 from ingot.plugins.errors import IngotError
 from ingot.validate.counting import Fed, Recorder
 from ingot.validate.judge.compare import compare
+from ingot.validate.judge.floors import usual_floors
 from ingot.validate.judge.routing import (
     compare_choices,
     doubtful,
@@ -21,7 +22,6 @@ from ingot.validate.judge.routing import (
 from ingot.validate.result import Ignored, Routing, TensorResult
 from ingot.validate.truth.cache import Recording
 from ingot.validate.truth.material import Material
-from ingot.validate.truth.noise import relative_errors
 from ingot.validate.truth.recording import (
     CHOSEN_EXPERTS,
     HIDDEN_STATES,
@@ -116,7 +116,7 @@ class Judge:
         self._free: list[TensorResult] = []
         self._again: list[TensorResult] = []
         self._inside: list[TensorResult] = []
-        self._floors = [_usual_floors(references) for references in self.references]
+        self._floors = [usual_floors(references) for references in self.references]
         self._flips: dict[int, list[dict[int, int]]] = {}
         # By run and call, the tokens that were judged with the truth's experts.
         self._replayed: dict[tuple[int, int], int] = {}
@@ -485,17 +485,6 @@ def _taken(calls: Recording) -> dict[int, Array]:
     """The experts ``[n, E]`` that kernels took over all calls, by router."""
     found = [all_chosen_experts(call) for call in calls]
     return {router: np.concatenate([each[router] for each in found]) for router in found[0]}
-
-
-def _usual_floors(references: References) -> dict[str, float]:
-    """Eager PyTorch's relative RMS error over all calls of a recorded run, by tensor."""
-    squares: dict[str, list[float]] = {}
-    for truth, noise in zip(references.truth, references.noise, strict=True):
-        for name, want in truth.items():
-            if want.size:
-                error = float(relative_errors(noise[name], want).max())
-                squares.setdefault(name, []).append(error**2)
-    return {name: float(np.sqrt(np.mean(found))) for name, found in squares.items()}
 
 
 def of_router(name: str) -> bool:

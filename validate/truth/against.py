@@ -41,6 +41,8 @@ class OtherReference(Reference):
         AgainstError: an ingot of another checkpoint, task or precision.
     """
 
+    is_eager = False
+
     def __init__(self, reference: Reference, folder: Path, name: str) -> None:
         super().__init__(reference.checkpoint, reference.task, reference.precision, reference.cache)
         self._name = name

@@ -69,7 +69,12 @@ class Reference:
         task: a task of the family.
         precision: of the target: ``float32``, ``float16`` or ``bfloat16``.
         cache: of recordings; None keeps none.
+
+    Attributes:
+        is_eager: whether the truth is what the target is compared with.
     """
+
+    is_eager = True
 
     def __init__(
         self,

@@ -6,8 +6,9 @@ graph is changed in memory; the weights stay where they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -55,10 +56,14 @@ class TappedSession(OrtSession):
         self._probes = insert_probes(model, self.routers)
         self.unread = self._probes.unread
         taps = list(dict.fromkeys([*self._named, *self._probes.outputs]))
-        super().__init__(
-            folder, manifest, threads=threads, graph=model.SerializeToString(), taps=taps
-        )
+        weights = self._change(model, folder)
+        graph = model.SerializeToString()
+        super().__init__(folder, manifest, threads=threads, graph=graph, taps=taps, weights=weights)
         self.choose(None)
+
+    def _change(self, model: onnx.ModelProto, folder: Path) -> Mapping[str, Any] | None:
+        """What else is changed in the graph, and the weights in place of the folder's, if any."""
+        return None
 
     def choose(self, chosen: Sequence[Chosen] | None) -> None:
         """Force these experts on each router, ``[B*T, E]``; None leaves the choice to the graph."""
