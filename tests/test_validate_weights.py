@@ -347,6 +347,16 @@ def test_says_where_all_of_a_weight_is_times_one_number(
     assert problem.endswith(f", and all are {factor:g} times what they should be")
 
 
+@pytest.mark.parametrize("change", [a_bit, minus_zero, through(torch.bfloat16)])
+def test_says_so_of_products_alone(
+    change: Callable[[Any], None], both: Make, tmp_path: Path
+) -> None:
+    ingot, checkpoint = both("granite")
+    changed = with_weight(ingot, tmp_path / "i", "layers.1.mlp.gate_proj.weight", change)
+    (problem,) = checked(changed, checkpoint).problems
+    assert "times" not in problem
+
+
 def edited(ingot: Path, out: Path, change: Callable[[onnx.ModelProto], object]) -> Path:
     copied(ingot, out)
     model = onnx.load(str(out / GRAPH), load_external_data=False)

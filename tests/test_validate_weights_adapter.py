@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from adapters import WEIGHTS, change_config, change_tensors, make_adapter, merged_model
 from conftest import MakeCheckpoint, MakeIngot
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_graphs_merge import CASES, EXPERTS, TIED, expert_by_expert, fused
 
 from ingot.export.ingot import Manifest
@@ -121,6 +122,26 @@ def test_holds_a_vocabulary_that_was_resized(
     base = make_checkpoint("granite", **fields)
     adapter = make_adapter(base, tmp_path, rows=519, target_modules=["q_proj"])
     check_bounds(base, adapter, merged_model(base, adapter, rows=519))
+
+
+def test_holds_an_adapter_of_a_checkpoint_of_mamba_ssm(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    base = make_checkpoint("mamba2")
+    config: dict[str, Any] = {"target_modules": ["in_proj"], "modules_to_save": ["embeddings"]}
+    adapter = make_adapter(base, tmp_path / "adapter", **config)
+    tensors = load_file(base / "model.safetensors")
+    tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    mixer = {"layer": "Mamba2", "d_state": 16, "headdim": 16, "ngroups": 2, "chunk_size": 8}
+    fields = {"d_model": 64, "n_layer": 2, "vocab_size": 512, "ssm_cfg": mixer}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    check_bounds(tmp_path, adapter, merged_model(base, adapter))
+    names = ["backbone.embeddings.weight", "lm_head.weight"]
+    stored = Tensors(tmp_path, adapter, names).stored
+    # The head is what the embedding was, and the checkpoint's own name for that is not left over.
+    assert stored["backbone.embedding.weight"].name.startswith("base_model.model.backbone.")
+    assert stored["lm_head.weight"].name == "backbone.embedding.weight"
 
 
 # Through an export

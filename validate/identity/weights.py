@@ -120,7 +120,7 @@ class Weights:
         for what in self._roles(made):
             found.parameters.add(what.parameter)
             for each in compare(tensor, what, layout, folded, source, reader, advance):
-                found.different(name, operator, tensor.dtype, each)
+                found.different(name, operator, each)
 
     def _roles(self, made: Made) -> Iterator[Made]:
         """A weight, and where it is a tied head as well, that head."""

@@ -28,7 +28,7 @@ from ingot.validate.identity.weights_files import (
     read_object,
     widen,
 )
-from ingot.validate.identity.weights_names import EXPERTS, HEAD, Made, Part, bare
+from ingot.validate.identity.weights_names import EXPERTS, HEAD, Made, Part, bare, canonical
 
 Doubles = npt.NDArray[np.float64]
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -44,6 +44,8 @@ BASE_LAYER = ".base_layer"
 BIAS = "lora_B.bias"
 TOKENS = "token_adapter.trainable_tokens_delta"
 ONE_EXPERT = re.compile(r"(?P<owner>.+)\.(?P<expert>\d+)\.(?P<leaf>[^.]+\.weight)")
+# Tensors of an adapter that are kept after their use.
+MOST_HELD = 4
 # Half a unit in the last place of 1 in float32, and the smallest float32.
 UNIT, LEAST = 2.0**-24, 2.0**-149
 
@@ -214,7 +216,7 @@ class Adapter:
         """The tensors of a checkpoint, with those that are stored whole in their place."""
         result = dict(stored)
         for weight, tensor in self.saved.items():
-            same = [name for name in stored if bare(name) == weight]
+            same = [name for name in stored if canonical(name) == weight]
             if not same:
                 for name in _other_spelling(weight, result):
                     del result[name]
@@ -247,6 +249,7 @@ class Merged:
     reader: Reader
     plain: Plain
     _norms: dict[int, Doubles] = field(default_factory=dict)
+    _held: dict[str, Doubles] = field(default_factory=dict)
 
     def rows(
         self, made: Made, part: Part, first: int, count: int, columns: int
@@ -274,8 +277,14 @@ class Merged:
         return (value - bound).astype(np.float32), (value + bound).astype(np.float32)
 
     def _read(self, tensor: Tensor) -> Doubles:
-        bits = self.reader.elements(tensor, 0, tensor.size)
-        return widen(bits, tensor.dtype).reshape(tensor.shape).astype(np.float64)
+        # The experts of a stack share their tensors, and are changed one after the other.
+        if tensor.name not in self._held:
+            while len(self._held) >= MOST_HELD:
+                del self._held[next(iter(self._held))]
+            bits = self.reader.elements(tensor, 0, tensor.size)
+            values = widen(bits, tensor.dtype).reshape(tensor.shape)
+            self._held[tensor.name] = values.astype(np.float64)
+        return self._held[tensor.name]
 
     def _apply(
         self, change: Change, made: Made, part: Part, rows: slice, value: Doubles, bound: Doubles

@@ -16,7 +16,7 @@ from ingot.validate.identity.weights_names import (
     HEAD,
     OF_ONE_EXPERT,
     Made,
-    bare,
+    canonical,
     make,
     spellings,
 )
@@ -80,7 +80,7 @@ class Tensors:
             shapes[HEAD] = head.shape
         adapter = Adapter.read(self.adapter_folder, shapes)
         for table in self._tables if self.tied else ():
-            adapter.tie(bare(table))
+            adapter.tie(canonical(table))
         return adapter
 
     @property

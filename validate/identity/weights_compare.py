@@ -16,6 +16,8 @@ from ingot.validate.identity.weights_names import Made, Part
 
 # Elements that are compared at a time.
 BLOCK = 1 << 21
+# Half a unit in the last place of 1, by dtype: what one rounding may change.
+HALF_UNIT = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8, "F64": 2.0**-53}
 
 
 class Source(Protocol):
@@ -52,6 +54,7 @@ class Difference:
 
     Attributes:
         tensor: of the checkpoint.
+        dtype: of the weight that is stored.
         count: of elements that differ.
         compared: elements.
         index: of the first that differs, in the tensor.
@@ -63,6 +66,7 @@ class Difference:
     """
 
     tensor: Tensor
+    dtype: str
     count: int = 0
     compared: int = 0
     index: tuple[int, ...] = ()
@@ -90,8 +94,10 @@ class Difference:
     def factor(self) -> float | None:
         """What all of the tensor is multiplied by, if that is all that is wrong."""
         least, most = self.ratios
-        # Roundings of half precision, where all elements differ by one number otherwise.
-        return (least + most) / 2 if abs(most - least) <= abs(most) * 2.0**-8 else None
+        middle, spread = (least + most) / 2, most - least
+        # What is rounded twice is no product, and what is rounded otherwise is next to 1.
+        product = spread <= 8 * HALF_UNIT[self.dtype] * abs(middle) and abs(middle - 1) > 4 * spread
+        return middle if product else None
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,7 @@ def compare(
     found: dict[str, Difference] = {}
     for piece in pieces(made, layout):
         part = piece.part
-        difference = found.setdefault(part.tensor.name, Difference(part.tensor))
+        difference = found.setdefault(part.tensor.name, Difference(part.tensor, stored.dtype))
         for first in range(0, part.rows, height):
             count = min(height, part.rows - first)
             begin = piece.first + first * piece.strides[0]

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ingot.plugins.errors import named
-from ingot.validate.identity.weights_compare import Difference
+from ingot.validate.identity.weights_compare import HALF_UNIT, Difference
 from ingot.validate.identity.weights_names import layer_of
 from ingot.validate.result import Check, Location
 
-# Half a unit in the last place of 1, by dtype: what one rounding may change.
-HALF_UNIT = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8, "F64": 2.0**-53}
 # Sentences that a report has room for.
 MOST_PROBLEMS = 20
 MOST_REASONS = 3
@@ -57,7 +55,7 @@ class Found:
         if self.location is None:
             self.location = Location(layer, operator, weight, ratio)
 
-    def different(self, weight: str, operator: str, dtype: str, difference: Difference) -> None:
+    def different(self, weight: str, operator: str, difference: Difference) -> None:
         """A tensor that a weight differs from."""
         factor, name = difference.factor, difference.tensor.name
         if factor is not None and not self.described:
@@ -67,7 +65,7 @@ class Found:
             )
             return
         whole = "" if factor is None else f", and all are {factor:.6g} times what they should be"
-        ratio = difference.error / HALF_UNIT[dtype]
+        ratio = difference.error / HALF_UNIT[difference.dtype]
         self.wrong(weight, operator, f"{difference}{whole}", ratio, name)
 
     def nameless(self, weight: str, operator: str) -> None:

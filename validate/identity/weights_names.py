@@ -108,6 +108,12 @@ def bare(name: str) -> str:
     return next((name.removeprefix(p) for p in PREFIXES if name.startswith(p)), name)
 
 
+def canonical(name: str) -> str:
+    """A name without what stands before it in a whole model, in transformers' spelling."""
+    name = bare(name)
+    return next((end for end, other in SPELLINGS.items() if name == other), name)
+
+
 def is_embedding(name: str) -> bool:
     """Whether it is the table of the embedding."""
     return bare(name) in EMBEDDINGS
