@@ -118,7 +118,7 @@ def by_several(graph: onnx.GraphProto) -> str:
     graph.node.insert(at, helper.make_node("Neg", [node.input[1]], ["opposite"]))
     graph.node.insert(at + 1, helper.make_node("Abs", ["opposite"], ["size"]))
     node.op_type, node.input[1] = "Sub", "size"
-    return "Sub"
+    return "Neg Abs Sub"
 
 
 def attribute(graph: onnx.GraphProto) -> str:
@@ -174,8 +174,12 @@ def test_names_the_layer_and_the_operator(
             operators.append(fault(graph))
 
         found = find(family, target, graph(plant), calls=1, precision=precision)
-        right = found is not None and (found.layer, found.operator) == (LAYER, operators[0])
-        if not right or found is None or found.ratio < 100:
+        if (
+            found is None
+            or found.layer != LAYER
+            or found.operator not in operators[0].split()
+            or found.ratio < 100
+        ):
             missed.append((fault.__name__, operators, str(found)))
     assert missed == []
 
