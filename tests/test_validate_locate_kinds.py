@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +12,16 @@ import pytest
 from conftest import MakeCheckpoint, MakeIngot
 from located import Change, Find, Subjects, bypass, finder, graph, weight
 from onnx import helper, numpy_helper
+from safetensors.torch import load_file, save_file
 from traces import Traces
 
 from ingot.export.ingot import GRAPH
+from ingot.export.progress import Stages
+from ingot.graphs.checkpoint import Checkpoint
 from ingot.validate.locate.graph import Graph
+from ingot.validate.run import examine
+from ingot.validate.truth.inputs import QUICK
+from ingot.validate.truth.reference import Reference
 
 # Minutes of tracing; one of them is quick, since other tests trace the same graphs.
 SUBJECTS = [
@@ -130,7 +137,8 @@ def attribute(graph: onnx.GraphProto) -> str:
 
 def constant(graph: onnx.GraphProto) -> str:
     """A factor that only this layer reads, where the weights had none."""
-    node = of_layer(graph, "MatMul")
+    # The last, since a norm behind the first would undo it.
+    node = of_layer(graph, "MatMul", -1)
     own = helper.tensor_dtype_to_np_dtype(dtype_of(graph, node))
     graph.initializer.append(numpy_helper.from_array(np.array(1.125, own), "factor"))
     behind(graph, node, helper.make_node("Mul", ["IN", "factor"], ["OUT"]))
@@ -200,3 +208,63 @@ def test_names_the_layer_of_a_weight(find: Find, family: str, target: str, preci
 
     found = find(family, target, change, calls=1, precision=precision)
     assert found is not None and (found.layer, found.operator) == (LAYER, "MatMul")
+
+
+def over_and_back(graph: onnx.GraphProto) -> None:
+    """By 2^30 and back: equal in float32, and infinite on the way in float16."""
+    for name, factor in (("up", 2.0**15), ("down", 2.0**-15)):
+        graph.initializer.append(numpy_helper.from_array(np.array(factor, np.float16), name))
+    products = [("IN", "up", "a"), ("a", "up", "b"), ("b", "down", "c"), ("c", "down", "OUT")]
+    made = [helper.make_node("Mul", [read, by], [value]) for read, by, value in products]
+    behind(graph, of_layer(graph, "MatMul", -1), *made)
+
+
+@pytest.mark.slow
+def test_names_an_overflow(find: Find) -> None:
+    found = find("olmoe", "trt", graph(over_and_back), calls=1, precision="fp16")
+    assert found is not None and found.overflow is not None
+    assert (found.layer, found.operator) == (LAYER, "Mul") and found.overflow > 65504
+    assert str(found).startswith("overflow in layer 1, Mul output ")
+    # Where the graph is one of float32 it is none.
+    assert find("olmoe", "trt", graph(wide_over_and_back), calls=1, precision="fp32") is None
+
+
+def wide_over_and_back(graph: onnx.GraphProto) -> None:
+    over_and_back(graph)
+    for tensor in graph.initializer:
+        if tensor.name in ("up", "down"):
+            wide = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shared_traces")
+@pytest.mark.parametrize("planted", [False, True], ids=["checkpoint", "ingot"])
+def test_says_whether_eager_pytorch_overflows_too(
+    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot, tmp_path: Path, planted: bool
+) -> None:
+    name = "model.layers.1.self_attn.o_proj.weight"
+    checkpoint = make_checkpoint("olmoe")
+
+    def enlarge(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        weights[name] *= 3e5
+        save_file(weights, path, {"format": "pt"})
+
+    right = Checkpoint.open(checkpoint)
+    if not planted:
+        enlarge(checkpoint)
+        right = Checkpoint.open(checkpoint)
+    ingot = make_ingot(checkpoint, "trt", builder="none", precision="fp16")
+    folder = shutil.copytree(ingot, tmp_path / "copy")
+    if planted:
+        weight(name, lambda a: (a.astype(np.float32) * 2e5).astype(a.dtype))(folder)
+    reference = Reference(right, "generate", "float16")
+    report = examine(folder, reference, Stages(), plan=QUICK, verify=False)
+    assert report.verdict == "failed" and report.place is not None
+    assert report.place.startswith("overflow in layer 1, MatMul output ")
+    said = "does not overflow" if planted else "overflows too: use --precision bf16"
+    assert f"eager PyTorch in float16 {said}" in report.place
+    fits = [each for each in report.failures if "does not fit float16" in each]
+    assert bool(fits) is not planted
