@@ -89,8 +89,9 @@ def export(
 
     Returns:
         The manifest and the checkpoint's folder. ``manifest.verdict`` is ``passed``; ``passed, in
-        part``, with what was not covered in ``manifest.validation["short"]``; ``skipped`` (nothing
-        was compared); or ``failed``: such an ingot is there and does not load.
+        part``, with what was not covered in ``manifest.validation["short"]``; ``skipped`` (what is
+        delivered cannot run here, or nothing was asked); or ``failed``: such an ingot is there and
+        does not load.
 
     Raises:
         IngotError: anything wrong with the arguments, the checkpoint or the destination; nothing is
