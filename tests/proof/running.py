@@ -137,7 +137,7 @@ Named = tuple[str, list[str], bool]
 
 
 def run_all(groups: Sequence[Group], processes: int) -> list[Outcome]:
-    """Every group; those of one family in one process, which traces what they have in common once."""
+    """Every group; those of one family in one process, since they have traces in common."""
     if processes == 1:
         return [outcome for group in groups for outcome in run_group(*group)]
     # A thread for each process, and no more processes than cores.
