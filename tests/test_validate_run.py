@@ -87,6 +87,7 @@ def test_passes_on_every_seed(ingot: Path, reference: Reference, seed: int) -> N
     expected |= {(f"{stage}, {CACHES}", name) for stage in WHOLE for name in STATES}
     expected |= {(stage, name) for stage in AGAIN for name in ["logits", *STATES]}
     replayed = [f"{stage}, replayed" for stage in [*STAGES, *LONG]]
+    replayed.append("experts forced 1")
     expected |= {(stage, name) for stage in replayed for name in ["logits", *STATES, *INSIDE]}
     found = [(t.stage, t.name) for t in report.tensors if "thread" not in t.stage]
     threads = {(t.stage, t.name) for t in report.tensors if "thread" in t.stage}
@@ -99,6 +100,7 @@ def test_passes_on_every_seed(ingot: Path, reference: Reference, seed: int) -> N
     assert {mode: found.agreement for mode, found in report.routing.items()} == {
         "free": (1.0, 1.0),
         "replayed": (1.0, 1.0),
+        "forced": (1.0, 1.0),
     }
     assert report.routing["free"].names == ("layer 0", "layer 1")
     assert [growth.kind for growth in report.growth] == [
@@ -134,7 +136,7 @@ def test_sums_up_what_it_compared(ingot: Path, reference: Reference) -> None:
     summary = report.summary()
     assert summary["verdict"] == "passed" and summary["seed"] == 3
     assert summary["against"] == "eager PyTorch in float64, beside eager PyTorch in float32"
-    assert (summary["stages"], summary["compared"]) == (137, len(report.tensors))
+    assert (summary["stages"], summary["compared"]) == (138, len(report.tensors))
     for kind in ("logits", "key", "value", "router", "hidden"):
         scores = [t.score for t in report.tensors if t.kind == kind]
         assert summary[f"{kind}_score"] == max(score for score in scores if score is not None)

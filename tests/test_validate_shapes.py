@@ -19,7 +19,7 @@ from ingot.validate.coverage import Coverage
 from ingot.validate.covered import coverage
 from ingot.validate.judge.again import judge_repeats, judge_threads
 from ingot.validate.judge.judge import Judge
-from ingot.validate.truth.inputs import QUICK
+from ingot.validate.truth.inputs import QUICK, Plan
 from ingot.validate.truth.material import Material
 from ingot.validate.truth.recording import record
 from ingot.validate.truth.reference import References
@@ -109,10 +109,10 @@ def near(want: Table, seed: int) -> Table:
     }
 
 
-def judge_of(traits: Traits, want: Table, routers: Routers = NONE) -> Judge:
+def judge_of(traits: Traits, want: Table, routers: Routers = NONE, plan: Plan = QUICK) -> Judge:
     classifier = not traits.stateful
     layout = played.layout(classifier=classifier)
-    runs = make_runs(traits, QUICK, 0)
+    runs = make_runs(traits, plan, 0)
     references = []
     for run in runs:
         if run.recorded:
@@ -278,9 +278,13 @@ def test_a_fault_with_another_number_of_threads_fails() -> None:
 # --- coverage is of calls, and not of a plan
 
 
-def covered(traits: Traits, leave_out: Callable[[str], bool] = lambda _name: False) -> Coverage:
+def covered(
+    traits: Traits,
+    leave_out: Callable[[str], bool] = lambda _name: False,
+    plan: Plan = QUICK,
+) -> Coverage:
     want = table(state=traits.recurrent)
-    judge = judge_of(traits, want)
+    judge = judge_of(traits, want, plan=plan)
     judge.material.runs = [r for r in judge.material.runs if not leave_out(r.name)]
     recorder = Recorder(Session(near(want, 2), right, classifier=not traits.stateful))
     recorder.stateful = traits.stateful
@@ -290,9 +294,10 @@ def covered(traits: Traits, leave_out: Callable[[str], bool] = lambda _name: Fal
     return coverage(traits, recorder.calls, [judge], {})
 
 
+@pytest.mark.parametrize("plan", [QUICK, Plan(prefill=21, decode=3)])
 @pytest.mark.parametrize("traits", [CACHES, SCAN, CLASSIFIER])
-def test_all_that_is_asked_by_default_is_covered(traits: Traits) -> None:
-    found = covered(traits)
+def test_all_that_is_asked_by_default_is_covered(traits: Traits, plan: Plan) -> None:
+    found = covered(traits, plan=plan)
     assert found.short == () and {part.how for part in found.parts} == {"session"}
     assert (
         found.rows == ((1, 2, 3, 5) if traits.stateful else (1, 3))

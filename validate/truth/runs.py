@@ -31,6 +31,8 @@ MOST_CROSSED = 512
 MOST_CONTEXT = 4096
 # Tokens of one call of a sequence as long as the context.
 CONTEXT_PIECE = 256
+# Tokens of the calls behind a prompt with padding: decode steps and a turn.
+AFTER_PADDING = (1, 1, 2)
 # Of the largest batch.
 MOST_ROWS = 5
 # About as many tokens of a long call are recorded.
@@ -248,7 +250,8 @@ def _cuts(traits: Traits, main: Run) -> list[Run]:
     places = [*inputs.splits]
     if traits.chunk and SPLIT % traits.chunk:
         places.append(traits.chunk)
-    runs = [split_run(main, (at, prefill - at), "split") for at in places if at < prefill]
+    places = [at for at in dict.fromkeys(places) if at < prefill]
+    runs = [split_run(main, (at, prefill - at), "split") for at in places]
     # One of them with two rows.
     runs[1:2] = [_first_rows(run, 2) for run in runs[1:2]]
     # Two tokens, and as many as a convolution looks back.
@@ -265,12 +268,14 @@ def _cuts(traits: Traits, main: Run) -> list[Run]:
     if lengths[last] > 1:
         runs.append(row_run(main, "one token", last, (1, 1, 1, 2, 3)))
     runs.append(row_run(main, "padding first", last, (3, 2, 1), padding=3))
-    if len(rows) > 1:
+    # Together with what follows as long as the prefill, for which every target has room.
+    first = prefill - sum(AFTER_PADDING)
+    if len(rows) > 1 and first > 10:
         several = (*rows, *rows)[: min(MOST_ROWS, traits.most_rows or MOST_ROWS)]
-        runs.append(_padded(main, "every row padded", prefill, _lefts(prefill), several))
-    if traits.anywhere and len(rows) > 1:
-        runs.append(_padded(main, "right padding", prefill, _rights(prefill)))
-        runs.append(_padded(main, "padding within", prefill, _middles(prefill)))
+        runs.append(_padded(main, "every row padded", first, _lefts(first), several))
+        if traits.anywhere:
+            runs.append(_padded(main, "right padding", first, _rights(first)))
+            runs.append(_padded(main, "padding within", first, _middles(first)))
     return [run for run in runs if run.columns.shape[1] > 0]
 
 
@@ -290,19 +295,19 @@ def _calls(main: Run) -> list[Run]:
     return runs
 
 
-def _lefts(prefill: int) -> list[list[int]]:
+def _lefts(size: int) -> list[list[int]]:
     """Paddings of different lengths in every row, one of them longer than most of the call."""
-    paddings = (2, prefill - 5, prefill - 3, 1, 9)
-    return [[0] * padding + [1] * (prefill - padding) for padding in paddings]
+    paddings = (2, size - 5, size - 3, 1, 9)
+    return [[0] * padding + [1] * (size - padding) for padding in paddings]
 
 
-def _rights(prefill: int) -> list[list[int]]:
-    tokens = (prefill, 5, 1)
-    return [[1] * count + [0] * (prefill - count) for count in tokens]
+def _rights(size: int) -> list[list[int]]:
+    tokens = (size, 5, 1)
+    return [[1] * count + [0] * (size - count) for count in tokens]
 
 
-def _middles(prefill: int) -> list[list[int]]:
-    rows = np.ones((ROWS, prefill), dtype=np.int64)
+def _middles(size: int) -> list[list[int]]:
+    rows = np.ones((ROWS, size), dtype=np.int64)
     rows[0, 4:7] = 0
     rows[1, :2] = rows[1, 6:14] = rows[1, -1] = 0
     rows[2, 2:-2] = 0
@@ -331,15 +336,15 @@ def row_run(source: Run, name: str, row: int, sizes: Sequence[int], padding: int
 def _padded(
     source: Run,
     name: str,
-    prefill: int,
+    first: int,
     masks: list[list[int]],
     rows: Sequence[int] | None = None,
 ) -> Run:
     """Rows with padding of their own in the first call, two decode steps, and a turn."""
     rows = source.rows if rows is None else rows
     mask = np.array(masks[: len(rows)], dtype=np.int64)
-    mask = np.hstack((mask, np.ones((len(rows), 4), dtype=np.int64)))
-    return _cut(source, name, rows, mask, (prefill, 1, 1, 2))
+    mask = np.hstack((mask, np.ones((len(rows), sum(AFTER_PADDING)), dtype=np.int64)))
+    return _cut(source, name, rows, mask, (first, *AFTER_PADDING))
 
 
 def _first_rows(run: Run, rows: int) -> Run:
@@ -356,16 +361,16 @@ def _first_rows(run: Run, rows: int) -> Run:
 def _cut(source: Run, name: str, rows: Iterable[int], mask: Ids, sizes: Sequence[int]) -> Run:
     """A run of some rows' first tokens, where a mask has room for them.
 
-    Calls at the end for which a row has no tokens are left out; a row that is too short for the
-    first call gives its place to the longest one.
+    Calls at the end for which a row has no tokens are left out. A row that is too short, alone for
+    the first call and beside others for all of them, gives its place to the longest one.
     """
     inputs = source.inputs
     places = [np.flatnonzero(each) for each in inputs.attention_mask]
     longest = max(range(len(places)), key=lambda row: len(places[row]))
-    first = mask[:, : sizes[0]].sum(1)
+    least = mask[:, : sizes[0]].sum(1) if len(mask) == 1 else mask.sum(1)
     rows = tuple(
         row if len(places[row]) >= needed else longest
-        for row, needed in zip(rows, first, strict=True)
+        for row, needed in zip(rows, least, strict=True)
     )
     stops = np.cumsum(sizes).tolist()
     has = np.array([len(places[row]) for row in rows])
