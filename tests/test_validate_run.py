@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import MakeIngot
+from conftest import MakeCheckpoint, MakeIngot
 from damage import copied
 from judged import judged
 from onnx import helper
@@ -111,6 +111,22 @@ def test_passes_on_every_seed(ingot: Path, reference: Reference, seed: int) -> N
         report.distribution is not None and report.distribution.tokens == 19 + 12 + 1 + 3 * 32 + 101
     )
     assert 0 <= report.distribution.kl_max < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+@pytest.mark.parametrize("switch", [16, 100])
+def test_pieces_of_a_call_that_turns_its_positions_are_held_against_pieces(
+    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot, target: str, switch: int
+) -> None:
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    folder = make_checkpoint("granite", max_position_embeddings=switch, rope_scaling=scaling)
+    found = Reference(Checkpoint.open(folder), "generate")
+    report = validate_ingot(make_ingot(folder, target), found, plan=QUICK)
+    assert (report.verdict, report.failures) == ("passed", [])
+    assert report.coverage is not None
+    crossed = f"a prompt past the {switch} tokens at which positions change"
+    assert crossed in {part.name for part in report.coverage.parts if part.covered}
 
 
 def test_feeds_what_the_plan_says(tiny_ort: Path, reference: Reference) -> None:
