@@ -18,18 +18,21 @@ from ingot.graphs.family import family_of, parameter_bytes
 from ingot.graphs.layers import Decoder, ModelOutput
 from ingot.runtime.session import Floats, Ids
 
+# Bytes of weights that stay in memory from call to call.
+RESIDENT = 2**30
+
 
 class EagerSession:
     """Runs a checkpoint on the eager graph.
 
-    A model that would take more than half of the free memory is streamed: each layer's weights
-    are read from the checkpoint when it runs and dropped after.
+    A model that would take more than ``RESIDENT``, or half of the free memory, is streamed: each
+    layer's weights are read from the checkpoint when it runs and dropped after.
 
     Args:
         checkpoint: the weights.
         task: a task of the family.
         precision: of weights and activations.
-        streamed: whether to stream; decided by the free memory where absent.
+        streamed: whether to stream; decided by the size where absent.
         advance: told the bytes of each weight that is loaded up front.
 
     Attributes:
@@ -51,7 +54,7 @@ class EagerSession:
         self.precision = precision
         weight_map = family.weight_map(self.model, checkpoint, task)
         size = parameter_bytes(self.model)
-        if streamed if streamed is not None else size > _free_memory() / 2:
+        if streamed if streamed is not None else size > min(RESIDENT, _free_memory() / 2):
             _stream_weights(self.model, checkpoint, weight_map)
         else:
             load_parameters(self.model, checkpoint, weight_map, advance=advance)
