@@ -13,7 +13,6 @@ from ingot.export.ingot import Manifest
 from ingot.export.manifest import ONNX_RUNTIME, TENSORRT, versions
 from ingot.export.progress import Stages
 from ingot.plugins.device import has_gpu
-from ingot.plugins.errors import IngotError
 from ingot.runtime.loading import load
 from ingot.runtime.onnxruntime_session import said
 from ingot.runtime.session import Ids, Session
@@ -371,7 +370,8 @@ def examine_unrun(
     try:
         tensors = judge_widened(folder, manifest, reference, seed, stages)
         report = replace(report, tensors=tuple(tensors))
-    except IngotError as error:
+    # As in ``examine``.
+    except Exception as error:
         if not any(check.problems for check in found):
             raise
         found += (Check("session", 0, (f"the graph cannot be run: {said(error)}",)),)
