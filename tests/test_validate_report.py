@@ -294,7 +294,7 @@ def test_junit_failures_have_messages() -> None:
     assert suite.get("failures") == "3"
     messages = [failure.get("message") or "" for failure in suite.iter("failure")]
     assert messages[:2] == ["score 141 above 4", "no such output"]
-    assert messages[2].startswith("router 1, row 0, token 2: [1, 6] over [1, 3]")
+    assert messages[2].startswith("router 1: token 2 of row 0 chose [1, 6] over [1, 3]")
     properties = {p.get("name"): p.get("value") for p in suite.iter("property")}
     assert properties["verdict"] == "failed"
     assert (properties["location"] or "").startswith("layer 1, MoeDispatch")
