@@ -139,7 +139,7 @@ def place(
     monkeypatch.setattr(find, "locate", locate)
     monkeypatch.setattr(find, "locate_session", session or (lambda *_: None))
     (run, *_) = runs_of(make_runs(Traits(512), QUICK, 0))
-    return located(found, cast(Subject, _Subject()), [run], lambda: cast(Session, None))
+    return located(found, cast(Subject, _Subject()), lambda: [run], lambda: cast(Session, None))
 
 
 NODE = Location(1, "Cast", "val_3", 0.0)

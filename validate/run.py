@@ -331,16 +331,20 @@ def examine(
     report = replace(report, checks=found, seconds=time.perf_counter() - began)
     if report.verdict != "failed":
         return report
-    from ingot.validate.locate.find import located, runs_of
+    from ingot.validate.locate.find import Run, located, runs_of
 
-    target = Target(folder, reference)
-    with stages.stage("find where it goes wrong"):
-        runs = []
+    def runs() -> list[Run]:
+        """What was fed, named as in the report."""
+        result: list[Run] = []
+        traits = Target(folder, reference).traits(reference)
         for each in range(seed, seed + plan.seeds):
-            name = f"seed {each}, " if plan.seeds > 1 else ""
-            fed = make_runs(target.traits(reference), plan, each, context=each == seed)
-            runs += runs_of(fed, name, first=each == seed)
-        return located(report, subject, runs, target.delivered)
+            stage = f"seed {each}, " if plan.seeds > 1 else ""
+            fed = make_runs(traits, plan, each, context=each == seed)
+            result += runs_of(fed, stage, first=each == seed)
+        return result
+
+    with stages.stage("find where it goes wrong"):
+        return located(report, subject, runs, lambda: Target(folder, reference).delivered())
 
 
 def examine_unrun(

@@ -65,14 +65,17 @@ def runs_of(fed_runs: Sequence[FedRun], name: str = "", *, first: bool = True) -
 
 
 def located(
-    report: Report, subject: Subject, runs: Sequence[Run], session: Callable[[], Session]
+    report: Report,
+    subject: Subject,
+    runs: Callable[[], Sequence[Run]],
+    session: Callable[[], Session],
 ) -> Report:
     """A failed report with its place; where that cannot be found, with the reason.
 
     Args:
         report: of the ingot.
         subject: the ingot, and a fresh capture of its graph.
-        runs: all that were fed; what is computed again is one of them.
+        runs: makes all that were fed; what is computed again is one of them.
         session: opens the ingot's, as it is delivered.
     """
     by_checks = next((c.location for c in report.checks if c.location is not None), None)
@@ -89,12 +92,15 @@ def located(
 
 
 def _by_numbers(
-    report: Report, subject: Subject, runs: Sequence[Run], session: Callable[[], Session]
+    report: Report,
+    subject: Subject,
+    runs: Callable[[], Sequence[Run]],
+    session: Callable[[], Session],
 ) -> Location | None:
     """Where the graph goes wrong, or else the session; None where neither does by itself."""
     if not any(tensor.problem for tensor in report.tensors) and not _others(report):
         return None
-    run = failed_run(report, runs)
+    run = failed_run(report, runs())
     found = locate(subject, one_by_one(run.calls, subject.manifest.states))
     if found is None:
         # Its words name the call.
