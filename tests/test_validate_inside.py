@@ -115,6 +115,26 @@ def test_a_constant_of_the_outer_graph_is_told_by_its_numbers() -> None:
     assert found == (True, "then_branch: Mul output t")
 
 
+def test_a_function_sees_no_constant_of_the_graph_that_calls_it() -> None:
+    """Whatever that graph calls its own."""
+    text = NESTED.replace("int64[1] steps = {4}", "int64[1] m = {4}, float[1] j = {1.0}")
+    reference, graph = parsed(NESTED), parsed(text)
+    node, found = reference.makers["z"], graph.makers["z"]
+    assert not differs(reference, node, graph, found)
+    pairs = pair_values(reference, graph)
+    assert first_inside(reference, node, graph, found, pairs) == ""
+    # Nor does a branch inside of it.
+    loop = NESTED.replace(
+        "w = Constant <value_int: int = 1> () n = own.G(m)",
+        "w = Constant <value_int: int = 1> () b = Cast <to: int = 9> (w) "
+        "n = If (b) <then_branch = s () => (s) { s = Abs(m) }, "
+        "else_branch = d () => (d) { d = Neg(m) }>",
+    )
+    other = loop.replace("int64[1] steps = {4}", "int64[1] m = {4}")
+    reference, graph = parsed(loop), parsed(other)
+    assert not differs(reference, reference.makers["z"], graph, graph.makers["z"])
+
+
 def test_an_attribute_of_the_call_is_of_the_node_itself() -> None:
     assert inside(changed(("float = 2.0", "float = 3.0")), "z") == (True, "")
 

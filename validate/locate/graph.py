@@ -92,17 +92,20 @@ class Graph:
         function = self.functions.get((node.domain, node.op_type))
         if function is None:
             return None
-        return self._body(function.node, function.input, function.output, ())
+        # It sees nothing of the graph that calls it.
+        return self._body(function.node, function.input, function.output, (), lambda _name: None)
 
     def _label(self, node: onnx.NodeProto, told: Callable[[str], Any]) -> Label:
         return (
             node.domain,
             node.op_type,
-            frozenset((a.name, self._attribute(a)) for a in node.attribute),
+            frozenset((a.name, self._attribute(a, told)) for a in node.attribute),
             tuple(told(name) for name in node.input),
         )
 
-    def _attribute(self, attribute: onnx.AttributeProto) -> bytes | Label:
+    def _attribute(
+        self, attribute: onnx.AttributeProto, told: Callable[[str], Any]
+    ) -> bytes | Label:
         graphs = branches(attribute)
         if graphs:
             return tuple(
@@ -111,6 +114,7 @@ class Graph:
                     [value.name for value in graph.input],
                     [value.name for value in graph.output],
                     graph.initializer,
+                    told,
                 )
                 for graph in graphs
             )
@@ -127,13 +131,17 @@ class Graph:
         inputs: Iterable[str],
         outputs: Iterable[str],
         initializers: Iterable[onnx.TensorProto],
+        outer: Callable[[str], Any],
     ) -> Label:
-        """What a branch or a function does: each node, and which values it reads by their place."""
+        """What a branch or a function does: each node, and which values it reads by their place.
+
+        What a value of the graph around it is, ``outer`` tells.
+        """
         places: dict[str, Any] = {name: ("input", at) for at, name in enumerate(inputs)}
         places |= {tensor.name: _unnamed(tensor) for tensor in initializers}
 
         def told(name: str) -> Any:
-            return places[name] if name in places else self.constant(name)
+            return places[name] if name in places else outer(name)
 
         labels = []
         for at, node in enumerate(nodes):

@@ -61,6 +61,8 @@ class _Body(NamedTuple):
     inputs: Sequence[str]
     outputs: Sequence[str]
     initializers: Sequence[onnx.TensorProto] = ()
+    # A function sees nothing of the graph that calls it.
+    sees: bool = True
 
 
 def _bodies(graph: Graph, node: onnx.NodeProto) -> Iterator[_Body]:
@@ -77,15 +79,18 @@ def _bodies(graph: Graph, node: onnx.NodeProto) -> Iterator[_Body]:
             )
     function = graph.functions.get((node.domain, node.op_type))
     if function is not None:
-        yield _Body("body", function.node, function.input, function.output)
+        yield _Body("body", function.node, function.input, function.output, sees=False)
 
 
 def _first_of(
     body: _Body, reference: Graph, theirs: _Body, actual: Graph, pairs: Mapping[str, str]
 ) -> str:
     """The first wrong operator of one body."""
-    known = {name: name for name in pairs} | _constants(reference, body)
-    taken = {value: name for name, value in pairs.items()} | _constants(actual, theirs)
+    known: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    if body.sees:
+        known = {name: name for name in pairs} | _constants(reference, body)
+        taken = {value: name for name, value in pairs.items()} | _constants(actual, theirs)
     mine, _ = _graph(body, known, reference)
     other, names = _graph(theirs, taken, actual)
     inner = pair_values(mine, other)
@@ -106,7 +111,7 @@ def _first_of(
             name = next(filter(None, found.output))
             place = f"{found.op_type} output {names.get(name, name)}"
             return f"{place}, {deeper}" if deeper else place
-    return _first_reader_of_another(body, reference, theirs, actual)
+    return _first_reader_of_another(body, reference, theirs, actual) if body.sees else ""
 
 
 def _first_reader_of_another(body: _Body, reference: Graph, theirs: _Body, actual: Graph) -> str:
