@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from ingot.export.progress import Stages
+from ingot.graphs.checkpoint import Checkpoint
 from ingot.validate import processor as module
 from ingot.validate.processor import CPU, FEATURES, ISA, PROCESSOR, THREADS, emulated, processor
+from ingot.validate.truth.cache import Cache
+from ingot.validate.truth.inputs import make_inputs
+from ingot.validate.truth.reference import Reference
 
 INTEL = """processor\t: 0
 model name\t: Intel(R) Xeon(R) Platinum 8370C
@@ -72,3 +77,20 @@ def test_a_system_that_says_nothing_is_no_error(
     monkeypatch.setattr(module, "_CPUINFO", tmp_path / "absent")
     found = processor()
     assert found[FEATURES] == "unknown" and found[CPU]
+
+
+def test_what_eager_computes_is_kept_for_each_processor_and_the_truth_for_all(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = Reference(Checkpoint.open(tiny), "generate", "float32", Cache(tmp_path))
+    inputs = make_inputs(512)
+
+    def keys() -> tuple[str, str]:
+        truth = reference._key(inputs, torch.float64, Stages())
+        return truth, reference._key(inputs, torch.float32, Stages(), replayed=True)
+
+    truth, eager = keys()
+    assert keys() == (truth, eager)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    other_truth, other_eager = keys()
+    assert other_truth == truth and other_eager != eager
