@@ -89,12 +89,14 @@ class Where:
     Attributes:
         layer: of the location; None outside of the layers.
         operators: one of these; any where empty.
+        also: layers that are right too, where the fault lies between two of them.
         or_none: a location that could not be found is right too, since no single node is wrong.
         words: something that the location, or one of the failures, says.
     """
 
     layer: int | None = None
     operators: tuple[str, ...] = ()
+    also: tuple[int | None, ...] = ()
     or_none: bool = False
     words: str = ""
 
@@ -106,7 +108,8 @@ class Where:
             return "" if self.words in said else f"nobody says {self.words!r}"
         if found is None:
             return "" if self.or_none else f"no location: {report.unlocated}"
-        if found.layer != self.layer or (self.operators and found.operator not in self.operators):
+        layers = (self.layer, *self.also)
+        if found.layer not in layers or (self.operators and found.operator not in self.operators):
             return f"found at {found}"
         return ""
 

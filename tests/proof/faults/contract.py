@@ -104,7 +104,7 @@ FAULTS: list[Fault] = [
     said("a state's axis", "olmoe onnx", "states", 0, "axis", to=1, words="axis"),
     said("an input's dtype", "granite onnx", "inputs", 3, "dtype", to="float16", words="input"),
     said("an output's width", "olmoe ort", "outputs", 0, "shape", 2, to=500, words="output"),
-    said("another task", "granite onnx", "task", to="features", words="task"),
+    said("another task", "granite onnx", "task", to="features", words="contract:"),
     said("another family", "granite ort", "model_type", to="olmoe", words="model_type"),
     said("another target", "olmoe ort", "target", to="onnx", words="target"),
     said("parameters", "granite ort", "parameters", to=lambda n: n + 1),

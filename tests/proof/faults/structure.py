@@ -21,6 +21,8 @@ from proof.planting import in_graph
 
 KIND = "structure"
 LAYER, OUTSIDE = Where(1), Where(None)
+# Between the last layer and the norm behind it.
+BEHIND = Where(1, also=(None,))
 NUMBERS: tuple[By, ...] = ("numbers",)
 
 
@@ -198,8 +200,8 @@ FAULTS: list[Fault] = [
         passed_by("layers.1.post_attention_layernorm.weight"),
         LAYER,
     ),
-    in_graph("no residual", "granite ort", KIND, no_residual, LAYER),
-    in_graph("no residual", "mamba2 onnx", KIND, no_residual, LAYER),
+    in_graph("no residual", "granite ort", KIND, no_residual, BEHIND),
+    in_graph("no residual", "mamba2 onnx", KIND, no_residual, BEHIND),
     in_graph("keys for values", "granite onnx", KIND, swapped("Attention", 1, 1, 2), LAYER),
     in_graph("past behind the new", "olmoe onnx", KIND, swapped("Concat", 4, 0, 1), None, NUMBERS),
     in_graph("sine for cosine", "granite ort", KIND, replaced("Cos", 0, "Sin"), OUTSIDE, NUMBERS),
