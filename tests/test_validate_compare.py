@@ -151,6 +151,12 @@ def test_fails_on_a_constant_reference_and_a_constant_target() -> None:
     assert "every element" in _one(zeros, zeros).problem
 
 
+def test_compares_a_single_element() -> None:
+    one = _random(1, 1)
+    assert _one(one, one).problem == ""
+    assert _one(one, 2 * one).problem
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("scale", [1.001, 0.999, 1.00005, -1.0])
 def test_fails_on_a_wrong_scale(kind: str, scale: float) -> None:
