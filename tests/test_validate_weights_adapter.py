@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def test_holds_what_peft_makes_of_every_weight(
     check_bounds(base, adapter, merged_model(base, adapter))
 
 
-@pytest.mark.parametrize("case", TIED)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c == "both" else pytest.mark.slow) for c in TIED]
+)
 def test_holds_what_the_adapted_model_of_a_tied_one_computes_with(
     case: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
@@ -92,8 +95,15 @@ def test_holds_what_the_adapted_model_of_a_tied_one_computes_with(
         assert ((low <= right) & (right <= high)).all(), name
 
 
-@pytest.mark.parametrize("adapter_of", ["parameters", "experts"])
-@pytest.mark.parametrize("stored", ["parameters", "experts"])
+@pytest.mark.parametrize(
+    ("adapter_of", "stored"),
+    [
+        ("parameters", "experts"),
+        ("experts", "parameters"),
+        pytest.param("parameters", "parameters", marks=pytest.mark.slow),
+        pytest.param("experts", "experts", marks=pytest.mark.slow),
+    ],
+)
 def test_holds_experts_of_either_spelling(
     adapter_of: str, stored: str, tiny: Path, tmp_path: Path
 ) -> None:
@@ -167,13 +177,22 @@ def checked(ingot: Path, base: Path, adapter: Path | None) -> Check:
     return check_weights(Subject(ingot, Manifest.read(ingot), opened, Stages()))
 
 
-@pytest.fixture
-def exported(
-    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot, tmp_path: Path
+@pytest.fixture(scope="module")
+def made(
+    make_checkpoint: MakeCheckpoint,
+    make_ingot: MakeIngot,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path, Path]:
-    base = make_checkpoint("granite")
-    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    base, adapter = make_checkpoint("granite"), tmp_path_factory.mktemp("made") / "adapter"
+    make_adapter(base, adapter, target_modules=["q_proj", "down_proj"])
     return make_ingot(base, "ort", adapter=str(adapter)), base, adapter
+
+
+@pytest.fixture
+def exported(made: tuple[Path, Path, Path], tmp_path: Path) -> tuple[Path, Path, Path]:
+    """An ingot, its checkpoint and a copy of its adapter, to be changed."""
+    ingot, base, adapter = made
+    return ingot, base, Path(shutil.copytree(adapter, tmp_path / "adapter"))
 
 
 def test_passes_an_ingot_with_an_adapter_in_it_and_fails_it_without(
