@@ -36,8 +36,7 @@ from ingot.validate.truth.inputs import QUICK, STANDARD, THOROUGH, Plan
 WORDS = 300
 REPORTS = {"report.json", "junit.xml", "summary.md", "report.html"}
 NORM = "layers.1.post_attention_layernorm.weight"
-EAGER_STAGES = ["load eager float64", "run eager float64", "load eager float32"]
-EAGER_STAGES += ["run eager float32"]
+EAGER_STAGES = ["run eager float64", "run eager float32"]
 
 
 pytestmark = pytest.mark.usefixtures("shared_traces")
@@ -143,6 +142,8 @@ def test_validates_again_and_passes(ingot: Path, checkpoint: Path, tmp_path: Pat
     assert re.fullmatch(r"Worst of \d+ tensors", rest[0].strip())
     # One row a kind: error, score, limit, stage and tensor.
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in rest if "│" in line]
+    # A long name goes on in the next line.
+    rows = [row for row in rows if row[0]]
     assert [row[0] for row in rows] == ["logits", "key", "value", "router", "hidden"]
     for _, error, score, limit, stage, tensor in rows:
         assert 0 < float(error) < 1e-5 and 0 < float(score) < float(limit) == 8
@@ -688,10 +689,11 @@ def test_keeps_what_eager_computes(
     monkeypatch.setenv("INGOT_CACHE", str(cache))
     first = _quick(ingot, checkpoint, "--json")
     assert [stage for stage in _stages(first) if "eager float" in stage] == EAGER_STAGES
-    # The truth, and eager in the ingot's precision.
-    assert len(list(cache.glob("*.safetensors"))) == 2
+    # The truth of each run, and eager in the ingot's precision.
+    assert len(list(cache.glob("*.safetensors"))) >= 2
     with monkeypatch.context() as patch:
         patch.setattr("ingot.validate.truth.reference.EagerSession", _forbid)
+        patch.setattr("ingot.validate.truth.reference.Layerwise", _forbid)
         again = _quick(ingot, checkpoint, "--json")
     assert _stages(again) == [stage for stage in _stages(first) if stage not in EAGER_STAGES]
     one, other = _strict(first.stdout), _strict(again.stdout)
