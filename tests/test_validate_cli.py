@@ -152,6 +152,7 @@ def test_validates_again_and_passes(ingot: Path, checkpoint: Path, tmp_path: Pat
     assert figures == [
         "Routing, free",
         "Routing, replayed",
+        "Routing, forced",
         "Growth of the error over decode, in floors",
         "KL divergence of truth from target, nats",
         "Top-1 agreement",
