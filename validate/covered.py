@@ -19,7 +19,7 @@ FLIPPED = (
 )
 DOUBTFUL = "they come behind a choice of experts that rounding may turn, and nothing shows which"
 UNFORCED = "each expert by itself, since the experts of an engine cannot be given"
-UNKNOWN = "the truth was not computed for as many tokens of such a row"
+UNKNOWN = "of a recurrent state the truth is known only where a recorded call ended"
 SAMPLED = "of long calls the outputs of some tokens are compared"
 
 

@@ -132,6 +132,10 @@ def _several(traits: Traits) -> Iterator[Asked]:
             f"decode of {most} sequences of different length",
             lambda c: c.rows == most and bool(c.turns) and c.tokens == 1 and different(c),
         )
+        if most > 2:
+            yield asked(
+                "decode of two sequences", lambda c: c.rows == 2 and bool(c.turns) and c.tokens == 1
+            )
         yield asked(
             "a turn of several sequences",
             lambda c: len(c.turns) > 1 and c.turns[-1] == 1 and c.tokens > 1,
@@ -140,6 +144,8 @@ def _several(traits: Traits) -> Iterator[Asked]:
             yield asked(f"more than {ROWS} sequences", lambda c: c.rows > ROWS)
         yield asked("a call that is all padding in one of several rows", lambda c: c.began_padded)
     else:
+        if most > 2:
+            yield asked("two rows", lambda c: c.rows == 2)
         yield asked(f"{most} rows of different length", lambda c: c.rows == most and different(c))
     yield asked("padding in every row", lambda c: min(c.paddings) > 0)
     if traits.anywhere:

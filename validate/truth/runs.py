@@ -264,6 +264,8 @@ def _cuts(traits: Traits, main: Run) -> list[Run]:
         runs.append(row_run(main, f"row {row} alone", row, (lengths[row], *after)))
     # As a chat: a short prompt, an answer, and turns of several lengths.
     runs.append(row_run(main, "chat", 0, (3, 1, 9, 1, 2, 1, 3)))
+    if len(rows) > 2:
+        runs.append(_two_rows(main, (prefill, 1, 1)))
     last = rows[-1]
     if lengths[last] > 1:
         runs.append(row_run(main, "one token", last, (1, 1, 1, 2, 3)))
@@ -284,6 +286,8 @@ def _calls(main: Run) -> list[Run]:
     prefill, rows = main.inputs.prefill, range(len(main.inputs.input_ids))
     lengths = [int(main.inputs.attention_mask[row, :prefill].sum()) for row in rows]
     runs = [row_run(main, f"row {row} alone", row, (lengths[row],)) for row in rows]
+    if len(rows) > 2:
+        runs.append(_two_rows(main, (prefill,)))
     if len(rows) > 1:
         room = main.inputs.input_ids.shape[1]
         right = [[1] * n + [0] * (room - n) for n in lengths]
@@ -331,6 +335,12 @@ def row_run(source: Run, name: str, row: int, sizes: Sequence[int], padding: int
     mask = np.ones((1, sum(sizes)), dtype=np.int64)
     mask[:, :padding] = 0
     return _cut(source, name, [row], mask, sizes)
+
+
+def _two_rows(source: Run, sizes: Sequence[int]) -> Run:
+    """The first two rows, as they lie in the main run: a batch that is neither one row nor many."""
+    mask = source.inputs.attention_mask[:2, : sum(sizes)]
+    return _cut(source, "two rows", source.rows[:2], mask, sizes)
 
 
 def _padded(
