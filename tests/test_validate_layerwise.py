@@ -21,7 +21,7 @@ from ingot.validate.truth import layerwise
 from ingot.validate.truth.cache import Recording
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import make_inputs
-from ingot.validate.truth.layerwise import Array, Fed, Layerwise
+from ingot.validate.truth.layerwise import Array, Fed, Layerwise, Side
 from ingot.validate.truth.replay import Replay
 
 TASKS = [(family, task) for family in FAMILIES for task in find_family(family).tasks]
@@ -87,7 +87,7 @@ def assert_like_a_session(
     # Two runs at once, and a second time: no state goes from one to another.
     other = calls_of(1, seed=5, stateful=bool(graph.states))
     for _ in range(2):
-        ((found, second),) = graph.run([calls, other], [everything])
+        ((found, second),) = graph.run([Side([calls, other], everything)])
         assert_same(found, stepped(session, calls))
         assert_same(second, stepped(session, other))
 
@@ -118,7 +118,7 @@ def test_takes_the_head_in_blocks_of_the_vocabulary(
 ) -> None:
     checkpoint = Checkpoint.open(checkpoints("granite"))
     graph = Layerwise(checkpoint, "generate", torch.float64)
-    ((whole,),) = graph.run([calls_of()], [everything])
+    ((whole,),) = graph.run([Side([calls_of()], everything)])
     rows: list[int] = []
     head = graph._model.head
 
@@ -129,7 +129,7 @@ def test_takes_the_head_in_blocks_of_the_vocabulary(
 
     monkeypatch.setattr(layerwise, "HEAD_BLOCK", 100 * 64 * 8)
     monkeypatch.setattr(graph._model, "head", counted)
-    ((blocks,),) = graph.run([calls_of()], [everything])
+    ((blocks,),) = graph.run([Side([calls_of()], everything)])
     assert set(rows) == {100, 12}
     for one, other in zip(whole, blocks, strict=True):
         np.testing.assert_allclose(other["logits"], one["logits"], rtol=1e-12, atol=1e-14)
@@ -143,7 +143,7 @@ def test_computes_the_logits_of_the_tokens_that_are_wanted(
     wanted = np.zeros(calls[0].input_ids.shape, dtype=np.bool_)
     wanted[0, [3, -1]] = True
     cut = [Fed(calls[0].input_ids, calls[0].attention_mask, wanted=wanted)]
-    ((whole,), (part,)) = (graph.run([each], [everything])[0] for each in (calls, cut))
+    ((whole,), (part,)) = (graph.run([Side([each], everything)])[0] for each in (calls, cut))
     logits = part[0].pop("logits")
     expected = np.where(wanted[..., None], whole[0].pop("logits"), 0)
     np.testing.assert_allclose(logits, expected, rtol=1e-12, atol=1e-14)
@@ -163,7 +163,7 @@ def test_forces_the_experts_of_each_router_and_call(checkpoints: Callable[..., P
     free = calls_of()
     calls = [forced(call) for call in free]
     session = EagerSession(checkpoint, "generate", streamed=False)
-    ((found, unforced),) = graph.run([calls, free], [everything])
+    ((found, unforced),) = graph.run([Side([calls, free], everything)])
     assert_same(found, stepped(session, calls))
     assert_same(unforced, stepped(session, free))
     assert found[0]["logits"].tobytes() != unforced[0]["logits"].tobytes()
@@ -188,7 +188,7 @@ def test_reads_a_layer_once_and_drops_it(
         held.append({n.split(".")[2] for n, p in parameters if "layers" in n and not p.is_meta})
 
     monkeypatch.setattr(checkpoint, "read", counted)
-    graph.run([calls_of(), calls_of(2)], [keep, keep])
+    graph.run([Side([calls_of(), calls_of(2)], keep)] * 2)
     layers = [name for name in read if ".layers." in name]
     assert len(layers) == len(set(layers)) > 0
     assert max(map(len, held)) == 1
@@ -217,7 +217,7 @@ def test_keeps_a_stack_of_experts_as_it_is_stored(
                 stacks.add(each.dtype)
         return array
 
-    ((found,),) = graph.run([calls_of()], [keep])
+    ((found,),) = graph.run([Side([calls_of()], keep)])
     assert stacks == {torch.bfloat16}
     session = EagerSession(checkpoint, "generate", precision=torch.float64, streamed=False)
     assert_same(found, stepped(session, calls_of()))

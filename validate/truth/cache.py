@@ -46,6 +46,7 @@ _CODE = (
     "graphs",
     "plugins",
     "validate/truth/eager.py",
+    "validate/truth/joined.py",
     "validate/truth/layerwise.py",
     "validate/truth/noise.py",
     "validate/truth/orders.py",

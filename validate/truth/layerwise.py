@@ -76,6 +76,21 @@ Keep = Callable[[int, int, str, Array], Array | None]
 Order = Callable[[], AbstractContextManager[object]]
 
 
+@dataclass(frozen=True)
+class Side:
+    """What is computed beside other sides, with the same weights.
+
+    Attributes:
+        runs: the calls of each sequence of calls.
+        keep: what is kept.
+        order: makes the context to compute in, such as ``validate.truth.orders.Split``.
+    """
+
+    runs: Sequence[Run]
+    keep: Keep
+    order: Order = contextlib.nullcontext
+
+
 @dataclass
 class _Call:
     """A call on its way through the layers, on one side.
@@ -140,17 +155,13 @@ class Layerwise:
     @torch.inference_mode()
     def run(
         self,
-        runs: Sequence[Run],
-        keeps: Sequence[Keep],
-        orders: Sequence[Order] = (),
+        sides: Sequence[Side],
         advance: Advance = lambda _layers: None,
     ) -> list[list[Recording]]:
-        """All calls of all runs.
+        """All calls of all runs of all sides.
 
         Args:
-            runs: each from an empty state.
-            keeps: one for each side: sides compute the same, each in a context of its own.
-            orders: the contexts, such as ``validate.truth.orders.Split``; none changes nothing.
+            sides: what is computed with each layer before the next is read.
             advance: told of each finished layer of each side.
 
         Returns:
@@ -158,32 +169,34 @@ class Layerwise:
             router logits and the hidden states, in this order and by the names of
             ``EagerSession``.
         """
-        orders = orders or [contextlib.nullcontext] * len(keeps)
         decoder = self._model.decoder
         self._load_small()
         # Its rows are of one call of ``run`` alone.
-        ids = torch.from_numpy(np.unique(np.concatenate([_ids(runs), np.zeros(1, np.int64)])))
+        ids = torch.from_numpy(np.unique(_ids(sides)))
         self._load_embedding(ids)
         hidden_names = self._hidden_names()
-        sides = [self._begin(runs, ids, keep, hidden_names) for keep in keeps]
+        begun = [self._begin(side, ids, hidden_names) for side in sides]
         router = 0
         for index, (layer, own) in enumerate(decoder.by_layer()):
             self._load(layer)
-            for side, keep, order in zip(sides, keeps, orders, strict=True):
-                with order():
-                    routers = self._through(layer, side, keep, own, router, ids)
+            for side, calls in zip(sides, begun, strict=True):
+                with side.order():
+                    routers = self._through(layer, calls, side.keep, own, router, ids)
                 if index + 1 in hidden_names:
-                    for call in side:
-                        self._keep(call, keep, [hidden_names[index + 1]], [call.x])
+                    for call in calls:
+                        self._keep(call, side.keep, [hidden_names[index + 1]], [call.x])
                 advance(1)
             router += routers
             layer.to("meta")
-        for side, keep, order in zip(sides, keeps, orders, strict=True):
-            with order():
-                self._end(side, keep)
+        for side, calls in zip(sides, begun, strict=True):
+            with side.order():
+                self._end(calls, side.keep)
             advance(1)
         self._model.to("meta")
-        return [_by_run(side, len(runs), self._order()) for side in sides]
+        return [
+            _by_run(calls, len(side.runs), self._order())
+            for side, calls in zip(sides, begun, strict=True)
+        ]
 
     def _through(
         self,
@@ -221,12 +234,10 @@ class Layerwise:
             self._keep(call, keep, names, logits)
         return len(logits)
 
-    def _begin(
-        self, runs: Sequence[Run], ids: torch.Tensor, keep: Keep, hidden_names: dict[int, str]
-    ) -> list[_Call]:
+    def _begin(self, side: Side, ids: torch.Tensor, hidden_names: dict[int, str]) -> list[_Call]:
         """Every call with what enters the first layer, in the order that states are handed on."""
         result = []
-        for number, run in enumerate(runs):
+        for number, run in enumerate(side.runs):
             seen = np.zeros((len(run[0].input_ids), 0), dtype=np.int64) if run else None
             for index, fed in enumerate(run):
                 mask, positions, seen = self._feeds(fed, seen)
@@ -235,7 +246,7 @@ class Layerwise:
                 if sum(part.nbytes for part in step) <= KEPT_STEP:
                     call.step = step
                 if 0 in hidden_names:
-                    self._keep(call, keep, [hidden_names[0]], [call.x])
+                    self._keep(call, side.keep, [hidden_names[0]], [call.x])
                 result.append(call)
         return result
 
@@ -395,9 +406,11 @@ def as_array(tensor: torch.Tensor) -> Array:
     return result
 
 
-def _ids(runs: Sequence[Run]) -> Ids:
+def _ids(sides: Sequence[Side]) -> Ids:
+    """All that are fed, and 0."""
+    runs = (run for side in sides for run in side.runs)
     every = [fed.input_ids.reshape(-1) for run in runs for fed in run]
-    return np.concatenate(every) if every else np.zeros(0, dtype=np.int64)
+    return np.concatenate([*every, np.zeros(1, dtype=np.int64)])
 
 
 def _by_run(

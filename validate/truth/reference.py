@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,7 +22,8 @@ from ingot.validate.truth.cache import Cache, Recording, code_digest, inputs_dig
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.forced import experts_of
 from ingot.validate.truth.inputs import Inputs
-from ingot.validate.truth.layerwise import Array, Fed, Keep, Layerwise, Order, Run
+from ingot.validate.truth.joined import Joined, join
+from ingot.validate.truth.layerwise import Array, Fed, Layerwise, Side
 from ingot.validate.truth.noise import all_squared_errors, noise_of, squared_errors, together
 from ingot.validate.truth.orders import SHARES, Split
 from ingot.validate.truth.recording import Layout, all_router_logits, collect, fed, main_run
@@ -96,6 +96,8 @@ class Reference:
         self.chunk_size = self.facts.chunk_size
         self.routers = Routers(self.facts.routers, self.facts.experts_per_token)
         self.states = self._model.states
+        self._recurrent = any(state.axis is None for state in self.states)
+        self._switch = self.facts.switch_length
 
     @property
     def experts(self) -> tuple[int, ...]:
@@ -148,8 +150,8 @@ class Reference:
         def keep(run: int, number: int, name: str, array: Array) -> Array:
             return _collected(layout, runs[missing[run]], number, name, array)
 
-        calls = [_calls(runs[number]) for number in missing]
-        (made,) = self._run(calls, dtype, [keep], [nullcontext], stages)
+        sides = [Side([_calls(runs[number]) for number in missing], keep)] if missing else []
+        (made,) = self._run(sides, dtype, stages) or [[]]
         for number, recording in zip(missing, made, strict=True):
             found[number] = recording
             self._keep(keys[number], recording)
@@ -170,18 +172,24 @@ class Reference:
         def keep(run: int, number: int, name: str, array: Array) -> Array:
             return _collected(layout, runs[missing[run]], number, name, array)
 
-        def keep_error(run: int, number: int, name: str, array: Array) -> Array:
-            truth = truths[missing[run]][number][name]
-            return squared_errors(truth, keep(run, number, name, array))
+        joined = [join(runs[n], recurrent=self._recurrent, switch=self._switch) for n in missing]
 
-        calls = [_calls(runs[n], partial(self._chosen, runs[n], truths[n])) for n in missing]
-        orders: list[Order] = [nullcontext, *(partial(Split, share) for share in SHARES)]
-        keeps = [keep, *(keep_error for _ in SHARES)]
-        eager, *others = self._run(calls, dtype, keeps, orders, stages)
+        def keep_error(run: int, number: int, name: str, array: Array) -> Array:
+            calls, truth = joined[run], truths[missing[run]]
+            got = calls.collected(layout, number, name, array)
+            return squared_errors(calls.expected(layout, number, name, truth), got)
+
+        chosen = [partial(self._chosen, runs[n], truths[n]) for n in missing]
+        one_by_one = [_calls(runs[n], each) for n, each in zip(missing, chosen, strict=True)]
+        together_fed = [_joined(*each) for each in zip(joined, chosen, strict=True)]
+        sides = [Side(one_by_one, keep)]
+        # Its noise is wanted by token alone.
+        sides += [Side(together_fed, keep_error, partial(Split, share)) for share in SHARES]
+        eager, *others = self._run(sides if missing else [], dtype, stages) or [[]]
         for place, number in enumerate(missing):
             own = all_squared_errors(truths[number], eager[place])
-            samples = zip(own, *(other[place] for other in others), strict=True)
-            found[number] = (eager[place], list(map(together, samples)))
+            samples = [joined[place].by_call(layout, other[place], own) for other in others]
+            found[number] = (eager[place], list(map(together, zip(own, *samples, strict=True))))
             for name, recording in zip(keys[number], found[number], strict=True):
                 self._keep(name, recording)
         return [(kept[0], kept[1]) for kept in found]
@@ -190,20 +198,15 @@ class Reference:
         return self.routers.chosen(truth[number], inputs, number)
 
     def _run(
-        self,
-        calls: Sequence[Run],
-        dtype: torch.dtype,
-        keeps: Sequence[Keep],
-        orders: Sequence[Order],
-        stages: Stages,
+        self, sides: Sequence[Side], dtype: torch.dtype, stages: Stages
     ) -> list[list[Recording]]:
-        """The calls on every side; where there are none nothing is loaded."""
-        if not calls:
-            return [[] for _ in keeps]
+        """What each side keeps; where there is none nothing is loaded."""
+        if not sides:
+            return []
         graph = Layerwise(self.checkpoint, self.task, dtype)
-        total = graph.layers * len(keeps)
+        total = graph.layers * len(sides)
         with stages.stage(f"run eager {_name(dtype)}", total, "steps") as advance:
-            return graph.run(calls, keeps, orders, advance)
+            return graph.run(sides, advance)
 
     def _kept(self, name: str) -> Recording | None:
         return self.cache.get(name) if self.cache is not None else None
@@ -270,6 +273,11 @@ def _calls(inputs: Inputs, chosen: Callable[[int], list[Chosen]] = lambda _numbe
         given = inputs.forced[number] if inputs.forced else chosen(number) or None
         result.append(Fed(ids, mask, given, wanted))
     return result
+
+
+def _joined(joined: Joined, chosen: Callable[[int], list[Chosen]]) -> list[Fed]:
+    """The joined calls of a run, with the experts that ``chosen`` gives of each of its calls."""
+    return _calls(joined.inputs, lambda number: joined.chosen(number, chosen))
 
 
 def _collected(layout: Layout, inputs: Inputs, number: int, name: str, array: Array) -> Array:
