@@ -314,7 +314,9 @@ class Judge:
         """
         call = main_run(run.inputs)[number]
         known = self.material.rows(run, number)
-        sides = [self.material.cut(run, number, side) for side in self._sides(run)]
+        # What is expected is most often the truth itself.
+        cut = {id(side): self.material.cut(run, number, side) for side in self._sides(run)}
+        sides = [cut[id(side)] for side in self._sides(run)]
         every = len(run.rows)
         for name in found:
             if self.layout.of_rows(name):

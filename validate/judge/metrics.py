@@ -31,15 +31,16 @@ class Errors:
 
 def errors(expected: Array, actual: Array) -> Errors:
     """Figures of two arrays of one shape, computed in float64."""
-    reference = expected.astype(np.float64)
-    difference = actual.astype(np.float64) - reference
+    reference = expected.astype(np.float64, copy=False)
+    difference = actual - reference
     scale = rms(reference)
     return Errors(rms(difference) / scale, rms(actual) / scale)
 
 
 def rms(array: Array) -> float:
     """Root of the mean square."""
-    return float(np.sqrt(np.mean(np.square(array.astype(np.float64)))))
+    flat = array.astype(np.float64, copy=False).reshape(-1)
+    return math.sqrt(flat @ flat / flat.size) if flat.size else math.nan
 
 
 def relative_error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +76,7 @@ class Inputs:
         """Where the prefill is also cut in two: at the end of a chunk, and off it."""
         return (SPLIT, SPLIT - 5)
 
-    @property
+    @cached_property
     def steps(self) -> list[tuple[str, slice]]:
         """Name and columns of every call."""
         if self.calls:
@@ -92,7 +93,7 @@ class Inputs:
             (f"decode {column - self.prefill + 1}", slice(column, column + 1)) for column in decode
         ]
 
-    @property
+    @cached_property
     def wanted(self) -> Mask:
         """``[B, C]``, the real tokens that are recorded."""
         real: Mask = self.attention_mask != 0

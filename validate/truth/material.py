@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,12 @@ class _Places:
     calls: Numbers
     indices: Numbers
 
+    @cached_property
+    def _by_call(self) -> list[tuple[int, Numbers, Numbers]]:
+        """Each call that recorded some: its number, which tokens, and their indices there."""
+        tokens = {int(call): np.flatnonzero(self.calls == call) for call in np.unique(self.calls)}
+        return [(call, here, self.indices[here]) for call, here in tokens.items()]
+
     def take(self, recording: Recording, name: str, sizes: Sequence[int]) -> Array:
         """One tensor's numbers ``[n, ...]``.
 
@@ -44,20 +51,18 @@ class _Places:
             name: of the tensor.
             sizes: how many tokens each call recorded.
         """
-        numbers = np.unique(self.calls)
-        parts: dict[int, Array] = {int(number): recording[number][name] for number in numbers}
-        for number, array in parts.items():
-            if len(array) != sizes[number]:
+        for call, _, _ in self._by_call:
+            array = recording[call][name]
+            if len(array) != sizes[call]:
                 # One of another shape is left as it is, and fails by it.
                 return array
-        if not parts:
+        if not self._by_call:
             nothing: Array = recording[0][name][:0]
             return nothing
-        some = next(iter(parts.values()))
+        some = recording[self._by_call[0][0]][name]
         found: Array = np.empty((len(self.calls), *some.shape[1:]), dtype=some.dtype)
-        for number, array in parts.items():
-            here = self.calls == number
-            found[here] = array[self.indices[here]]
+        for call, here, indices in self._by_call:
+            found[here] = recording[call][name][indices]
         return found
 
 

@@ -22,8 +22,8 @@ def squared_errors(truth: Array, found: Array) -> Array:
     """The mean square of an error over all axes but the first, ``[n, ...]`` -> ``[n]`` float64."""
     if truth.shape != found.shape or not truth.size:
         return np.zeros(len(truth))
-    difference = found.astype(np.float64) - truth
-    result: Array = np.mean(np.square(difference).reshape(len(truth), -1), axis=1)
+    difference = (found.astype(np.float64, copy=False) - truth).reshape(len(truth), -1)
+    result: Array = np.einsum("ij,ij->i", difference, difference) / difference.shape[1]
     return result
 
 
@@ -53,7 +53,8 @@ def relative_errors(noise: Array, truth: Array) -> Array:
         noise: of them, ``[n, runs]``.
         truth: of them, ``[n, ...]``.
     """
-    scale = np.sqrt(np.mean(np.square(truth.astype(np.float64))))
+    flat = truth.astype(np.float64, copy=False).reshape(-1)
+    scale = np.sqrt(np.float64(flat @ flat) / flat.size)
     with np.errstate(divide="ignore", invalid="ignore"):
         result: Array = np.sqrt(noise.mean(axis=0)) / scale
     return result
