@@ -53,7 +53,7 @@ def test_gives_every_call_its_own_tokens(layout: Layout, recurrent: bool, cut: b
     inputs = replace(INPUTS, kept=kept) if cut else INPUTS
     wanted = recorded(layout, inputs)
     joined = join(inputs, recurrent=recurrent)
-    assert len(joined.parts) == 1 + recurrent
+    assert len(joined.parts) == 2
     found = []
     for number, call in enumerate(main_run(joined.inputs)):
         made = tensors(inputs, call.columns.stop, call.columns.start)
@@ -75,8 +75,8 @@ def test_gives_every_token_its_experts() -> None:
     table = RANDOM.random((rows, total, 4)) < 0.5
     calls = main_run(INPUTS)
     joined = join(INPUTS, recurrent=False)
-    (found,) = joined.chosen(0, lambda n: [table[:, calls[n].columns].reshape(-1, 4)])
-    np.testing.assert_array_equal(found, table.reshape(-1, 4))
+    (found,) = joined.chosen(1, lambda n: [table[:, calls[n].columns].reshape(-1, 4)])
+    np.testing.assert_array_equal(found, table[:, INPUTS.prefill :].reshape(-1, 4))
     assert joined.chosen(0, lambda _number: []) == []
 
 
@@ -93,7 +93,8 @@ def test_leaves_calls_apart_that_compute_something_else() -> None:
     inputs = replace(INPUTS, calls=ends)
     # The longest row is as long as its columns.
     assert join(inputs, recurrent=False, switch=21).parts == (
-        range(3),
+        range(1),
+        range(1, 3),
         *(range(number, number + 1) for number in (3, 4, 5)),
     )
     alone = replace(INPUTS, stateful=False, calls=ends)
@@ -101,7 +102,21 @@ def test_leaves_calls_apart_that_compute_something_else() -> None:
 
 
 def test_keeps_calls_short_and_some_states_known() -> None:
-    long = make_inputs(512, 0, Plan(prefill=MOST_COLUMNS - 3, decode=2 * MOST_RECURRENT + 1))
-    assert join(long, recurrent=False).parts[0] == range(4)
+    long = make_inputs(512, 0, Plan(decode=2 * MOST_RECURRENT + 1))
+    ends = tuple((f"call {stop}", stop) for stop in (4, 9, 9 + MOST_COLUMNS - 8, 600, 601))
+    wide = replace(make_inputs(512, 0, Plan(prefill=600, decode=1)), calls=ends)
+    assert join(wide, recurrent=False).parts == (range(1), range(1, 3), range(3, 5))
     sizes = [len(part) for part in join(long, recurrent=True).parts]
     assert sizes == [1, MOST_RECURRENT, MOST_RECURRENT, 1]
+
+
+def test_takes_what_long_calls_round_more_from_the_usual_token(layout: Layout) -> None:
+    joined = join(INPUTS, recurrent=False)
+    own = [{"logits": RANDOM.random(len(call["logits"]))} for call in recorded(layout, INPUTS)]
+    plain = [{"logits": 4 * joined.expected(layout, n, "logits", own)} for n in range(2)]
+    plain[1]["logits"][0] *= 1000
+    found = [{"logits": 2 * call["logits"]} for call in plain]
+    first, rest = (call["logits"].copy() for call in found)
+    joined.scaled(layout, found, plain, own)
+    np.testing.assert_array_equal(found[0]["logits"], first)
+    np.testing.assert_allclose(found[1]["logits"], rest / 4)

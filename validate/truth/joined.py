@@ -98,6 +98,25 @@ class Joined:
                     result[call][name] = part
         return result
 
+    def scaled(self, layout: Layout, found: Recording, plain: Recording, own: Recording) -> None:
+        """Take from squared errors what a long call's kernels round more than those of short ones.
+
+        Args:
+            layout: of the outputs.
+            found: squared errors ``[n]`` by joined call, in another order of the sums; changed.
+            plain: the same in the order of the run itself.
+            own: by call of the run, its squared errors.
+        """
+        for number, calls in enumerate(self.parts):
+            for name, array in found[number].items():
+                if layout.of_rows(name) or len(calls) == 1:
+                    continue
+                short, long = self.expected(layout, number, name, own), plain[number][name]
+                some = (short > 0) & (long > 0) & np.isfinite(short) & np.isfinite(long)
+                if some.any():
+                    # The usual token's: one that rounding is amplified at says nothing of kernels.
+                    found[number][name] = array * min(1.0, np.median(short[some] / long[some]))
+
     def _places(self, number: int, name: str) -> Iterator[npt.NDArray[np.int64]]:
         """By call of the run, where its tokens are among those of a joined one."""
         inputs, columns = self.inputs, main_run(self.inputs)[number].columns
@@ -130,8 +149,9 @@ def join(inputs: Inputs, *, recurrent: bool, switch: int | None = None) -> Joine
             or not last
             or width > MOST_COLUMNS
             or (switch is not None and length > switch)
-            # The state behind the prompt is known as well.
-            or (recurrent and (last.start == 0 or len(last) >= MOST_RECURRENT))
+            # A prompt is a long call already, and the state behind it is known as well.
+            or last.start == 0
+            or (recurrent and len(last) >= MOST_RECURRENT)
         )
         if alone:
             parts.append(range(number, number + 1))

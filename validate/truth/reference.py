@@ -183,11 +183,14 @@ class Reference:
         one_by_one = [_calls(runs[n], each) for n, each in zip(missing, chosen, strict=True)]
         together_fed = [_joined(*each) for each in zip(joined, chosen, strict=True)]
         sides = [Side(one_by_one, keep)]
-        # Its noise is wanted by token alone.
+        # Its noise is wanted by token alone; the first of the joined shows what joining costs.
+        sides += [Side(together_fed, keep_error)]
         sides += [Side(together_fed, keep_error, partial(Split, share)) for share in SHARES]
-        eager, *others = self._run(sides if missing else [], dtype, stages) or [[]]
+        eager, plain, *others = self._run(sides if missing else [], dtype, stages) or [[], []]
         for place, number in enumerate(missing):
             own = all_squared_errors(truths[number], eager[place])
+            for other in others:
+                joined[place].scaled(layout, other[place], plain[place], own)
             samples = [joined[place].by_call(layout, other[place], own) for other in others]
             found[number] = (eager[place], list(map(together, zip(own, *samples, strict=True))))
             for name, recording in zip(keys[number], found[number], strict=True):
