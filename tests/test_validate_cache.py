@@ -531,7 +531,7 @@ def test_the_code_is_what_the_eager_graphs_import() -> None:
 
 
 def test_a_change_of_the_code_changes_its_digest(tmp_path: Path) -> None:
-    modules = ("eager", "layerwise", "noise", "orders", "recording", "replay")
+    modules = ("eager", "joined", "layerwise", "noise", "orders", "recording", "replay")
     validating = [f"validate/truth/{name}.py" for name in modules]
     counted = ["graphs/a.py", "plugins/b.py", *validating]
     for name in counted:
