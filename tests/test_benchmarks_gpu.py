@@ -64,6 +64,7 @@ def test_models_that_are_computed_have_an_error(tmp_path: Path) -> None:
     assert len(models["mamba2 whole"]["tokens"]) == 3
 
 
+@pytest.mark.slow
 def test_every_phase_is_entered_where_nothing_computes(tmp_path: Path) -> None:
     """From a folder that has nothing but what `make gpu-bundle` packs."""
     listed = re.search(r"git ls-files Makefile (.*) > ", (gpu.ROOT / "Makefile").read_text())

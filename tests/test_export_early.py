@@ -122,8 +122,8 @@ def test_mistakes_are_told_before_torch_is_imported(
     compared = [str(INGOT), "--checkpoint", str(tiny)]
     validations = {
         "is not an ingot": [str(tiny), "--checkpoint", str(tiny)],
-        "gone is not a folder": [str(INGOT), "--checkpoint", str(tmp_path / "gone")],
-        "olmoe is not a folder": [str(INGOT), "--checkpoint", "olmoe"],
+        "gone' is not a folder": [str(INGOT), "--checkpoint", str(tmp_path / "gone")],
+        "name of a family and not of one checkpoint": [str(INGOT), "--checkpoint", "olmoe"],
         "no folder org/adapter": [*compared, "--adapter", "org/adapter"],
         "no adapter_model.safetensors": [*compared, "--adapter", lora],
         "--seed is -1": [*compared, "--seed", "-1"],

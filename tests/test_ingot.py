@@ -44,6 +44,7 @@ def _python(code: str, *arguments: str | Path, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_no_module_hides_a_function(tiny: Path, tmp_path: Path) -> None:
     printed = _python(IMPORT_ALL + CALL_ALL, tiny, tmp_path / "out")
     assert json.loads(printed) == ["skipped", "passed", True, 4]

@@ -364,6 +364,7 @@ def test_refuses_a_length_that_the_model_does_not_take(
 # --- baselines
 
 
+@pytest.mark.slow
 def test_gates_on_a_baseline(
     ingot: Path,
     swapped: Path,

@@ -93,7 +93,10 @@ def variant(folder: Path, tmp_path: Path) -> Callable[..., Reference]:
     return make
 
 
-@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize(
+    "damage",
+    [n if i < 2 else pytest.param(n, marks=pytest.mark.slow) for i, n in enumerate(DAMAGED)],
+)
 def test_validation_fails_an_ingot_of_another_model(
     ingot: Path, variant: Callable[..., Reference], damage: str
 ) -> None:

@@ -168,6 +168,7 @@ def with_buffers(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.1.self_attn.masked_bias"] = torch.tensor(-1e9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [head_instead, both_names, without_prefix, with_buffers])
 def test_finds_a_checkpoint_s_tensors_by_their_other_names(
     change: Callable[[dict[str, torch.Tensor]], object], both: Make, tmp_path: Path
@@ -183,6 +184,7 @@ def test_finds_experts_that_are_stored_in_one_tensor(
     assert passes(tiny_ort, base) and passes(tiny_onnx, base)
 
 
+@pytest.mark.slow
 def test_finds_tensors_in_shards(both: Make, tmp_path: Path) -> None:
     ingot, checkpoint = both("jetmoe")
     tensors = load_file(checkpoint / "model.safetensors")
@@ -196,6 +198,7 @@ def test_finds_tensors_in_shards(both: Make, tmp_path: Path) -> None:
     assert passes(ingot, tmp_path)
 
 
+@pytest.mark.slow
 def test_finds_the_tensors_of_mamba_ssm(both: Make, tmp_path: Path) -> None:
     ingot, checkpoint = both("mamba2")
     tensors = load_file(checkpoint / "model.safetensors")
