@@ -98,11 +98,16 @@ def test_two_targets_pass_at_a_few_floors(
         assert 0 < max(tensor.score or 0.0 for tensor in report.tensors) < 8
 
 
+def _of_calls(report: Report) -> dict[tuple[str, str], float | None]:
+    """The floors of whole calls; of forced experts that of the worst token counts."""
+    return {key: f for key, f in _floors(report).items() if not key[0].startswith("experts")}
+
+
 def test_floors_are_those_of_eager(
     tiny_onnx: Path, changed: Path, reference: Reference, usual: Report
 ) -> None:
     for other in (tiny_onnx, changed):
-        assert _floors(_against(tiny_onnx, reference, other)) == _floors(usual)
+        assert _of_calls(_against(tiny_onnx, reference, other)) == _of_calls(usual)
     assert all(floor is not None and floor > 0 for floor in _floors(usual).values())
 
 

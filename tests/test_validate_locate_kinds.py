@@ -207,7 +207,8 @@ def test_names_the_layer_of_a_weight(find: Find, family: str, target: str, preci
         apply(folder)
 
     found = find(family, target, change, calls=1, precision=precision)
-    assert found is not None and (found.layer, found.operator) == (LAYER, "MatMul")
+    # A product of rows that are sorted by expert tells of itself where they are joined again.
+    assert found is not None and found.layer == LAYER and found.operator in ("MatMul", "Concat")
 
 
 def over_and_back(graph: onnx.GraphProto) -> None:

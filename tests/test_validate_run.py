@@ -436,9 +436,9 @@ def test_a_graph_too_damaged_to_be_taken_apart_keeps_its_report(
 
     report = examine(folder, reference, Stages(), plan=QUICK, verify=False)
     assert report.verdict == "failed" and any(present in each for each in report.failures)
-    assert report.location is None
-    assert report.place is not None and "ONNX Runtime cannot run the graph" in report.place
-    assert report.summary()["location"] == report.place and "\n" not in report.place
+    # The graph cannot be run beside another; that it is another graph is seen without.
+    assert report.location is not None and report.location.layer == 1
+    assert report.summary()["location"] == report.place and "\n" not in str(report.place)
 
 
 @pytest.mark.slow
@@ -454,6 +454,5 @@ def test_an_operator_that_cannot_be_loaded_keeps_the_report(
     model = onnx.load(folder / GRAPH, load_external_data=False)
     next(node for node in model.graph.node if node.op_type == "MatMul").op_type = "MatMull"
     onnx.save(model, folder / GRAPH)
-    report = examine(folder, reference, Stages(), plan=QUICK)
-    assert (report.verdict, report.location) == ("failed", None)
-    assert report.unlocated is not None and "MatMull" in report.unlocated
+    report = examine(folder, reference, Stages(), plan=QUICK, verify=False)
+    assert report.verdict == "failed" and "MatMull" in f"{report.place} {report.failures}"
