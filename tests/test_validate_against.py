@@ -107,7 +107,9 @@ def test_floors_are_those_of_eager(
     tiny_onnx: Path, changed: Path, reference: Reference, usual: Report
 ) -> None:
     for other in (tiny_onnx, changed):
-        assert _of_calls(_against(tiny_onnx, reference, other)) == _of_calls(usual)
+        found, expected = _of_calls(_against(tiny_onnx, reference, other)), _of_calls(usual)
+        # Where experts were turned, there are replayed calls besides.
+        assert {key: found[key] for key in expected} == expected
     assert all(floor is not None and floor > 0 for floor in _floors(usual).values())
 
 

@@ -90,7 +90,7 @@ class Control:
     hidden: tuple[str, ...] = ("nothing",)
     config: dict[str, Any] = field(default_factory=dict)
     retraced: bool = True
-    added: tuple[int, str] | None = None
+    added: tuple[int | None, str] | None = None
 
 
 class Exports:
@@ -357,6 +357,7 @@ CONTROLS = {
         "Unsqueeze",
         first="decode 1",
         hidden=("prefill",),
+        added=(None, "Shape"),
     ),
     "11 logits times 1.001": Control("olmoe", of_model(scale_logits), None, "MatMul"),
     "12 o_proj transposed": Control(
