@@ -56,7 +56,6 @@ def test_every_family_exports_with_make(clone: Path, family: str) -> None:
     assert (clone / "out" / f"{family}-ort" / "ingot.json").is_file()
 
 
-@pytest.mark.slow
 def test_an_own_checkpoint(clone: Path) -> None:
     commands = re.findall(r"^python -m .*$", README, re.MULTILINE)
     assert len(commands) == 3
