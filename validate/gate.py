@@ -31,7 +31,7 @@ from ingot.validate.judge.limits import SCORE_FLOOR
 from ingot.validate.processor import HARDWARE, ISA, PROCESSOR, THREADS
 from ingot.validate.report.words import LISTED, number
 from ingot.validate.result import Gate, Report, TensorResult
-from ingot.validate.truth.inputs import FORCED
+from ingot.validate.truth.inputs import EXPERTS_FORCED
 
 # How many measured spreads a figure may rise: three are chance once in hundreds of runs.
 SPREADS = 3.0
@@ -241,7 +241,7 @@ def _tensors(report: Report, baseline: Baseline, slack: Slack) -> Iterator[str]:
         if entry is None or tensor.error is None:
             continue
         missing.pop(key, None)
-        if not slack.floors and tensor.stage.startswith(FORCED):
+        if not slack.floors and tensor.stage.startswith(EXPERTS_FORCED):
             # The token counts that is furthest off in floors, which may be another one.
             continue
         if tensor.error > 0 and entry.error > 0:

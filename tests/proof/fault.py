@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import pytest
 from traces import Traces
 
-from ingot.validate.result import Location, Report
+from ingot.validate.result import Report
 from proof.bases import Kept
 
 # What may see a fault: the numbers of a run, a comparison that needs none, or a refusal to run.
@@ -200,11 +200,6 @@ def worst(report: Report) -> float | None:
     """The highest score of a run, in floors."""
     scores = [tensor.score for tensor in report.worst.values() if tensor.score is not None]
     return max(scores, default=None)
-
-
-def located(found: Location | None) -> str:
-    """A location in words."""
-    return "" if found is None else str(found)
 
 
 @contextmanager

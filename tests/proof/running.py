@@ -23,7 +23,7 @@ from ingot.validate.result import Report
 from ingot.validate.run import examine
 from ingot.validate.truth.inputs import QUICK, STANDARD, THOROUGH
 from proof.bases import BASES, Base, Kept, known
-from proof.fault import Fault, Outcome, located, planted, seen_by, worst
+from proof.fault import Fault, Outcome, planted, seen_by, worst
 
 PLANS = {"quick": QUICK, "standard": STANDARD, "thorough": THOROUGH}
 RIGHT = "right export"
@@ -53,18 +53,23 @@ def run_fault(fault: Fault, kept: Kept, place: Path) -> Outcome:
         said = " ".join(traceback.format_exc().split())[-300:]
         outcome = replace(outcome, missed="no sentence but an exception", said=said)
     else:
-        outcome = replace(
-            outcome,
-            verdict=report.verdict,
-            by=seen_by(report),
-            floors=worst(report),
-            location=report.place or located(report.location),
-            said=next(iter([*report.failures, *report.short]), ""),
-            missed=judged(fault, report),
-        )
+        outcome = reported(outcome, report, judged(fault, report))
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return replace(outcome, seconds=time.perf_counter() - began)
+
+
+def reported(outcome: Outcome, report: Report, missed: str) -> Outcome:
+    """An outcome with what a report says."""
+    return replace(
+        outcome,
+        verdict=report.verdict,
+        by=seen_by(report),
+        floors=worst(report),
+        location=report.place or "",
+        said=next(iter([*report.failures, *report.short]), ""),
+        missed=missed,
+    )
 
 
 def judged(fault: Fault, report: Report) -> str:
@@ -92,15 +97,8 @@ def run_right(base: Base, kept: Kept) -> Outcome:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         outcome = replace(outcome, missed="it raised", said=said)
     else:
-        outcome = replace(
-            outcome,
-            verdict=report.verdict,
-            by=seen_by(report),
-            floors=worst(report),
-            location=report.place or "",
-            said=next(iter([*report.failures, *report.short]), ""),
-            missed="" if report.verdict == "passed" else "it did not pass",
-        )
+        missed = "" if report.verdict == "passed" else "it did not pass"
+        outcome = reported(outcome, report, missed)
     return replace(outcome, seconds=time.perf_counter() - began)
 
 

@@ -23,10 +23,11 @@ from ingot.validate.truth.recording import (
     Array,
     Layout,
     Tensors,
-    all_chosen_experts,
     all_router_logits,
+    by_router,
     main_run,
     record,
+    taken_experts,
 )
 from ingot.validate.truth.reference import References
 from ingot.validate.truth.replay import Chosen, Routers, replayed
@@ -94,11 +95,10 @@ class ForcedJudge:
 
     def _judge_choices(self, calls: Recording) -> None:
         """Hold what was used in all calls against what was given."""
-        given = _by_router([masks for inputs in self._runs for masks in inputs.forced])
+        given = by_router([masks for inputs in self._runs for masks in inputs.forced])
         expected = [call for reference in self._references for call in reference.expected]
-        moved = map(_moved, _by_router(list(map(all_router_logits, expected))), given)
-        found = list(map(all_chosen_experts, calls))
-        used = {router: np.concatenate([each[router] for each in found]) for router in found[0]}
+        moved = map(_moved, by_router(map(all_router_logits, expected)), given)
+        used = taken_experts(calls)
         # The number of a token's run is told as its row.
         at = [(n, token) for n, inputs in enumerate(self._runs) for token in range(inputs.prefill)]
         agreement = []
@@ -192,11 +192,6 @@ def _worst(results: Sequence[TensorResult]) -> list[TensorResult]:
         if (bool(each.problem), each.score or 0.0) > (bool(before.problem), before.score or 0.0):
             found[each.name] = each
     return list(found.values())
-
-
-def _by_router(calls: Sequence[Sequence[Array]]) -> list[Array]:
-    """What each router has in all calls."""
-    return [np.concatenate(each) for each in zip(*calls, strict=True)]
 
 
 def _moved(router_logits: Array, chosen: Chosen) -> Array:

@@ -31,12 +31,13 @@ from ingot.validate.truth.recording import (
     Places,
     Stepper,
     Tensors,
-    all_chosen_experts,
     all_router_logits,
+    by_router,
     collect_whole,
     main_run,
     observe,
     places,
+    taken_experts,
     whole,
 )
 from ingot.validate.truth.reference import References
@@ -420,7 +421,7 @@ class Judge:
         What the kernels took tells it better than the logits they were given, where it is known.
         """
         found = [choices(logits, self.routers.top_k) for logits in _by_router(calls)]
-        for router, used in _taken(calls).items():
+        for router, used in taken_experts(calls).items():
             found[router] = used
         return found
 
@@ -429,7 +430,7 @@ class Judge:
         truth = _by_router(self._by_call(run, self.material.sides(run)[1], of_router))
         wanted = [choices(logits, self.routers.top_k) for logits in truth]
         at = np.concatenate([places(run.inputs, call) for call in main_run(run.inputs)])
-        return ignored_choices(wanted, _taken(calls), truth, at)
+        return ignored_choices(wanted, taken_experts(calls), truth, at)
 
     def _flipped(self, run: Run, found: Recording) -> Flips:
         """What the target's own choices are, and from where on they changed its numbers."""
@@ -480,13 +481,7 @@ def _kept_places(run: Run, call: Call) -> Places:
 
 def _by_router(calls: Recording) -> list[Array]:
     """Each router's logits ``[n, E]`` over all calls."""
-    return [np.concatenate(each) for each in zip(*map(all_router_logits, calls), strict=True)]
-
-
-def _taken(calls: Recording) -> dict[int, Array]:
-    """The experts ``[n, E]`` that kernels took over all calls, by router."""
-    found = [all_chosen_experts(call) for call in calls]
-    return {router: np.concatenate([each[router] for each in found]) for router in found[0]}
+    return by_router(map(all_router_logits, calls))
 
 
 def of_router(name: str) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ingot.graphs.layers import Model
-from ingot.validate.truth.inputs import FORCED, Inputs, Mask
+from ingot.validate.truth.inputs import EXPERTS_FORCED, Inputs, Mask
 
 # Of a call. An error at one token of many is thinned out by the others, and what a call gives is
 # kept until it is compared.
@@ -60,7 +60,7 @@ def forced_runs(
             np.ones_like(ids[number]),
             TOKENS,
             stateful,
-            calls=((f"{FORCED} {number + 1}", TOKENS),),
+            calls=((f"{EXPERTS_FORCED} {number + 1}", TOKENS),),
             forced=(tuple(mask[number * TOKENS :][:TOKENS] for mask in chosen),),
         )
         for number in range(count)

@@ -13,7 +13,7 @@ from ingot.runtime.session import Ids
 Mask = npt.NDArray[np.bool_]
 
 # With which the names of calls begin whose experts are forced.
-FORCED = "experts forced"
+EXPERTS_FORCED = "experts forced"
 PADDING = 7
 # One without padding, one that is padded, and one in whose prefill all but one token is padding;
 # the states of the last are known after one token, two, three and so on.

@@ -116,6 +116,17 @@ def all_chosen_experts(tensors: Tensors) -> dict[int, Array]:
     return {int(name.removeprefix(CHOSEN_EXPERTS)): tensors[name] for name in names}
 
 
+def by_router(calls: Iterable[Sequence[Array]]) -> list[Array]:
+    """What each router has in some calls ``[n, E]``, of which each lists it in their order."""
+    return [np.concatenate(each) for each in zip(*calls, strict=True)]
+
+
+def taken_experts(calls: Sequence[Tensors]) -> dict[int, Array]:
+    """The experts ``[n, E]`` that kernels took over all calls, by router, where it is known."""
+    found = [all_chosen_experts(call) for call in calls]
+    return {router: np.concatenate([each[router] for each in found]) for router in found[0]}
+
+
 def main_run(inputs: Inputs) -> list[Call]:
     """The calls of a run."""
     return [Call(stage, columns) for stage, columns in inputs.steps]
