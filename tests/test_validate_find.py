@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,15 @@ from ingot.validate.locate import find
 from ingot.validate.locate.calls import Fed, feeds, one_by_one, other_padding
 from ingot.validate.locate.find import Run, eager_overflows, failed_run, located, runs_of
 from ingot.validate.locate.part import LocateError
-from ingot.validate.result import Check, Growth, Location, Report, TensorResult
+from ingot.validate.result import (
+    Check,
+    Flip,
+    Growth,
+    Location,
+    Report,
+    Routing,
+    TensorResult,
+)
 from ingot.validate.truth.inputs import QUICK, make_inputs
 from ingot.validate.truth.runs import Traits, make_runs
 
@@ -133,13 +142,34 @@ class _Subject:
 
 
 def place(
-    monkeypatch: pytest.MonkeyPatch, found: Report, locate: Any, session: Any = None
+    monkeypatch: pytest.MonkeyPatch,
+    found: Report,
+    locate: Any,
+    session: Any = None,
+    inside: Sequence[TensorResult] = (),
 ) -> Report:
     """The report with its place, where these look for it."""
     monkeypatch.setattr(find, "locate", locate)
     monkeypatch.setattr(find, "locate_session", session or (lambda *_: None))
-    (run, *_) = runs_of(make_runs(Traits(512), QUICK, 0))
-    return located(found, cast(Subject, _Subject()), lambda: [run], lambda: cast(Session, None))
+    return located(found, cast(Subject, _Subject()), _Again(*inside))
+
+
+class _Again:
+    """Of a model with two layers, the second of which chooses experts."""
+
+    by_layer = (0, 1)
+
+    def __init__(self, *inside: TensorResult) -> None:
+        self._inside = inside
+
+    def runs(self) -> list[Run]:
+        return runs_of(make_runs(Traits(512), QUICK, 0))
+
+    def session(self) -> Session:
+        return cast(Session, None)
+
+    def inside(self, run: Run) -> tuple[TensorResult, ...]:
+        return self._inside
 
 
 NODE = Location(1, "Cast", "val_3", 0.0)
@@ -177,6 +207,54 @@ def test_numbers_come_before_checks_and_the_graph_before_the_session(
     found = place(monkeypatch, wrong, lambda *_: None, lambda *_: of_session)
     assert found.location == of_session
     assert place(monkeypatch, wrong, lambda *_: None).location == NODE
+
+
+def value(name: str, stage: str = "decode 1", layer: int | None = None, problem: str = "w") -> Any:
+    return TensorResult(stage, name, "hidden", layer, 1.0, 0.1, 1.0, 8.0, problem)
+
+
+def test_where_graph_and_session_are_right_the_first_layer_computed_wrongly_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wrong, right = report(tensor("decode 1")), lambda *_: None
+    inside = [
+        value("logits"),
+        value("hidden_states.2", "prefill"),
+        value("hidden_states.2"),
+        value("router_logits.0"),
+        value("hidden_states.1", problem=""),
+    ]
+    # The model's only router is in its second layer, and is before what leaves that.
+    found = place(monkeypatch, wrong, right, inside=inside)
+    assert found.location == Location(1, "kernels", "router_logits.0 at decode 1", 10.0)
+    words = "not in the graph but in what computes it, in layer 1, router_logits.0 at decode 1, "
+    assert found.place == f"{words}10x floor"
+    state = value("present.1.key", layer=1)
+    found = place(monkeypatch, wrong, right, inside=[*inside, state])
+    assert found.location and found.location.value == "present.1.key at decode 1"
+    found = place(monkeypatch, wrong, right, inside=[*inside, state, value("hidden_states.0")])
+    assert found.location and found.location.layer is None
+    assert "computes it, outside of the layers, hidden_states.0" in str(found.location)
+    # What is wrong in a file is the place before that.
+    checked = replace(wrong, checks=(WRONG,))
+    assert place(monkeypatch, checked, right, inside=inside).location == NODE
+
+
+def test_experts_that_fail_have_their_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    flip = Flip(0, 2, 5, (0, 1), (0, 2), 1.0, 0.1)
+    wrong = report(value("logits", ""), routing={"free": Routing((0.9,), (flip,))})
+    found = place(monkeypatch, wrong, lambda *_: None).location
+    assert found == Location(1, "kernels", "the experts of token 5 in row 2", np.inf)
+    one = value("hidden_states.1", "experts forced 1")
+    found = place(monkeypatch, report(one), lambda *_: None).location
+    assert found == Location(0, "kernels", "hidden_states.1 at experts forced 1", 10.0)
+
+
+def test_says_that_only_what_runs_without_its_inside_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = place(monkeypatch, report(tensor("prefill")), lambda *_: None)
+    assert found.location is None and "what runs without them" in str(found.place)
 
 
 def test_numbers_that_are_right_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from ingot.validate.coverage import Coverage
 # The mode of routing in which every expert in turn is given.
 FORCED = "forced"
 SCHEMA_VERSION = 1
+# The operator of a location that is in no node of the graph.
+SESSION, KERNELS = "session", "kernels"
 # A score: an error no larger than eager's own is no fault, whatever it rose from.
 HARMLESS = 1.0
 
@@ -225,9 +227,10 @@ class Location:
     Attributes:
         layer: the first layer beyond its floor; None before the first or after the last.
         operator: of the first node beyond it there, such as ``MoeDispatch``; ``session`` where the
-            graph is right, and what feeds it is not.
+            graph is right, and what feeds it is not; ``kernels`` where what computes it is not.
         value: the node's output; of a session the input it fed wrong, or the tensor it handed out
-            wrong, and the call, such as ``position_ids at decode 1``.
+            wrong, and the call, such as ``position_ids at decode 1``; of kernels the first value
+            between the layers that is wrong, and the call.
         ratio: its error over the floor; infinite where ``detail`` or ``overflow`` says what is
             wrong, and 0 where the node is another than it should be without an effect on the
             numbers that were fed.
@@ -262,8 +265,11 @@ class Location:
             beyond = f"{self.overflow:.2g} is beyond float16's 65504"
             preposition = "" if self.layer is None else "in "
             return f"overflow {preposition}{self.node}: {beyond}{eager}{run}"
-        if self.operator == "session":
+        if self.operator == SESSION:
             found = f"not in the graph but in the session, {self.value}"
+        elif self.operator == KERNELS:
+            layer = "outside of the layers" if self.layer is None else f"in layer {self.layer}"
+            found = f"not in the graph but in what computes it, {layer}, {self.value}"
         else:
             found = self.node
         if self.ratio == 0:

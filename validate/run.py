@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ingot.export.graph import Capture
 from ingot.export.ingot import Manifest
@@ -32,15 +33,19 @@ from ingot.validate.judge.forced import ForcedJudge
 from ingot.validate.judge.judge import Judge
 from ingot.validate.judge.widened import judge_widened
 from ingot.validate.processor import processor
-from ingot.validate.result import Check, Distribution, Report
+from ingot.validate.result import Check, Distribution, Report, TensorResult
 from ingot.validate.truth.forced import forced_runs
 from ingot.validate.truth.inputs import STANDARD, Inputs, Plan
 from ingot.validate.truth.material import Material
 from ingot.validate.truth.recording import Layout
 from ingot.validate.truth.reference import TRUTH, Reference
+from ingot.validate.truth.runs import Run as FedRun
 from ingot.validate.truth.runs import Traits, make_runs
 from ingot.validate.truth.taps import TappedSession
 from ingot.version import __version__
+
+if TYPE_CHECKING:
+    from ingot.validate.locate.find import Run
 
 LIBRARIES = ("torch", "numpy", *ONNX_RUNTIME, *TENSORRT)
 # Tokens of a text that see each other where perplexity is measured.
@@ -331,20 +336,54 @@ def examine(
     report = replace(report, checks=found, seconds=time.perf_counter() - began)
     if report.verdict != "failed":
         return report
-    from ingot.validate.locate.find import Run, located, runs_of
-
-    def runs() -> list[Run]:
-        """What was fed, named as in the report."""
-        result: list[Run] = []
-        traits = Target(folder, reference).traits(reference)
-        for each in range(seed, seed + plan.seeds):
-            stage = f"seed {each}, " if plan.seeds > 1 else ""
-            fed = make_runs(traits, plan, each, context=each == seed)
-            result += runs_of(fed, stage, first=each == seed)
-        return result
+    from ingot.validate.locate.find import located
 
     with stages.stage("find where it goes wrong"):
-        return located(report, subject, runs, lambda: Target(folder, reference).delivered())
+        return located(report, subject, _Again(Target(folder, reference), reference, plan, seed))
+
+
+class _Again:
+    """See ``validate.locate.find.Again``.
+
+    Args:
+        target: that failed.
+        reference: of its checkpoint.
+        plan: that was fed.
+        seed: of the first set of token ids.
+    """
+
+    def __init__(self, target: Target, reference: Reference, plan: Plan, seed: int) -> None:
+        self._target = target
+        self._reference = reference
+        self._plan = plan
+        self._seed = seed
+
+    @property
+    def by_layer(self) -> Sequence[int]:
+        return self._reference.routers.by_layer
+
+    def _fed(self, seed: int) -> list[FedRun]:
+        traits = self._target.traits(self._reference)
+        return make_runs(traits, self._plan, seed, context=seed == self._seed)
+
+    def runs(self) -> list[Run]:
+        from ingot.validate.locate.find import runs_of
+
+        result: list[Run] = []
+        for seed in range(self._seed, self._seed + self._plan.seeds):
+            stage = f"seed {seed}, " if self._plan.seeds > 1 else ""
+            result += runs_of(self._fed(seed), stage, seed=seed, first=seed == self._seed)
+        return result
+
+    def session(self) -> Session:
+        return self._target.delivered()
+
+    def inside(self, run: Run) -> list[TensorResult]:
+        fed, layout = self._fed(run.seed), self._target.layout
+        recorded = [one.inputs for one in fed if one.recorded]
+        references = self._reference.record(layout, recorded, Stages())
+        judge = Judge(self._reference.routers, Material(layout, fed, references))
+        return judge.judge_inside(self._target.tapped(), fed[run.number])
 
 
 def examine_unrun(

@@ -114,6 +114,11 @@ class Where:
         return ""
 
 
+def in_layer(number: int | None) -> Where:
+    """Where a wrong kernel has to be found: it differs in no graph, and no node is told."""
+    return Where(number, ("kernels",))
+
+
 # For what is a matter of some words, such as a field of the contract.
 def saying(words: str) -> Where:
     """Where the report names something."""

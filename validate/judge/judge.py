@@ -210,6 +210,18 @@ class Judge:
             for router, logits in enumerate(expected):
                 self._choose(router, choices(logits, self.routers.top_k))
 
+    def judge_inside(self, session: TappedSession, run: Run) -> list[TensorResult]:
+        """Every tensor of one run and every value between its layers, with the truth's experts.
+
+        Unlike ``judge_graph`` of any run, also one of which nothing was recorded.
+        """
+        found = self._observe(
+            session, run, lambda number: self.force(session, run, number), _ignore
+        )
+        session.choose(None)
+        calls = enumerate(main_run(run.inputs))
+        return [r for n, call in calls for r in self._compare(run, call.stage, n, found.calls[n])]
+
     def add(self, results: Iterable[TensorResult]) -> None:
         """Results of what is judged elsewhere, such as calls that are repeated."""
         self._again += results

@@ -1,31 +1,39 @@
 """From a failed report to one place: which run to look at, and in what order.
 
 A failure may show in one run only: in a piece of a prefill, a row alone, another seed. The cheapest
-run that failed is run again, first the graph and then the session; and where neither is wrong by
-itself, what the checks say of the weights, the graph and the contract is the place.
+run that failed is run again, first the graph and then the session; where neither is wrong by
+itself, what the checks say of the weights, the graph and the contract is the place; and where they
+say nothing, what computes the graph is wrong.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from ingot.plugins.errors import IngotError
 from ingot.runtime.onnxruntime_session import said
 from ingot.runtime.session import Session
 from ingot.validate.identity.checks import Subject
-from ingot.validate.judge.judge import CACHES
+from ingot.validate.judge.judge import CACHES, REPLAYED
 from ingot.validate.locate.calls import Fed, one_by_one
+from ingot.validate.locate.computed import first_computed_wrong
 from ingot.validate.locate.locate import locate
 from ingot.validate.locate.part import LocateError
 from ingot.validate.locate.session import locate_session
-from ingot.validate.result import Location, Report
+from ingot.validate.result import Location, Report, TensorResult
+from ingot.validate.truth.inputs import EXPERTS_FORCED
 from ingot.validate.truth.recording import fed, main_run
 from ingot.validate.truth.runs import Run as FedRun
 
 # Elements of one tensor of attention scores, of one head; every value of a layer is computed twice.
 MOST_SCORES = 1 << 24
+NO_PLACE = (
+    "the graph passes by itself on ONNX Runtime, with the values between its layers as outputs; "
+    "what runs without them computes something else"
+)
 
 
 @dataclass(frozen=True)
@@ -37,20 +45,44 @@ class Run:
         main: whether it is the prefill and decode of the first seed.
         name: what it is called in a location; empty of the main one.
         end: the stage of its caches after its last call.
+        seed: of its token ids.
+        number: of it among the runs of that seed.
     """
 
     calls: Sequence[Fed]
     main: bool = False
     name: str = ""
     end: str = CACHES
+    seed: int = 0
+    number: int = 0
 
 
-def runs_of(fed_runs: Sequence[FedRun], name: str = "", *, first: bool = True) -> list[Run]:
+class Again(Protocol):
+    """What a validation fed and to what, to be run once more."""
+
+    @property
+    def by_layer(self) -> Sequence[int]:
+        """How many routers each layer has."""
+
+    def runs(self) -> Sequence[Run]:
+        """All that were fed; what is computed again is one of them."""
+
+    def session(self) -> Session:
+        """The ingot's, as it is delivered."""
+
+    def inside(self, run: Run) -> Sequence[TensorResult]:
+        """All calls of a run, with the values between the layers, under the truth's experts."""
+
+
+def runs_of(
+    fed_runs: Sequence[FedRun], name: str = "", *, seed: int = 0, first: bool = True
+) -> list[Run]:
     """The runs that one set of token ids is fed in.
 
     Args:
         fed_runs: the main run first.
         name: with which the stages begin in the report.
+        seed: of the ids.
         first: whether no other set came before.
     """
     return [
@@ -59,28 +91,28 @@ def runs_of(fed_runs: Sequence[FedRun], name: str = "", *, first: bool = True) -
             main=first and run is fed_runs[0],
             name="" if first and run is fed_runs[0] else f"{name}{run.name}",
             end=f"{name}{CACHES}" if run is fed_runs[0] else f"{name}{run.name}, {CACHES}",
+            seed=seed,
+            number=number,
         )
-        for run in fed_runs
+        for number, run in enumerate(fed_runs)
     ]
 
 
-def located(
-    report: Report,
-    subject: Subject,
-    runs: Callable[[], Sequence[Run]],
-    session: Callable[[], Session],
-) -> Report:
+def located(report: Report, subject: Subject, again: Again) -> Report:
     """A failed report with its place; where that cannot be found, with the reason.
 
     Args:
         report: of the ingot.
         subject: the ingot, and a fresh capture of its graph.
-        runs: makes all that were fed; what is computed again is one of them.
-        session: opens the ingot's, as it is delivered.
+        again: what was fed, and to what.
     """
     by_checks = next((c.location for c in report.checks if c.location is not None), None)
     try:
-        found = _by_numbers(report, subject, runs, session)
+        found = _by_numbers(report, subject, again) or by_checks
+        if found is None and not any(check.problems for check in report.checks):
+            found = _by_kernels(report, again)
+            if found is None:
+                return replace(report, unlocated=NO_PLACE)
     # A damaged graph may make ONNX Runtime, onnx or numpy raise anything, and that it cannot be
     # taken apart is no reason to lose what was found.
     except Exception as error:
@@ -88,26 +120,35 @@ def located(
             return replace(report, location=by_checks)
         reason = " ".join(str(error).split()) if isinstance(error, IngotError) else said(error)
         return replace(report, unlocated=reason)
-    return replace(report, location=found or by_checks)
+    return replace(report, location=found)
 
 
-def _by_numbers(
-    report: Report,
-    subject: Subject,
-    runs: Callable[[], Sequence[Run]],
-    session: Callable[[], Session],
-) -> Location | None:
+def _by_numbers(report: Report, subject: Subject, again: Again) -> Location | None:
     """Where the graph goes wrong, or else the session; None where neither does by itself."""
     if not any(tensor.problem for tensor in report.tensors) and not _others(report):
         return None
-    run = failed_run(report, runs())
+    run = failed_run(report, again.runs())
     found = locate(subject, one_by_one(run.calls, subject.manifest.states))
     if found is None:
         # Its words name the call.
-        return locate_session(session(), subject.folder, run.calls)
+        return locate_session(again.session(), subject.folder, run.calls)
     if found.overflow is not None:
         found = replace(found, detail=eager_overflows(report))
     return replace(found, run=run.name)
+
+
+def _by_kernels(report: Report, again: Again) -> Location | None:
+    """Which layer is computed wrongly: in the run that failed, or else wherever it was seen."""
+    run = failed_run(report, again.runs())
+    found = first_computed_wrong(again.inside(run), (), again.by_layer)
+    if found is not None:
+        return replace(found, run=run.name)
+    forced = [
+        result
+        for result in report.tensors
+        if EXPERTS_FORCED in result.stage or result.stage.endswith(f", {REPLAYED}")
+    ]
+    return first_computed_wrong(forced, report.routing.values(), again.by_layer)
 
 
 def _others(report: Report) -> bool:

@@ -32,7 +32,7 @@ from ingot.validate.locate.difference import difference
 from ingot.validate.locate.graph import Values
 from ingot.validate.locate.locate import FLOOR, LIMIT
 from ingot.validate.locate.part import run_graph
-from ingot.validate.result import Location
+from ingot.validate.result import SESSION, Location
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -68,7 +68,7 @@ def locate_session(session: Session, folder: Path, calls: Sequence[Fed]) -> Loca
         expected, last = plain.call(calls, number)
         wrong = _first_fed_wrong(last, session.fed)
         if wrong is not None:
-            return Location(None, "session", f"{wrong} at {stage}", math.inf)
+            return Location(None, SESSION, f"{wrong} at {stage}", math.inf)
         seen = real_so_far(calls, number) != 0 if manifest.states else mask != 0
         expected = _real(expected, manifest, seen, mask != 0)
         handed = {**session.state(), manifest.main_output: main}
@@ -77,7 +77,7 @@ def locate_session(session: Session, folder: Path, calls: Sequence[Fed]) -> Loca
             ratio = _error(expected.get(name), found.get(name)) / FLOOR
             if ratio > LIMIT:
                 detail = _detail(name, expected, found) if math.isinf(ratio) else ""
-                return Location(None, "session", f"{name} at {stage}", ratio, detail=detail)
+                return Location(None, SESSION, f"{name} at {stage}", ratio, detail=detail)
     return None
 
 

@@ -6,13 +6,12 @@ import numpy as np
 import onnx
 
 from proof.editing import Edit, Editor, attribute, plus, scaled, value_of
-from proof.fault import Fault, Where
+from proof.fault import Fault, in_layer
 from proof.faults.constants import set_of
 from proof.planting import in_kernel
 
 KIND = "kernel"
-KERNEL, OUTSIDE = Where(1, or_none=True), Where(None, or_none=True)
-FIRST = Where(0, or_none=True)
+KERNEL, FIRST = in_layer(1), in_layer(0)
 
 
 def through_float16(operator: str, index: int) -> Edit:
@@ -147,14 +146,14 @@ FAULTS: list[Fault] = [
         "granite ort",
         KIND,
         lambda e: e.change("position_ids", plus(1), rank=2),
-        OUTSIDE,
+        FIRST,
     ),
     in_kernel(
         "scan's scale",
         "hybrid ort",
         KIND,
         set_of("LinearAttention", 3, "scale", 1.01),
-        Where(2, or_none=True),
+        in_layer(2),
     ),
-    in_kernel("one expert less", "hybrid onnx", KIND, fewer_experts, Where(3, or_none=True)),
+    in_kernel("one expert less", "hybrid onnx", KIND, fewer_experts, in_layer(3)),
 ]

@@ -6,13 +6,13 @@ import numpy as np
 import onnx
 
 from proof.editing import Edit, Editor, rounded, scaled
-from proof.fault import Fault, Where
+from proof.fault import Fault, Where, in_layer
 from proof.faults.constants import set_of
 from proof.planting import in_graph, in_kernel
 
 KIND, BELOW = "rounding", "below the floor"
 BF16, F16, F32 = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
-LAYER, KERNEL = Where(1), Where(1, or_none=True)
+LAYER, KERNEL = Where(1), in_layer(1)
 SSM = "present_states.1.ssm"
 
 
@@ -85,7 +85,7 @@ FAULTS: list[Fault] = [
         "logits in float16", "granite ort", KIND, value("logits", F16), Where(None), ("numbers",)
     ),
     in_kernel(
-        "logits in float16", "olmoe onnx", KIND, value("logits", F16), Where(None, or_none=True)
+        "logits in float16", "olmoe onnx", KIND, value("logits", F16), in_layer(None)
     ),
     in_graph(
         "cosines in float16", "jetmoe ort", KIND, value("cos", F16), Where(None), ("numbers",)
@@ -127,7 +127,7 @@ FAULTS: list[Fault] = [
         "granite ort",
         KIND,
         larger("logits", 1.003),
-        Where(None, or_none=True),
+        in_layer(None),
     ),
     in_kernel(
         "logits times 1 + 6e-8", "granite ort", BELOW, larger("logits", 1.00000006), None, ()

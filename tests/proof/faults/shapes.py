@@ -10,7 +10,7 @@ import numpy as np
 
 from proof import conditions as at
 from proof.editing import Condition, Edit, Editor, Make, plus, rolled, scaled
-from proof.fault import By, Fault, Where
+from proof.fault import By, Fault, Where, in_layer
 from proof.planting import in_graph, in_kernel
 
 KIND = "shape of use"
@@ -24,8 +24,9 @@ BEHIND = {
 }
 NUMBERS: tuple[By, ...] = ("numbers",)
 ANYWHERE = Where(1)
-# A wrong kernel differs in no graph; the layer is what its numbers can tell.
-KERNEL = Where(1, or_none=True)
+KERNEL = in_layer(1)
+# Positions are no value between layers: what is turned by them is the first.
+FIRST = in_layer(0)
 
 
 HALF = scaled(0.5)
@@ -94,6 +95,9 @@ CACHED: dict[str, Condition] = {
     "row 3 of the batch": at.row(2),
     "row 1 of three or more": at.both(at.rows(3, -1), at.row(0)),
     "decode of three or more rows": at.both(at.rows(3, -1), at.tokens(1)),
+    "prefill of two rows": at.both(at.rows(2), at.tokens(2, -1), at.first_call),
+    "decode of two rows": at.both(at.rows(2), at.tokens(1), at.after_a_past),
+    "second turn of two rows": at.both(at.rows(2), at.tokens(2, -1), at.after_a_past),
     "eight paddings or more": at.paddings(8),
     "every row padded": at.every_row_padded,
     "a call that is all padding in a row": ONLY_PADDING,
@@ -105,6 +109,8 @@ RECURRENT: dict[str, Condition] = {
     "second turn of one row": at.both(at.rows(1), at.tokens(2, -1), PAST),
     "two tokens": at.tokens(2),
     "three tokens": at.tokens(3),
+    "two rows": at.rows(2),
+    "decode of two rows": at.both(at.rows(2), at.tokens(1), PAST),
     "more than three chunks": at.tokens(25, -1),
     "row 3 of the batch": at.row(2),
     "every row padded": at.every_row_padded,
@@ -162,7 +168,7 @@ FAULTS = [
         make(f"positions off by one in {name}", base, KIND, place(plus(1), condition), where, by)
         for base, make, where, by in (
             ("granite onnx", in_graph, Where(None), NUMBERS),
-            ("olmoe ort", in_kernel, Where(None, or_none=True), NUMBERS),
+            ("olmoe ort", in_kernel, FIRST, NUMBERS),
         )
         for name, condition in (
             ("a prompt of one token", FIRST_OF_ONE),
@@ -183,7 +189,7 @@ FAULTS = [
         "granite ort",
         KIND,
         place(plus(1), at.positions(128)),
-        Where(None, or_none=True),
+        FIRST,
     ),
     in_graph(
         "conv state loses a tap where T is 2",
@@ -279,7 +285,7 @@ FAULTS = [
             "jetmoe classify " + target,
             KIND,
             scores(condition),
-            Where(None, or_none=True),
+            in_layer(None),
         )
         for target in ("onnx", "ort")
         for name, condition in (
@@ -287,6 +293,7 @@ FAULTS = [
             ("there is one token", at.tokens(1)),
             ("there are three rows", at.rows(3, -1)),
             ("there is one row", at.rows(1)),
+            ("there are two rows", at.rows(2)),
         )
     ),
 ]
