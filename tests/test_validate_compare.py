@@ -143,6 +143,19 @@ def test_fails_on_an_empty_tensor() -> None:
     assert "empty" in _one(_random(0, 6), _random(0, 6)).problem
 
 
+def test_routers_may_be_constant_and_have_to_agree() -> None:
+    """A router that has learned nothing gives every expert the same, or zero."""
+
+    def problem(truth: Floats, target: Floats) -> str:
+        kinds = {"r": "router"}
+        (found,) = compare("prefill", {"r": truth}, {"r": truth}, {"r": target}, kinds)
+        return found.problem
+
+    zeros, ones = np.zeros((2, 4), np.float32), np.ones((2, 4), np.float32)
+    assert problem(zeros, zeros) == problem(ones, ones) == ""
+    assert problem(zeros, ones) and problem(ones, zeros) and problem(ones, ones * 1.001)
+
+
 def test_fails_on_a_constant_reference_and_a_constant_target() -> None:
     zeros, ones = np.zeros((4, 6), np.float32), np.ones((4, 6), np.float32)
     assert "every element of the reference is 0.0" in _one(zeros, _random(4, 6)).problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -157,7 +157,8 @@ def place(
 class _Again:
     """Of a model with two layers, the second of which chooses experts."""
 
-    by_layer = (0, 1)
+    layers: ClassVar = {"hidden_states.0": -1, "hidden_states.1": 0, "router_logits.0": 1}
+    count = 2
 
     def __init__(self, *inside: TensorResult) -> None:
         self._inside = inside
@@ -226,7 +227,8 @@ def test_where_graph_and_session_are_right_the_first_layer_computed_wrongly_is_n
     ]
     # The model's only router is in its second layer, and is before what leaves that.
     found = place(monkeypatch, wrong, right, inside=inside)
-    assert found.location == Location(1, "kernels", "router_logits.0 at decode 1", 10.0)
+    place_of_router = Location(1, "kernels", "router_logits.0 at decode 1", 10.0)
+    assert found.location == place_of_router
     words = "not in the graph but in what computes it, in layer 1, router_logits.0 at decode 1, "
     assert found.place == f"{words}10x floor"
     state = value("present.1.key", layer=1)
@@ -235,6 +237,18 @@ def test_where_graph_and_session_are_right_the_first_layer_computed_wrongly_is_n
     found = place(monkeypatch, wrong, right, inside=[*inside, state, value("hidden_states.0")])
     assert found.location and found.location.layer is None
     assert "computes it, outside of the layers, hidden_states.0" in str(found.location)
+    # What leaves the last layer is seen behind the final norm, or at the very end.
+    found = place(monkeypatch, wrong, right, inside=inside[:3])
+    assert str(found.location).endswith(
+        "layer 1, hidden_states.2 at prefill, 10x floor, there or behind it"
+    )
+    found = place(monkeypatch, wrong, right, inside=inside[:1])
+    assert str(found.location).endswith(
+        "layer 1, logits at decode 1, 10x floor, there or behind it"
+    )
+    end = value("hidden_states.2", problem="")
+    found = place(monkeypatch, wrong, right, inside=[*inside[:1], end])
+    assert str(found.location).endswith("outside of the layers, logits at decode 1, 10x floor")
     # What is wrong in a file is the place before that.
     checked = replace(wrong, checks=(WRONG,))
     assert place(monkeypatch, checked, right, inside=inside).location == NODE
@@ -244,7 +258,7 @@ def test_experts_that_fail_have_their_layer(monkeypatch: pytest.MonkeyPatch) -> 
     flip = Flip(0, 2, 5, (0, 1), (0, 2), 1.0, 0.1)
     wrong = report(value("logits", ""), routing={"free": Routing((0.9,), (flip,))})
     found = place(monkeypatch, wrong, lambda *_: None).location
-    assert found == Location(1, "kernels", "the experts of token 5 in row 2", np.inf)
+    assert found == Location(1, "kernels", "the experts of token 5 of row 2", np.inf)
     one = value("hidden_states.1", "experts forced 1")
     found = place(monkeypatch, report(one), lambda *_: None).location
     assert found == Location(0, "kernels", "hidden_states.1 at experts forced 1", 10.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -359,8 +359,12 @@ class _Again:
         self._seed = seed
 
     @property
-    def by_layer(self) -> Sequence[int]:
-        return self._reference.routers.by_layer
+    def layers(self) -> Mapping[str, int]:
+        return self._reference.layers
+
+    @property
+    def count(self) -> int:
+        return len(self._reference.routers.by_layer)
 
     def _fed(self, seed: int) -> list[FedRun]:
         traits = self._target.traits(self._reference)

@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from ingot.validate.truth.probes import PREFIX
+
 Array = np.ndarray[Any, np.dtype[Any]]
 Edit = Callable[["Editor"], None]
 # From the name of a value to that of another, whose nodes it makes.
@@ -35,12 +37,29 @@ class Editor:
         return self.model.graph
 
     def nodes(self, *operators: str) -> list[onnx.NodeProto]:
-        """The nodes of some operators in the main graph, in the order of computation."""
-        return [node for node in self.graph.node if node.op_type in operators]
+        """The nodes of some operators in the main graph, in the order of computation.
+
+        Without those that a validation puts beside others to read what they choose.
+        """
+        found = [node for node in self.graph.node if node.op_type in operators]
+        return [node for node in found if not _is_probe(node)]
 
     def anywhere(self, *operators: str) -> list[onnx.NodeProto]:
         """The same in branches too."""
-        return [node for node in _nested(self.graph.node) if node.op_type in operators]
+        found = [node for node in _nested(self.graph.node) if node.op_type in operators]
+        return [node for node in found if not _is_probe(node)]
+
+    def alike(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """A node, and what stands beside it to read what it chooses: the same kernel runs both."""
+        read = set(filter(None, node.input))
+        return [
+            node,
+            *(
+                each
+                for each in self.graph.node
+                if _is_probe(each) and each.op_type == node.op_type and read & set(each.input)
+            ),
+        ]
 
     def body(self, function: str, *operators: str) -> list[onnx.NodeProto]:
         """The nodes of some operators in a function body, nested graphs included."""
@@ -121,6 +140,10 @@ class Editor:
         node.input[index] = make(self, node.input[index])
 
 
+def _is_probe(node: onnx.NodeProto) -> bool:
+    return any(output.startswith(PREFIX) for output in node.output)
+
+
 def _nested(nodes: Any) -> Iterator[onnx.NodeProto]:
     for node in nodes:
         yield node
@@ -144,7 +167,9 @@ def value_of(node: onnx.NodeProto, name: str) -> Any:
 
 def scaled(factor: float, dtype: Any = np.float32) -> Make:
     """Times a factor."""
-    return lambda edit, value: edit("Mul", value, edit.constant(factor, dtype))
+    return lambda edit, value: edit(
+        "Mul", value, edit("CastLike", edit.constant(factor, dtype), value)
+    )
 
 
 def rounded(to: int, back: int = onnx.TensorProto.FLOAT) -> Make:

@@ -55,6 +55,13 @@ def equal_routers(tensors: Tensors) -> None:
             tensor[:] = tensor[:1]
 
 
+def zero_routers(tensors: Tensors) -> None:
+    """Routers that have learned nothing."""
+    for name, tensor in tensors.items():
+        if name.endswith(("mlp.gate.weight", "router.layer.weight")):
+            tensor.zero_()
+
+
 def large_norms(tensors: Tensors) -> None:
     """Norms whose weights reach from a thousandth to a hundred."""
     for name, tensor in tensors.items():
@@ -106,6 +113,7 @@ for _target in ("onnx", "ort"):
         ("near-tied routers", tied_routers(2e-7)),
         ("tied routers", tied_routers(0.0)),
         ("equal routers", equal_routers),
+        ("routers of zeros", zero_routers),
     ):
         right(_name, "olmoe", _target, change=_change)
         right(_name + ", one of eight", "olmoe", _target, config=_ONE, change=_change)

@@ -12,6 +12,8 @@ from ingot.validate.judge.metrics import Array, Errors, errors, rms, top1_disagr
 from ingot.validate.result import TensorResult
 from ingot.validate.truth.noise import relative_errors
 
+ROUTER = "router"
+
 
 def compare(
     stage: str,
@@ -43,7 +45,8 @@ def compare(
     Returns:
         One result a name of either side, and one more where nothing could be compared. A missing
         or extra tensor, another shape, a NaN or infinity, an empty tensor and a constant one are
-        all failures: none of them can prove anything.
+        all failures: none of them can prove anything. Router logits may be constant: a router that
+        has learned nothing gives all experts the same.
     """
     results = []
     expected = truth if expected is None else expected
@@ -60,7 +63,7 @@ def compare(
         else:
             sides = (expected[name], eager[name], target[name])
             not_finite = _not_finite(*sides)
-            problem = _cannot_compare(*sides, not_finite, precision)
+            problem = _cannot_compare(*sides, not_finite, precision, constant=kind == ROUTER)
         if not problem:
             found = errors(expected[name], target[name])
             of_eager = errors(truth[name], eager[name])
@@ -104,8 +107,15 @@ def layer_of(name: str) -> int | None:
 
 
 def _cannot_compare(
-    truth: Array, eager: Array, target: Array, not_finite: tuple[str, ...], precision: str
+    truth: Array,
+    eager: Array,
+    target: Array,
+    not_finite: tuple[str, ...],
+    precision: str,
+    *,
+    constant: bool,
 ) -> str:
+    """Why two tensors say nothing about each other; ``constant`` ones may, where it is said so."""
     if truth.shape != target.shape:
         return f"shape {list(target.shape)}, expected {list(truth.shape)}"
     if eager.dtype != target.dtype:
@@ -116,7 +126,7 @@ def _cannot_compare(
         return _what_is_not_finite(target, not_finite, precision)
     for side, array in (("the reference", truth), ("the target", target)):
         # One element is no constant, such as the only token's logit of a router with one expert.
-        if array.size > 1 and array.min() == array.max():
+        if not constant and array.size > 1 and array.min() == array.max():
             return f"every element of {side} is {array.flat[0]}"
     return ""
 

@@ -30,10 +30,13 @@ class Errors:
 
 
 def errors(expected: Array, actual: Array) -> Errors:
-    """Figures of two arrays of one shape, computed in float64."""
+    """Figures of two arrays of one shape, computed in float64; of zeros any error is infinite."""
     reference = expected.astype(np.float64, copy=False)
     difference = actual - reference
     scale = rms(reference)
+    if not scale:
+        wrong = math.inf if rms(difference) else 0.0
+        return Errors(wrong, 1.0 + wrong)
     return Errors(rms(difference) / scale, rms(actual) / scale)
 
 

@@ -9,7 +9,7 @@ say nothing, what computes the graph is wrong.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -61,8 +61,12 @@ class Again(Protocol):
     """What a validation fed and to what, to be run once more."""
 
     @property
-    def by_layer(self) -> Sequence[int]:
-        """How many routers each layer has."""
+    def layers(self) -> Mapping[str, int]:
+        """See ``validate.truth.reference.Reference.layers``."""
+
+    @property
+    def count(self) -> int:
+        """How many layers there are."""
 
     def runs(self) -> Sequence[Run]:
         """All that were fed; what is computed again is one of them."""
@@ -140,7 +144,7 @@ def _by_numbers(report: Report, subject: Subject, again: Again) -> Location | No
 def _by_kernels(report: Report, again: Again) -> Location | None:
     """Which layer is computed wrongly: in the run that failed, or else wherever it was seen."""
     run = failed_run(report, again.runs())
-    found = first_computed_wrong(again.inside(run), (), again.by_layer)
+    found = first_computed_wrong(again.inside(run), (), again.layers, again.count)
     if found is not None:
         return replace(found, run=run.name)
     forced = [
@@ -148,7 +152,7 @@ def _by_kernels(report: Report, again: Again) -> Location | None:
         for result in report.tensors
         if EXPERTS_FORCED in result.stage or result.stage.endswith(f", {REPLAYED}")
     ]
-    return first_computed_wrong(forced, report.routing.values(), again.by_layer)
+    return first_computed_wrong(forced, report.routing.values(), again.layers, again.count)
 
 
 def _others(report: Report) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def locate_session(session: Session, folder: Path, calls: Sequence[Fed]) -> Loca
     """Name the first thing that a session feeds or hands out otherwise than its graph asks for.
 
     Call it where the graph is known to be right: a fault of the graph is on both sides, and is not
-    seen. The session is reset, and its graph is loaded a second time.
+    seen. The session is reset, twice, and its graph is loaded a second time.
 
     Args:
         session: of the ingot.
@@ -62,7 +63,19 @@ def locate_session(session: Session, folder: Path, calls: Sequence[Fed]) -> Loca
         return None
     batch, capacity = len(calls[0].input_ids), sum(call.input_ids.shape[1] for call in calls)
     plain = _Plain(folder, manifest, batch, capacity)
-    session.reset(batch, capacity)
+    # Once more, since what a reset leaves behind shows in a session that was used.
+    for again in ("", ", after a reset"):
+        session.reset(batch, capacity)
+        plain.reset()
+        found = _first_wrong(session, plain, manifest, calls)
+        if found is not None:
+            return replace(found, value=f"{found.value}{again}")
+    return None
+
+
+def _first_wrong(
+    session: Session, plain: _Plain, manifest: Manifest, calls: Sequence[Fed]
+) -> Location | None:
     for number, (stage, ids, mask) in enumerate(calls):
         main = session.step(ids, mask)
         expected, last = plain.call(calls, number)
@@ -112,7 +125,13 @@ class _Plain:
         self._session = open_session(folder / GRAPH)
         self._manifest = manifest
         self._taken = {item.name for item in self._session.get_inputs()}
-        self._states = {state.input: _empty(state, batch, capacity) for state in manifest.states}
+        self._sizes = batch, capacity
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with empty states."""
+        states = self._manifest.states
+        self._states = {state.input: _empty(state, *self._sizes) for state in states}
 
     def call(self, calls: Sequence[Fed], number: int) -> tuple[Values, dict[str, Ids]]:
         """What one call gives, and what is fed in it last, where the graph takes it in pieces."""

@@ -30,7 +30,7 @@ from ingot.graphs.checkpoint import (
     stack_height,
 )
 from ingot.graphs.family import family_of
-from ingot.graphs.layers import Layer, Step
+from ingot.graphs.layers import Layer, Model, Step
 from ingot.graphs.state import State
 from ingot.runtime.session import Ids
 from ingot.validate.truth.cache import Recording
@@ -174,17 +174,17 @@ class Layerwise:
         # Its rows are of one call of ``run`` alone.
         ids = torch.from_numpy(np.unique(_ids(sides)))
         self._load_embedding(ids)
-        hidden_names = self._hidden_names()
-        begun = [self._begin(side, ids, hidden_names) for side in sides]
+        hidden = hidden_names(self._model)
+        begun = [self._begin(side, ids, hidden) for side in sides]
         router = 0
         for index, (layer, own) in enumerate(decoder.by_layer()):
             self._load(layer)
             for side, calls in zip(sides, begun, strict=True):
                 with side.order():
                     routers = self._through(layer, calls, side.keep, own, router, ids)
-                if index + 1 in hidden_names:
+                if index + 1 in hidden:
                     for call in calls:
-                        self._keep(call, side.keep, [hidden_names[index + 1]], [call.x])
+                        self._keep(call, side.keep, [hidden[index + 1]], [call.x])
                 advance(1)
             router += routers
             layer.to("meta")
@@ -234,7 +234,7 @@ class Layerwise:
             self._keep(call, keep, names, logits)
         return len(logits)
 
-    def _begin(self, side: Side, ids: torch.Tensor, hidden_names: dict[int, str]) -> list[_Call]:
+    def _begin(self, side: Side, ids: torch.Tensor, hidden: dict[int, str]) -> list[_Call]:
         """Every call with what enters the first layer, in the order that states are handed on."""
         result = []
         for number, run in enumerate(side.runs):
@@ -245,8 +245,8 @@ class Layerwise:
                 call.x, step = self._step(call, ids)
                 if sum(part.nbytes for part in step) <= KEPT_STEP:
                     call.step = step
-                if 0 in hidden_names:
-                    self._keep(call, side.keep, [hidden_names[0]], [call.x])
+                if 0 in hidden:
+                    self._keep(call, side.keep, [hidden[0]], [call.x])
                 result.append(call)
         return result
 
@@ -368,20 +368,6 @@ class Layerwise:
 
     # --- the names
 
-    def _hidden_names(self) -> dict[int, str]:
-        """By number of an output, the embedding's being 0, its name; read off ``Decoder.end``."""
-        decoder = self._model.decoder
-        size = self._model.config.hidden_size
-        count = len(decoder.by_layer()) + 1
-        marks = tuple(torch.zeros(1, 1, size, dtype=self._precision) for _ in range(count))
-        _, hidden = decoder.end(marks)
-        numbers = {id(mark): number for number, mark in enumerate(marks)}
-        return {
-            numbers[id(each)]: f"{HIDDEN_STATES}{index}"
-            for index, each in enumerate(hidden)
-            if id(each) in numbers
-        }
-
     def _order(self) -> Callable[[str], tuple[int, int]]:
         """Where a name stands among a call's: main output, states, routers, hidden states."""
         states = {state.output: number for number, state in enumerate(self.states)}
@@ -394,6 +380,26 @@ class Layerwise:
             return 2 + name.startswith(HIDDEN_STATES), int(name.rpartition(".")[2])
 
         return place
+
+
+def hidden_names(model: Model, device: str = "cpu") -> dict[int, str]:
+    """By number of an output, the embedding's being 0, its name; read off ``Decoder.end``.
+
+    Args:
+        model: any.
+        device: where the weights of its final norm are.
+    """
+    decoder, size = model.decoder, model.config.hidden_size
+    dtype = next(decoder.parameters()).dtype
+    count = len(decoder.by_layer()) + 1
+    marks = tuple(torch.zeros(1, 1, size, dtype=dtype, device=device) for _ in range(count))
+    _, hidden = decoder.end(marks)
+    numbers = {id(mark): number for number, mark in enumerate(marks)}
+    return {
+        numbers[id(each)]: f"{HIDDEN_STATES}{index}"
+        for index, each in enumerate(hidden)
+        if id(each) in numbers
+    }
 
 
 def _name(precision: torch.dtype) -> str:

@@ -23,10 +23,17 @@ from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.forced import experts_of
 from ingot.validate.truth.inputs import Inputs
 from ingot.validate.truth.joined import Joined, join
-from ingot.validate.truth.layerwise import Array, Fed, Layerwise, Side
+from ingot.validate.truth.layerwise import Array, Fed, Layerwise, Side, hidden_names
 from ingot.validate.truth.noise import all_squared_errors, noise_of, squared_errors, together
 from ingot.validate.truth.orders import SHARES, Split
-from ingot.validate.truth.recording import Layout, all_router_logits, collect, fed, main_run
+from ingot.validate.truth.recording import (
+    ROUTER_LOGITS,
+    Layout,
+    all_router_logits,
+    collect,
+    fed,
+    main_run,
+)
 from ingot.validate.truth.replay import Chosen, Routers
 
 # One precision higher than the target's.
@@ -98,6 +105,17 @@ class Reference:
         self.states = self._model.states
         self._recurrent = any(state.axis is None for state in self.states)
         self._switch = self.facts.switch_length
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """By the name of a router's logits or of a hidden state the layer that it is of.
+
+        -1 for what enters the first; of what is behind the last layer there is none.
+        """
+        routers = [at for at, count in enumerate(self.routers.by_layer) for _ in range(count)]
+        found = {f"{ROUTER_LOGITS}{number}": layer for number, layer in enumerate(routers)}
+        hidden = hidden_names(self._model, "meta")
+        return {**found, **{name: number - 1 for number, name in hidden.items()}}
 
     @property
     def experts(self) -> tuple[int, ...]:

@@ -17,7 +17,12 @@ KIND = "constant"
 
 def set_of(operator: str, number: int, name: str, value: Any) -> Edit:
     """An attribute of the n-th node of an operator, branches included."""
-    return lambda edit: attribute(edit.anywhere(operator)[number], name, value)
+
+    def apply(edit: Editor) -> None:
+        for node in edit.alike(edit.anywhere(operator)[number]):
+            attribute(node, name, value)
+
+    return apply
 
 
 def flipped(operator: str, number: int, name: str) -> Edit:

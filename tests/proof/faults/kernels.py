@@ -23,22 +23,24 @@ def through_float16(operator: str, index: int) -> Edit:
 
     def apply(edit: Editor) -> None:
         for node in edit.nodes(operator):
-            edit.input_of(node, index, make)
+            for each in edit.alike(node):
+                edit.input_of(each, index, make)
 
     return apply
 
 
 def fewer_experts(edit: Editor) -> None:
     """One expert less, in the last mixture."""
-    node = edit.nodes("MoE", "MoeDispatch")[-1]
-    name = "k" if node.op_type == "MoE" else "top_k"
-    attribute(node, name, value_of(node, name) - 1)
+    for node in edit.alike(edit.nodes("MoE", "MoeDispatch")[-1]):
+        name = "k" if node.op_type == "MoE" else "top_k"
+        attribute(node, name, value_of(node, name) - 1)
 
 
 def ties_the_other_way(edit: Editor) -> None:
     """Among equal logits the other expert: each is a little larger than the one before it."""
     for node in edit.nodes("MoE"):
-        edit.input_of(node, 1, _leaning)
+        for each in edit.alike(node):
+            edit.input_of(each, 1, _leaning)
 
 
 def _leaning(edit: Editor, value: str) -> str:

@@ -30,7 +30,8 @@ def router(to: int) -> Edit:
     """The logits that the last mixture of experts chooses by do; the router's own are exact."""
 
     def apply(edit: Editor) -> None:
-        edit.input_of(edit.nodes("MoE", "MoeDispatch")[-1], 1, rounded(to))
+        for node in edit.alike(edit.nodes("MoE", "MoeDispatch")[-1]):
+            edit.input_of(node, 1, rounded(to))
 
     return apply
 
@@ -84,9 +85,7 @@ FAULTS: list[Fault] = [
     in_graph(
         "logits in float16", "granite ort", KIND, value("logits", F16), Where(None), ("numbers",)
     ),
-    in_kernel(
-        "logits in float16", "olmoe onnx", KIND, value("logits", F16), in_layer(None)
-    ),
+    in_kernel("logits in float16", "olmoe onnx", KIND, value("logits", F16), in_layer(None)),
     in_graph(
         "cosines in float16", "jetmoe ort", KIND, value("cos", F16), Where(None), ("numbers",)
     ),
@@ -127,7 +126,7 @@ FAULTS: list[Fault] = [
         "granite ort",
         KIND,
         larger("logits", 1.003),
-        in_layer(None),
+        Where(None, ("kernels",), also=(1,)),
     ),
     in_kernel(
         "logits times 1 + 6e-8", "granite ort", BELOW, larger("logits", 1.00000006), None, ()
@@ -152,7 +151,7 @@ FAULTS: list[Fault] = [
         (),
     ),
     in_kernel(
-        "products times 1 + 1e-3 rounded away, float16",
+        "products times 1 + 1e-4 rounded away, float16",
         "granite fp16",
         BELOW,
         product("layers.1.self_attn.o_proj.weight", 1.0001, np.float16),

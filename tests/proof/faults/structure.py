@@ -313,7 +313,12 @@ FAULTS: list[Fault] = [
         LAYER,
     ),
     in_graph(
-        "an output for its input", "olmoe ort", KIND, swapped("Where", 0, 1, 2), Where(0), NUMBERS
+        "an output for its input",
+        "olmoe ort",
+        KIND,
+        swapped("Where", 0, 1, 2),
+        Where(None),
+        NUMBERS,
     ),
     in_graph(
         "state of layer 0 in layer 1", "mamba2 onnx", KIND, state_of_layer_zero, LAYER, NUMBERS
