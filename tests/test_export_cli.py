@@ -244,9 +244,8 @@ def test_knows_no_other_command() -> None:
     assert "No such command 'import'" in result.stderr
 
 
-@pytest.mark.parametrize(
-    "name", ["validate/__init__.py", pytest.param("runtime.py", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["validate/__init__.py", "runtime.py"])
 def test_works_beside_packages_of_its_folders_names(
     tiny: Path, out: Path, tmp_path: Path, name: str
 ) -> None:
@@ -259,6 +258,7 @@ def test_works_beside_packages_of_its_folders_names(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_repeats_an_export_to_the_last_byte(copy: Path, out: Path) -> None:
     # Of another process with another hash seed, so that no order of a set can decide anything.
     first = _module(

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).resolve().parent
 OPTIONAL = ("tritonclient", "tensorrt", "tensorrt_rtx", "polygraphy")
 # An import of such a module fails, and a search for it finds nothing.
@@ -18,6 +20,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_what_needs_a_gpu_is_collected_without_the_optional_packages() -> None:
     """One file that cannot be imported would end the run before its first test."""
     words = re.compile(rf"mark\.gpu|triton_server|\b({'|'.join(OPTIONAL)})\b")

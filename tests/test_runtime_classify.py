@@ -111,6 +111,7 @@ def test_answers_a_mistake_with_one_line(ingot: Path) -> None:
         assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_preset_makes_its_own_classifier(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--model", "jetmoe", "--preset", "tiny", "--task", "classify", "--out", str(out)]
