@@ -22,6 +22,7 @@ from ingot.validate.truth.cache import Recording
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import make_inputs
 from ingot.validate.truth.layerwise import Array, Fed, Layerwise, Side
+from ingot.validate.truth.reference import Reference
 from ingot.validate.truth.replay import Replay
 
 TASKS = [(family, task) for family in FAMILIES for task in find_family(family).tasks]
@@ -98,6 +99,39 @@ def test_gives_what_a_session_gives_to_the_bit(
 ) -> None:
     checkpoint = Checkpoint.open(checkpoints(family))
     assert_like_a_session(checkpoint, "generate", torch.float32, calls_of())
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "toy_hybrid"])
+def test_knows_which_layer_each_hidden_state_leaves(
+    checkpoints: Callable[..., Path], family: str
+) -> None:
+    checkpoint = Checkpoint.open(checkpoints(family))
+    session = EagerSession(checkpoint, "generate", streamed=False)
+    seen: dict[int, Array] = {}
+
+    def entering(_layer: Any, arguments: Any) -> None:
+        seen.setdefault(-1, arguments[0].numpy())
+
+    def leaving(layer: int) -> Callable[..., None]:
+        return lambda _layer, _arguments, output: seen.update({layer: output[0].numpy()})
+
+    layers = [layer for layer, _ in session.model.decoder.by_layer()]
+    layers[0].register_forward_pre_hook(entering)
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(leaving(number))
+    (found,) = stepped(session, calls_of(0))
+    hidden = [name for name in found if name.startswith("hidden_states.")]
+    same = {
+        name: layer
+        for name in hidden
+        for layer, array in seen.items()
+        if found[name].tobytes() == array.astype(found[name].dtype).tobytes()
+    }
+    # The last has been through the final norm, and no layer gives it.
+    assert set(hidden) - set(same) == {hidden[-1]}
+    reference = Reference(checkpoint, "generate")
+    assert {n: layer for n, layer in reference.layers.items() if n in hidden} == same
+    assert reference.layer_count == len(layers)
 
 
 @pytest.mark.slow

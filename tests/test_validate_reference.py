@@ -217,7 +217,9 @@ def test_the_hash_is_what_an_export_writes(
     assert loaded.hash(Stages()) == written
 
 
-def test_the_hash_reads_each_weight_once(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_the_hash_reads_each_weight_once(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, stages = checkpoints("olmoe", "generate"), Stages()
     reference = Reference(Checkpoint.open(folder), "generate")
     found = reference.hash(stages)
@@ -227,6 +229,10 @@ def test_the_hash_reads_each_weight_once(checkpoints: Checkpoints, tmp_path: Pat
     loaded.session(torch.float64, stages)
     assert loaded.hash(stages) == found
     assert [stage.name for stage in stages.finished][1:] == ["load eager float64"]
+    # And adds them up once, however many recordings are named by it.
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "digest", None)
+        assert reference.hash(stages) == found
     changed = Checkpoint.open(_changed(folder, tmp_path / "changed"))
     assert Reference(changed, "generate").hash(stages) != found
 

@@ -28,6 +28,7 @@ from ingot.validate.result import (
     Flip,
     Gate,
     Growth,
+    Hidden,
     Location,
     Report,
     Routing,
@@ -498,12 +499,44 @@ def captions(found: Report) -> list[str]:
     return [plot.caption for plot in plots.plots(found)]
 
 
+def hidden_states(*figures: tuple[float, float], first: int = -1) -> tuple[Hidden, ...]:
+    """Of a model whose last has been through the final norm, in transformers' order."""
+    last = len(figures) - 1
+    return tuple(
+        Hidden(f"hidden_states.{n}", min(first + n, last - 1), n == last, *pair)
+        for n, pair in enumerate(figures)
+    )
+
+
+def drawn_at(plot: plots.Plot) -> list[float]:
+    """Where the markers of the first line are, in units of the distance of its first two."""
+    groups = re.findall(r'<g clip-path="[^"]*">(.*?)</g>', plot.svg, re.DOTALL)
+    places = [[float(x) for x in re.findall(r'<use [^>]*x="([\d.]+)"', group)] for group in groups]
+    first = next(found for found in places if len(found) > 1)
+    return [(x - first[0]) / (first[1] - first[0]) for x in first]
+
+
 def test_plots_prefer_hidden_states() -> None:
-    hidden = ((1e-6, 1e-6), (3e-6, 2e-6), (9e-6, 3e-6))
+    hidden = hidden_states((1e-6, 1e-6), (3e-6, 2e-6), (9e-6, 3e-6))
     plot = plots.plots(plain_report(hidden=hidden))[0]
     assert "hidden state after each layer" in plot.caption
-    assert "9e-06 at layer 2 (error: hidden state)" in plot.caption
+    assert "9e-06 at the final norm (error: hidden state)" in plot.caption
     assert "floor: hidden state" in plot.svg
+
+
+def test_plots_have_each_hidden_state_at_its_layer() -> None:
+    # As of OLMoE, which has no value behind its last layer and before the norm.
+    found = hidden_states((1e-6, 1e-6), (3e-6, 2e-6), (2e-6, 1e-6))
+    plot = plots.plots(plain_report(hidden=found))[0]
+    assert "layer (number; -1: the embedding; 2: the final norm)" in plot.svg
+    assert "at layer 0 (error" in plot.caption
+    assert drawn_at(plot) == pytest.approx([0, 1, 3])
+    # As of Mamba2, whose first is the first layer's output.
+    both = hidden_states((1e-6, 1e-6), (9e-6, 2e-6), (2e-6, 3e-6), first=0)
+    plot = plots.plots(plain_report(hidden=both))[0]
+    assert "layer (number; 2: the final norm)" in plot.svg
+    assert "at layer 1 (error" in plot.caption
+    assert drawn_at(plot) == pytest.approx([0, 1, 2])
 
 
 def test_plots_show_the_worst_tensor_of_a_place() -> None:
@@ -527,7 +560,7 @@ def test_plots_take_decode_steps_with_the_truths_experts_where_there_are_some() 
 
 def test_plots_have_labels_on_axes_of_one_decade_and_of_many() -> None:
     for top in (1.0001e-7, 3e-7, 1e-3):
-        words = plots.plots(plain_report(hidden=((1e-7, 1e-7), (top, 1e-7))))[0].svg
+        words = plots.plots(plain_report(hidden=hidden_states((1e-7, 1e-7), (top, 1e-7))))[0].svg
         assert len(re.findall(r">\de-\d\d<", words)) >= 2, top
     assert plots._widened(1.0, 1.0)[1] / plots._widened(1.0, 1.0)[0] == pytest.approx(10)
     assert plots._widened(1.0, 100.0) == (1.0, 100.0)
@@ -542,7 +575,7 @@ def test_plots_keep_a_nan_as_the_worst_of_its_place() -> None:
 def test_plots_leave_out_what_has_no_place_on_a_logarithmic_axis_and_say_so() -> None:
     found = with_tensor(make_report(), 3, error=math.nan)
     assert "Not drawn: 1 value (zero or not finite)." in captions(found)[0]
-    hidden = ((0.0, 0.0), (math.inf, math.nan))
+    hidden = hidden_states((0.0, 0.0), (math.inf, math.nan))
     plot = plots.plots(plain_report(hidden=hidden))[0]
     assert plot.caption.startswith("Nothing to draw on a logarithmic axis. Not drawn: 4 values")
     assert not plot.svg

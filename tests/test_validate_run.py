@@ -108,7 +108,10 @@ def test_passes_on_every_seed(ingot: Path, reference: Reference, seed: int) -> N
     assert [growth.kind for growth in report.growth] == [
         *("logits", "key", "value", "router", "hidden")
     ]
-    assert len(report.hidden) == 3 and all(0 <= e < 5 * f for e, f in report.hidden)
+    assert [(each.layer, each.normed) for each in report.hidden] == [
+        *((-1, False), (0, False), (1, True))
+    ]
+    assert all(0 <= each.error < 5 * each.floor for each in report.hidden)
     assert (
         report.distribution is not None and report.distribution.tokens == 19 + 12 + 1 + 3 * 32 + 101
     )

@@ -158,21 +158,27 @@ def test_a_hidden_states_error_is_the_rms_over_calls_and_seeds() -> None:
 
     one = judge([tensor("prefill"), state(10, 1.0), state(9, 2.0), state(0, 0.0)])
     other = judge([state(9, 14.0, 2 * FLOOR), state(0, 0.0), state(10, 7.0)])
-    found = totals.hidden([one, other])
+    # Of a model of ten layers that counts from what enters the first.
+    layers = {f"hidden_states.{number}": number - 1 for number in range(10)}
+    found = totals.hidden([one, other], layers, 10)
     # In the order of the layers' numbers, and not of their letters.
+    names = ["hidden_states.0", "hidden_states.9", "hidden_states.10"]
+    assert [state.name for state in found] == names
+    assert [(state.layer, state.normed) for state in found] == [(-1, False), (8, False), (9, True)]
     expected = [
         (0.0, FLOOR),
         (math.sqrt((2**2 + 28**2) / 2) * FLOOR, math.sqrt((1 + 4) / 2) * FLOOR),
         (5 * FLOOR, FLOOR),
     ]
-    assert np.array(found) == pytest.approx(np.array(expected))
-    assert totals.hidden([judge([tensor("prefill")])]) == ()
+    figures = [(state.error, state.floor) for state in found]
+    assert np.array(figures) == pytest.approx(np.array(expected))
+    assert totals.hidden([judge([tensor("prefill")])], layers, 10) == ()
 
 
 def test_a_hidden_state_that_was_not_compared_has_no_error() -> None:
     results = [tensor("prefill", "hidden_states.0", score) for score in (1.0, None)]
-    ((error, floor),) = totals.hidden([judge(results)])
-    assert math.isnan(error) and floor == pytest.approx(FLOOR)
+    (found,) = totals.hidden([judge(results)], {"hidden_states.0": 0}, 1)
+    assert math.isnan(found.error) and found.floor == pytest.approx(FLOOR)
 
 
 # --- the router's margin

@@ -63,6 +63,26 @@ class TensorResult:
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """One hidden state over all calls.
+
+    Attributes:
+        name: of the graph's value, such as ``hidden_states.3``; transformers numbers them from what
+            enters the first layer in some models, and from the first layer's output in others.
+        layer: that it leaves; -1 for what enters the first.
+        normed: whether it has been through the final norm too.
+        error: RMS of the errors of all calls; NaN where one could not be compared.
+        floor: the same of eager PyTorch in the target's precision.
+    """
+
+    name: str
+    layer: int
+    normed: bool
+    error: float
+    floor: float
+
+
+@dataclass(frozen=True)
 class Flip:
     """One token whose experts differ from the truth's at one router.
 
@@ -330,7 +350,7 @@ class Report:
         location: where it went wrong, where it did.
         unlocated: why that could not be found, in one sentence, if it could not.
         environment: versions and machine, by name.
-        hidden: error and floor of every layer's hidden state, where they were outputs.
+        hidden: error and floor of every hidden state by its layer, where there were such values.
         reason: why passing says nothing about the ingot itself, if it does not.
         seconds: the whole took.
         router_margin: smallest difference between the truth's K-th and next router logit.
@@ -354,7 +374,7 @@ class Report:
     location: Location | None = None
     unlocated: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
-    hidden: tuple[tuple[float, float], ...] = ()
+    hidden: tuple[Hidden, ...] = ()
     reason: str | None = None
     seconds: float = 0.0
     router_margin: float | None = None

@@ -164,7 +164,7 @@ def validate_ingot(
         tensors=(*totals.tensors(judges, seeds), *forced.results, *in_float32),
         routing={**totals.routing(judges), **forced.routing},
         growth=totals.worst_growth(judges),
-        hidden=totals.hidden(judges),
+        hidden=totals.hidden(judges, reference.layers, reference.layer_count),
         router_margin=totals.margin(judges),
         reason=_reason(target, calls),
         coverage=coverage(
@@ -364,7 +364,7 @@ class _Again:
 
     @property
     def count(self) -> int:
-        return len(self._reference.routers.by_layer)
+        return self._reference.layer_count
 
     def _fed(self, seed: int) -> list[FedRun]:
         traits = self._target.traits(self._reference)

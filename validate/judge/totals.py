@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from ingot.validate.judge.judge import Judge
 from ingot.validate.judge.limits import TIE_LIMIT
 from ingot.validate.judge.metrics import rms
 from ingot.validate.judge.routing import least_margin
-from ingot.validate.result import Distribution, Growth, Routing, TensorResult
+from ingot.validate.result import Distribution, Growth, Hidden, Routing, TensorResult
 from ingot.validate.truth.recording import HIDDEN_STATES, all_router_logits
 
 
@@ -57,17 +57,30 @@ def _badness(found: Growth) -> tuple[bool, float]:
     return bool(found.problem), math.inf if math.isnan(found.ratio) else found.ratio
 
 
-def hidden(judges: Sequence[Judge]) -> tuple[tuple[float, float], ...]:
-    """Error and floor of the embedding and of each layer's hidden state, over all calls."""
-    found: dict[int, list[TensorResult]] = {}
+def hidden(judges: Sequence[Judge], layers: Mapping[str, int], count: int) -> tuple[Hidden, ...]:
+    """Error and floor of each hidden state over all calls, in the order of the layers.
+
+    Args:
+        judges: of every set of token ids.
+        layers: see ``validate.truth.reference.Reference.layers``.
+        count: how many layers there are.
+    """
+    found: dict[str, list[TensorResult]] = {}
     for judge in judges:
         for result in judge.results:
             if result.name.startswith(HIDDEN_STATES):
-                found.setdefault(int(result.name.removeprefix(HIDDEN_STATES)), []).append(result)
-    return tuple(
-        (_rms(result.error for result in layer), _rms(result.floor for result in layer))
-        for _, layer in sorted(found.items())
-    )
+                found.setdefault(result.name, []).append(result)
+    states = [
+        Hidden(
+            name,
+            layers.get(name, count - 1),
+            name not in layers,
+            _rms(result.error for result in results),
+            _rms(result.floor for result in results),
+        )
+        for name, results in found.items()
+    ]
+    return tuple(sorted(states, key=lambda state: (state.layer, state.normed)))
 
 
 def _rms(values: Iterator[float | None]) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -14,7 +15,7 @@ from markupsafe import Markup
 from ingot.plugins.errors import install_hint
 from ingot.validate.judge.growth import over_decode, step_scores
 from ingot.validate.report.words import clean, number
-from ingot.validate.result import Report, TensorResult
+from ingot.validate.result import Hidden, Report, TensorResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,18 +100,34 @@ def cannot_draw() -> str | None:
 
 def _by_layer(report: Report) -> Plot:
     title = "Error by layer against floor"
-    if report.hidden:
+    words: dict[float, str] = {}
+    states = report.hidden
+    if states:
         series = [
-            Series(name, tuple((float(i), pair[side]) for i, pair in enumerate(report.hidden)))
-            for side, name in enumerate(("error: hidden state", "floor: hidden state"))
+            Series(f"{side}: hidden state", tuple((_place(s), getattr(s, side)) for s in states))
+            for side in ("error", "floor")
         ]
         what = "The hidden state after each layer: error of the target, and its floor."
+        words = _ends(states)
     else:
         series = _pairs(report.tensors, lambda tensor: tensor.layer)
         what = "The worst state of each layer over all stages: error of the target, and its floor."
     if not series:
         return Plot(title, "Nothing to draw: no tensor that was compared belongs to a layer.")
-    return _lines("layer", title, what, series, "layer (number)", "relative RMS error (ratio)")
+    named = "".join(f"; {x:.0f}: {word}" for x, word in words.items())
+    axis = f"layer (number{named})"
+    return _lines("layer", title, what, series, axis, "relative RMS error (ratio)", words=words)
+
+
+def _place(state: Hidden) -> float:
+    """The final norm is drawn behind the last layer."""
+    return float(state.layer + state.normed)
+
+
+def _ends(states: Iterable[Hidden]) -> dict[float, str]:
+    """What is no layer's own output, by its place on the axis."""
+    embedding = {_place(state): "the embedding" for state in states if state.layer < 0}
+    return embedding | {_place(state): "the final norm" for state in states if state.normed}
 
 
 def _over_decode(report: Report) -> Plot:
@@ -239,8 +256,20 @@ def _lines(
     axis: str,
     scale: str,
     limits: Sequence[float] = (),
+    words: Mapping[float, str] = MappingProxyType({}),
 ) -> Plot:
-    """Lines over a common axis, on a logarithmic scale, and the limits that they are held to."""
+    """Lines over a common axis, on a logarithmic scale, and the limits that they are held to.
+
+    Args:
+        name: of a place on the axis, in front of its number.
+        title: above it.
+        what: it shows.
+        series: the lines.
+        axis: the horizontal one's label.
+        scale: the vertical one's.
+        limits: horizontal lines.
+        words: what places on the axis are called that are no ``name``.
+    """
     values = [(y, x, line.label) for line in series for x, y in line.points]
     drawn = [value for value in values if _drawable(value[0])]
     note = _left_out(len(values) - len(drawn), "value", "zero or not finite")
@@ -268,8 +297,9 @@ def _lines(
         axes.set_ylabel(scale)
 
     top, x, label = max(drawn)
+    place = words.get(x, f"{name} {x:.0f}")
     entries = len(series) + bool(limits)
-    spoken = f"{what} The highest point is {number(top)} at {name} {x:.0f} ({label})."
+    spoken = f"{what} The highest point is {number(top)} at {place} ({label})."
     return Plot(title, spoken + note, _draw(name, title, spoken, draw, entries, integers=True))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -103,8 +103,14 @@ class Reference:
         self.chunk_size = self.facts.chunk_size
         self.routers = Routers(self.facts.routers, self.facts.experts_per_token)
         self.states = self._model.states
+        self._digest: str | None = None
         self._recurrent = any(state.axis is None for state in self.states)
         self._switch = self.facts.switch_length
+
+    @cached_property
+    def _processor(self) -> str:
+        """Another one sums in another order, which is no matter one precision higher."""
+        return json.dumps(processor())
 
     @property
     def layers(self) -> dict[str, int]:
@@ -116,6 +122,11 @@ class Reference:
         found = {f"{ROUTER_LOGITS}{number}": layer for number, layer in enumerate(routers)}
         hidden = hidden_names(self._model, "meta")
         return {**found, **{name: number - 1 for number, name in hidden.items()}}
+
+    @property
+    def layer_count(self) -> int:
+        """How many layers there are."""
+        return len(self._model.decoder.by_layer())
 
     @property
     def experts(self) -> tuple[int, ...]:
@@ -238,16 +249,18 @@ class Reference:
 
     def hash(self, stages: Stages) -> str:
         """SHA-256 of the checkpoint, as far as the graph uses it; reads it where nobody has yet."""
-        weights = family_of(self.checkpoint).weight_map(self._model, self.checkpoint, self.task)
-        names = {part.name for parts in weights.values() for part in parts}
-        unread = sorted(names - self.checkpoint.digests.keys())
-        if unread:
-            size = sum(self._bytes(name) for name in unread)
-            with stages.stage("hash checkpoint", size) as advance:
-                for name in unread:
-                    self.checkpoint.read(name)
-                    advance(self._bytes(name))
-        return self.checkpoint.digest()
+        if self._digest is None:
+            weights = family_of(self.checkpoint).weight_map(self._model, self.checkpoint, self.task)
+            names = {part.name for parts in weights.values() for part in parts}
+            unread = sorted(names - self.checkpoint.digests.keys())
+            if unread:
+                size = sum(self._bytes(name) for name in unread)
+                with stages.stage("hash checkpoint", size) as advance:
+                    for name in unread:
+                        self.checkpoint.read(name)
+                        advance(self._bytes(name))
+            self._digest = self.checkpoint.digest()
+        return self._digest
 
     def _bytes(self, name: str) -> int:
         entry = self.checkpoint.entries[name]
@@ -276,8 +289,7 @@ class Reference:
             calls=json.dumps([columns.stop for _, columns in inputs.steps]),
             stateful=inputs.stateful,
             torch=torch.__version__,
-            # Another processor sums in another order, which is no matter one precision higher.
-            processor=json.dumps(processor()) if replayed else None,
+            processor=self._processor if replayed else None,
             code=code_digest(),
         )
 
