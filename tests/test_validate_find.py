@@ -157,6 +157,7 @@ def place(
 class _Again:
     """Of a model with two layers, the second of which chooses experts."""
 
+    is_eager = True
     layers: ClassVar = {"hidden_states.0": -1, "hidden_states.1": 0, "router_logits.0": 1}
     count = 2
 
@@ -252,6 +253,13 @@ def test_where_graph_and_session_are_right_the_first_layer_computed_wrongly_is_n
     # What is wrong in a file is the place before that.
     checked = replace(wrong, checks=(WRONG,))
     assert place(monkeypatch, checked, right, inside=inside).location == NODE
+
+
+def test_held_against_another_ingot_no_kernel_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Again, "is_eager", False)
+    wrong = report(tensor("decode 1"))
+    found = place(monkeypatch, wrong, lambda *_: None, inside=[value("hidden_states.1")])
+    assert (found.verdict, found.place) == ("failed", None)
 
 
 def test_experts_that_fail_have_their_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,7 +233,7 @@ def _observe(
     session = target.delivered()
     recorder = Recorder(session, stateful, calls)
     count = sum(judge.calls for judge in judges) + repeated_calls(judges[0])
-    with stages.stage("validate against eager PyTorch", count, "steps") as advance:
+    with stages.stage(f"validate against {other}", count, "steps") as advance:
         for judge in judges:
             judge.judge_session(recorder, advance)
         judge_repeats(judges[0], recorder)

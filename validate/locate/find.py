@@ -61,6 +61,10 @@ class Again(Protocol):
     """What a validation fed and to what, to be run once more."""
 
     @property
+    def is_eager(self) -> bool:
+        """Whether it was held against eager PyTorch; another ingot may be the wrong one of two."""
+
+    @property
     def layers(self) -> Mapping[str, int]:
         """See ``validate.truth.reference.Reference.layers``."""
 
@@ -113,7 +117,7 @@ def located(report: Report, subject: Subject, again: Again) -> Report:
     by_checks = next((c.location for c in report.checks if c.location is not None), None)
     try:
         found = _by_numbers(report, subject, again) or by_checks
-        if found is None and not any(check.problems for check in report.checks):
+        if found is None and again.is_eager and not any(check.problems for check in report.checks):
             found = _by_kernels(report, again)
             if found is None:
                 return replace(report, unlocated=NO_PLACE)
