@@ -110,7 +110,12 @@ class Recipe:
         return Opened(family, model, block_reader(checkpoint, weight_map, model))
 
     def graph(
-        self, opened: Opened, stages: Stages | None = None, capture: Capture | None = None
+        self,
+        opened: Opened,
+        stages: Stages | None = None,
+        capture: Capture | None = None,
+        *,
+        again: bool = False,
     ) -> Captured:
         """The graph, lowered for the target, its weights unread.
 
@@ -118,9 +123,10 @@ class Recipe:
             opened: the checkpoint, by ``open``.
             stages: shows the steps.
             capture: traces the model, ``export.capture.capture`` by default.
+            again: whether it is made to hold an ingot's graph against it.
         """
-        stages = stages or Stages()
-        with stages.stage("capture graph"):
+        stages, suffix = stages or Stages(), " again" * again
+        with stages.stage(f"capture graph{suffix}"):
             captured = (capture or trace)(
                 opened.model, opened.read, precision=self.dtype, extra_outputs=self.extra_outputs
             )
@@ -128,7 +134,7 @@ class Recipe:
         if lowering is None:
             return captured
         canonical = operators(captured.model)
-        with stages.stage(f"lower to {lowering.runtime}"):
+        with stages.stage(f"lower to {lowering.runtime}{suffix}"):
             applied = lowering.lower(captured.model)
         return replace(captured, canonical=canonical, lowering=applied)
 

@@ -47,6 +47,8 @@ def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stage
 
 # Of tensors, as a validation has them.
 KINDS = ("logits", "hidden", "router", "key", "value", "conv", "ssm")
+# How the names of figures end and are said: a graph of half precision is run in float32 too.
+RUN_IN = (("", ""), ("_in_float32", ", in float32"))
 
 
 # What each check of a validation counts.
@@ -57,7 +59,7 @@ def _coverage(found: dict[str, Any]) -> str:
     context = "" if found["context"] is None else f" of {found['context']:,}"
     return (
         f"{found['covered']} of {found['parts']} shapes of use, sequences up to "
-        f"{found['positions']:,}{context} positions, {found['ids']:,} of "
+        f"{found['positions']:,}{context} tokens, {found['ids']:,} of "
         f"{found['vocab_size']:,} token ids"
     )
 
@@ -107,15 +109,20 @@ def _verdict_rows(manifest: Manifest) -> list[tuple[str, str]]:
         rows.append(("checked", f"{', '.join(checked)}, against the checkpoint"))
     if "coverage" in found:
         rows.append(("covered", _coverage(found["coverage"])))
-    for kind in KINDS:
-        if f"{kind}_score" in found:
-            score, error = found[f"{kind}_score"], found[f"{kind}_error"]
+        if found["coverage"].get("not_asked"):
+            rows.append(("not asked", "; ".join(found["coverage"]["not_asked"])))
+    for name, title in [(kind + suffix, kind + said) for suffix, said in RUN_IN for kind in KINDS]:
+        if f"{name}_score" in found:
+            score, error = found[f"{name}_score"], found[f"{name}_error"]
             times = f"{score:.2g} times eager PyTorch's own error"
-            rows.append((kind, f"relative RMS error {error:.1e}, {times}"))
+            rows.append((title, f"relative RMS error {error:.1e}, {times}"))
     for mode in ("free", "replayed"):
         if f"routing_agreement_{mode}" in found:
             share = found[f"routing_agreement_{mode}"]
             rows.append((f"routing, {mode}", f"{share:.1%} of tokens have the truth's experts"))
+    if "routing_agreement_forced" in found:
+        share = found["routing_agreement_forced"]
+        rows.append(("routing, forced", f"{share:.1%} of tokens used the experts they were given"))
     if "kl_max" in found:
         mean, most = found["kl_mean"], found["kl_max"]
         rows.append(("KL divergence", f"{mean:.1e} nats in the mean, {most:.1e} at most"))

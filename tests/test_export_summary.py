@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,18 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from test_validate_asked import short_report
-from test_validate_report import covered_report, failing_report, plain_report
+from test_validate_report import (
+    covered_report,
+    failing_report,
+    in_float32,
+    make_report,
+    plain_report,
+)
 
 from ingot.export.cli import export_command
 from ingot.export.ingot import Manifest
 from ingot.export.summary import _verdict_rows
+from ingot.validate.result import Routing
 
 
 def of(validation: dict[str, Any]) -> Manifest:
@@ -29,8 +37,21 @@ def test_says_what_was_checked_and_covered() -> None:
     assert ("not covered", "a second turn of one row: no such call was made") in rows
     checked = "29 weights, 112 nodes of the graph, 1 fields of the contract, against the checkpoint"
     assert ("checked", checked) in rows
-    covered = "2 of 3 shapes of use, sequences up to 51 of 4,096 positions, 94 of 512 token ids"
+    covered = "2 of 3 shapes of use, sequences up to 51 of 4,096 tokens, 94 of 512 token ids"
     assert ("covered", covered) in rows
+    assert ("not asked", "contexts beyond 51 of 4,096 tokens") in rows
+    assert ("routing, free", "99.5% of tokens have the truth's experts") in rows
+
+
+def test_says_figures_of_half_precision_and_those_in_float32() -> None:
+    found = make_report(precision="float16", routing={"forced": Routing((1.0, 1.0), ())})
+    both = replace(found, tensors=(*found.tensors, *in_float32(found)))
+    rows = [row for row in _verdict_rows(of(both.summary())) if "error" in row[1]]
+    names = ["logits", "key", "value"]
+    assert [name for name, _ in rows] == [*names, *(f"{name}, in float32" for name in names)]
+    assert rows[0][1] != rows[3][1]
+    forced = ("routing, forced", "100.0% of tokens used the experts they were given")
+    assert forced in _verdict_rows(of(both.summary()))
 
 
 def test_an_older_ingot_says_what_it_has() -> None:

@@ -44,7 +44,7 @@ def test_what_was_asked_is_said_in_a_few_lines() -> None:
         (
             "Fed",
             "45 calls of 1, 2 or 3 rows and 1, 2 or 19 tokens each; sequences up to 51 of 4,096 "
-            "positions; padding: left, right; 94 of 512 token ids; up to 3 chunks of the scan",
+            "tokens; padding: left, right; 94 of 512 token ids; up to 3 chunks of the scan",
         ),
         (
             "Experts",
@@ -67,10 +67,30 @@ def test_what_there_is_not_is_not_said() -> None:
         found, experts=(), parts=(), left_out=(), not_asked=(), chunks=0, context=None, paddings=()
     )
     ((name, text),) = asked(plain_report(coverage=bare))
-    assert name == "Fed" and "padding: none" in text and "up to 51 positions" in text
+    assert name == "Fed" and "padding: none" in text and "up to 51 tokens" in text
     assert "chunk" not in text
     many = replace(bare, lengths=tuple(range(1, 20)), rows=(1,), calls=1)
     assert asked(plain_report(coverage=many))[0][1].startswith("1 call of 1 row and 1 to 19 tokens")
+
+
+def test_of_a_graph_that_was_run_in_float32_alone_it_says_so() -> None:
+    found = plain_report(precision="bfloat16")
+    tensors = [replace(found.tensors[0], stage=f"decode {n}, in float32") for n in (1, 2)]
+    assert asked(replace(found, tensors=(*tensors, tensors[0]))) == [
+        ("Fed", "2 calls of the graph, in float32 alone"),
+        ("Not asked", "whatever is computed in bfloat16"),
+    ]
+    assert asked(replace(found, tensors=(*tensors, *found.tensors))) == []
+
+
+def test_no_name_of_a_tensor_or_a_call_is_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plain_report()
+    stage, name = "seed 2, padding in every row, decode 117, replayed", "present_states.11.conv"
+    (tensor,) = found.tensors
+    terminal = printed(replace(found, tensors=(replace(tensor, stage=stage, name=name),)), capsys)
+    rows = [line.split("│")[1:-1] for line in terminal.splitlines() if line.startswith("│")]
+    *_, stages, names = ("".join(column).replace(" ", "") for column in zip(*rows, strict=True))
+    assert (stages, names) == (stage.replace(" ", ""), name)
 
 
 @pytest.mark.parametrize(

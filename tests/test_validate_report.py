@@ -336,7 +336,7 @@ def test_summary_of_a_pass() -> None:
     assert "2 flips, 0 beyond" in text
     assert "- **Routing, replayed:** all tokens have" in text
     assert "- **KL divergence" in text
-    assert "99.50%; 1 of the others are near-ties" in text
+    assert "99.50%; 1 of the other tokens are near-ties" in text
     assert "ratio 1 (95 % interval 0.9999 to 1.0001)" in text
     assert "Problems" not in text
 
@@ -390,6 +390,17 @@ def test_summary_escapes() -> None:
     assert all(
         line.replace("\\|", "").count("|") == 6 for line in text.split("\n") if line[:1] == "|"
     )
+
+
+def test_figures_have_their_limits_and_no_empty_words() -> None:
+    growth = (Growth("key", 1.0, 2.0, 4.0), Growth("value", 1.0, 1.0, 4.0))
+    found = make_report(growth=growth, routing={})
+    assert found.distribution is not None
+    all_agree = replace(found.distribution, top1_agreement=1.0, near_ties=0)
+    rows = dict(words.figures(replace(found, distribution=all_agree)))
+    said = "key 2, value 1-fold; up to 4-fold is accepted"
+    assert rows["Growth of the error over decode, in floors"] == said
+    assert rows["Top-1 agreement"] == "100.00%"
 
 
 def test_figures_leave_out_what_is_not_there() -> None:
@@ -539,6 +550,52 @@ def test_plots_have_each_hidden_state_at_its_layer() -> None:
     assert drawn_at(plot) == pytest.approx([0, 1, 2])
 
 
+def in_float32(found: Report) -> tuple[TensorResult, ...]:
+    """Every tensor of a report once more, run in float32."""
+    return tuple(
+        replace(
+            tensor,
+            stage=f"{tensor.stage}, in float32",
+            error=(tensor.error or 0.0) / 1000,
+            floor=(tensor.floor or 0.0) / 3000,
+            limit=8.0,
+        )
+        for tensor in found.tensors
+    )
+
+
+def test_what_was_run_in_float32_stands_for_nothing_else() -> None:
+    found = make_report(precision="float16")
+    both = replace(found, tensors=(*found.tensors, *in_float32(found)))
+    kinds = ["logits", "key", "value"]
+    assert list(both.worst) == [*kinds, *(f"{kind}, in float32" for kind in kinds)]
+    own, other = both.worst["logits"], both.worst["logits, in float32"]
+    assert own == found.worst["logits"] and (own.limit, other.limit) == (4.0, 8.0)
+    summary = both.summary()
+    assert summary["logits_error"] == own.error == found.summary()["logits_error"]
+    assert summary["logits_in_float32_error"] == other.error
+    assert summary["logits_in_float32_score"] == pytest.approx(3 * (own.score or 0.0))
+    text = texts.markdown_text(both)
+    assert "| logits, in float32 | " in text and "there shows what rounding hides" in text
+    assert "rounding hides" not in texts.markdown_text(found)
+    drawn, alone = plots.plots(both), plots.plots(found)
+    assert [plot.svg for plot in drawn] == [plot.svg for plot in alone]
+
+
+def test_plots_of_a_graph_that_was_run_in_float32_alone() -> None:
+    found = make_report(precision="bfloat16", routing={}, distribution=None)
+    layers, decode, kl = plots.plots(replace(found, tensors=in_float32(found)))
+    assert "error: key" in layers.svg
+    assert "below the limit of 8" in decode.caption and "at decode " in decode.caption
+    assert kl.caption == "Nothing to draw: no next-token distributions were compared."
+
+
+def test_plots_say_nothing_of_routers_where_none_were_compared() -> None:
+    # Also of a model that has some: one that could not be run has no routing either.
+    page = html.page(plain_report(routing={}))
+    assert "router" not in Page(page).words
+
+
 def test_plots_show_the_worst_tensor_of_a_place() -> None:
     plot = plots.plots(failing_report())[0]
     assert "3e-05 at layer 1 (error: key)" in plot.caption
@@ -587,8 +644,8 @@ def test_plots_say_why_they_are_empty() -> None:
     assert all(text.startswith("Nothing to draw: ") for text in texts)
     assert "belongs to a layer" in texts[0]
     assert "decode step" in texts[1]
-    assert "no logits" in texts[2]
-    assert "no routers" in texts[3]
+    assert "no next-token distributions" in texts[2]
+    assert len(texts) == 3
     page = Page(html.page(found))
     assert page.of("svg") == []
     assert all(text in page.words for text in texts)
@@ -642,7 +699,7 @@ def test_every_report_names_what_got_worse() -> None:
     assert summary.startswith(f"## Validation: {headline} than in old.json.")
     assert "PASSED" not in summary
     assert "- WORSE prefill, logits: score 2, was 1\n" in summary
-    assert "- **Gate:** 2 worse than in old.json\n" in summary
+    assert "- **Gate:** 2 figures are worse than in old.json\n" in summary
     suite = junit(found)
     assert (suite.get("tests"), suite.get("failures")) == ("68", "2")
     messages = [failure.get("message") for failure in suite.iter("failure")]
@@ -658,7 +715,7 @@ def test_every_report_names_what_got_worse() -> None:
 def test_every_report_names_a_gate_that_holds() -> None:
     found = make_report(gate=Gate("old.json", ()))
     assert found.verdict == "passed"
-    held = "nothing worse than in old.json"
+    held = "nothing is worse than in old.json"
     assert held in texts.markdown_text(found) and held in html.page(plain_report(gate=found.gate))
     suite = junit(found)
     assert (suite.get("tests"), suite.get("failures")) == ("66", "0")

@@ -266,7 +266,7 @@ def test_names_a_row_of_gate_or_up_by_the_expert_s_own_index(
     ingot = with_weight(tiny_ort, tmp_path / "i", "layers.0.mlp.experts.gate_up_proj", one)
     (problem,) = checked(ingot, tiny).problems
     name = "layer 0, model.layers.0.mlp.experts.5.up_proj.weight"
-    assert problem.startswith(f"{name}: 1 of 2048 element differs, the first at [9, 4] is ")
+    assert problem.startswith(f"{name}: 1 of 2048 elements differs, the first at [9, 4] is ")
 
 
 def through(dtype: torch.dtype) -> Callable[[Any], None]:

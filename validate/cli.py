@@ -117,8 +117,9 @@ def validate_command(
         gate=gate,
         stages=RichStages(),
     )
-    if baseline is not None and report.verdict == "failed":
-        note(f"{baseline} was not written: what failed is no baseline")
+    if baseline is not None:
+        failed = report.verdict == "failed"
+        note(f"{baseline} was {'not written: what failed is no baseline' * failed or 'written'}")
     try:
         if as_json:
             click.echo(json_text(report), nl=False)
@@ -132,4 +133,5 @@ def validate_command(
         # or gone nothing of the files.
         if folder is not None:
             files.write(report, folder)
+            note(f"the report was written to {folder}")
     sys.exit(1 if strict and report.verdict != "passed" else STATUS[report.verdict])

@@ -16,6 +16,8 @@ from ingot.validate.coverage import Coverage
 
 # The mode of routing in which every expert in turn is given.
 FORCED = "forced"
+# How the stage of a half-precision graph ends that was run in float32, over its own weights.
+IN_FLOAT32 = ", in float32"
 SCHEMA_VERSION = 1
 # The operator of a location that is in no node of the graph.
 SESSION, KERNELS = "session", "kernels"
@@ -53,6 +55,11 @@ class TensorResult:
     problem: str = ""
     top1: float | None = None
     not_finite: tuple[str, ...] = ()
+
+    @property
+    def in_float32(self) -> bool:
+        """Whether a half-precision graph made it in float32, where errors are others."""
+        return self.stage.endswith(IN_FLOAT32)
 
     @property
     def score(self) -> float | None:
@@ -427,16 +434,20 @@ class Report:
 
     @property
     def worst(self) -> dict[str, TensorResult]:
-        """The tensor of the highest score, by kind."""
+        """The tensor of the highest score, by kind; what was run in float32 is a kind of its own.
+
+        Its errors are a thousandth of those in half precision, and would be taken for them.
+        """
         result: dict[str, TensorResult] = {}
         for tensor in self.tensors:
             score = tensor.score
             if score is None:
                 continue
-            before = result.get(tensor.kind)
+            kind = tensor.kind + IN_FLOAT32 * tensor.in_float32
+            before = result.get(kind)
             # No comparison with NaN is true; it is worse than any number.
             if before is None or math.isnan(score) or score > (before.score or 0.0):
-                result[tensor.kind] = tensor
+                result[kind] = tensor
         return result
 
     def summary(self) -> dict[str, Any]:
@@ -457,8 +468,9 @@ class Report:
         if self.coverage is not None:
             result["coverage"] = self.coverage.summary()
         for kind, tensor in self.worst.items():
-            result[f"{kind}_score"] = tensor.score
-            result[f"{kind}_error"] = tensor.error
+            name = kind.replace(IN_FLOAT32, "_in_float32")
+            result[f"{name}_score"] = tensor.score
+            result[f"{name}_error"] = tensor.error
         for growth in self.growth:
             result[f"{growth.kind}_growth"] = growth.ratio
         if self.distribution is not None:

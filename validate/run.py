@@ -31,7 +31,7 @@ from ingot.validate.judge.again import (
 from ingot.validate.judge.distribution import negative_log_likelihoods, perplexities
 from ingot.validate.judge.forced import ForcedJudge
 from ingot.validate.judge.judge import Judge
-from ingot.validate.judge.widened import judge_widened
+from ingot.validate.judge.widened import against_in_float32, judge_widened
 from ingot.validate.processor import processor
 from ingot.validate.result import Check, Distribution, Report, TensorResult
 from ingot.validate.truth.forced import forced_runs
@@ -158,7 +158,7 @@ def validate_ingot(
         if each == seed:
             forced = ForcedJudge(reference.routers, target.layout, every, of_forced)
     in_float32 = judge_widened(folder, target.manifest, reference, seed, stages)
-    session, calls = _observe(target, judges, forced, stages)
+    session, calls = _observe(target, judges, forced, stages, reference.name)
     report = replace(
         empty_report(target.manifest, reference.against, name or folder.name, seed),
         tensors=(*totals.tensors(judges, seeds), *forced.results, *in_float32),
@@ -215,7 +215,7 @@ def _forced_runs(target: Target, reference: Reference, seed: int) -> list[Inputs
 
 
 def _observe(
-    target: Target, judges: Sequence[Judge], forced: ForcedJudge, stages: Stages
+    target: Target, judges: Sequence[Judge], forced: ForcedJudge, stages: Stages, other: str
 ) -> tuple[Session, list[Fed]]:
     """The session of the target, all of it judged, and the calls that it was given."""
     stateful = bool(target.manifest.states)
@@ -359,6 +359,10 @@ class _Again:
         self._seed = seed
 
     @property
+    def is_eager(self) -> bool:
+        return self._reference.is_eager
+
+    @property
     def layers(self) -> Mapping[str, int]:
         return self._reference.layers
 
@@ -413,7 +417,8 @@ def examine_unrun(
     manifest.check_files(folder, hashes=verify)
     subject = Subject(folder, manifest, reference.checkpoint, stages, capture)
     found = checks(subject)
-    report = empty_report(manifest, reference.against, name or folder.name, seed)
+    against = against_in_float32(manifest.precision)
+    report = empty_report(manifest, against, name or folder.name, seed)
     try:
         tensors = judge_widened(folder, manifest, reference, seed, stages)
         report = replace(report, tensors=tuple(tensors))

@@ -54,4 +54,4 @@ class Subject:
     @cached_property
     def captured(self) -> Captured:
         """The graph as an export makes it now, lowered for the ingot's target; weights unread."""
-        return self.recipe.graph(self.opened, self.stages, self.capture)
+        return self.recipe.graph(self.opened, self.stages, self.capture, again=True)

@@ -77,7 +77,7 @@ class Difference:
     ratios: tuple[float, float] = (math.inf, -math.inf)
 
     def __str__(self) -> str:
-        elements = "element differs" if self.count == 1 else "elements differ"
+        elements = f"element{'s' * (self.compared != 1)} differ{'s' * (self.count == 1)}"
         return (
             f"{self.count} of {self.compared} {elements}, the first at {list(self.index)} is "
             f"{self.found} and should be {self.wanted}"

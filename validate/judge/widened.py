@@ -17,14 +17,20 @@ from ingot.validate.judge.compare import compare
 from ingot.validate.judge.floors import usual_floors
 from ingot.validate.judge.judge import is_no_tap
 from ingot.validate.locate.widen import HALVES
-from ingot.validate.result import TensorResult
+from ingot.validate.result import IN_FLOAT32, TensorResult
 from ingot.validate.truth.inputs import QUICK, make_inputs
 from ingot.validate.truth.recording import CHOSEN_EXPERTS, Layout, main_run, record
 from ingot.validate.truth.reference import Reference
 from ingot.validate.truth.rounded import rounded
 from ingot.validate.truth.widened import WidenedSession
 
-IN_FLOAT32 = ", in float32"
+
+def against_in_float32(precision: str) -> str:
+    """What a graph of half precision is compared with here, in words."""
+    return (
+        "eager PyTorch in float64, beside eager PyTorch in float32, all over the weights as they "
+        f"are in {precision}"
+    )
 
 
 def judge_widened(

@@ -25,6 +25,10 @@ def asked(report: Report) -> list[tuple[str, str]]:
     rows = [(check.name.capitalize(), check_words(check)) for check in report.checks]
     found = report.coverage
     if found is None:
+        stages = {tensor.stage for tensor in report.tensors}
+        if stages and all(tensor.in_float32 for tensor in report.tensors):
+            alone = f"{counted(len(stages), 'call')} of the graph, in float32 alone"
+            rows += [("Fed", alone), ("Not asked", f"whatever is computed in {report.precision}")]
         return rows
     rows.append(("Fed", _fed(found)))
     if found.experts:
@@ -100,7 +104,7 @@ def _fed(found: Coverage) -> str:
     text = (
         f"{counted(found.calls, 'call')} of {_listed(found.rows, 'row')} and "
         f"{_listed(found.lengths, 'token')} each; sequences up to {found.positions:,}{context} "
-        f"positions; padding: {', '.join(found.paddings) or 'none'}; {found.ids:,} of "
+        f"tokens; padding: {', '.join(found.paddings) or 'none'}; {found.ids:,} of "
         f"{found.vocab_size:,} token ids"
     )
     if found.chunks:

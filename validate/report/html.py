@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from ingot.validate.report.asked import asked
 from ingot.validate.report.grouping import grouped
 from ingot.validate.report.plots import plots
-from ingot.validate.report.words import clean, figures, headline, number
+from ingot.validate.report.words import clean, figures, headline, number, scores
 from ingot.validate.result import Report
 
 LISTED = 15
@@ -35,6 +35,7 @@ def page(report: Report) -> str:
             style=STYLES.get(report.verdict, report.verdict),
             headline=headline(report),
             location=report.place,
+            scores=scores(report),
             figures=figures(report),
             asked=asked(report),
             parts=() if report.coverage is None else report.coverage.parts,

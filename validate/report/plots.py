@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -15,7 +15,7 @@ from markupsafe import Markup
 from ingot.plugins.errors import install_hint
 from ingot.validate.judge.growth import over_decode, step_scores
 from ingot.validate.report.words import clean, number
-from ingot.validate.result import Hidden, Report, TensorResult
+from ingot.validate.result import IN_FLOAT32, Hidden, Report, TensorResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,11 +78,13 @@ class Series:
 
 
 def plots(report: Report) -> list[Plot]:
-    """The four figures; where what draws them is missing, one without a drawing that says so."""
+    """The figures; where what draws them is missing, one without a drawing that says so."""
     missing = cannot_draw()
     if missing is not None:
         return [Plot("No plots", missing)]
-    return [_by_layer(report), _over_decode(report), _kl(report), _margins(report)]
+    every = [_by_layer(report), _over_decode(report), _kl(report)]
+    # A model without routers has no margins, nor has what was run with the truth's experts alone.
+    return [*every, _margins(report)] if report.routing else every
 
 
 def cannot_draw() -> str | None:
@@ -110,7 +112,7 @@ def _by_layer(report: Report) -> Plot:
         what = "The hidden state after each layer: error of the target, and its floor."
         words = _ends(states)
     else:
-        series = _pairs(report.tensors, lambda tensor: tensor.layer)
+        series = _pairs(_drawn(report.tensors), lambda tensor: tensor.layer)
         what = "The worst state of each layer over all stages: error of the target, and its floor."
     if not series:
         return Plot(title, "Nothing to draw: no tensor that was compared belongs to a layer.")
@@ -132,14 +134,20 @@ def _ends(states: Iterable[Hidden]) -> dict[float, str]:
 
 def _over_decode(report: Report) -> Plot:
     title = "Error over decode steps"
-    steps = step_scores(over_decode(report.tensors))
+    # What only was run in float32 is of one set of token ids.
+    tensors = [
+        replace(tensor, stage=tensor.stage.removesuffix(IN_FLOAT32))
+        for tensor in _drawn(report.tensors)
+    ]
+    results = over_decode(tensors)
+    steps = step_scores(results)
     if not steps:
         return Plot(title, "Nothing to draw: no tensor was compared after a decode step.")
     series = [
         Series(kind, tuple((float(step), score) for step, score in scores.items()))
         for kind, scores in steps.items()
     ]
-    limits = sorted({tensor.limit for tensor in over_decode(report.tensors) if tensor.limit})
+    limits = sorted({tensor.limit for tensor in results if tensor.limit})
     said = " and ".join(number(limit) for limit in limits)
     what = (
         "The error of each kind of tensor after each decode step, in floors, below the limit of "
@@ -154,7 +162,7 @@ def _kl(report: Report) -> Plot:
     title = "KL divergence of each token"
     found = report.distribution
     if found is None or not found.kl:
-        return Plot(title, "Nothing to draw: this target has no logits that were compared.")
+        return Plot(title, "Nothing to draw: no next-token distributions were compared.")
     values = [value for value in found.kl if _drawable(value)]
     note = _left_out(len(found.kl) - len(values), "token", "zero, negative or not finite")
     if not values:
@@ -186,8 +194,6 @@ def _kl(report: Report) -> Plot:
 
 def _margins(report: Report) -> Plot:
     title = "Routing margin of each flip"
-    if not report.routing:
-        return Plot(title, "Nothing to draw: this model has no routers.")
     flips = [(mode, flip) for mode, found in report.routing.items() for flip in found.flips]
     if not flips:
         return Plot(title, "Nothing to draw: every token has the truth's experts at every router.")
@@ -224,6 +230,12 @@ def _margins(report: Report) -> Plot:
 
     svg = _draw("margins", title, what, draw, len(groups) + 1, integers=True)
     return Plot(title, what + note, svg)
+
+
+def _drawn(tensors: Sequence[TensorResult]) -> list[TensorResult]:
+    """Without what was run in float32, whose errors are others; where there is no more, that."""
+    own = [tensor for tensor in tensors if not tensor.in_float32]
+    return own or list(tensors)
 
 
 def _pairs(

@@ -37,9 +37,12 @@ def print_report(report: Report) -> None:
 
 def _scores(report: Report) -> Table:
     compared = sum(tensor.error is not None for tensor in report.tensors)
-    table = Table(title=f"Worst of {compared} tensors", title_justify="left")
+    title = f"Worst of {compared} tensors; a floor is eager PyTorch's own error"
+    table = Table(title=title, title_justify="left")
     for column in ("kind", "error", "in floors", "limit", "stage", "tensor"):
-        table.add_column(column, justify="right" if column in ("error", "in floors") else "left")
+        right = column in ("error", "in floors", "limit")
+        # A name that is cut off names nothing.
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
     for kind, tensor in report.worst.items():
         cells = (number(tensor.error), number(tensor.score), number(tensor.limit))
         table.add_row(kind, *cells, escape(tensor.stage), escape(tensor.name))

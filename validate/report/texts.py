@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 from ingot.validate.report.asked import asked
 from ingot.validate.report.grouping import Group, grouped
-from ingot.validate.report.words import LISTED, clean, figures, headline, number
+from ingot.validate.report.words import LISTED, clean, figures, headline, number, scores
 from ingot.validate.result import Report, TensorResult
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|~$#])")
@@ -127,7 +127,7 @@ def markdown_text(report: Report) -> str:
         lines += [f"**It begins at:** {_escape(report.place)}", ""]
     lines += ["| Kind | Worst score | Limit | Stage | Tensor |", "|---|---:|---:|---|---|"]
     lines += [_worst_row(kind, tensor) for kind, tensor in report.worst.items()]
-    lines += ["", "A score is the target's error over the error of eager PyTorch itself."]
+    lines += ["", _escape(scores(report))]
     rows = figures(report)
     if rows:
         lines += ["", *(f"- **{_escape(name)}:** {_escape(text)}" for name, text in rows)]

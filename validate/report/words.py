@@ -48,16 +48,37 @@ def headline(report: Report) -> str:
     return f"WORSE: {what}, against {report.against}: {count} {figures} worse than in {since}."
 
 
+def scores(report: Report) -> str:
+    """What the scores of a report are."""
+    text = (
+        "A score is the target's error over the floor, the error that eager PyTorch itself makes "
+        "in the same precision: 1 is as good as the precision allows. The target is compared with "
+        f"{report.against}."
+    )
+    in_float32 = {tensor.in_float32 for tensor in report.tensors}
+    if in_float32 == {True, False}:
+        text += (
+            f" What is in float32 is the same graph over the same {report.precision} weights, "
+            "compared with eager PyTorch in float64, beside eager PyTorch in float32: there shows "
+            "what rounding hides."
+        )
+    return text
+
+
 def figures(report: Report) -> list[tuple[str, str]]:
     """Routing, gate, growth and distribution figures, each in words."""
     rows = [(f"Routing, {mode}", _routing(mode, found)) for mode, found in report.routing.items()]
     if report.gate is not None:
-        found_worse = f"{len(report.worse)} worse" if report.worse else "nothing worse"
+        count = len(report.worse)
+        found_worse = f"{count} figure{'s are' if count != 1 else ' is'} worse"
         note = f", {report.gate.note}" if report.gate.note else ""
-        rows.append(("Gate", f"{found_worse} than in {report.gate.baseline}{note}"))
+        since = f"{found_worse if count else 'nothing is worse'} than in {report.gate.baseline}"
+        rows.append(("Gate", f"{since}{note}"))
     if report.growth:
         by_kind = ", ".join(f"{each.kind} {number(each.ratio)}" for each in report.growth)
-        rows.append(("Growth of the error over decode, in floors", f"{by_kind}-fold"))
+        limit = max(each.limit for each in report.growth)
+        accepted = f"-fold; up to {limit:g}-fold is accepted"
+        rows.append(("Growth of the error over decode, in floors", f"{by_kind}{accepted}"))
     found = report.distribution
     if found is None or not found.kl:
         return rows
@@ -68,12 +89,10 @@ def figures(report: Report) -> list[tuple[str, str]]:
             f"max {number(found.kl_max)} over {found.tokens} tokens",
         )
     )
-    rows.append(
-        (
-            "Top-1 agreement",
-            f"{found.top1_agreement:.2%}; {found.near_ties} of the others are near-ties",
-        )
-    )
+    agreement = f"{found.top1_agreement:.2%}"
+    if found.top1_agreement < 1:
+        agreement += f"; {found.near_ties} of the other tokens are near-ties"
+    rows.append(("Top-1 agreement", agreement))
     if found.perplexity is not None and found.truth_perplexity is not None:
         ratio = found.perplexity / found.truth_perplexity if found.truth_perplexity else math.nan
         interval = ""

@@ -61,6 +61,11 @@ class OtherReference(Reference):
         self._session = TappedSession(folder, self._manifest)
 
     @property
+    def name(self) -> str:
+        """See ``Reference.name``."""
+        return self._name
+
+    @property
     def against(self) -> str:
         """See ``Reference.against``."""
         return f"{self._name}, in what eager PyTorch's own error in {self.precision} is"

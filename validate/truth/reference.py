@@ -134,6 +134,11 @@ class Reference:
         return experts_of(self._model) if self.routers.top_k else ()
 
     @property
+    def name(self) -> str:
+        """Whose numbers the target is compared with, in words."""
+        return "eager PyTorch"
+
+    @property
     def against(self) -> str:
         """What the target is compared with, in words."""
         truth = TRUTH[self.precision]
