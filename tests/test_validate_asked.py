@@ -83,7 +83,11 @@ def test_of_a_graph_that_was_run_in_float32_alone_it_says_so() -> None:
     assert asked(replace(found, tensors=(*tensors, *found.tensors))) == []
 
 
-def test_no_name_of_a_tensor_or_a_call_is_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_name_of_a_tensor_or_a_call_is_cut_off(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
     found = plain_report()
     stage, name = "seed 2, padding in every row, decode 117, replayed", "present_states.11.conv"
     (tensor,) = found.tensors

@@ -226,8 +226,8 @@ def test_another_environment_is_void_and_named_in_one_sentence(path: Path) -> No
     assert "torch" not in message
 
 
-def test_the_ingot_and_the_host_may_differ(path: Path) -> None:
-    environment = {**make_report().environment, "ingot": "0.2.0", "hostname": "runner-7"}
+def test_the_ingot_may_differ(path: Path) -> None:
+    environment = {**make_report().environment, "ingot": "0.2.0"}
     assert gate(make_report(environment=environment), path) == []
 
 

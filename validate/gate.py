@@ -46,9 +46,8 @@ _THREADS = re.compile(r"\b\d+ threads?\b")
 # Characters of an entry that changed, such as a list of versions.
 SAID = 200
 
-# Environment entries that may differ: the ingot is what the gate is to judge, and the host's name
-# says nothing about its kind.
-MAY_DIFFER = frozenset({"ingot", "hostname"})
+# What may differ of the environment: this is what the gate is to judge.
+MAY_DIFFER = frozenset({"ingot"})
 
 
 @dataclass(frozen=True)
@@ -307,7 +306,8 @@ def _distributions(report: Report, baseline: Baseline, slack: Slack) -> Iterator
                 f"({slack.by} explains {slack.kl:.1%})"
             )
     room = slack.of("top1") if slack.mean is None else 0.0
-    yield from _share("top-1 agreement, near-ties aside,", now["top1"], then["top1"], room)
+    what = "top-1 agreement, near-ties aside,"
+    yield from _share(what, now["top1"], then["top1"], room, slack.by)
 
 
 def _routing(report: Report, baseline: Baseline, slack: Slack) -> Iterator[str]:
@@ -322,12 +322,12 @@ def _routing(report: Report, baseline: Baseline, slack: Slack) -> Iterator[str]:
             continue
         for router, (new, old) in enumerate(zip(now, then, strict=False)):
             what = f"routing ({mode}), router {router}: agreement"
-            yield from _share(what, new, old, slack.of("routing"))
+            yield from _share(what, new, old, slack.of("routing"), slack.by)
 
 
-def _share(what: str, new: float, old: float, slack: float) -> Iterator[str]:
-    if not new >= old * (1 - slack) - SHARE_FLOOR:
-        yield f"{what} {new:.2%}, was {old:.2%} (run-to-run spread explains {slack:.1%})"
+def _share(what: str, new: float, old: float, room: float, by: str) -> Iterator[str]:
+    if not new >= old * (1 - room) - SHARE_FLOOR:
+        yield f"{what} {new:.2%}, was {old:.2%} ({by} explains {room:.1%})"
 
 
 def _covered(report: Report, baseline: Baseline) -> Iterator[str]:

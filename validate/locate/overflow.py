@@ -12,9 +12,8 @@ from ingot.validate.judge.metrics import UNSETTLED, rms
 from ingot.validate.locate.graph import Array, Graph, uses
 
 FLOAT16 = onnx.TensorProto.FLOAT16
-# The largest finite one; what is nearer to the next power of two is rounded to infinity.
-LARGEST = 65504.0
-ROUNDS_DOWN = 65520.0
+# The largest finite one is 65504; from here on a number is rounded to infinity.
+ROUNDS_UP = 65520.0
 
 
 def halves(graph: Graph) -> set[str]:
@@ -57,7 +56,7 @@ def beyond(expected: Array, found: Array, other: Array, *, half: bool) -> float 
     held = np.abs(found[counted]) if half else np.abs(expected[counted & ~np.isfinite(found)])
     held = held[np.isfinite(held)]
     largest = float(held.max(initial=0.0))
-    return largest if largest >= ROUNDS_DOWN else None
+    return largest if largest >= ROUNDS_UP else None
 
 
 def reader_of_infinite(graph: Graph) -> tuple[str, str] | None:

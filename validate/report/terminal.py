@@ -12,6 +12,9 @@ from ingot.validate.report.grouping import grouped
 from ingot.validate.report.words import LISTED, figures, headline, number
 from ingot.validate.result import Report
 
+# Columns of a terminal that has room for a tensor's name of so many in one line.
+WIDTH, MOST_NAME = 80, 24
+
 
 def print_report(report: Report) -> None:
     """The verdict, the worst tensor of each kind, the figures, and every problem, on stdout."""
@@ -21,7 +24,7 @@ def print_report(report: Report) -> None:
     if report.place is not None:
         out.print(f"It begins at: {escape(report.place)}")
     if report.worst:
-        console().print(_scores(report))
+        console().print(_scores(report, out.width))
     for name, text in (*figures(report), *asked(report)):
         out.print(f"{name}: {text}", markup=False)
     for part in report.short:
@@ -35,15 +38,19 @@ def print_report(report: Report) -> None:
             out.print(f"and {more} more problems; --report FOLDER writes all of them")
 
 
-def _scores(report: Report) -> Table:
+def _scores(report: Report, width: int) -> Table:
     compared = sum(tensor.error is not None for tensor in report.tensors)
     title = f"Worst of {compared} tensors; a floor is eager PyTorch's own error"
     table = Table(title=title, title_justify="left")
-    for column in ("kind", "error", "in floors", "limit", "stage", "tensor"):
-        right = column in ("error", "in floors", "limit")
-        # A name that is cut off names nothing.
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
-    for kind, tensor in report.worst.items():
+    table.add_column("kind", overflow="fold")
+    for column in ("error", "in floors", "limit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    # A name that is cut off names nothing, and one in two lines is hard to find again.
+    longest = max(len(tensor.name) for tensor in report.worst.values())
+    table.add_column("stage", overflow="fold")
+    whole = longest <= MOST_NAME and width >= WIDTH
+    table.add_column("tensor", overflow="fold", no_wrap=whole)
+    for tensor in report.worst.values():
         cells = (number(tensor.error), number(tensor.score), number(tensor.limit))
-        table.add_row(kind, *cells, escape(tensor.stage), escape(tensor.name))
+        table.add_row(escape(tensor.kind), *cells, escape(tensor.stage), escape(tensor.name))
     return table

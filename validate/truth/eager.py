@@ -58,8 +58,7 @@ class EagerSession:
             _stream_weights(self.model, checkpoint, weight_map)
         else:
             load_parameters(self.model, checkpoint, weight_map, advance=advance)
-        name = str(precision).removeprefix("torch.")
-        self.states = tuple(state.cast(name) for state in self.model.states)
+        self.states = tuple(state.cast(dtype_name(precision)) for state in self.model.states)
         self._cached = any(state.axis is not None for state in self.states)
         self.tapped: dict[str, Floats] = {}
         self.reset(1, 0)
@@ -80,37 +79,53 @@ class EagerSession:
         out: ModelOutput = self.model(**tensors, past=self._past)
         self._past = out.present
         self.tapped = {
-            f"{name}.{index}": _array(tensor)
+            f"{name}.{index}": as_array(tensor)
             for name in EXTRA_OUTPUTS
             for index, tensor in enumerate(getattr(out, name))
         }
-        return _array(out.main)
+        return as_array(out.main)
 
     def _feeds(self, input_ids: Ids, attention_mask: Ids) -> dict[str, Ids]:
-        """The graph's token inputs by their definition; a session has its own way to them."""
-        if self.states:
-            attention_mask = np.concatenate((self._mask, attention_mask), axis=1)
-        self._mask = attention_mask
-        tokens = input_ids.shape[1]
-        counted = np.cumsum(attention_mask, axis=1)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask if self._cached else attention_mask[:, -tokens:],
-            "position_ids": np.maximum(counted - 1, 0)[:, -tokens:],
-        }
+        """The graph's token inputs."""
+        before = self._mask if self.states else None
+        given, positions, self._mask = fed_by_definition(attention_mask, before, self._cached)
+        return {"input_ids": input_ids, "attention_mask": given, "position_ids": positions}
 
     def state(self) -> dict[str, Floats]:
         """See ``runtime.session.Session.state``."""
         return {
-            spec.output: np.ascontiguousarray(_array(tensor))
+            spec.output: np.ascontiguousarray(as_array(tensor))
             for spec, tensor in zip(self.states, self._past, strict=True)
         }
 
 
-def _array(tensor: torch.Tensor) -> Floats:
+def fed_by_definition(mask: Ids, before: Ids | None, cached: bool) -> tuple[Ids, Ids, Ids]:
+    """What the eager graph is told of a call's tokens; a session has its own way to that.
+
+    Args:
+        mask: ``[B, T]``, 1 for the tokens of the call and 0 for its padding.
+        before: ``[B, P]``, of the calls before; None where each call stands alone.
+        cached: whether the graph keeps old tokens in a cache, whose mask it takes too.
+
+    Returns:
+        The mask that the graph takes, ``[B, P + T]`` or ``[B, T]``; the positions ``[B, T]``; and
+        the mask of the calls so far, ``[B, P + T]``.
+    """
+    so_far = mask if before is None else np.concatenate((before, mask), axis=1)
+    tokens = mask.shape[1]
+    positions = np.maximum(np.cumsum(so_far, axis=1) - 1, 0)[:, -tokens:]
+    return so_far if cached else so_far[:, -tokens:], positions, so_far
+
+
+def as_array(tensor: torch.Tensor) -> Floats:
     """As float32, or as the float64 it is."""
     result: Floats = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
     return result
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _free_memory() -> int:

@@ -34,6 +34,7 @@ from ingot.graphs.layers import Layer, Model, Step
 from ingot.graphs.state import State
 from ingot.runtime.session import Ids
 from ingot.validate.truth.cache import Recording
+from ingot.validate.truth.eager import as_array, dtype_name, fed_by_definition
 from ingot.validate.truth.recording import HIDDEN_STATES, ROUTER_LOGITS
 from ingot.validate.truth.replay import Chosen, Replay
 
@@ -133,7 +134,7 @@ class Layerwise:
         self._precision = precision
         self._model = family.build(checkpoint.config, task, precision, checkpoint.entries)
         self._weights: WeightMap = family.weight_map(self._model, checkpoint, task)
-        self.states = tuple(state.cast(_name(precision)) for state in self._model.states)
+        self.states = tuple(state.cast(dtype_name(precision)) for state in self._model.states)
         self._cached = any(state.axis is not None for state in self.states)
         modules = dict(self._model.named_modules())
         self._names = {id(module): name for name, module in modules.items()}
@@ -238,9 +239,11 @@ class Layerwise:
         """Every call with what enters the first layer, in the order that states are handed on."""
         result = []
         for number, run in enumerate(side.runs):
-            seen = np.zeros((len(run[0].input_ids), 0), dtype=np.int64) if run else None
+            seen: Ids | None = None
             for index, fed in enumerate(run):
-                mask, positions, seen = self._feeds(fed, seen)
+                before = seen if self._model.states else None
+                *given, seen = fed_by_definition(fed.attention_mask, before, self._cached)
+                mask, positions = (torch.from_numpy(array.copy()) for array in given)
                 call = _Call(number, index, fed, mask, positions, torch.empty(0), None, {})
                 call.x, step = self._step(call, ids)
                 if sum(part.nbytes for part in step) <= KEPT_STEP:
@@ -250,23 +253,13 @@ class Layerwise:
                 result.append(call)
         return result
 
-    def _feeds(self, fed: Fed, seen: Ids | None) -> tuple[torch.Tensor, torch.Tensor, Ids]:
-        """Mask and positions of a call by their definition, and the mask of the run so far."""
-        mask = fed.attention_mask
-        if self._model.states and seen is not None:
-            mask = np.concatenate((seen, mask), axis=1)
-        tokens = fed.input_ids.shape[1]
-        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -tokens:]
-        given = mask if self._cached else mask[:, -tokens:]
-        return torch.from_numpy(given.copy()), torch.from_numpy(positions.copy()), mask
-
     def _step(self, call: _Call, ids: torch.Tensor) -> tuple[torch.Tensor, Step]:
         # The embedding has only the rows of ``ids``.
         rows = torch.searchsorted(ids, torch.from_numpy(call.fed.input_ids.copy()))
         return self._model.decoder.begin(rows, call.mask, call.positions)
 
     def _empty(self, own: Sequence[State], batch: int) -> tuple[torch.Tensor, ...]:
-        cast = [state.cast(_name(self._precision)) for state in own]
+        cast = [state.cast(dtype_name(self._precision)) for state in own]
         return tuple(torch.zeros(s.shape(batch, 0), dtype=getattr(torch, s.dtype)) for s in cast)
 
     def _keep(
@@ -400,16 +393,6 @@ def hidden_names(model: Model, device: str = "cpu") -> dict[int, str]:
         for index, each in enumerate(hidden)
         if id(each) in numbers
     }
-
-
-def _name(precision: torch.dtype) -> str:
-    return str(precision).removeprefix("torch.")
-
-
-def as_array(tensor: torch.Tensor) -> Array:
-    """As float32, or as the float64 it is."""
-    result: Array = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
-    return result
 
 
 def _ids(sides: Sequence[Side]) -> Ids:

@@ -19,7 +19,7 @@ from ingot.graphs.family import family_of
 from ingot.plugins.errors import IngotError
 from ingot.validate.processor import processor
 from ingot.validate.truth.cache import Cache, Recording, code_digest, inputs_digest, key
-from ingot.validate.truth.eager import EagerSession
+from ingot.validate.truth.eager import EagerSession, dtype_name
 from ingot.validate.truth.forced import experts_of
 from ingot.validate.truth.inputs import Inputs
 from ingot.validate.truth.joined import Joined, join
@@ -142,7 +142,7 @@ class Reference:
     def against(self) -> str:
         """What the target is compared with, in words."""
         truth = TRUTH[self.precision]
-        return f"eager PyTorch in {_name(truth)}, beside eager PyTorch in {self.precision}"
+        return f"eager PyTorch in {dtype_name(truth)}, beside eager PyTorch in {self.precision}"
 
     def record(self, layout: Layout, runs: Sequence[Inputs], stages: Stages) -> list[References]:
         """What both compute in each run, or what was kept of an earlier time.
@@ -171,7 +171,7 @@ class Reference:
     def session(self, dtype: torch.dtype, stages: Stages) -> EagerSession:
         """The eager graph in one precision, for calls that are not known beforehand."""
         size = sum(parameter.numel() for parameter in self._model.parameters())
-        with stages.stage(f"load eager {_name(dtype)}", size * dtype.itemsize) as advance:
+        with stages.stage(f"load eager {dtype_name(dtype)}", size * dtype.itemsize) as advance:
             return EagerSession(self.checkpoint, self.task, precision=dtype, advance=advance)
 
     def _truths(self, layout: Layout, runs: Sequence[Inputs], stages: Stages) -> list[Recording]:
@@ -242,7 +242,7 @@ class Reference:
             return []
         graph = Layerwise(self.checkpoint, self.task, dtype)
         total = graph.layers * len(sides)
-        with stages.stage(f"run eager {_name(dtype)}", total, "steps") as advance:
+        with stages.stage(f"run eager {dtype_name(dtype)}", total, "steps") as advance:
             return graph.run(sides, advance)
 
     def _kept(self, name: str) -> Recording | None:
@@ -286,8 +286,8 @@ class Reference:
         return key(
             checkpoint=self.hash(stages),
             task=self.task,
-            dtype=_name(dtype),
-            replayed=_name(TRUTH[self.precision]) if replayed else None,
+            dtype=dtype_name(dtype),
+            replayed=dtype_name(TRUTH[self.precision]) if replayed else None,
             orders=orders,
             inputs=inputs_digest(inputs.input_ids, inputs.attention_mask, inputs.wanted),
             forced=inputs_digest(*(mask for masks in inputs.forced for mask in masks)),
@@ -321,7 +321,3 @@ def _joined(joined: Joined, chosen: Callable[[int], list[Chosen]]) -> list[Fed]:
 def _collected(layout: Layout, inputs: Inputs, number: int, name: str, array: Array) -> Array:
     """What is kept of one tensor of one call."""
     return collect(layout, inputs, main_run(inputs)[number], {name: array})[name]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
