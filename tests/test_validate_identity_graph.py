@@ -19,7 +19,8 @@ from traces import Traces
 from ingot.export.ingot import GRAPH, MANIFEST
 from ingot.validate.identity.bodies import is_weight
 from ingot.validate.identity.differences import differences
-from ingot.validate.identity.graph import check_graph, other_versions, unread
+from ingot.validate.identity.graph import check_graph, other_versions
+from ingot.validate.locate.graph import unread
 from ingot.validate.result import Check
 
 Change = Callable[[onnx.ModelProto], object]

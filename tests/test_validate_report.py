@@ -586,7 +586,7 @@ def test_plots_of_a_graph_that_was_run_in_float32_alone() -> None:
     found = make_report(precision="bfloat16", routing={}, distribution=None)
     layers, decode, kl = plots.plots(replace(found, tensors=in_float32(found)))
     assert "error: key" in layers.svg
-    assert "below the limit of 8" in decode.caption and "at decode " in decode.caption
+    assert "in floors; up to 8 are accepted" in decode.caption and "at decode " in decode.caption
     assert kl.caption == "Nothing to draw: no next-token distributions were compared."
 
 
@@ -793,7 +793,7 @@ def test_page_of_a_model_without_routers_or_logits_has_no_empty_section() -> Non
 
 def test_plots_show_the_limit_of_a_decode_step() -> None:
     plot = plots.plots(make_report())[1]
-    assert "below the limit of 4." in plot.caption
+    assert "up to 4 are accepted." in plot.caption
     assert ">limit<" in plot.svg
     # The axis reaches it.
     assert re.search(r">5<|>1e\+01<|>10<", plot.svg)

@@ -253,7 +253,8 @@ def test_names_an_expert_with_the_weights_of_another(
     stored = "model.layers.1.mlp.experts.down_proj"
     location = check.location
     assert location is not None and location.ratio > 1e6
-    assert location == Location(1, operator, stored, location.ratio)
+    assert location == Location(1, operator, stored, location.ratio, is_weight=True)
+    assert location.node == f"layer 1, {operator} weight {stored}"
 
 
 def test_names_a_row_of_gate_or_up_by_the_expert_s_own_index(

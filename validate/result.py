@@ -257,7 +257,7 @@ class Location:
             graph is right, and what feeds it is not; ``kernels`` where what computes it is not.
         value: the node's output; of a session the input it fed wrong, or the tensor it handed out
             wrong, and the call, such as ``position_ids at decode 1``; of kernels the first value
-            between the layers that is wrong, and the call.
+            between the layers that is wrong, and the call; a weight that it reads, where that is.
         ratio: its error over the floor; infinite where ``detail`` or ``overflow`` says what is
             wrong, and 0 where the node is another than it should be without an effect on the
             numbers that were fed.
@@ -267,6 +267,7 @@ class Location:
             overflow, what eager PyTorch does.
         overflow: the largest number that it should hold, where that is beyond float16.
         run: the stage that shows it, where that is not one of the main run.
+        is_weight: whether ``value`` is a weight.
     """
 
     layer: int | None
@@ -277,13 +278,15 @@ class Location:
     detail: str = ""
     overflow: float | None = None
     run: str = ""
+    is_weight: bool = False
 
     @property
     def node(self) -> str:
         """The layer, the node and what is inside of it, in words."""
         where = "outside of the layers" if self.layer is None else f"layer {self.layer}"
         inside = f", in its {self.inside}" if self.inside else ""
-        return f"{where}, {self.operator} output {self.value}{inside}"
+        what = "weight" if self.is_weight else "output"
+        return f"{where}, {self.operator} {what} {self.value}{inside}"
 
     def __str__(self) -> str:
         run = f", at {self.run}" if self.run else ""

@@ -54,7 +54,10 @@ ALL_DOUBTFUL = (
     "at every token some router is nearer to a tie than rounding explains, and the experts of an "
     "engine cannot be forced; --precision fp32 compares the same graph"
 )
-NO_GPU = "the engine did not run, for want of a GPU; its graph passed on ONNX Runtime"
+NO_GPU = (
+    "the engine did not run, for want of a GPU; its graph passed on ONNX Runtime; validate it on a "
+    "machine with one"
+)
 
 
 class Target:

@@ -12,24 +12,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 from onnx import helper
 
 from ingot.export.ingot import GRAPH, WEIGHTS, Manifest
 from ingot.export.manifest import passes, versions
-from ingot.export.write_weights import weights_of
 from ingot.graphs.checkpoint import read_header
 from ingot.plugins.errors import named, shown
 from ingot.validate.identity.bodies import all_nodes, is_weight
 from ingot.validate.identity.differences import FRESH, Difference, differences, path
 from ingot.validate.identity.subject import Subject
-from ingot.validate.locate.graph import AFTER, BEFORE, Graph
+from ingot.validate.locate.graph import AFTER, BEFORE, Graph, unread
 from ingot.validate.result import Check, Location
 from ingot.version import __version__
 
@@ -96,35 +93,6 @@ def other_versions(manifest: Manifest) -> str:
 
 def _public(version: str) -> str:
     return version.partition("+")[0]
-
-
-def unread(model: ir.Model) -> onnx.ModelProto:
-    """The file that would be written of a graph, whose weights are not read.
-
-    Args:
-        model: with lazy weights; it is the same after as before.
-    """
-    with _stand_ins(model):
-        proto: onnx.ModelProto = ir.serde.serialize_model(model)
-    return proto
-
-
-@contextmanager
-def _stand_ins(model: ir.Model) -> Iterator[None]:
-    """Weights as they are when they were written, since writing a lazy one reads it."""
-    values = weights_of(model)
-    before = [value.const_value for value in values]
-    for value, tensor in zip(values, before, strict=True):
-        assert tensor is not None
-        shape = ir.Shape(tensor.shape.numpy())
-        value.const_value = ir.ExternalTensor(
-            WEIGHTS, 0, tensor.nbytes, tensor.dtype, shape=shape, name=value.name or ""
-        )
-    try:
-        yield
-    finally:
-        for value, tensor in zip(values, before, strict=True):
-            value.const_value = tensor
 
 
 def _stored(model: onnx.ModelProto, folder: Path) -> Iterator[str]:

@@ -53,7 +53,7 @@ class Found:
         stored = f" (stored in {named(weight)})" if of not in ("", weight) else ""
         self.problems.append(f"{where}{named(of or weight)}: {sentence}{stored}")
         if self.location is None:
-            self.location = Location(layer, operator, weight, ratio)
+            self.location = Location(layer, operator, weight, ratio, is_weight=True)
 
     def different(self, weight: str, operator: str, difference: Difference) -> None:
         """A tensor that a weight differs from."""

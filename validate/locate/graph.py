@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import onnx
 import onnx_ir as ir
 from onnx import helper
 
-from ingot.export.ingot import GRAPH
+from ingot.export.ingot import GRAPH, WEIGHTS
 from ingot.export.write_weights import weights_of
 
 Array = npt.NDArray[Any]
@@ -187,26 +188,42 @@ class Graph:
 def of_model(model: ir.Model, precision: str) -> Graph:
     """The graph of a model with lazy weights, which is left as it is."""
     weights = {value.name: value.const_value for value in weights_of(model)}
-    model = model.clone()
-    for value in weights_of(model):
-        tensor = value.const_value
-        assert tensor is not None
-        # A stand-in: writing a lazy tensor into the model would read it.
-        value.const_value = ir.ExternalTensor(
-            "nowhere",
-            0,
-            tensor.nbytes,
-            tensor.dtype,
-            shape=ir.Shape(tensor.shape.numpy()),
-            name=value.name or "",
-        )
 
     def read(name: str) -> Array:
         tensor = weights[name]
         assert tensor is not None
         return tensor.numpy()
 
-    return Graph(ir.serde.serialize_model(model), read, precision)
+    return Graph(unread(model), read, precision)
+
+
+def unread(model: ir.Model) -> onnx.ModelProto:
+    """The file that would be written of a graph, whose weights are not read.
+
+    Args:
+        model: with lazy weights; it is the same after as before.
+    """
+    with _stand_ins(model):
+        proto: onnx.ModelProto = ir.serde.serialize_model(model)
+    return proto
+
+
+@contextmanager
+def _stand_ins(model: ir.Model) -> Iterator[None]:
+    """Weights as they are when they were written, since writing a lazy one reads it."""
+    values = weights_of(model)
+    before = [value.const_value for value in values]
+    for value, tensor in zip(values, before, strict=True):
+        assert tensor is not None
+        shape = ir.Shape(tensor.shape.numpy())
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS, 0, tensor.nbytes, tensor.dtype, shape=shape, name=value.name or ""
+        )
+    try:
+        yield
+    finally:
+        for value, tensor in zip(values, before, strict=True):
+            value.const_value = tensor
 
 
 def of_ingot(folder: Path, precision: str) -> Graph:

@@ -150,8 +150,8 @@ def _over_decode(report: Report) -> Plot:
     limits = sorted({tensor.limit for tensor in results if tensor.limit})
     said = " and ".join(number(limit) for limit in limits)
     what = (
-        "The error of each kind of tensor after each decode step, in floors, below the limit of "
-        f"{said}."
+        f"The error of each kind of tensor after each decode step, in floors; up to {said} are "
+        "accepted."
     )
     axis = "decode step (tokens after the prefill)"
     scale = "error over its floor (ratio)"
