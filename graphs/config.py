@@ -130,6 +130,13 @@ class ConfigReader:
             raise ConfigError(f"config.json: {name} is {value}; the model divides by it.")
         return value
 
+    def positive(self, name: str, default: float) -> float:
+        """A number above zero, also in float32."""
+        value = self.take(name, float, default)
+        if value < LEAST_FLOAT:
+            raise ConfigError(f"config.json: {name} is {value}; it must be greater than 0.")
+        return value
+
     def all_layers(self, layers: int, **kinds: tuple[str, ...]) -> None:
         """Fields that list what each layer is, which must be what every layer is here.
 

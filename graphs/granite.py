@@ -95,6 +95,8 @@ class GraniteConfig(ModelConfig):
         else:
             multipliers = {name: config.take(name, float, 1.0) for name in MULTIPLIERS}
             config.divisor("logits_scaling", 1.0)
+            # To one kernel a scale of 0 is none, and another refuses all that are not above it.
+            config.positive("attention_multiplier", 1.0)
         result = cls(
             vocab_size=config.size("vocab_size", 32000),
             hidden_size=hidden_size,

@@ -251,6 +251,12 @@ def test_the_full_preset_has_the_released_size() -> None:
     assert 2.5e9 < sum(parameter.numel() for parameter in model.parameters()) < 2.6e9
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1e-40])
+def test_refuses_a_scale_of_attention_that_no_kernel_takes(scale: float) -> None:
+    with pytest.raises(ConfigError, match=r"attention_multiplier .* greater than 0"):
+        GraniteConfig.read({"model_type": "granite", "attention_multiplier": scale})
+
+
 def test_refuses_router_logits_it_does_not_have(
     make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
 ) -> None:
