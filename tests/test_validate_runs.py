@@ -84,6 +84,32 @@ def test_a_scan_is_cut_at_the_ends_of_chunks_and_off_them_and_has_more_than_thre
             assert lengths(split)[1] > 3 * chunk
 
 
+@pytest.mark.parametrize(
+    ("traits", "tile"),
+    [(CACHES, 64), (SCAN, 8), (BOTH, 64), (replace(SCAN, chunk=256), 256)],
+)
+def test_prompts_and_decode_steps_end_where_tiles_do(traits: Traits, tile: int) -> None:
+    """A kernel may be wrong only where it fills its tiles, or where one is part empty."""
+    for plan in (QUICK, STANDARD):
+        runs = by_name(make_runs(traits, plan, 0))
+        run = runs["whole tiles"]
+        assert run.rows == (0,) and lengths(run)[0] == tile
+        stops = np.cumsum(lengths(run))
+        decoded = {int(s) for s, n in zip(stops, lengths(run), strict=True) if n == 1}
+        assert decoded == {tile + 1, 2 * tile, 2 * tile + 1, 4 * tile, 4 * tile + 1}
+        # Of each of those steps something is known.
+        assert all(run.inputs.wanted[0, stop - 1] for stop in decoded)
+        four = runs["four rows"]
+        assert lengths(four) == [16, 1, 1] and four.rows == (0, 1, 0, 1)
+
+
+def test_tiles_are_left_out_where_there_is_no_room() -> None:
+    short = by_name(make_runs(replace(CACHES, context=100), STANDARD, 0))
+    assert lengths(short["whole tiles"]) == [64, 1]
+    assert "whole tiles" not in by_name(make_runs(replace(CACHES, context=60), STANDARD, 0))
+    assert "four rows" not in by_name(make_runs(replace(CACHES, most_rows=3), STANDARD, 0))
+
+
 def test_paddings_are_of_different_lengths_and_stand_where_the_contract_lets_them() -> None:
     runs = by_name(make_runs(CACHES, STANDARD, 0))
     assert (runs["main"].inputs.attention_mask == 0).sum(1).tolist() == [0, 7, 18]
@@ -100,7 +126,8 @@ def test_paddings_are_of_different_lengths_and_stand_where_the_contract_lets_the
 
 def test_a_classifier_is_fed_each_row_alone_and_with_padding_on_either_side() -> None:
     runs = by_name(make_runs(CLASSIFIER, STANDARD, 0))
-    assert lengths(runs["row 2 alone"]) == [1] and lengths(runs["long"]) == [259]
+    assert lengths(runs["row 2 alone"]) == [1] and lengths(runs["long"]) == [64, 259]
+    assert len(runs["four rows"].rows) == 4 and lengths(runs["four rows"]) == [19]
     right, left, both = (
         runs[name].inputs.attention_mask
         for name in ("right padding", "every row padded", "padding on both sides")
@@ -120,13 +147,11 @@ def test_a_long_prompt_stays_within_what_model_and_target_take() -> None:
     assert max(run.inputs.input_ids.shape[1] for run in few) <= 16 and len(few) > 5
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 8])
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 8])
 def test_no_more_rows_than_the_target_takes(most: int) -> None:
     runs = make_runs(replace(CACHES, most_rows=most), STANDARD, 0)
     assert max(len(run.rows) for run in runs) == min(most, 5)
-    assert {len(run.rows) for run in runs} == {n for n in (1, 2, 3, 5) if n <= most} | {
-        min(most, 5)
-    }
+    assert {len(run.rows) for run in runs} == {n for n in (1, 2, 3, 4, 5) if n <= most}
     assert any(lengths(run)[0] == 1 and len(run.rows) == 1 for run in runs)
 
 
@@ -145,7 +170,7 @@ def test_what_crosses_a_length_at_which_positions_change_is_recorded_itself() ->
     assert all(run.recorded for run in early)
     later = make_runs(replace(CACHES, switch=100), STANDARD, 0)
     crossing = [run.name for run in later if run.recorded]
-    assert crossing == ["main", "long", "long split 2+257"]
+    assert crossing == ["main", "long", "long split 2+257", "whole tiles"]
     assert sum(lengths(by_name(later)["long"])) > 100
     # It is crossed where the context ends there, too.
     ends = make_runs(replace(CACHES, switch=100, context=100), STANDARD, 0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ingot.validate.counting import Fed
 from ingot.validate.coverage import Part
 from ingot.validate.truth.inputs import ROWS
-from ingot.validate.truth.runs import LONG_PROMPT, MOST_CROSSED, Traits
+from ingot.validate.truth.runs import LONG_PROMPT, MOST_CROSSED, TILE, TILE_ROWS, Traits
 
 Shape = Callable[[Fed], bool]
 # A turn of a chat is several tokens after a decode step; of so many, and of any other number.
@@ -98,6 +98,8 @@ def _stateful(traits: Traits) -> Iterator[Asked]:
         yield asked(
             "a turn of more than a chunk", lambda c: _is_turn(c) and c.tokens > traits.chunk
         )
+        if not traits.cached:
+            yield from _tiles(traits)
     yield from _long(traits)
     if several:
         yield from _several(traits)
@@ -140,18 +142,40 @@ def _several(traits: Traits) -> Iterator[Asked]:
             "a turn of several sequences",
             lambda c: len(c.turns) > 1 and c.turns[-1] == 1 and c.tokens > 1,
         )
-        if traits.most_rows is None or traits.most_rows > ROWS:
-            yield asked(f"more than {ROWS} sequences", lambda c: c.rows > ROWS)
+        if traits.most_rows is None or traits.most_rows >= TILE_ROWS:
+            yield asked(f"{TILE_ROWS} sequences", lambda c: c.rows == TILE_ROWS)
+        if traits.most_rows is None or traits.most_rows > TILE_ROWS:
+            yield asked(f"more than {TILE_ROWS} sequences", lambda c: c.rows > TILE_ROWS)
         yield asked("a call that is all padding in one of several rows", lambda c: c.began_padded)
     else:
         if most > 2:
             yield asked("two rows", lambda c: c.rows == 2)
+        if traits.most_rows is None or traits.most_rows >= TILE_ROWS:
+            yield asked(f"{TILE_ROWS} rows", lambda c: c.rows == TILE_ROWS)
         yield asked(f"{most} rows of different length", lambda c: c.rows == most and different(c))
     yield asked("padding in every row", lambda c: min(c.paddings) > 0)
     if traits.anywhere:
         yield asked("padding on the right", lambda c: c.padded_behind)
         if traits.stateful:
             yield asked("padding between tokens", lambda c: c.padded_within)
+
+
+def _tiles(traits: Traits) -> Iterator[Asked]:
+    """Calls that leave no tile of a kernel part empty; most lengths leave one."""
+    tile = traits.tile if traits.stateful else TILE
+
+    def full(call: Fed) -> bool:
+        return call.rows == 1 and call.positions % tile == 0 < call.positions
+
+    yield Asked(
+        f"a prompt of {tile} tokens, or a multiple",
+        _compared(lambda c: full(c) and not c.turns),
+    )
+    if traits.stateful:
+        yield Asked(
+            f"decode of the last of {tile} tokens, or a multiple",
+            _compared(lambda c: full(c) and bool(c.turns) and c.tokens == 1),
+        )
 
 
 def _long(traits: Traits) -> Iterator[Asked]:
@@ -163,6 +187,7 @@ def _long(traits: Traits) -> Iterator[Asked]:
         yield Asked(
             "a prompt of more than 256 tokens", _compared(lambda c: _over(c, LONG_PROMPT - 3))
         )
+        yield from _tiles(traits)
     switch = traits.switch
     most = MOST_CROSSED if traits.longest is None else traits.longest - after - 3
     if switch is not None and switch <= min(MOST_CROSSED, most):

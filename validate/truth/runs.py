@@ -35,6 +35,14 @@ CONTEXT_PIECE = 256
 AFTER_PADDING = (1, 1, 2)
 # Of the largest batch.
 MOST_ROWS = 5
+# Kernels take tokens and rows in tiles whose sizes are powers of two. What is wrong only where no
+# tile is left part empty is seen in calls that fill them: a sequence of so many tokens, up to four
+# times as many, and so many rows.
+TILE = 64
+TILE_ROWS = 4
+TILES = "whole tiles"
+# Tokens of each of those rows; together they fill one tile.
+TILE_TOKENS = TILE // TILE_ROWS
 # About as many tokens of a long call are recorded.
 KEPT = 96
 
@@ -81,6 +89,11 @@ class Traits:
     def anywhere(self) -> bool:
         """Whether padding may stand anywhere."""
         return not self.recurrent
+
+    @property
+    def tile(self) -> int:
+        """Tokens that fill a kernel's tiles: a scan's chunk, or what chunks are a part of."""
+        return self.chunk if self.chunk and (not self.cached or TILE % self.chunk) else TILE
 
     def crosses(self, inputs: Inputs) -> bool:
         """Whether a call reaches beyond the length at which positions are turned otherwise."""
@@ -136,9 +149,10 @@ def make_runs(traits: Traits, plan: Plan, seed: int, *, context: bool = True) ->
     long = _long(traits, main, random)
     if long is not None:
         recorded.append(recorded_run(LONG, long, len(recorded)))
-    cuts = [*(_cuts(traits, recorded[0]) if traits.stateful else _calls(recorded[0]))]
+    cuts = [*(_cuts(traits, recorded[0]) if traits.stateful else _calls(traits, recorded[0]))]
     if long is not None and traits.stateful and long.prefill > 4:
         cuts.append(split_run(recorded[1], (2, long.prefill - 2), "long split"))
+        cuts += _tiles(recorded[1], traits.tile)
     whole = _context(traits, plan, random) if context else None
     if whole is not None:
         recorded.append(recorded_run(CONTEXT, whole, len(recorded)))
@@ -197,6 +211,9 @@ def _long(traits: Traits, main: Inputs, random: np.random.Generator) -> Inputs |
         prompt = max(prompt, crossed)
     if prompt <= main.prefill:
         return None
+    if not traits.stateful and prompt > TILE:
+        # A call of its own, whose main output is of its last token.
+        return _one_row(traits, random, [TILE, prompt - TILE], [f"{LONG}, {TILE} tokens", LONG])
     names = [LONG, *(f"{LONG}, decode {n}" for n in (1, 2, 3)), f"{LONG}, then {turn} tokens"]
     return _one_row(traits, random, [prompt, *after], names[: 1 + len(after)])
 
@@ -234,7 +251,11 @@ def _one_row(
     kept[0, np.array(stops) - 1] = True
     if not ends_only:
         # Odd, so that it meets every place of a tile or a chunk.
-        kept[0, :: sizes[0] // KEPT | 1] = True
+        kept[0, :: max(sizes) // KEPT | 1] = True
+        # Decoded by themselves; see ``_tiles``.
+        edges = np.array([n * traits.tile for n in (1, 2, 4)])
+        edges = np.concatenate((edges - 1, edges))
+        kept[0, edges[edges < ids.shape[1]]] = True
     calls = tuple(zip(names, stops, strict=True))
     mask = np.ones_like(ids)
     return Inputs(ids, mask, sizes[0], traits.stateful, calls, None if kept.all() else kept)
@@ -266,6 +287,7 @@ def _cuts(traits: Traits, main: Run) -> list[Run]:
     runs.append(row_run(main, "chat", 0, (3, 1, 9, 1, 2, 1, 3)))
     if len(rows) > 2:
         runs.append(_two_rows(main, (prefill, 1, 1)))
+    runs += _four_rows(traits, main, (min(TILE_TOKENS, prefill), 1, 1))
     last = rows[-1]
     if lengths[last] > 1:
         runs.append(row_run(main, "one token", last, (1, 1, 1, 2, 3)))
@@ -281,13 +303,14 @@ def _cuts(traits: Traits, main: Run) -> list[Run]:
     return [run for run in runs if run.columns.shape[1] > 0]
 
 
-def _calls(main: Run) -> list[Run]:
+def _calls(traits: Traits, main: Run) -> list[Run]:
     """The main run's tokens in other calls that stand alone."""
     prefill, rows = main.inputs.prefill, range(len(main.inputs.input_ids))
     lengths = [int(main.inputs.attention_mask[row, :prefill].sum()) for row in rows]
     runs = [row_run(main, f"row {row} alone", row, (lengths[row],)) for row in rows]
     if len(rows) > 2:
         runs.append(_two_rows(main, (prefill,)))
+    runs += _four_rows(traits, main, (prefill,))
     if len(rows) > 1:
         room = main.inputs.input_ids.shape[1]
         right = [[1] * n + [0] * (room - n) for n in lengths]
@@ -341,6 +364,27 @@ def _two_rows(source: Run, sizes: Sequence[int]) -> Run:
     """The first two rows, as they lie in the main run: a batch that is neither one row nor many."""
     mask = source.inputs.attention_mask[:2, : sum(sizes)]
     return _cut(source, "two rows", source.rows[:2], mask, sizes)
+
+
+def _four_rows(traits: Traits, source: Run, sizes: Sequence[int]) -> list[Run]:
+    """The first two rows, each twice, as they lie in the main run; none where few rows fit."""
+    if traits.most_rows is not None and traits.most_rows < TILE_ROWS:
+        return []
+    rows = (0, 1, 0, 1)
+    mask = source.inputs.attention_mask[list(rows), : sum(sizes)]
+    return [_cut(source, "four rows", rows, mask, sizes)]
+
+
+def _tiles(long: Run, tile: int) -> list[Run]:
+    """A long row in calls that end where tiles do.
+
+    A prompt that fills a tile, and decode steps of the token after it, of the last of two and of
+    four tiles, and of those after them. As many as fit, so it may be none.
+    """
+    sizes = (tile, 1, tile - 2, 1, 1, 2 * tile - 2, 1, 1)
+    mask = np.ones((1, sum(sizes)), dtype=np.int64)
+    run = _cut(long, TILES, [0], mask, sizes)
+    return [run] if run.columns.shape[1] else []
 
 
 def _padded(
