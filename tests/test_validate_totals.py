@@ -68,6 +68,23 @@ def test_one_seed_is_not_named_and_several_are() -> None:
     assert [t.error for t in found] == [t.error for t in [*one.results, *other.results]]
 
 
+def test_a_main_output_that_is_one_number_in_all_calls_proves_nothing() -> None:
+    zeros, some = np.zeros((2, 5)), np.arange(10.0).reshape(2, 5)
+
+    def found(*calls: Array, seeds: int = 1) -> list[str]:
+        truth = [{"logits": call, "present.0.key": zeros} for call in calls]
+        one = judge(references=SimpleNamespace(truth=truth))
+        one.layout = SimpleNamespace(main_output="logits", kind=lambda _name: "logits")
+        return [each.problem for each in totals.constant_main([one] * seeds)]
+
+    said = ["every element of the reference is 0.0, which proves nothing"]
+    assert found(zeros, zeros) == found(zeros, seeds=2) == said
+    # A token that is embedded as zero, and others.
+    assert found(zeros, some) == found(some) == []
+    # One number is no constant: the only label of a classifier.
+    assert found(some[:1, :1]) == []
+
+
 # --- routing
 
 

@@ -164,7 +164,12 @@ def validate_ingot(
     session, calls = _observe(target, judges, forced, stages, reference.name)
     report = replace(
         empty_report(target.manifest, reference.against, name or folder.name, seed),
-        tensors=(*totals.tensors(judges, seeds), *forced.results, *in_float32),
+        tensors=(
+            *totals.tensors(judges, seeds),
+            *totals.constant_main(judges),
+            *forced.results,
+            *in_float32,
+        ),
         routing={**totals.routing(judges), **forced.routing},
         growth=totals.worst_growth(judges),
         hidden=totals.hidden(judges, reference.layers, reference.layer_count),

@@ -12,8 +12,6 @@ from ingot.validate.judge.metrics import Array, Errors, errors, rms, top1_disagr
 from ingot.validate.result import TensorResult
 from ingot.validate.truth.noise import relative_errors
 
-ROUTER = "router"
-
 
 def compare(
     stage: str,
@@ -44,9 +42,9 @@ def compare(
 
     Returns:
         One result a name of either side, and one more where nothing could be compared. A missing
-        or extra tensor, another shape, a NaN or infinity, an empty tensor and a constant one are
-        all failures: none of them can prove anything. Router logits may be constant: a router that
-        has learned nothing gives all experts the same.
+        or extra tensor, another shape, a NaN or infinity and an empty tensor are all failures: none
+        of them can prove anything. A constant tensor is compared as any other: a projection of
+        zeros, a token whose embedding is zero and a router that has learned nothing make some.
     """
     results = []
     expected = truth if expected is None else expected
@@ -63,7 +61,7 @@ def compare(
         else:
             sides = (expected[name], eager[name], target[name])
             not_finite = _not_finite(*sides)
-            problem = _cannot_compare(*sides, not_finite, precision, constant=kind == ROUTER)
+            problem = _cannot_compare(*sides, not_finite, precision)
         if not problem:
             found = errors(expected[name], target[name])
             of_eager = errors(truth[name], eager[name])
@@ -112,10 +110,8 @@ def _cannot_compare(
     target: Array,
     not_finite: tuple[str, ...],
     precision: str,
-    *,
-    constant: bool,
 ) -> str:
-    """Why two tensors say nothing about each other; ``constant`` ones may, where it is said so."""
+    """Why two tensors say nothing about each other."""
     if truth.shape != target.shape:
         return f"shape {list(target.shape)}, expected {list(truth.shape)}"
     if eager.dtype != target.dtype:
@@ -124,10 +120,6 @@ def _cannot_compare(
         return "the tensor is empty"
     if not_finite:
         return _what_is_not_finite(target, not_finite, precision)
-    for side, array in (("the reference", truth), ("the target", target)):
-        # One element is no constant, such as the only token's logit of a router with one expert.
-        if not constant and array.size > 1 and array.min() == array.max():
-            return f"every element of {side} is {array.flat[0]}"
     return ""
 
 

@@ -29,6 +29,28 @@ def tensors(judges: Sequence[Judge], seeds: Sequence[int]) -> tuple[TensorResult
     )
 
 
+def constant_main(judges: Sequence[Judge]) -> list[TensorResult]:
+    """A problem where the truth's main output is one number in all recorded calls.
+
+    In some calls it may be: a token whose embedding is zero may leave nothing behind it. But then
+    others show that the model computes.
+    """
+    layout = judges[0].layout
+    name = layout.main_output
+    calls = [
+        call[name]
+        for judge in judges
+        for references in judge.references
+        for call in references.truth
+        if call[name].size > 1
+    ]
+    if not calls or any(call.min() != call.max() for call in calls):
+        return []
+    said = f"every element of the reference is {calls[0].flat[0]}, which proves nothing"
+    kind = layout.kind(name)
+    return [TensorResult("all calls", name, kind, None, None, None, None, 0.0, said)]
+
+
 def routing(judges: Sequence[Judge]) -> dict[str, Routing]:
     """The mean agreement and all flips of every set of token ids, by mode."""
     result: dict[str, Routing] = {}
