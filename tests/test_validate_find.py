@@ -147,11 +147,13 @@ def place(
     locate: Any,
     session: Any = None,
     inside: Sequence[TensorResult] = (),
+    *,
+    runs_here: bool = True,
 ) -> Report:
     """The report with its place, where these look for it."""
     monkeypatch.setattr(find, "locate", locate)
     monkeypatch.setattr(find, "locate_session", session or (lambda *_: None))
-    return located(found, cast(Subject, _Subject()), _Again(*inside))
+    return located(found, cast(Subject, _Subject()), _Again(*inside, runs_here=runs_here))
 
 
 class _Again:
@@ -161,14 +163,14 @@ class _Again:
     layers: ClassVar = {"hidden_states.0": -1, "hidden_states.1": 0, "router_logits.0": 1}
     count = 2
 
-    def __init__(self, *inside: TensorResult) -> None:
-        self._inside = inside
+    def __init__(self, *inside: TensorResult, runs_here: bool = True) -> None:
+        self._inside, self._runs_here = inside, runs_here
 
     def runs(self) -> list[Run]:
         return runs_of(make_runs(Traits(512), QUICK, 0))
 
-    def session(self) -> Session:
-        return cast(Session, None)
+    def session(self) -> Session | None:
+        return cast(Session, object()) if self._runs_here else None
 
     def inside(self, run: Run) -> tuple[TensorResult, ...]:
         return self._inside
@@ -260,6 +262,31 @@ def test_held_against_another_ingot_no_kernel_is_blamed(monkeypatch: pytest.Monk
     wrong = report(tensor("decode 1"))
     found = place(monkeypatch, wrong, lambda *_: None, inside=[value("hidden_states.1")])
     assert (found.verdict, found.place) == ("failed", None)
+
+
+def test_what_half_precision_hides_is_named_where_float32_shows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where half precision shows it a layer later."""
+    wide = value("hidden_states.1", "prefill, in float32")
+    found = place(monkeypatch, report(wide), lambda *_: None).location
+    assert found == Location(0, "kernels", "hidden_states.1 at prefill, in float32", 10.0)
+    late = [value("present.1.key", layer=1)]
+    found = place(monkeypatch, report(*late, wide), lambda *_: None, inside=late).location
+    assert found and found.layer == 0
+    # What is not wrong there is looked for where it is.
+    wide = replace(wide, problem="")
+    found = place(monkeypatch, report(*late, wide), lambda *_: None, inside=late).location
+    assert found and found.value == "present.1.key at decode 1"
+
+
+def test_a_session_that_cannot_run_here_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        pytest.fail("there is none")
+
+    wide = value("logits", "prefill, in float32")
+    found = place(monkeypatch, report(wide), lambda *_: None, never, runs_here=False).location
+    assert found and found.operator == "kernels"
 
 
 def test_experts_that_fail_have_their_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -358,9 +358,19 @@ class _Again:
         reference: of its checkpoint.
         plan: that was fed.
         seed: of the first set of token ids.
+        runs_here: whether this machine runs it in its own precision.
     """
 
-    def __init__(self, target: Target, reference: Reference, plan: Plan, seed: int) -> None:
+    def __init__(
+        self,
+        target: Target,
+        reference: Reference,
+        plan: Plan,
+        seed: int,
+        *,
+        runs_here: bool = True,
+    ) -> None:
+        self._runs_here = runs_here
         self._target = target
         self._reference = reference
         self._plan = plan
@@ -391,8 +401,8 @@ class _Again:
             result += runs_of(self._fed(seed), stage, seed=seed, first=seed == self._seed)
         return result
 
-    def session(self) -> Session:
-        return self._target.delivered()
+    def session(self) -> Session | None:
+        return self._target.delivered() if self._runs_here else None
 
     def inside(self, run: Run) -> list[TensorResult]:
         fed, layout = self._fed(run.seed), self._target.layout
@@ -435,9 +445,14 @@ def examine_unrun(
         if not any(check.problems for check in found):
             raise
         found += (Check("session", 0, (f"the graph cannot be run: {said(error)}",)),)
-    place = next((each.location for each in found if each.location is not None), None)
-    seconds = time.perf_counter() - began
-    return replace(report, reason=reason, checks=found, location=place, seconds=seconds)
+    report = replace(report, reason=reason, checks=found, seconds=time.perf_counter() - began)
+    if report.verdict != "failed":
+        return report
+    from ingot.validate.locate.find import located
+
+    with stages.stage("find where it goes wrong"):
+        again = _Again(Target(folder, reference), reference, STANDARD, seed, runs_here=False)
+        return located(report, subject, again)
 
 
 def environment() -> dict[str, str]:

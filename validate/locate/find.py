@@ -18,6 +18,7 @@ from ingot.runtime.onnxruntime_session import said
 from ingot.runtime.session import Session
 from ingot.validate.identity.checks import Subject
 from ingot.validate.judge.judge import CACHES, REPLAYED
+from ingot.validate.judge.widened import IN_FLOAT32
 from ingot.validate.locate.calls import Fed, one_by_one
 from ingot.validate.locate.computed import first_computed_wrong
 from ingot.validate.locate.locate import locate
@@ -75,8 +76,8 @@ class Again(Protocol):
     def runs(self) -> Sequence[Run]:
         """All that were fed; what is computed again is one of them."""
 
-    def session(self) -> Session:
-        """The ingot's, as it is delivered."""
+    def session(self) -> Session | None:
+        """The ingot's, as it is delivered; None where it cannot run on this machine."""
 
     def inside(self, run: Run) -> Sequence[TensorResult]:
         """All calls of a run, with the values between the layers, under the truth's experts."""
@@ -138,8 +139,9 @@ def _by_numbers(report: Report, subject: Subject, again: Again) -> Location | No
     run = failed_run(report, again.runs())
     found = locate(subject, one_by_one(run.calls, subject.manifest.states))
     if found is None:
+        session = again.session()
         # Its words name the call.
-        return locate_session(again.session(), subject.folder, run.calls)
+        return None if session is None else locate_session(session, subject.folder, run.calls)
     if found.overflow is not None:
         found = replace(found, detail=eager_overflows(report))
     return replace(found, run=run.name)
@@ -147,6 +149,11 @@ def _by_numbers(report: Report, subject: Subject, again: Again) -> Location | No
 
 def _by_kernels(report: Report, again: Again) -> Location | None:
     """Which layer is computed wrongly: in the run that failed, or else wherever it was seen."""
+    # First what is sharper than half precision, where a fault shows a layer or more behind it.
+    wide = [result for result in report.tensors if result.stage.endswith(IN_FLOAT32)]
+    found = first_computed_wrong(wide, (), again.layers, again.count)
+    if found is not None:
+        return found
     run = failed_run(report, again.runs())
     found = first_computed_wrong(again.inside(run), (), again.layers, again.count)
     if found is not None:
