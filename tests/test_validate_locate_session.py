@@ -168,6 +168,28 @@ class TurnsNanInDecode(OrtSession):
         return logits if input_ids.shape[1] > 1 else logits * np.float32(np.nan)
 
 
+class WidensItsOutput(OrtSession):
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        return cast(Floats, super().step(input_ids, attention_mask).astype(np.float64))
+
+
+class WidensAState(OrtSession):
+    def state(self) -> dict[str, Floats]:
+        found, middle = super().state(), MIDDLE[self.manifest.model_type]
+        return {**found, middle: cast(Floats, found[middle].astype(np.float64))}
+
+
+class HasOneBuffer(OrtSession):
+    """For all calls whose output has one shape."""
+
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        main = super().step(input_ids, attention_mask)
+        self.buffers = getattr(self, "buffers", {})
+        kept = self.buffers.setdefault(main.shape, main)
+        kept[...] = main
+        return cast(Floats, kept)
+
+
 class HandsOutItsRoom(OrtSession):
     """A shared cache with the place of tokens to come."""
 
@@ -285,6 +307,9 @@ def test_finds_a_state_that_is_rounded(
         (DropsAState, {f: f"{name} at prefill" for f, name in MIDDLE.items()}, math.inf),
         (AddsAState, dict.fromkeys(FIRST, "present.9.key at prefill"), math.inf),
         (TurnsNanInDecode, dict.fromkeys(FIRST, "logits at decode 1"), math.inf),
+        (WidensItsOutput, dict.fromkeys(FIRST, "logits at prefill"), math.inf),
+        (WidensAState, {f: f"{name} at prefill" for f, name in MIDDLE.items()}, math.inf),
+        (HasOneBuffer, dict.fromkeys(FIRST, "logits at prefill"), math.inf),
     ],
 )
 def test_finds_what_is_handed_out_wrong(

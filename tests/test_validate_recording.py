@@ -110,6 +110,17 @@ def test_a_cache_of_another_length_stays_as_it_is() -> None:
     assert end[KEY].shape == (2, 2, 23, 3)
 
 
+def test_what_nobody_knows_stays_as_it_is() -> None:
+    """A state of no axis that is known, and of another shape than tokens have."""
+
+    class More(Played):
+        def state(self) -> dict[str, np.ndarray]:
+            return {**super().state(), "present.9.key": np.ones((2, 3, 4, 5), np.float32)}
+
+    found = record(More(table()), played.layout(), played.inputs())
+    assert {call["present.9.key"].shape for call in found} == {(2, 3, 4, 5)}
+
+
 def test_a_classifier_has_one_output_a_row_and_begins_anew_with_every_call() -> None:
     inputs, layout = played.inputs(classifier=True), played.layout(classifier=True)
     session = Played(table(), classifier=True)

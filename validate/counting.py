@@ -99,6 +99,7 @@ class Recorder:
         stateful: whether calls follow one another.
         calls: one after the other.
         purpose: of the calls that come.
+        handed: the main output of the last call, as the session handed it out.
     """
 
     session: Stepper
@@ -124,6 +125,7 @@ class Recorder:
     def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         """See ``runtime.session.Session.step``."""
         main = self.session.step(input_ids, attention_mask)
+        self.handed = main
         call = Fed(input_ids, attention_mask, self._past, self._turns, self.purpose)
         self.calls.append(call)
         if self.stateful:

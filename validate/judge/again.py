@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,19 +18,22 @@ from ingot.validate.truth.taps import TappedSession
 
 # Two threads that race for one result seldom do it at the first try.
 TIMES = 5
+OVERWRITTEN = "what a call handed out is other numbers after later calls, which write over it"
 # Calls of the main run that are made again: the prefill and a decode step.
 CALLS = 2
 
 
 def repeated_calls(judge: Judge) -> int:
     """How many calls ``judge_repeats`` makes."""
-    return TIMES * len(main_run(judge.material.runs[0].inputs)[:CALLS])
+    # Once more of other tokens.
+    return (TIMES + 1) * len(main_run(judge.material.runs[0].inputs)[:CALLS])
 
 
 def judge_repeats(judge: Judge, session: Recorder) -> None:
     """Make the main run's first calls several times; all must give the same bits.
 
-    A difference is a race between threads, or memory that was never written.
+    A difference is a race between threads, or memory that was never written. What the first of them
+    handed out must still be the same in the end, also after calls of other tokens.
 
     Args:
         judge: takes the results.
@@ -39,6 +43,7 @@ def judge_repeats(judge: Judge, session: Recorder) -> None:
     calls = main_run(run.inputs)[:CALLS]
     first: list[Mapping[str, Array]] = []
     differ: list[dict[str, float]] = [{} for _ in calls]
+    handed: list[tuple[Array, bytes]] = []
     session.purpose = "repeat"
     for turn in range(TIMES):
         for number, call in enumerate(calls):
@@ -47,26 +52,32 @@ def judge_repeats(judge: Judge, session: Recorder) -> None:
             session.calls[-1].free = int(run.inputs.wanted[:, call.columns].sum())
             if turn == 0:
                 first.append(found)
+                handed.append((session.handed, session.handed.tobytes()))
             for name, array in found.items():
                 error = _difference(first[number].get(name), array)
                 differ[number][name] = max(differ[number].get(name, 0.0), error)
+    # Equal calls write equal numbers, wherever they do.
+    others = replace(run.inputs, input_ids=np.roll(run.inputs.input_ids, 1, axis=1))
+    for call in calls:
+        observe(session, judge.layout, others, call)
     session.purpose = "compare"
-    precision = judge.references[0].precision
-    judge.add(
-        TensorResult(
-            f"{call.stage}, {TIMES} times",
-            name,
-            judge.layout.kind(name),
-            None,
-            error,
-            ROUNDOFF[precision],
-            None,
-            0.0,
-            _race(error) if error else "",
+    precision, main = judge.references[0].precision, judge.layout.main_output
+    for call, errors, (array, before) in zip(calls, differ, handed, strict=True):
+        overwritten = array.tobytes() != before
+        judge.add(
+            TensorResult(
+                f"{call.stage}, {TIMES} times",
+                name,
+                judge.layout.kind(name),
+                None,
+                error,
+                ROUNDOFF[precision],
+                None,
+                0.0,
+                _race(error) if error else OVERWRITTEN * (overwritten and name == main),
+            )
+            for name, error in errors.items()
         )
-        for call, errors in zip(calls, differ, strict=True)
-        for name, error in errors.items()
-    )
 
 
 def _race(error: float) -> str:

@@ -157,8 +157,11 @@ def collect(layout: Layout, inputs: Inputs, call: Call, tensors: Mapping[str, Ar
             result[name] = array if name == layout.main_output else _thinned(array)
         elif name.startswith((ROUTER_LOGITS, CHOSEN_EXPERTS)):
             result[name] = array[real.reshape(-1)]
-        else:
+        elif array.shape[:2] == kept.shape:
             result[name] = array[kept]
+        else:
+            # Of a state that nobody knows, or misshapen; it fails by its name or its shape.
+            result[name] = array
     return result
 
 
