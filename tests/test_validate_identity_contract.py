@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +17,16 @@ from damage import with_engine
 from identity import FAMILIES, Kept, changed
 from traces import Traces
 
+from ingot.export import manifest as manifest_module
 from ingot.export.engine import trtexec_options
 from ingot.export.ingot import TRTEXEC, Manifest
+from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
+from ingot.graphs.family import find_family
+from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.validate.identity.contract import check_contract
+from ingot.validate.identity.stated import stated
+from ingot.validate.identity.subject import Subject
 from ingot.validate.result import Check
 
 
@@ -249,3 +257,55 @@ def test_an_engine_is_of_the_graph_beside_it(kept: Kept, tiny_ort: Path, tmp_pat
     assert "engine.plugins of" in problems(plugins={"MoeDispatch": 2})
     (folder / TRTEXEC).write_text(options.replace("--noTF32", ""))
     assert "trtexec.txt does not build" in problems()
+
+
+def test_what_a_function_of_the_export_says_wrong_is_read_off_the_files(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of what makes a manifest is on both sides of a comparison with a new export."""
+    monkeypatch.setattr("ingot.export.manifest.active_parameters", lambda _: (7, 7))
+    monkeypatch.setattr("ingot.export.manifest.parameter_bytes", lambda _: 28)
+    monkeypatch.setattr("ingot.export.manifest._unread_bytes", lambda _: 5)
+    facts = {"parameters": 7, "active_parameters": 7, "weight_bytes": 28}
+
+    def said(raw: dict[str, Any]) -> None:
+        raw.update(facts)
+        raw["graph"]["unread_bytes"] = 5
+
+    problems = checked("olmoe", "ort", said).problems
+    for name, value in {**facts, "graph.unread_bytes": 5}.items():
+        if name != "active_parameters":
+            assert any(
+                re.fullmatch(rf"{name} of ingot.json is {value}, and \d+ in the graph", each)
+                for each in problems
+            )
+    assert len(problems) == 3
+
+
+def test_labels_are_those_of_the_checkpoints_json(tmp_path: Path) -> None:
+    def labels(**config: Any) -> Any:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "jetmoe", **config}))
+        checkpoint: Any = SimpleNamespace(path=tmp_path)
+        return stated(checkpoint)["labels"]
+
+    assert labels() == ["LABEL_0", "LABEL_1"]
+    assert labels(num_labels=3) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert labels(id2label={"1": "no", "0": "yes", "10": "?"}) == ["yes", "no", "LABEL_2"]
+
+
+@pytest.mark.slow
+def test_labels_in_another_order_are_a_problem(
+    make_ingot: MakeIngot, traces: Traces, tmp_path: Path
+) -> None:
+    source, family = tmp_path, find_family("jetmoe")
+    config = {**preset_config(family, "tiny"), "id2label": {"0": "no", "1": "yes"}}
+    write_checkpoint(source, family, config, task="classify")
+    with pytest.MonkeyPatch.context() as patch:
+        right = manifest_module._labels
+        patch.setattr(manifest_module, "_labels", lambda *given: right(*given)[::-1])
+        ingot = make_ingot(source, "onnx", task="classify")
+        checkpoint = Checkpoint.open(source)
+        subject = Subject(ingot, Manifest.read(ingot), checkpoint, Stages(), traces)
+        assert check_contract(subject).problems == (
+            "labels of ingot.json is ['yes', 'no'], and ['no', 'yes'] in the checkpoint's files",
+        )

@@ -12,6 +12,7 @@ tools, and a context that the user of the export gave (``generation.context_give
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from ingot.export.manifest import make_manifest
 from ingot.graphs.family import find_family
 from ingot.plugins.errors import IngotError, named, shown
 from ingot.validate.identity.bodies import all_nodes, is_weight
+from ingot.validate.identity.options import options_problem
 from ingot.validate.identity.side_files import side_files
 from ingot.validate.identity.stated import stated
 from ingot.validate.identity.subject import Subject
@@ -161,12 +163,14 @@ def _keyed(found: Any, fresh: Any) -> tuple[dict[str, Any], dict[str, Any]] | No
 def _stated(subject: Subject) -> Iterator[Field]:
     """What the checkpoint's JSON says in plain words."""
     manifest = subject.manifest
-    has = {"vocab_size": manifest.vocab_size, **manifest.generation}
+    own = {"vocab_size": manifest.vocab_size, "labels": list(manifest.labels)}
+    has = {**own, **manifest.generation}
     for name, expected in stated(subject.checkpoint).items():
         if name == "context_length" and manifest.generation.get("context_given") is True:
             continue
-        field = name if name == "vocab_size" else f"generation.{name}"
-        yield field, has.get(name), expected
+        if name == "labels" and manifest.task != "classify":
+            continue
+        yield name if name in own else f"generation.{name}", has.get(name), expected
 
 
 def _read_off(manifest: Manifest, model: onnx.ModelProto) -> Iterator[Field]:
@@ -186,10 +190,31 @@ def _read_off(manifest: Manifest, model: onnx.ModelProto) -> Iterator[Field]:
     operators = Counter(node.op_type for node in all_nodes(graph))
     yield "graph.nodes", manifest.graph["nodes"], operators.total()
     yield "graph.operators", dict(manifest.graph["operators"]), dict(operators)
+    yield from _sizes(manifest, graph)
     for state in manifest.states:
         # Of the kernels only this one appends to a buffer in place.
         shares = SHARING in operators and state.kind in ("key", "value")
         yield f"states[{state.input}].shared", state.shared, shares
+
+
+def _sizes(manifest: Manifest, graph: onnx.GraphProto) -> Iterator[Field]:
+    """Every parameter is a number of some weight, and of a table a token reads one row."""
+    numbers = weight_bytes = unread = 0
+    for tensor in filter(is_weight, graph.initializer):
+        count = math.prod(tensor.dims)
+        size = count * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        uses = [
+            (node.op_type, index)
+            for node in all_nodes(graph)
+            for index, name in enumerate(node.input)
+            if name == tensor.name
+        ]
+        numbers, weight_bytes = numbers + count, weight_bytes + size
+        if len(tensor.dims) == 2 and set(uses) == {("Gather", 0)}:
+            unread += size - size // tensor.dims[0]
+    yield "parameters", manifest.parameters, numbers
+    yield "weight_bytes", manifest.weight_bytes, weight_bytes
+    yield "graph.unread_bytes", manifest.graph.get("unread_bytes"), unread
 
 
 def _kind(proto: onnx.TypeProto) -> tuple[str, tuple[int | str, ...]]:
@@ -247,10 +272,13 @@ def _engine(subject: Subject) -> Iterator[Field]:
 
 
 def _profiles(subject: Subject) -> Iterator[str]:
-    """Options for trtexec that build another engine than the one there is."""
-    engine = subject.manifest.engine
-    if engine is None:
+    """Options for trtexec that build another engine than the one there is, or than there can be."""
+    engine, options = subject.manifest.engine, subject.folder / TRTEXEC
+    if engine is None and not options.is_file():
         return
-    options = subject.folder / TRTEXEC
-    if not options.is_file() or options.read_text() != trtexec_options(engine.profiles):
+    # Anybody may have written it.
+    text = options.read_bytes().decode(errors="replace") if options.is_file() else ""
+    if engine is not None and text != trtexec_options(engine.profiles):
         yield f"{TRTEXEC} does not build the profiles that engine.profiles of ingot.json has"
+    elif problem := options_problem(text, subject.manifest):
+        yield f"{TRTEXEC} {problem}"

@@ -1,4 +1,4 @@
-"""What a checkpoint's own JSON says of ids and lengths, read without the export's readers."""
+"""What a checkpoint's JSON says of ids, lengths and labels, without the export's readers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ingot.graphs.checkpoint import Checkpoint
+from ingot.plugins.json_fields import safe
 from ingot.plugins.json_file import read_object
 
 MOST_POSITIONS = 2**31 - 1
@@ -19,13 +20,15 @@ def stated(checkpoint: Checkpoint) -> dict[str, Any]:
     A field that a config leaves to its architecture's default is absent here.
 
     Returns:
-        Of ``vocab_size``, ``eos_token_ids``, ``pad_token_id`` and ``context_length``.
+        Of ``vocab_size``, ``eos_token_ids``, ``pad_token_id`` and ``context_length``; and
+        ``labels``, which a classifier has.
     """
     config = _object(checkpoint.path / "config.json")
     result: dict[str, Any] = {}
     # Another package's layout counts otherwise.
     if "model_type" not in config:
         return result
+    result["labels"] = _labels(config)
     if config.get("vocab_size") is not None:
         result["vocab_size"] = config["vocab_size"]
     # A null says nothing, and then the other file counts.
@@ -41,6 +44,13 @@ def stated(checkpoint: Checkpoint) -> dict[str, Any]:
     if context is not None:
         result["context_length"] = context
     return result
+
+
+def _labels(config: dict[str, Any]) -> list[str]:
+    """The classes' names by their number; two without a name where nothing is said of them."""
+    named = config.get("id2label") or {}
+    count = len(named) or config.get("num_labels") or 2
+    return [safe(str(named.get(str(number), f"LABEL_{number}"))) for number in range(count)]
 
 
 def _context(config: dict[str, Any]) -> int | None:
