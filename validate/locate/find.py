@@ -18,7 +18,6 @@ from ingot.runtime.onnxruntime_session import said
 from ingot.runtime.session import Session
 from ingot.validate.identity.checks import Subject
 from ingot.validate.judge.judge import CACHES, REPLAYED
-from ingot.validate.judge.widened import IN_FLOAT32
 from ingot.validate.locate.calls import Fed, one_by_one
 from ingot.validate.locate.computed import first_computed_wrong
 from ingot.validate.locate.locate import locate
@@ -150,7 +149,7 @@ def _by_numbers(report: Report, subject: Subject, again: Again) -> Location | No
 def _by_kernels(report: Report, again: Again) -> Location | None:
     """Which layer is computed wrongly: in the run that failed, or else wherever it was seen."""
     # First what is sharper than half precision, where a fault shows a layer or more behind it.
-    wide = [result for result in report.tensors if result.stage.endswith(IN_FLOAT32)]
+    wide = [result for result in report.tensors if result.in_float32]
     found = first_computed_wrong(wide, (), again.layers, again.count)
     if found is not None:
         return found
