@@ -16,6 +16,8 @@ from ingot.plugins.errors import IngotError
 
 Advance = Callable[[int], None]
 Unit = Literal["bytes", "steps"]
+# Seconds after which a log has a line more of a step.
+SILENT = 20.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Stages:
 
 
 class RichStages(Stages):
-    """Steps as progress bars on a terminal, one line each in a log."""
+    """Steps as progress bars on a terminal; in a log a line each, and more of those that last."""
 
     def table(self, title: str, rows: Sequence[Any]) -> None:
         from rich.table import Table
@@ -85,7 +87,7 @@ class RichStages(Stages):
         errors = console(stderr=True)
         if not errors.is_terminal:
             errors.print(f"{name} ...")
-            yield lambda _amount: None
+            yield _in_log(name, total, errors.print)
             return
         columns: list[bars.ProgressColumn] = [
             bars.SpinnerColumn(),
@@ -99,6 +101,22 @@ class RichStages(Stages):
         with bars.Progress(*columns, console=errors) as progress:
             task = progress.add_task(name, total=total)
             yield lambda done: progress.advance(task, done)
+
+
+def _in_log(name: str, total: int | None, say: Callable[[str], object]) -> Advance:
+    """Says how far a step is, where nothing was said of it for a while."""
+    done, last = 0, time.monotonic()
+
+    def advance(amount: int) -> None:
+        nonlocal done, last
+        done += amount
+        now = time.monotonic()
+        if total and now - last >= SILENT:
+            last = now
+            # The total may be an estimate.
+            say(f"{name}, {min(done / total, 1.0):.0%} ...")
+
+    return advance
 
 
 def _cell(value: Any) -> str:
