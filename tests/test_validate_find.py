@@ -280,6 +280,26 @@ def test_what_half_precision_hides_is_named_where_float32_shows_it(
     assert found and found.value == "present.1.key at decode 1"
 
 
+def test_what_only_calls_that_are_made_again_show_has_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def found(*results: TensorResult) -> Location | None:
+        return place(monkeypatch, report(*results), lambda *_: None).location
+
+    forked = value("logits", "decode 1, beside a fork")
+    threads = value("present.1.key", "prefill, 1 thread", layer=1)
+    times = value("present.0.key", "prefill, 5 times", layer=0)
+    of_fork = found(forked)
+    assert of_fork and (of_fork.operator, of_fork.value) == (
+        "session",
+        "logits at decode 1, beside a fork",
+    )
+    assert found(threads) == Location(1, "kernels", "present.1.key at prefill, 1 thread", 10.0)
+    # What differs by itself says nothing of a fork.
+    raced = found(forked, times)
+    assert raced and (raced.layer, raced.operator) == (0, "kernels")
+
+
 def test_a_session_that_cannot_run_here_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> None:
         pytest.fail("there is none")

@@ -103,6 +103,16 @@ def test_prompts_and_decode_steps_end_where_tiles_do(traits: Traits, tile: int) 
         assert lengths(four) == [16, 1, 1] and four.rows == (0, 1, 0, 1)
 
 
+def test_a_chat_has_room_for_more_than_is_fed() -> None:
+    def capacity(traits: Traits) -> int:
+        return by_name(make_runs(traits, STANDARD, 0))["chat"].inputs.capacity
+
+    assert capacity(replace(CACHES, context=4096)) == capacity(SCAN) == 1024
+    assert capacity(CACHES) == 512 and capacity(replace(CACHES, longest=100)) == 100
+    others = [run for run in make_runs(CACHES, STANDARD, 0) if run.name != "chat"]
+    assert all(run.inputs.capacity == run.inputs.input_ids.shape[1] for run in others)
+
+
 def test_tiles_are_left_out_where_there_is_no_room() -> None:
     short = by_name(make_runs(replace(CACHES, context=100), STANDARD, 0))
     assert lengths(short["whole tiles"]) == [64, 1]

@@ -13,7 +13,7 @@ import played
 import pytest
 from played import HIDDEN, KEY, ROUTERS, SSM, Played, Table
 
-from ingot.runtime.session import Floats, Ids
+from ingot.runtime.session import Floats, Ids, SessionError
 from ingot.validate.counting import Recorder
 from ingot.validate.coverage import Coverage
 from ingot.validate.covered import coverage
@@ -297,6 +297,67 @@ def test_what_a_later_call_writes_over_fails() -> None:
         ("decode 1, 5 times", "logits"),
     ]
     assert all("which write over it" in problem for *_, problem in problems)
+
+
+class Forks(Session):
+    """What forks, into a session of its own."""
+
+    def fork(self) -> Session:
+        return Session(self.table, right)
+
+
+class SharesItsState(Forks):
+    """What its fork does, it goes on from."""
+
+    def fork(self) -> Session:
+        def touch(_fork: Session) -> bool:
+            self.wrong = lambda _session: True
+            return False
+
+        return Session(self.table, touch)
+
+
+class RefusesAfterItsFork(Forks):
+    """It counts the rows of its fork."""
+
+    forked = False
+
+    def fork(self) -> Session:
+        self.forked = True
+        return super().fork()
+
+    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        if self.forked and input_ids.shape[1] == 1:
+            raise SessionError("input_ids [3, 1] must be [1, tokens].")
+        return super().step(input_ids, attention_mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "failing"), [(Forks, False), (SharesItsState, True), (RefusesAfterItsFork, True)]
+)
+def test_a_fork_that_changes_its_session_fails(kind: type[Session], failing: bool) -> None:
+    judge = judge_of(SCAN, want := table(state=True))
+    judge_repeats(judge, Recorder(kind(near(want, 2), right)))
+    assert len([r for r in judge.results if r.stage == "prefill, beside a fork"]) == 2
+    problems = {(r.stage, r.problem.split(" that")[0]) for r in judge.results if r.problem}
+    said = {("decode 1, beside a fork", "a fork of the session")}
+    assert problems == (said if failing else set())
+
+
+class NeedsAllItsRoom(Session):
+    """Right as long as nearly all of its room is used."""
+
+    def reset(self, batch: int, capacity: int) -> None:
+        super().reset(batch, capacity)
+        self.room = capacity
+
+
+def test_a_fault_of_unused_room_fails() -> None:
+    judge = judge_of(CACHES, want := table())
+    wrong = NeedsAllItsRoom(near(want, 2), lambda s: cast(NeedsAllItsRoom, s).room > 400)
+    judge.judge_session(Recorder(wrong))
+    failed = {result.stage.split(",")[0] for result in judge.results if result.problem}
+    assert failed == {"chat"}
 
 
 def test_a_fault_with_another_number_of_threads_fails() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from ingot.plugins.errors import IngotError
+from ingot.runtime.session import Session
 from ingot.validate.counting import Recorder
 from ingot.validate.judge.judge import Judge, is_no_tap
 from ingot.validate.judge.limits import ROUNDOFF
@@ -19,65 +22,104 @@ from ingot.validate.truth.taps import TappedSession
 # Two threads that race for one result seldom do it at the first try.
 TIMES = 5
 OVERWRITTEN = "what a call handed out is other numbers after later calls, which write over it"
+FORKED = "a fork of the session that is at work between two calls changes what the second gives"
+# How the stages of such calls end, and those of the others.
+BESIDE_FORK = ", beside a fork"
+AGAIN = (" times", " thread", " threads")
 # Calls of the main run that are made again: the prefill and a decode step.
 CALLS = 2
 
 
+@runtime_checkable
+class Forking(Protocol):
+    """What has ``runtime.session.Session.fork``."""
+
+    def fork(self) -> Session: ...
+
+
 def repeated_calls(judge: Judge) -> int:
-    """How many calls ``judge_repeats`` makes."""
-    # Once more of other tokens.
-    return (TIMES + 1) * len(main_run(judge.material.runs[0].inputs)[:CALLS])
+    """How many calls ``judge_repeats`` makes of the session that it is given."""
+    # Once more of other tokens, and once beside a fork.
+    return (TIMES + 2) * len(_calls(judge))
 
 
 def judge_repeats(judge: Judge, session: Recorder) -> None:
     """Make the main run's first calls several times; all must give the same bits.
 
     A difference is a race between threads, or memory that was never written. What the first of them
-    handed out must still be the same in the end, also after calls of other tokens.
+    handed out must still be the same in the end, also after calls of other tokens. And where
+    sessions fork, a fork that is at work between the calls must change nothing.
 
     Args:
         judge: takes the results.
         session: of the target, whose number of threads stays as it is.
     """
-    run = judge.material.runs[0]
-    calls = main_run(run.inputs)[:CALLS]
+    run, calls = judge.material.runs[0], _calls(judge)
     first: list[Mapping[str, Array]] = []
     differ: list[dict[str, float]] = [{} for _ in calls]
     handed: list[tuple[Array, bytes]] = []
     session.purpose = "repeat"
     for turn in range(TIMES):
         for number, call in enumerate(calls):
-            found = observe(session, judge.layout, run.inputs, call)
-            found = {name: array for name, array in found.items() if is_no_tap(name)}
+            found = _observed(judge, session, call)
             session.calls[-1].free = int(run.inputs.wanted[:, call.columns].sum())
             if turn == 0:
                 first.append(found)
                 handed.append((session.handed, session.handed.tobytes()))
-            for name, array in found.items():
-                error = _difference(first[number].get(name), array)
-                differ[number][name] = max(differ[number].get(name, 0.0), error)
-    # Equal calls write equal numbers, wherever they do.
+            _note(differ[number], first[number], found)
     others = replace(run.inputs, input_ids=np.roll(run.inputs.input_ids, 1, axis=1))
+    # Equal calls write equal numbers, wherever they do.
     for call in calls:
         observe(session, judge.layout, others, call)
+    overwritten = [array.tobytes() != before for array, before in handed]
+    beside: list[dict[str, float]] = [{} for _ in calls]
+    if isinstance(session.session, Forking):
+        fork = session.session.fork()
+        for number, call in enumerate(calls):
+            try:
+                found = _observed(judge, session, call)
+            except IngotError:
+                # Of the fork's tokens it takes no more than a fork would.
+                beside[number][judge.layout.main_output] = float("inf")
+                break
+            _note(beside[number], first[number], found)
+            # Of another batch and length, so that nothing of it is alike.
+            fork.reset(1, run.inputs.capacity)
+            fork.step(others.input_ids[:1, :2], np.ones((1, 2), np.int64))
     session.purpose = "compare"
-    precision, main = judge.references[0].precision, judge.layout.main_output
-    for call, errors, (array, before) in zip(calls, differ, handed, strict=True):
-        overwritten = array.tobytes() != before
-        judge.add(
-            TensorResult(
-                f"{call.stage}, {TIMES} times",
-                name,
-                judge.layout.kind(name),
-                None,
-                error,
-                ROUNDOFF[precision],
-                None,
-                0.0,
-                _race(error) if error else OVERWRITTEN * (overwritten and name == main),
+    main = judge.layout.main_output
+    for number, call in enumerate(calls):
+        for name, error in differ[number].items():
+            problem = (
+                _race(error) if error else OVERWRITTEN * (overwritten[number] * (name == main))
             )
-            for name, error in errors.items()
-        )
+            judge.add([_result(judge, f"{call.stage}, {TIMES} times", name, error, problem)])
+        for name, error in beside[number].items():
+            problem = FORKED * bool(error)
+            judge.add([_result(judge, f"{call.stage}{BESIDE_FORK}", name, error, problem)])
+
+
+def _calls(judge: Judge) -> list[Call]:
+    return main_run(judge.material.runs[0].inputs)[:CALLS]
+
+
+def _observed(judge: Judge, session: Recorder, call: Call) -> Mapping[str, Array]:
+    """What a session gives in one call of the main run, without what is inside of a graph."""
+    found = observe(session, judge.layout, judge.material.runs[0].inputs, call)
+    return {name: array for name, array in found.items() if is_no_tap(name)}
+
+
+def _note(errors: dict[str, float], first: Mapping[str, Array], found: Mapping[str, Array]) -> None:
+    """Keep the largest difference of each tensor."""
+    for name, array in found.items():
+        errors[name] = max(errors.get(name, 0.0), _difference(first.get(name), array))
+
+
+def _result(judge: Judge, stage: str, name: str, error: float, problem: str) -> TensorResult:
+    """Of calls that have to give equal bits."""
+    floor = ROUNDOFF[judge.references[0].precision]
+    kind = judge.layout.kind(name)
+    return TensorResult(stage, name, kind, None, error, floor, None, 0.0, problem)
 
 
 def _race(error: float) -> str:

@@ -9,6 +9,7 @@ say nothing, what computes the graph is wrong.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -17,13 +18,14 @@ from ingot.plugins.errors import IngotError
 from ingot.runtime.onnxruntime_session import said
 from ingot.runtime.session import Session
 from ingot.validate.identity.checks import Subject
+from ingot.validate.judge.again import AGAIN, BESIDE_FORK, TIMES
 from ingot.validate.judge.judge import CACHES, REPLAYED
 from ingot.validate.locate.calls import Fed, one_by_one
 from ingot.validate.locate.computed import first_computed_wrong
 from ingot.validate.locate.locate import locate
 from ingot.validate.locate.part import LocateError
 from ingot.validate.locate.session import locate_session
-from ingot.validate.result import Location, Report, TensorResult
+from ingot.validate.result import SESSION, Location, Report, TensorResult
 from ingot.validate.truth.inputs import EXPERTS_FORCED
 from ingot.validate.truth.recording import fed, main_run
 from ingot.validate.truth.runs import Run as FedRun
@@ -47,6 +49,7 @@ class Run:
         end: the stage of its caches after its last call.
         seed: of its token ids.
         number: of it among the runs of that seed.
+        capacity: tokens that a session has room for in it; 0 for those of its calls.
     """
 
     calls: Sequence[Fed]
@@ -55,6 +58,7 @@ class Run:
     end: str = CACHES
     seed: int = 0
     number: int = 0
+    capacity: int = 0
 
 
 class Again(Protocol):
@@ -101,6 +105,7 @@ def runs_of(
             end=f"{name}{CACHES}" if run is fed_runs[0] else f"{name}{run.name}, {CACHES}",
             seed=seed,
             number=number,
+            capacity=run.inputs.capacity,
         )
         for number, run in enumerate(fed_runs)
     ]
@@ -140,7 +145,9 @@ def _by_numbers(report: Report, subject: Subject, again: Again) -> Location | No
     if found is None:
         session = again.session()
         # Its words name the call.
-        return None if session is None else locate_session(session, subject.folder, run.calls)
+        if session is None:
+            return None
+        return locate_session(session, subject.folder, run.calls, run.capacity)
     if found.overflow is not None:
         found = replace(found, detail=eager_overflows(report))
     return replace(found, run=run.name)
@@ -157,10 +164,15 @@ def _by_kernels(report: Report, again: Again) -> Location | None:
     found = first_computed_wrong(again.inside(run), (), again.layers, again.count)
     if found is not None:
         return replace(found, run=run.name)
+    wrong = [each for each in report.tensors if each.problem]
+    beside = [each for each in wrong if each.stage.endswith(BESIDE_FORK)]
+    if beside and not any(each.stage.endswith(f" {TIMES} times") for each in wrong):
+        value = f"{beside[0].name} at {beside[0].stage}"
+        return Location(None, SESSION, value, math.inf, detail="which a fork of it changes")
     forced = [
         result
         for result in report.tensors
-        if EXPERTS_FORCED in result.stage or result.stage.endswith(f", {REPLAYED}")
+        if EXPERTS_FORCED in result.stage or result.stage.endswith((f", {REPLAYED}", *AGAIN))
     ]
     return first_computed_wrong(forced, report.routing.values(), again.layers, again.count)
 

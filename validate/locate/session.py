@@ -35,20 +35,25 @@ from ingot.validate.locate.locate import FLOOR, LIMIT
 from ingot.validate.locate.part import run_graph
 from ingot.validate.result import SESSION, Location
 
+AFTER = ", after a reset"
+
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 
 
-def locate_session(session: Session, folder: Path, calls: Sequence[Fed]) -> Location | None:
+def locate_session(
+    session: Session, folder: Path, calls: Sequence[Fed], capacity: int | None = None
+) -> Location | None:
     """Name the first thing that a session feeds or hands out otherwise than its graph asks for.
 
     Call it where the graph is known to be right: a fault of the graph is on both sides, and is not
-    seen. The session is reset, twice, and its graph is loaded a second time.
+    seen. The session is reset, several times, and its graph is loaded a second time.
 
     Args:
         session: of the ingot.
         folder: the ingot; its hashes are not checked.
         calls: of a run for which its numbers are wrong.
+        capacity: tokens that the run gave the session room for; by default those of the calls.
 
     Returns:
         The first difference, by call: in an input, at a real position (of the mask at any), with
@@ -61,26 +66,34 @@ def locate_session(session: Session, folder: Path, calls: Sequence[Fed]) -> Loca
     engine = manifest.engine is not None and not isinstance(session, OrtSession)
     if engine or manifest.precision == "bfloat16":
         return None
-    batch, capacity = len(calls[0].input_ids), sum(call.input_ids.shape[1] for call in calls)
+    batch = len(calls[0].input_ids)
+    capacity = capacity or sum(call.input_ids.shape[1] for call in calls)
     plain = _Plain(folder, manifest, batch, capacity)
     handed: list[tuple[str, Array, bytes]] = []
-    # Once more, since what a reset leaves behind shows in a session that was used.
-    for again in ("", ", after a reset"):
+    # Once more, since what a reset leaves behind shows in a session that was used: for other
+    # tokens, since equal calls leave, and write over, equal numbers, and for more rows.
+    for again, rows in (("", batch), (AFTER, batch + 1), (AFTER, 0)):
         session.reset(batch, capacity)
         plain.reset()
         found = _first_wrong(session, plain, manifest, calls, handed)
         if found is not None:
             return replace(found, value=f"{found.value}{again}")
-    # Equal calls write equal numbers, wherever they do.
-    session.reset(batch, capacity)
+        if rows:
+            _use(session, calls, rows, capacity)
+        for value, array, before in handed:
+            if array.tobytes() != before:
+                said = "which later calls write over"
+                return Location(None, SESSION, value, math.inf, detail=said)
+    return None
+
+
+def _use(session: Session, calls: Sequence[Fed], rows: int, capacity: int) -> None:
+    """Make the calls with other tokens, and as many rows."""
+    session.reset(rows, capacity)
     for _, ids, mask in calls:
-        session.step(np.roll(ids, 1, axis=1), mask)
-    return next((_overwritten(*each) for each in handed if each[1].tobytes() != each[2]), None)
-
-
-def _overwritten(value: str, _array: Array, _before: bytes) -> Location:
-    said = "which later calls write over"
-    return Location(None, SESSION, value, math.inf, detail=said)
+        each = np.arange(rows) % len(ids)
+        session.step(np.roll(ids, 1, axis=1)[each], mask[each])
+        session.state()
 
 
 def _first_wrong(

@@ -63,6 +63,7 @@ class Inputs:
             all. Of a long sequence all outputs would not fit into memory.
         forced: of each call, the experts ``[B*T, E]`` that are given to each router, on every side;
             where there are none, the truth chooses.
+        room: how many tokens more than these a session is to have room for.
     """
 
     input_ids: Ids
@@ -72,6 +73,12 @@ class Inputs:
     calls: tuple[tuple[str, int], ...] = ()
     kept: Mask | None = None
     forced: tuple[tuple[Mask, ...], ...] = ()
+    room: int = 0
+
+    @property
+    def capacity(self) -> int:
+        """For how many tokens a session is to have room."""
+        return int(self.input_ids.shape[1]) + self.room
 
     @property
     def splits(self) -> tuple[int, ...]:

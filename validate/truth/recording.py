@@ -202,7 +202,7 @@ def observe(session: Stepper, layout: Layout, inputs: Inputs, call: Call) -> Ten
     """Feed one call to a session, after a reset where a run begins, and keep what it gives."""
     ids, mask = fed(inputs, call)
     if call.columns.start == 0:
-        session.reset(len(ids), inputs.input_ids.shape[1])
+        session.reset(len(ids), inputs.capacity)
     main = session.step(ids, mask)
     tensors = {layout.main_output: main, **session.state(), **session.tapped}
     return collect(layout, inputs, call, tensors)

@@ -43,6 +43,8 @@ TILE_ROWS = 4
 TILES = "whole tiles"
 # Tokens of each of those rows; together they fill one tile.
 TILE_TOKENS = TILE // TILE_ROWS
+# Tokens that a session is given room for in a chat, of which it is fed few, as in use.
+ROOM = 1024
 # About as many tokens of a long call are recorded.
 KEPT = 96
 
@@ -283,8 +285,9 @@ def _cuts(traits: Traits, main: Run) -> list[Run]:
     turns = [(1, 1, 3, 2), (1, 2, 9), (1, 1, 2, 3)]
     for row, after in zip(rows, turns, strict=False):
         runs.append(row_run(main, f"row {row} alone", row, (lengths[row], *after)))
-    # As a chat: a short prompt, an answer, and turns of several lengths.
-    runs.append(row_run(main, "chat", 0, (3, 1, 9, 1, 2, 1, 3)))
+    # As a chat: a short prompt, an answer, turns of several lengths, and room for many more.
+    chat = row_run(main, "chat", 0, (3, 1, 9, 1, 2, 1, 3))
+    runs.append(replace(chat, inputs=replace(chat.inputs, room=_room(traits, chat.inputs))))
     if len(rows) > 2:
         runs.append(_two_rows(main, (prefill, 1, 1)))
     runs += _four_rows(traits, main, (min(TILE_TOKENS, prefill), 1, 1))
@@ -320,6 +323,13 @@ def _calls(traits: Traits, main: Run) -> list[Run]:
         named = {"right padding": right, "every row padded": left, "padding on both sides": both}
         runs += [_cut(main, name, rows, np.array(mask), (room,)) for name, mask in named.items()]
     return runs
+
+
+def _room(traits: Traits, inputs: Inputs) -> int:
+    """For how many tokens more than are fed a session is asked."""
+    limits = (ROOM, traits.context, traits.longest)
+    most = min(limit for limit in limits if limit is not None)
+    return max(0, most - int(inputs.input_ids.shape[1]))
 
 
 def _lefts(size: int) -> list[list[int]]:
