@@ -163,6 +163,7 @@ BASES = {
         Base("olmoe 64 experts ort", "olmoe", "ort", config=NARROW),
         Base("olmoe clipped onnx", "olmoe", "onnx", config={"clip_qkv": 8.0}),
         Base("granite dynamic onnx", "granite", "onnx", config=DYNAMIC),
+        *(Base(f"{family} bf16", family, "trt", "bf16") for family in ("granite", "mamba2")),
         Base("granite features ort", "granite", "ort", task="features"),
         Base("mamba2 features onnx", "mamba2", "onnx", task="features"),
         Base("jetmoe classify onnx", "jetmoe", "onnx", task="classify"),

@@ -33,6 +33,15 @@ def rows(least: int, most: int | None = None) -> Condition:
     return lambda edit, _rank: _within(edit, edit("Shape", IDS, start=0, end=1), least, most)
 
 
+def in_all(count: int) -> Condition:
+    """The call has so many new tokens, of all its rows together."""
+
+    def holds(edit: Editor, _rank: int) -> str:
+        return _within(edit, edit("ReduceProd", edit("Shape", IDS)), count, None)
+
+    return holds
+
+
 def total(least: int, most: int | None = None) -> Condition:
     """The mask is so long: past and new tokens of a model with caches."""
     return lambda edit, _rank: _within(edit, edit("Shape", MASK, start=1, end=2), least, most)

@@ -69,6 +69,35 @@ def large_norms(tensors: Tensors) -> None:
             tensor *= torch.logspace(-3, 2, tensor.numel()).to(tensor.dtype)
 
 
+def zeros(*endings: str) -> Callable[[Tensors], None]:
+    """Every tensor whose name ends so is zero."""
+
+    def change(tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith(endings):
+                tensor.zero_()
+
+    return change
+
+
+def unknown_tokens(tensors: Tensors) -> None:
+    """Half of the tokens are embedded as zeros, as padding is."""
+    for name, tensor in tensors.items():
+        if "embed" in name:
+            tensor[: len(tensor) // 2] = 0
+
+
+def shifted(ending: str, by: float) -> Callable[[Tensors], None]:
+    """Every tensor whose name ends so is more or less by so much."""
+
+    def change(tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith(ending):
+                tensor += by
+
+    return change
+
+
 def lora(base: Path, folder: Path) -> None:
     """An adapter of every projection of the attention."""
     from adapters import make_adapter
@@ -121,12 +150,27 @@ for _target in ("onnx", "ort"):
     right("dynamic rope past its length", "granite", _target, config=DYNAMIC)
     right("64 experts, one chosen", "olmoe", _target, config=NARROW)
 right("near-tied routers", "olmoe", "trt", change=tied_routers(2e-4))
+for _family in FAMILIES:
+    right("tokens of zeros", _family, change=unknown_tokens)
+right("tokens of zeros", "granite", "trt", change=unknown_tokens)
+right("values of zeros", "granite", change=zeros("v_proj.weight"))
+right("keys of zeros", "granite", "onnx", change=zeros("k_proj.weight"))
+right("an attention of zeros", "olmoe", change=zeros("layers.0.self_attn.o_proj.weight"))
+right("an expert of zeros", "olmoe", change=zeros("experts.1.down_proj.weight"))
+right("a mixer of zeros", "mamba2", change=zeros("layers.0.mixer.in_proj.weight"))
+right("a convolution of zeros", "mamba2", "onnx", change=zeros("conv1d.weight"))
+right("states that go at once", "mamba2", change=shifted("A_log", 4.0))
+right("states that stay", "mamba2", change=shifted("dt_bias", -20.0))
 right("adapter", "granite", adapter=lora)
 right("adapter", "olmoe", "onnx", adapter=lora)
 sized("seven tokens", "granite", vocab_size=7)
 sized("seven tokens", "mamba2", "onnx", vocab_size=7)
 sized("one layer", "olmoe", num_hidden_layers=1)
 sized("one layer", "mamba2", num_hidden_layers=1)
+sized("biases", "granite", attention_bias=True, mlp_bias=True)
+sized("heads of one", "mamba2", num_heads=128, head_dim=1, n_groups=1)
+sized("a limited step", "mamba2", time_step_limit=[0.01, 0.1])
+right("seven labels", "jetmoe", task="classify", config={"num_labels": 7})
 sized("six layers", "granite", num_hidden_layers=6)
 sized("one expert", "olmoe", num_experts=1, num_experts_per_tok=1)
 sized("one expert", "jetmoe", "onnx", num_local_experts=1, num_experts_per_tok=1)

@@ -108,6 +108,14 @@ FAULTS: list[Fault] = [
         "eps 1.1e-5", "olmoe fp16", KIND, set_of("RMSNormalization", 4, "epsilon", 1.1e-5), NORM
     ),
     in_graph("eps 0", "mamba2 ort", KIND, set_of("RMSNormalization", 3, "epsilon", 0.0), NORM),
+    in_graph(
+        "eps 1e-3, bfloat16",
+        "granite bf16",
+        KIND,
+        set_of("RMSNormalization", 2, "epsilon", 1e-3),
+        NORM,
+        ("numbers",),
+    ),
     in_graph("eps 1e-3", "mamba2 fp16", KIND, set_of("RMSNormalization", 2, "epsilon", 1e-3), NORM),
     in_graph(
         "final norm eps 1e-4",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from proof.fault import Fault
+from ingot.export.ingot import TRTEXEC
+from proof.fault import Change, Fault
 from proof.planting import manifest
-from proof.stored import field
+from proof.stored import field, sealed
 from proof.stored import manifest as changed
 
 
@@ -43,6 +45,18 @@ def narrowed(held: dict[str, Any]) -> None:
 def reordered(held: dict[str, Any]) -> None:
     """The states in another order."""
     held["states"].reverse()
+
+
+def options(before: str, other: str) -> Change:
+    """``trtexec.txt`` builds another engine."""
+
+    def change(folder: Path) -> None:
+        text = (folder / TRTEXEC).read_text()
+        assert before in text
+        (folder / TRTEXEC).write_text(text.replace(before, other))
+        sealed(folder)
+
+    return change
 
 
 GENERATION = "generation"
@@ -112,5 +126,8 @@ FAULTS: list[Fault] = [
     said("bytes of weights", "mamba2 onnx", "weight_bytes", to=lambda n: n // 2),
     said("operators", "jetmoe ort", "graph", "nodes", to=lambda n: n + 1, words="nodes"),
     said("the opset", "granite onnx", "graph", "opset", to=21, words="opset"),
+    manifest("sums in TF32", "granite fp16", options("--noTF32\n", ""), TRTEXEC),
+    manifest("a longer past", "granite fp16", options("x4095x", "x4096x"), TRTEXEC),
+    manifest("masks of the past", "mamba2 fp16", options("mask:1x512", "mask:1x511"), TRTEXEC),
     said("another checkpoint", "olmoe onnx", "source", "sha256", to="0" * 64, words="sha256"),
 ]

@@ -18,7 +18,7 @@ from torch import nn
 
 from ingot.graphs.checkpoint import block_reader
 from ingot.graphs.family import Family
-from proof.fault import By, Fault, InExport, Patch, Where
+from proof.fault import By, Fault, InExport, Patch, Where, in_layer, saying
 
 KIND = "export"
 Read = Callable[[str, int], torch.Tensor]
@@ -137,6 +137,18 @@ def expert_after(right: Any) -> Any:
     return lambda read, expert, out, block: right(read, (expert + 1) % 4, out, block)
 
 
+def shorter_pasts(right: Callable[..., str]) -> Callable[..., str]:
+    """Options of an engine whose caches do not hold what its masks do."""
+    return lambda made: right(made).replace("x4095x", "x9x")
+
+
+def says(function: str, wrong: Callable[[Any], Any]) -> Patch:
+    """One function of the export is another, made of the right one."""
+    module, name = function.rsplit(".", 1)
+    right = getattr(importlib.import_module(f"ingot.export.{module}"), name)
+    return lambda patch: patch.setattr(f"ingot.export.{function}", wrong(right))
+
+
 def exported(
     name: str,
     base: str,
@@ -253,6 +265,40 @@ FAULTS: list[Fault] = [
         LAYER,
         ("weights", "numbers"),
         retraced=True,
+    ),
+    exported(
+        "labels the other way round",
+        "jetmoe classify ort",
+        says("manifest._labels", lambda right: lambda *given: right(*given)[::-1]),
+        saying("labels of ingot.json"),
+        ("contract",),
+        lasting=True,
+    ),
+    exported(
+        "bytes of half the weights",
+        "olmoe ort",
+        says("manifest.parameter_bytes", lambda right: lambda *given: right(*given) // 2),
+        saying("weight_bytes of ingot.json"),
+        ("contract",),
+        lasting=True,
+    ),
+    exported(
+        "an engine for shorter pasts",
+        "granite fp16",
+        says(
+            "build.trtexec_options", lambda right: lambda made: right(made).replace("x4095x", "x9x")
+        ),
+        saying("trtexec.txt has a profile"),
+        ("contract",),
+        lasting=True,
+    ),
+    exported(
+        "another activation of the convolution",
+        "mamba2 bf16",
+        says("passes.causal_conv._activation", lambda _right: lambda _nodes: "gelu"),
+        in_layer(0),
+        ("numbers",),
+        lasting=True,
     ),
     exported(
         "no query norm", "olmoe ort", of_layer(no_norms), LAYER, ("graph", "numbers"), retraced=True

@@ -63,6 +63,11 @@ def choice_plus_one(edit: Editor) -> None:
     edit.input_of(node, 1, next_one)
 
 
+def larger(operator: str, index: int, factor: float) -> Edit:
+    """What one node gives is larger."""
+    return lambda edit: edit.change(edit.nodes(operator)[index].output[0], scaled(factor))
+
+
 FAULTS: list[Fault] = [
     in_kernel(
         "another scale",
@@ -158,4 +163,32 @@ FAULTS: list[Fault] = [
         in_layer(2),
     ),
     in_kernel("one expert less", "hybrid onnx", KIND, fewer_experts, in_layer(3)),
+    # Less than a half type shows.
+    in_kernel(
+        "logits 0.2 % too large, float16",
+        "olmoe fp16",
+        KIND,
+        lambda e: e.change("logits", scaled(1.002)),
+        in_layer(None),
+    ),
+    in_kernel(
+        "eps 1e-4, float16",
+        "mamba2 fp16",
+        KIND,
+        set_of("RMSNormalization", 2, "epsilon", 1e-4),
+        KERNEL,
+    ),
+    in_kernel(
+        "gate 0.1 % too large, float16", "granite fp16", KIND, larger("MatMul", 4, 1.001), FIRST
+    ),
+    in_kernel(
+        "gate 0.1 % too large, bfloat16", "granite bf16", KIND, larger("MatMul", 4, 1.001), FIRST
+    ),
+    in_kernel(
+        "state 0.1 % too large, bfloat16",
+        "mamba2 bf16",
+        KIND,
+        lambda e: e.change("present_states.1.ssm", scaled(1.001)),
+        KERNEL,
+    ),
 ]

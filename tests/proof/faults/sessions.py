@@ -222,6 +222,42 @@ def through(dtype: Any) -> Patch:
     return after(lambda _session, _seen, output: output.astype(dtype).astype(np.float32))
 
 
+def one_buffer(patch: pytest.MonkeyPatch) -> None:
+    """Calls whose output has one shape write over one another's."""
+    buffers: dict[Any, Any] = {}
+
+    def change(session: OrtSession, _seen: int, output: Any) -> Any:
+        kept = buffers.setdefault((id(session), output.shape), output)
+        kept[...] = output
+        return kept
+
+    after(change)(patch)
+
+
+def fork_shares(patch: pytest.MonkeyPatch) -> None:
+    """A fork counts on from its session, and its session from the fork."""
+    right = OrtSession.fork
+
+    def fork(self: OrtSession) -> OrtSession:
+        twin = right(self)
+        twin._tokens, twin._state = self._tokens, self._state
+        return twin
+
+    patch.setattr(OrtSession, "fork", fork)
+
+
+def one_state_more(patch: pytest.MonkeyPatch) -> None:
+    """Of a layer that there is not."""
+    right = OrtSession.state
+    more = {"present.9.key": np.ones((2, 3, 4, 5), np.float32)}
+    patch.setattr(OrtSession, "state", lambda self: {**right(self), **more})
+
+
+def room_of(when: Callable[[int], bool]) -> Patch:
+    """The output is half of itself; asks for the tokens that there is room for."""
+    return after(lambda s, _seen, output: output * 0.5 if when(s._tokens.capacity) else output)
+
+
 SESSION = Where(None, ("session",))
 # Where the session's numbers alone are wrong, or it is wrong only now and then, no place need be.
 LOOSE = Where(None, ("session", "kernels"), or_none=True)
@@ -304,6 +340,16 @@ FAULTS: list[Fault] = [
     in_session("pieces from their end", "granite ort", pieces_reversed, SESSION),
     in_session("pieces from their end", "hybrid ort", pieces_reversed, SESSION),
     in_session("caches rolled by one", "olmoe ort", state_cut, SESSION),
+    in_session("one buffer for all outputs", "olmoe onnx", one_buffer, SESSION),
+    in_session("one buffer for all outputs", "jetmoe classify ort", one_buffer, SESSION),
+    in_session("a fork shares the state", "granite ort", fork_shares, SESSION),
+    in_session("a fork shares the state", "mamba2 onnx", fork_shares, SESSION),
+    in_session("a state that nobody knows", "granite onnx", one_state_more, SESSION),
+    in_session("room for 400 tokens", "granite ort", room_of(lambda n: n > 400), SESSION),
+    in_session("room for 400 tokens", "mamba2 ort", room_of(lambda n: n > 400), SESSION),
+    in_session(
+        "logits in float64", "olmoe ort", after(lambda _s, _n, o: o.astype(np.float64)), SESSION
+    ),
     in_session("logits in float16", "granite onnx", through(np.float16), LOOSE),
     in_session(
         "hidden state in bfloat16", "granite features ort", through(ml_dtypes.bfloat16), LOOSE

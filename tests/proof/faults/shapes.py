@@ -100,6 +100,10 @@ CACHED: dict[str, Condition] = {
     "eight paddings or more": at.paddings(8),
     "every row padded": at.every_row_padded,
     "a call that is all padding in a row": ONLY_PADDING,
+    "a prompt of 64 tokens": at.both(at.tokens(64), at.first_call),
+    "decode of the 128th token": at.both(at.tokens(1), at.total(128)),
+    "decode of the 257th token": at.both(at.tokens(1), at.total(257)),
+    "four rows": at.rows(4),
 }
 # Of scans, which are told no positions and of the past only by their states.
 PAST = at.with_state("past_states.0.ssm")
@@ -114,6 +118,8 @@ RECURRENT: dict[str, Condition] = {
     "row 3 of the batch": at.row(2),
     "every row padded": at.every_row_padded,
     "eight paddings or more": at.paddings(8),
+    "a prompt of one chunk of one row": at.both(at.rows(1), at.tokens(8)),
+    "decode of four rows": at.both(at.rows(4), at.tokens(1), PAST),
 }
 
 
@@ -163,6 +169,7 @@ FAULTS = [
             ("exactly one token", at.both(at.rows(1), at.tokens(1))),
             ("second turn of one row", TURN),
             ("three rows or more", at.rows(3, -1)),
+            ("64 tokens in all", at.in_all(64)),
         )
     ),
     *(
@@ -295,6 +302,8 @@ FAULTS = [
             ("there are three rows", at.rows(3, -1)),
             ("there is one row", at.rows(1)),
             ("there are two rows", at.rows(2)),
+            ("there are four rows", at.rows(4)),
+            ("there are 64 tokens", at.tokens(64)),
         )
     ),
 ]
