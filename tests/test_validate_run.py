@@ -65,6 +65,11 @@ AFTER = {
     "every row padded": ["decode 1", "decode 2", "then 2 tokens"],
     "right padding": ["decode 1", "decode 2", "then 2 tokens"],
     "padding within": ["decode 1", "decode 2", "then 2 tokens"],
+    "whole tiles": [
+        *("decode 1", "decode 2", "then 62 tokens", "decode 3", "decode 4", "then 126 tokens"),
+        "decode 5",
+    ],
+    "four rows": ["decode 1", "decode 2"],
     "long": ["decode 1", "decode 2", "decode 3", "then 33 tokens"],
 }
 SPLITS = [*AFTER.pop("split"), *AFTER.pop("short"), "long split 2", "long split 2+257"]
@@ -72,8 +77,15 @@ SPLITS = [*AFTER.pop("split"), *AFTER.pop("short"), "long split 2", "long split 
 PIECES = SPLITS + [s for n, a in AFTER.items() for s in [n, *(f"{n}, {e}" for e in a)]][:-5]
 PIECES = [stage for stage in PIECES if stage != "padding first"]
 LONG = ["long", *(f"long, {each}" for each in AFTER["long"])]
-WHOLE = ["split 16+3", "split 11+8", "split 2+2+15", *(name for name in AFTER if name != "long")]
-AGAIN = [f"{stage}, 5 times" for stage in ("prefill", "decode 1")]
+WHOLE = [
+    "split 16+3",
+    "split 11+8",
+    "split 2+2+15",
+    *(name for name in AFTER if name not in ("long", "whole tiles")),
+]
+AGAIN = [
+    f"{stage}, {how}" for stage in ("prefill", "decode 1") for how in ("5 times", "beside a fork")
+]
 INSIDE = ["router_logits.0", "router_logits.1", *(f"hidden_states.{n}" for n in range(3))]
 
 
@@ -113,7 +125,7 @@ def test_passes_on_every_seed(ingot: Path, reference: Reference, seed: int) -> N
     ]
     assert all(0 <= each.error < 5 * each.floor for each in report.hidden)
     assert (
-        report.distribution is not None and report.distribution.tokens == 19 + 12 + 1 + 3 * 32 + 101
+        report.distribution is not None and report.distribution.tokens == 19 + 12 + 1 + 3 * 32 + 105
     )
     assert 0 <= report.distribution.kl_max < 1e-10
 
@@ -148,7 +160,7 @@ def test_feeds_what_the_plan_says(tiny_ort: Path, reference: Reference) -> None:
     # Too few steps for a growth.
     assert report.verdict == "passed" and report.growth == ()
     assert report.distribution is not None and report.distribution.tokens == 2 * (
-        21 + 14 + 1 + 3 * 3 + 101
+        21 + 14 + 1 + 3 * 3 + 105
     )
 
 
@@ -157,7 +169,7 @@ def test_sums_up_what_it_compared(ingot: Path, reference: Reference) -> None:
     summary = report.summary()
     assert summary["verdict"] == "passed" and summary["seed"] == 3
     assert summary["against"] == "eager PyTorch in float64, beside eager PyTorch in float32"
-    assert (summary["stages"], summary["compared"]) == (142, len(report.tensors))
+    assert (summary["stages"], summary["compared"]) == (156, len(report.tensors))
     for kind in ("logits", "key", "value", "router", "hidden"):
         scores = [t.score for t in report.tensors if t.kind == kind]
         assert summary[f"{kind}_score"] == max(score for score in scores if score is not None)
