@@ -19,6 +19,7 @@ from ingot.export.request import (
     PRECISIONS,
     PRESETS,
     TASKS,
+    WEIGHTS,
     Builder,
     ExportError,
     ExportRequest,
@@ -27,6 +28,7 @@ from ingot.export.request import (
     Precision,
     Preset,
     Task,
+    Weights,
 )
 from ingot.graphs.names import nearest
 from ingot.plugins.errors import shown
@@ -43,6 +45,7 @@ def export(
     target: Target = "ort",
     task: Task = "generate",
     precision: Precision | None = None,
+    weights: Weights | None = None,
     preset: Preset | None = None,
     revision: str | None = None,
     adapter: str | Path | None = None,
@@ -67,6 +70,9 @@ def export(
         task: ``generate``, ``features`` or ``classify``.
         precision: of the weights and activations of a TensorRT target, ``bf16``, ``fp16`` or
             ``fp32``; where absent ``bf16`` there, and ``fp32`` for the other targets.
+        weights: what matrices are stored in by the targets ``onnx`` and ``ort``, whose arithmetic
+            is float32: ``fp32``, ``bf16``, ``fp16``, or ``checkpoint``, each as the checkpoint has
+            it, which loses nothing; where absent ``fp32``.
         preset: with a family name, first make a seeded random checkpoint of this shape: ``tiny``,
             ``small`` or ``full``.
         revision: branch, tag or commit on the hub.
@@ -101,6 +107,7 @@ def export(
         ("target", target, TARGETS),
         ("task", task, TASKS),
         ("precision", precision, (None, *PRECISIONS)),
+        ("format of weights", weights, (None, *WEIGHTS)),
         ("preset", preset, (None, *PRESETS)),
         ("builder", builder, BUILDERS),
         *(("extra output", output, EXTRA_OUTPUTS) for output in extra_outputs),
@@ -124,6 +131,7 @@ def export(
         extra_outputs=tuple(dict.fromkeys(extra_outputs)),
         overwrite=overwrite,
         precision=precision or ("bf16" if target.startswith("trt") else "fp32"),
+        weights=weights,
         builder=builder,
         limits=Limits(max_batch, max_seq, opt_seq),
         embed_plugins=embed_plugins,
@@ -149,7 +157,7 @@ def _compare(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str, 
     from ingot.validate.truth.reference import Reference
 
     manifest = Manifest.read(folder)
-    reference = Reference(checkpoint, manifest.task, manifest.precision, default_cache())
+    reference = Reference.of_ingot(folder, manifest, checkpoint, default_cache())
     # The folder still has a temporary name, and two exports are to be equal byte by byte.
     name = f"{manifest.model_type}-{manifest.target}"
     reason = cannot_compare(manifest)

@@ -25,6 +25,7 @@ from ingot.export.ingot import (
 from ingot.export.manifest import make_manifest
 from ingot.export.progress import Stages
 from ingot.export.request import PRECISIONS, ExportError, ExportRequest
+from ingot.export.request import WEIGHTS as WEIGHT_FORMATS
 from ingot.export.source import check_space, open_checkpoint
 from ingot.export.tokenizer import copy_tokenizer, find_beside, make_tokenizer
 from ingot.export.write_weights import weight_bytes, write_weights
@@ -75,7 +76,8 @@ def build(
         keep_apart(request.out, read)
         _check_links(read)
     precision = PRECISIONS[request.precision]
-    recipe = Recipe(request.target, request.task, precision, request.extra_outputs)
+    weights = WEIGHT_FORMATS[request.weights] if request.weights else ""
+    recipe = Recipe(request.target, request.task, precision, request.extra_outputs, weights)
     opened = recipe.open(checkpoint)
     # Before any weight is read: what is wrong in a file of some lines is said at once.
     generation = read_generation(checkpoint, opened.model.config)
@@ -92,7 +94,7 @@ def build(
             rows = eligibility(captured.model, precision)
             stages.table(f"{opened.family.model_type} on TensorRT", rows)
             require(rows)
-        known = {WEIGHTS: _write_graph(captured.model, folder, stages)}
+        known = {WEIGHTS: _write_graph(captured.model, folder, stages, weights)}
         copy_tokenizer(beside, tokenizer, folder)
         manifest = make_manifest(recipe, opened, checkpoint, captured, generation)
         if request.for_tensorrt:
@@ -107,10 +109,10 @@ def build(
     return Result(manifest, checkpoint.path)
 
 
-def _write_graph(model: ir.Model, folder: Path, stages: Stages) -> str:
+def _write_graph(model: ir.Model, folder: Path, stages: Stages, stored: str) -> str:
     """Write the graph and its weights; the SHA-256 of the weights, worked out on the way."""
     with stages.stage("write weights", weight_bytes(model)) as advance:
-        digest = write_weights(model, folder, WEIGHTS, advance)
+        digest = write_weights(model, folder, WEIGHTS, advance, stored)
         ir.save(model, folder / GRAPH)
     return digest
 

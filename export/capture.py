@@ -107,6 +107,7 @@ def capture(
     *,
     precision: torch.dtype = torch.float32,
     extra_outputs: tuple[str, ...] = (),
+    exact_matrices: bool = False,
 ) -> Captured:
     """Trace a graph into canonical ONNX with dynamic batch, sequence and past.
 
@@ -118,6 +119,8 @@ def capture(
         extra_outputs: ``router_logits``, ``hidden_states`` or both, as far as the architecture has
             them; each one's i-th tensor becomes ``{name}.{i}``. The values have these names in
             every graph, so that a validation can find them.
+        exact_matrices: leave constant factors on the signal path where they would change a matrix
+            of the checkpoint.
     """
     states = tuple(state.cast(str(precision).removeprefix("torch.")) for state in model.states)
     main_output = model.main_output
@@ -143,7 +146,7 @@ def capture(
     passes = [
         WeightsToInitializers(WEIGHT_PREFIX, read_block),
         FoldWeightTransposes(),
-        FoldScales(),
+        FoldScales(matrices=not exact_matrices),
         NameDimensions(inputs),
         SimplifyReshapes(),
         SizesFromTokens(("input_ids", "attention_mask")),

@@ -20,12 +20,14 @@ from ingot.export.request import (
     PRECISIONS,
     PRESETS,
     TASKS,
+    WEIGHTS,
     Builder,
     ExtraOutput,
     Limits,
     Precision,
     Preset,
     Task,
+    Weights,
 )
 from ingot.graphs.names import FAMILIES
 from ingot.plugins.command_line import Command, Group, told
@@ -93,6 +95,11 @@ class LazyGroup(Group):
     help="Of weights and activations of a TensorRT target; default bf16 there, fp32 elsewhere.",
 )
 @click.option(
+    "--weights",
+    type=click.Choice(list(WEIGHTS)),
+    help="What matrices are stored in, computed in float32; checkpoint: each as it is there.",
+)
+@click.option(
     "--builder",
     type=click.Choice(BUILDERS),
     default="auto",
@@ -123,6 +130,7 @@ def export_command(
     seed: int,
     extra_outputs: tuple[ExtraOutput, ...],
     precision: Precision | None,
+    weights: Weights | None,
     builder: Builder,
     max_batch: int,
     max_seq: int,
@@ -153,6 +161,7 @@ def export_command(
         target=target,
         task=task,
         precision=precision,
+        weights=weights,
         preset=preset,
         revision=revision,
         adapter=adapter,

@@ -37,6 +37,11 @@ def check_request(request: ExportRequest) -> None:
             f"--precision {request.precision} goes with a TensorRT target; {request.target} ingots "
             "are float32."
         )
+    if request.for_tensorrt and request.weights is not None:
+        raise ExportError(
+            f"--weights {request.weights} goes with the targets onnx and ort; an engine stores its "
+            "weights in its --precision."
+        )
     if not request.for_tensorrt:
         _refuse_engine_options(request)
     if type(request.seed) is not int or not 0 <= request.seed < MOST_SEEDS:

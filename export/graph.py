@@ -9,19 +9,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import NameFixPass
 
 from ingot.export.capture import Captured
 from ingot.export.capture import capture as trace
+from ingot.export.ingot_schema import CHECKPOINT
 from ingot.export.lower_ort import lower_ort
 from ingot.export.lower_trt import lower_trt
-from ingot.export.passes.graph_pass import Applied
+from ingot.export.passes.graph_pass import Applied, run
+from ingot.export.passes.store import StoreNarrow
 from ingot.export.progress import Stages
 from ingot.export.request import ExportError
-from ingot.graphs.checkpoint import Checkpoint, block_reader
+from ingot.graphs.checkpoint import Checkpoint, WeightMap, block_reader
 from ingot.graphs.family import Family, family_of
 from ingot.graphs.layers import Model
 
@@ -39,6 +43,12 @@ class Lowering(NamedTuple):
     lower: Callable[[ir.Model], tuple[Applied, ...]]
 
 
+ONNX_NAMES = {
+    "float64": "DOUBLE",
+    "float32": "FLOAT",
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+}
 # By target and execution provider; None where the canonical graph is what is delivered.
 LOWERINGS: dict[tuple[str, str], Lowering | None] = {
     ("onnx", ""): None,
@@ -62,11 +72,20 @@ def check_outputs(family: Family, extra_outputs: Iterable[str]) -> None:
 
 
 class Opened(NamedTuple):
-    """An opened checkpoint: its family, its model on the meta device, its weights by block."""
+    """An opened checkpoint.
+
+    Attributes:
+        family: its family.
+        model: on the meta device.
+        read: its weights by name and block.
+        stored: by the name of a weight of a graph, the widest dtype that the checkpoint has for it,
+            by PyTorch's name.
+    """
 
     family: Family
     model: Model
     read: Callable[[str, int], torch.Tensor]
+    stored: Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -78,12 +97,15 @@ class Recipe:
         task: of ``export.request.TASKS``.
         precision: of the weights and activations, by PyTorch's name.
         extra_outputs: of ``export.request.EXTRA_OUTPUTS``.
+        weights: what matrices are stored in, of ``export.ingot_schema.STORED``; the precision where
+            it is empty.
     """
 
     target: str
     task: str
     precision: str
     extra_outputs: tuple[str, ...] = ()
+    weights: str = ""
 
     @property
     def provider(self) -> str:
@@ -107,7 +129,12 @@ class Recipe:
         check_outputs(family, self.extra_outputs)
         model = family.build(checkpoint.config, self.task, self.dtype, checkpoint.entries)
         weight_map = family.weight_map(model, checkpoint, self.task)
-        return Opened(family, model, block_reader(checkpoint, weight_map, model))
+        return Opened(
+            family,
+            model,
+            block_reader(checkpoint, weight_map, model),
+            partial(_stored, checkpoint, weight_map),
+        )
 
     def graph(
         self,
@@ -128,15 +155,39 @@ class Recipe:
         stages, suffix = stages or Stages(), " again" * again
         with stages.stage(f"capture graph{suffix}"):
             captured = (capture or trace)(
-                opened.model, opened.read, precision=self.dtype, extra_outputs=self.extra_outputs
+                opened.model,
+                opened.read,
+                precision=self.dtype,
+                extra_outputs=self.extra_outputs,
+                exact_matrices=bool(self.weights),
             )
         lowering = LOWERINGS[self.target, self.provider]
         if lowering is None:
-            return captured
+            stored = self._store(captured.model, opened)
+            return replace(captured, passes=(*captured.passes, *stored))
         canonical = operators(captured.model)
         with stages.stage(f"lower to {lowering.runtime}{suffix}"):
             applied = lowering.lower(captured.model)
-        return replace(captured, canonical=canonical, lowering=applied)
+            stored = self._store(captured.model, opened)
+        return replace(captured, canonical=canonical, lowering=(*applied, *stored))
+
+    def _store(self, model: ir.Model, opened: Opened) -> tuple[Applied, ...]:
+        """Store the matrices in the type asked for, in whatever layout they have by then."""
+        if not self.weights:
+            return ()
+
+        def dtype_of(name: str) -> ir.DataType:
+            found = self.weights if self.weights != CHECKPOINT else opened.stored(name)
+            return ir.DataType[ONNX_NAMES[found]]
+
+        return run(model, [StoreNarrow(dtype_of), NameFixPass()])
+
+
+def _stored(checkpoint: Checkpoint, weight_map: WeightMap, name: str) -> str:
+    # An expert of a stack may be a weight of its own.
+    parts = weight_map.get(name) or weight_map[name.rpartition(".")[0]]
+    widest = max((checkpoint.dtype(part.name) for part in parts), key=lambda each: each.itemsize)
+    return str(widest).removeprefix("torch.")
 
 
 def operators(model: ir.Model) -> dict[str, int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ingot.export.external_data import GraphError, external_files
-from ingot.export.ingot_schema import FIELDS, check
+from ingot.export.ingot_schema import FIELDS, OPTIONAL, check
 from ingot.export.ingot_schema import MODULES as MODULES
 from ingot.export.ingot_schema import SIZES as SIZES
 from ingot.export.ingot_schema import TARGETS as TARGETS
@@ -113,6 +113,8 @@ class Manifest:
         graph: opset, node count, operator counts, and the bytes of embedding tables that a token
             leaves unread.
         parameters: in all; ``active_parameters`` are those one token uses.
+        weights: what matrices are stored in, of ``export.ingot_schema.STORED``; the precision where
+            it is empty.
         tools: package versions the ingot was made with.
         files: every other file of the folder.
         validation: verdict and summary figures.
@@ -138,6 +140,7 @@ class Manifest:
     engine: EngineInfo | None = None
     files: dict[str, FileInfo] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
+    weights: str = ""
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -147,7 +150,11 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write ``ingot.json`` into a folder."""
-        text = json.dumps(asdict(self), indent=2) + "\n"
+        said = asdict(self)
+        for name in OPTIONAL:
+            if not said[name]:
+                del said[name]
+        text = json.dumps(said, indent=2) + "\n"
         (folder / MANIFEST).write_text(text, encoding="utf-8")
 
     @classmethod

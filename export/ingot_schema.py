@@ -26,12 +26,18 @@ FIELDS = (
     *("vocab_size", "source", "generation", "graph", "parameters", "active_parameters"),
     *("weight_bytes", "tools", "labels", "engine", "files", "validation", "schema_version"),
 )
+# Of the same version, where they say something.
+OPTIONAL = ("weights",)
 Target = Literal["onnx", "ort", "trt", "trt-rtx"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 Verdict = Literal["passed", "passed, in part", "failed", "skipped"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 TASKS = ("generate", "features", "classify")
 PRECISIONS = ("float32", "float16", "bfloat16")
+# What matrices may be stored in, where that is not the precision: each in what the checkpoint has
+# it in, or all in one type.
+CHECKPOINT = "checkpoint"
+STORED = (CHECKPOINT, "float16", "bfloat16")
 # Bytes of an element, by the names that inputs, outputs and states have their dtypes under.
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 # Builder of an engine -> the Python package that builds and runs it.
@@ -78,7 +84,9 @@ def check(held: Mapping[str, Field]) -> None:
     held["model_type"].one_of(names.FAMILIES)
     task = held["task"].one_of(TASKS)
     target = held["target"].one_of(TARGETS)
-    held["precision"].one_of(PRECISIONS)
+    precision = held["precision"].one_of(PRECISIONS)
+    if "weights" in held and held["weights"].one_of(STORED) and precision != "float32":
+        held["weights"].refuse("left out, but for a precision of float32")
     vocab_size = held["vocab_size"].whole(1, MOST_SIZE)
     inputs = _tensors(held["inputs"])
     outputs = _tensors(held["outputs"])

@@ -85,9 +85,10 @@ def make_manifest(
         },
         parameters=total,
         active_parameters=active,
-        weight_bytes=parameter_bytes(opened.model),
+        weight_bytes=_weight_bytes(opened, graph),
         tools={"ingot": __version__, **versions(TOOLS)},
         labels=_labels(checkpoint, recipe.task, config),
+        weights=recipe.weights,
     )
 
 
@@ -120,6 +121,20 @@ def _source(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _described(folder: Path) -> dict[str, str | None]:
     return {name: said and safe(said) for name, said in describe(folder).items()}
+
+
+def _weight_bytes(opened: Opened, graph: ir.Graph) -> int:
+    """Bytes of the weights, those that are stored narrower at their size there."""
+    names = dict(opened.model.named_parameters())
+    saved = 0
+    for name, value in graph.initializers.items():
+        parameter = names.get(name)
+        if parameter is None:
+            parameter = names.get(name.rpartition(".")[0])
+        tensor = value.const_value
+        if parameter is not None and tensor is not None:
+            saved += tensor.size * parameter.element_size() - tensor.nbytes
+    return parameter_bytes(opened.model) - saved
 
 
 def _unread_bytes(graph: ir.Graph) -> int:

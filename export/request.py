@@ -12,6 +12,7 @@ ExtraOutput = Literal["router_logits", "hidden_states"]
 Task = Literal["generate", "features", "classify"]
 Preset = Literal["tiny", "small", "full"]
 Precision = Literal["fp32", "fp16", "bf16"]
+Weights = Literal["checkpoint", "fp32", "bf16", "fp16"]
 Builder = Literal["auto", "tensorrt", "tensorrt-rtx", "none"]
 
 EXTRA_OUTPUTS: tuple[ExtraOutput, ...] = get_args(ExtraOutput)
@@ -19,6 +20,8 @@ TASKS: tuple[Task, ...] = get_args(Task)
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 # As on the command line -> as in the manifest, which has ONNX's and PyTorch's names.
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# As on the command line -> as in the manifest, where the precision goes without saying.
+WEIGHTS = {"checkpoint": "checkpoint", "fp32": "", "bf16": "bfloat16", "fp16": "float16"}
 BUILDERS: tuple[Builder, ...] = get_args(Builder)
 
 
@@ -57,6 +60,7 @@ class ExportRequest:
         extra_outputs: of ``EXTRA_OUTPUTS``, each layer's tensor as a further output.
         overwrite: replace an ingot that is at ``out``.
         precision: of ``PRECISIONS``; of the weights and activations of a TensorRT target.
+        weights: of ``WEIGHTS``; what matrices are stored in where it is not the precision.
         builder: of ``BUILDERS``; of a TensorRT engine.
         limits: sizes of a TensorRT engine's calls.
         embed_plugins: put the plugin library into the engine file.
@@ -74,6 +78,7 @@ class ExportRequest:
     extra_outputs: tuple[str, ...] = ()
     overwrite: bool = False
     precision: str = "fp32"
+    weights: str | None = None
     builder: str = "auto"
     limits: Limits = field(default_factory=Limits)
     embed_plugins: bool = False

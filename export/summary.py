@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from ingot.export.ingot import EngineInfo, Manifest
+from ingot.export.ingot_schema import CHECKPOINT
 from ingot.export.progress import Stages
 from ingot.plugins.command_line import console
 from ingot.plugins.registry import OPERATORS
@@ -29,7 +30,9 @@ def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stage
     share = manifest.active_parameters / manifest.parameters
     table.add_row("parameters", f"{manifest.parameters:,}")
     table.add_row("active per token", f"{manifest.active_parameters:,} ({share:.0%})")
-    table.add_row("weights", f"{manifest.weight_bytes:,} bytes, {manifest.precision}")
+    stored = manifest.weights or manifest.precision
+    said = "matrices as the checkpoint has them" if stored == CHECKPOINT else stored
+    table.add_row("weights", f"{manifest.weight_bytes:,} bytes, {said}")
     if manifest.engine is not None:
         for row in _engine_rows(manifest.engine):
             table.add_row(*row)

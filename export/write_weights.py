@@ -37,14 +37,25 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(value.const_value.nbytes for value in weights_of(model) if value.const_value)
 
 
-def write_weights(model: ir.Model, folder: Path, name: str, advance: Advance) -> str:
+def write_weights(
+    model: ir.Model, folder: Path, name: str, advance: Advance, stored: str = ""
+) -> str:
     """Write every weight to ``folder/name`` and make the graph refer to it.
+
+    Args:
+        model: the graph.
+        folder: of the file.
+        name: of the file.
+        advance: told the bytes that are written.
+        stored: what matrices are stored in, for the file's metadata; empty where that is the
+            precision.
 
     Returns:
         SHA-256 of the file.
     """
     values = weights_of(model)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    said = {"format": "pt"} | ({"weights": stored} if stored else {})
+    header: dict[str, object] = {"__metadata__": said}
     offsets = []
     end = 0
     for value in values:

@@ -85,6 +85,7 @@ class Inspection:
     Attributes:
         path: of the folder.
         model_type: as are target, task, precision, verdict and source those of the manifest.
+        stored: what matrices are stored in, where that is not the precision.
         operators: every operator of the graph, those inside of branches and loops as well, and how
             often it is there.
         lowered: of the operators that are not ONNX's own, what runs each.
@@ -110,6 +111,7 @@ class Inspection:
     target: str
     task: str
     precision: str
+    stored: str
     verdict: str
     source: dict[str, Any]
     operators: dict[str, int]
@@ -149,7 +151,10 @@ def inspect(folder: Path) -> Inspection:
     engine = manifest.engine
     plugins = engine.plugins if engine is not None else {}
     operators: dict[str, int] = manifest.graph["operators"]
-    width = manifest.weight_bytes / manifest.parameters
+    # What is stored narrower is widened when a session loads it.
+    stored_width = manifest.weight_bytes / manifest.parameters
+    width = SIZES[manifest.precision] if manifest.weights else stored_width
+    unread = round(manifest.graph["unread_bytes"] * width / stored_width)
     states = tuple(_by_kind(manifest.states))
     return Inspection(
         path=str(folder),
@@ -157,6 +162,7 @@ def inspect(folder: Path) -> Inspection:
         target=manifest.target,
         task=manifest.task,
         precision=manifest.precision,
+        stored=manifest.weights,
         verdict=manifest.verdict,
         source=manifest.source,
         operators=operators,
@@ -169,7 +175,7 @@ def inspect(folder: Path) -> Inspection:
         parameters=manifest.parameters,
         active_parameters=manifest.active_parameters,
         weight_bytes=manifest.weight_bytes,
-        active_bytes=round(manifest.active_parameters * width) - manifest.graph["unread_bytes"],
+        active_bytes=round(manifest.active_parameters * width) - unread,
         state_bytes_per_token=sum(each.bytes for each in states if each.grows),
         state_bytes_per_sequence=sum(each.bytes for each in states if not each.grows),
         shared_buffers=any(each.shared for each in states),
@@ -297,7 +303,10 @@ def _rows(found: Inspection) -> Iterable[tuple[str, str]]:
     if found.source.get("adapter") is not None:
         yield "adapter", _named(found.source["adapter"])
     share = found.active_parameters / found.parameters
-    yield "parameters", f"{found.parameters:,}, {found.weight_bytes:,} bytes"
+    stored = {"": "", "checkpoint": ", matrices as the checkpoint has them"}.get(
+        found.stored, f", matrices in {found.stored}"
+    )
+    yield "parameters", f"{found.parameters:,}, {found.weight_bytes:,} bytes{stored}"
     yield "active per token", f"{found.active_parameters:,} ({share:.0%})"
     total = sum(found.operators.values())
     most_first = sorted(found.operators.items(), key=lambda item: (-item[1], item[0]))

@@ -162,6 +162,10 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("validation", None, "validation"),
     ("validation/verdict", "PASSED", "validation.verdict"),
     ("validation/verdict", None, "validation.verdict"),
+    ("weights", "float8", "weights"),
+    ("weights", "", "weights"),
+    ("weights", None, "weights"),
+    ("weights", ["bfloat16"], "weights"),
     ("schema_version", True, "schema version True"),
     ("schema_version", 1.0, "schema version 1.0"),
 ]

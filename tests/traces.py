@@ -19,13 +19,16 @@ Read = Callable[[str, int], torch.Tensor]
 class _Trace:
     """One graph; its weights are read by the reader of the copy that reads them."""
 
-    def __init__(self, model: Model, precision: torch.dtype, outputs: tuple[str, ...]) -> None:
+    def __init__(
+        self, model: Model, precision: torch.dtype, outputs: tuple[str, ...], exact: bool
+    ) -> None:
         self._read: Read
         self._captured = capture(
             model,
             lambda name, block: self._read(name, block),
             precision=precision,
             extra_outputs=outputs,
+            exact_matrices=exact,
         )
 
     def copy(self, read: Read) -> Captured:
@@ -61,8 +64,9 @@ class Traces:
         *,
         precision: torch.dtype = torch.float32,
         extra_outputs: tuple[str, ...] = (),
+        exact_matrices: bool = False,
     ) -> Captured:
-        key = type(model), repr(model.config), precision, extra_outputs
+        key = type(model), repr(model.config), precision, extra_outputs, exact_matrices
         if key not in self._made:
-            self._made[key] = _Trace(model, precision, extra_outputs)
+            self._made[key] = _Trace(model, precision, extra_outputs, exact_matrices)
         return self._made[key].copy(read)

@@ -97,7 +97,7 @@ def validate(
     from ingot.validate.truth.reference import Reference
 
     opened = open_checkpoint(source, merged)
-    reference = Reference(opened, manifest.task, manifest.precision, default_cache())
+    reference = Reference.of_ingot(folder, manifest, opened, default_cache())
     fed = plan_words(plan, length)
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     reason = cannot_compare(manifest)

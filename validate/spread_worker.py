@@ -36,7 +36,7 @@ def main(request: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(
         Path(request["checkpoint"]), None if adapter is None else Path(adapter)
     )
-    reference = Reference(checkpoint, manifest.task, manifest.precision, None)
+    reference = Reference.of_ingot(ingot, manifest, checkpoint)
     if request["against"] is not None:
         reference = OtherReference(reference, Path(request["against"]), "the other ingot")
     plan = Plan(**request["plan"])

@@ -72,9 +72,17 @@ class FoldScales(GraphPass):
 
     A value that is also an output of the graph, or has another use, keeps its multiplication, in
     float32 where the factor is not one of the graph's precision.
+
+    Args:
+        matrices: whether a matrix or a table may take a factor; its numbers are then no longer the
+            checkpoint's, and what is stored narrower would be rounded by that.
     """
 
     looks_for = ("Mul", "Div")
+
+    def __init__(self, *, matrices: bool = True) -> None:
+        super().__init__()
+        self.matrices = matrices
 
     def requires(self, model: ir.Model) -> None:
         for node in model.graph:
@@ -89,7 +97,7 @@ class FoldScales(GraphPass):
             if factor is None or value is None:
                 continue
             producer = value.producer() if _only_use(value) else None
-            if producer is not None and _fold(producer, factor):
+            if producer is not None and self._fold(producer, factor):
                 take_place(node.outputs[0], value)
                 model.graph.remove(node, safe=True)
             elif FACTOR in node.metadata_props:
@@ -104,8 +112,16 @@ class FoldScales(GraphPass):
             self.ensure(FACTOR not in node.metadata_props, node, "has a factor still to be folded")
             value = node.inputs[0] if _factor(node) is not None else None
             layer = producer(value, "MatMul") if value is not None and _only_use(value) else None
-            costs = layer is not None and _own_weight(layer.inputs[1]) is not None
+            costs = layer is not None and _own_weight(layer.inputs[1]) is not None and self.matrices
             self.ensure(not costs, node, "multiplies what a linear layer's weight could hold")
+
+    def _fold(self, producer: ir.Node, factor: float) -> bool:
+        if self.matrices:
+            return _fold(producer, factor)
+        norm = _norm_weight(producer) if producer.op_type == "MatMul" else None
+        if norm is not None:
+            scale(norm, factor)
+        return norm is not None
 
 
 def _factor(node: ir.Node) -> float | None:

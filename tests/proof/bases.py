@@ -16,8 +16,9 @@ from traces import Traces
 
 from ingot.export.build import build
 from ingot.export.graph import Capture
+from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
-from ingot.export.request import PRECISIONS, ExportRequest
+from ingot.export.request import ExportRequest
 from ingot.graphs.checkpoint import SINGLE
 from ingot.graphs.family import find_family
 from ingot.graphs.merge import open_checkpoint
@@ -43,6 +44,7 @@ class Base:
         seed: of the weights.
         change: the checkpoint's tensors, in place.
         adapter: writes a LoRA adapter for a checkpoint into a folder.
+        weights: what matrices are stored in, where that is not the precision.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Base:
     seed: int = 7
     change: Callable[[Tensors], None] | None = None
     adapter: Callable[[Path, Path], None] | None = None
+    weights: str | None = None
 
 
 class Kept:
@@ -104,10 +107,9 @@ class Kept:
     @cached_property
     def reference(self) -> Reference:
         """Its truth, which keeps what it computed."""
-        base = self.base
         checkpoint = open_checkpoint(self.source, self.adapter)
-        precision = PRECISIONS[base.precision]
-        return Reference(checkpoint, base.task, precision, Cache(self._place / "cache"))
+        manifest = Manifest.read(self.ingot)
+        return Reference.of_ingot(self.ingot, manifest, checkpoint, Cache(self._place / "cache"))
 
     def exported(self, out: Path, capture: Capture | None = None) -> Path:
         """A new ingot of the checkpoint, not validated.
@@ -126,6 +128,7 @@ class Kept:
             task=base.task,
             builder="none",
             adapter=adapter,
+            weights=base.weights,
         )
         build(request, Stages(), None, capture=capture or self.traces)
         return out
@@ -152,6 +155,7 @@ def _of_family(family: str) -> list[Base]:
     ]
 
 
+BF16 = torch.bfloat16
 BASES = {
     base.name: base
     for base in (
@@ -168,6 +172,10 @@ BASES = {
         Base("mamba2 features onnx", "mamba2", "onnx", task="features"),
         Base("jetmoe classify onnx", "jetmoe", "onnx", task="classify"),
         Base("jetmoe classify ort", "jetmoe", "ort", task="classify"),
+        Base("granite bf16 weights ort", "granite", "ort", stored=BF16, weights="checkpoint"),
+        Base("olmoe bf16 weights ort", "olmoe", "ort", weights="bf16"),
+        Base("jetmoe bf16 weights onnx", "jetmoe", "onnx", stored=BF16, weights="bf16"),
+        Base("mamba2 fp16 weights ort", "mamba2", "ort", weights="fp16"),
         Base("hybrid ort", "toy_hybrid", "ort"),
         Base("hybrid onnx", "toy_hybrid", "onnx"),
     )

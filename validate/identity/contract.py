@@ -24,6 +24,7 @@ from onnx import helper
 from ingot.export.engine import custom_nodes, trtexec_options
 from ingot.export.generation import read_generation
 from ingot.export.ingot import GRAPH, TRTEXEC, Manifest
+from ingot.export.ingot_schema import CHECKPOINT, STORED
 from ingot.export.manifest import make_manifest
 from ingot.graphs.family import find_family
 from ingot.plugins.errors import IngotError, named, shown
@@ -244,8 +245,10 @@ def _precision(manifest: Manifest, graph: onnx.GraphProto) -> Iterator[str]:
     weights = [tensor for tensor in graph.initializer if is_weight(tensor)]
     for tensor in weights:
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type).name
-        expected = "float32" if tensor.name.endswith(kept) else precision
-        if dtype != expected:
+        expected = {"float32" if tensor.name.endswith(kept) else precision}
+        # Of which matrices, is for the weights and the graph to say.
+        expected |= {manifest.weights} if manifest.weights != CHECKPOINT else set(STORED)
+        if dtype not in expected:
             others.append((dtype, tensor.name))
     if others:
         yield (

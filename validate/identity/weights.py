@@ -1,7 +1,8 @@
 """Every stored weight of an ingot held against the checkpoint's tensors.
 
 The comparison is to the bit. What a weight should be is the checkpoint's number in float32, rounded
-to the nearest number of the dtype it is stored in; where the graph has a factor in its weights,
+to the nearest number of the dtype it is stored in, which is that of the precision, and of matrices
+what ``weights`` of ``ingot.json`` says; where the graph has a factor in its weights,
 that times the factor in float32 and rounded again, once for each factor. (A float64 checkpoint is
 so rounded twice in half precision, as PyTorch rounds it.) The layout follows from the operator that
 reads the weight, the factors from ``config.json``.
@@ -37,6 +38,8 @@ GRAPH = "model.onnx"
 # What is float32 in every precision: the exponents of a scan's decay, and what is added beside it.
 ALWAYS_FLOAT32 = (".A_log", ".D", ".dt_bias")
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+CHECKPOINT = "checkpoint"
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Weights:
         tensors: the checkpoint's.
         task: of the ingot.
         precision: of the ingot, by PyTorch's name.
+        stored: what its matrices are stored in, as ``weights`` of ``ingot.json`` has it.
     """
 
     graph: Graph
@@ -56,6 +60,7 @@ class Weights:
     tensors: Tensors
     task: str
     precision: str
+    stored: str = ""
 
     def compare(self, found: Found, advance: Advance) -> None:
         """Hold every weight against the checkpoint.
@@ -106,7 +111,7 @@ class Weights:
         except LayoutError as error:
             found.wrong(name, operator, str(error))
             return
-        dtype = "F32" if name.endswith(ALWAYS_FLOAT32) else DTYPES.get(self.precision)
+        dtype = self._dtype(name, made)
         if tensor.dtype != dtype:
             found.wrong(name, operator, f"it is stored as {tensor.dtype} and should be {dtype}")
         shape = shape_in(layout, made)
@@ -121,6 +126,23 @@ class Weights:
             found.parameters.add(what.parameter)
             for each in compare(tensor, what, layout, folded, source, reader, advance):
                 found.different(name, operator, each)
+
+    def _dtype(self, name: str, made: Made) -> str | None:
+        """What a weight should be stored in."""
+        if name.endswith(ALWAYS_FLOAT32):
+            return "F32"
+        own = DTYPES.get(self.precision)
+        # The kernel of a convolution has an axis of 1; what is of a router decides by little.
+        matrix = len(made.shape) >= 2 and 1 not in made.shape[1:] and not self.graph.routes(name)
+        if not self.stored or not matrix:
+            return own
+        if self.stored != CHECKPOINT:
+            return DTYPES.get(self.stored)
+        if made.parameter in self.tensors.changes:
+            # What an adapter makes of it is a sum in float32.
+            return own
+        widest = max((part.tensor.dtype for part in made.parts), key=SIZES.__getitem__)
+        return widest if SIZES[widest] < SIZES["F32"] else own
 
     def _roles(self, made: Made) -> Iterator[Made]:
         """A weight, and where it is a tied head as well, that head."""
@@ -182,7 +204,8 @@ def check_weights(subject: Subject) -> Check:
     base, *adapters = subject.checkpoint.folders
     graph = Graph.read(subject.folder, GRAPH)
     tensors = Tensors(base, adapters[0] if adapters else None, tuple(graph.weights))
-    weights = Weights(graph, subject.folder, tensors, manifest.task, manifest.precision)
+    precision, stored = manifest.precision, manifest.weights
+    weights = Weights(graph, subject.folder, tensors, manifest.task, precision, stored)
     described = ALIASES.get(manifest.model_type, manifest.model_type) in RELEASED
     found = Found(described)
     total = sum(weight.tensor.nbytes for weight in graph.weights.values())

@@ -25,6 +25,8 @@ DTYPES: dict[int, str] = {
 }
 # Operators that hand on what they read, element by element in the same order.
 SAME_ORDER = ("Cast", "Identity")
+# How the values are called that routers choose by.
+ROUTER_LOGITS = "router_logits."
 # Of com.microsoft::MoE: which input has which matrices.
 MOE_LOGITS, MOE_GATE_UP, MOE_DOWN = 1, 2, 4
 
@@ -135,6 +137,12 @@ class Graph:
         else:
             tensor = Tensor(name, dtype, shape, folder / external.location, external.offset)
         self.weights[name] = Weight(tensor, external)
+
+    def routes(self, name: str) -> bool:
+        """Whether a weight makes the logits of a router."""
+        uses = self.readers(name)
+        made = (output for use in uses for output in use.node.output)
+        return any(output.startswith(ROUTER_LOGITS) for output in made)
 
     def readers(self, value: str) -> list[Use]:
         """Who reads a value in the end, with what only hands it on left out."""

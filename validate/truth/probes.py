@@ -220,8 +220,16 @@ class _Routes:
     def experts_of(self, node: onnx.NodeProto) -> int | None:
         """E of a node for which there are synthetic experts; None of another."""
         parts = _gated_inputs(node)
-        stack = self._constants.get(node.input[parts.index("down")]) if parts else None
+        stack = self._constant(node.input[parts.index("down")]) if parts else None
         return None if stack is None or len(stack.dims) != 3 else stack.dims[0]
+
+    def _constant(self, name: str) -> onnx.TensorProto | None:
+        """The initializer that a value is, or is a cast of."""
+        maker = self._producer.get(name)
+        while maker is not None and maker.op_type == "Cast" and not maker.domain:
+            name = maker.input[0]
+            maker = self._producer.get(name)
+        return self._constants.get(name)
 
     def ids(self) -> Iterator[tuple[str, str]]:
         """Routers, each with a value that has the ids of the chosen experts, ``[N, K]``.

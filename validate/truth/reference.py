@@ -10,9 +10,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
+from typing import Self
 
 import torch
 
+from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import family_of
@@ -35,6 +38,7 @@ from ingot.validate.truth.recording import (
     main_run,
 )
 from ingot.validate.truth.replay import Chosen, Routers
+from ingot.validate.truth.stored import StoredCheckpoint, as_stored
 
 # One precision higher than the target's.
 TRUTH = {"float32": torch.float64, "float16": torch.float32, "bfloat16": torch.float32}
@@ -98,6 +102,8 @@ class Reference:
         self._model = family_of(checkpoint).build(
             checkpoint.config, task, stored=checkpoint.entries
         )
+        # What the eager graph reads its weights from.
+        self._weights = checkpoint
         self.vocab_size = self._model.config.vocab_size
         self.facts = self._model.config.facts
         self.chunk_size = self.facts.chunk_size
@@ -111,6 +117,22 @@ class Reference:
     def _processor(self) -> str:
         """Another one sums in another order, which is no matter one precision higher."""
         return json.dumps(processor())
+
+    @classmethod
+    def of_ingot(
+        cls, folder: Path, manifest: Manifest, checkpoint: Checkpoint, cache: Cache | None = None
+    ) -> Self:
+        """The truth of what an ingot computes from the weights as it stores them.
+
+        Args:
+            folder: the ingot.
+            manifest: of it.
+            checkpoint: what it was made from.
+            cache: of recordings; None keeps none.
+        """
+        reference = cls(checkpoint, manifest.task, manifest.precision, cache)
+        reference._weights = as_stored(folder, manifest, checkpoint, reference._model)
+        return reference
 
     @property
     def layers(self) -> dict[str, int]:
@@ -172,7 +194,7 @@ class Reference:
         """The eager graph in one precision, for calls that are not known beforehand."""
         size = sum(parameter.numel() for parameter in self._model.parameters())
         with stages.stage(f"load eager {dtype_name(dtype)}", size * dtype.itemsize) as advance:
-            return EagerSession(self.checkpoint, self.task, precision=dtype, advance=advance)
+            return EagerSession(self._weights, self.task, precision=dtype, advance=advance)
 
     def _truths(self, layout: Layout, runs: Sequence[Inputs], stages: Stages) -> list[Recording]:
         """The truth of each run."""
@@ -240,7 +262,7 @@ class Reference:
         """What each side keeps; where there is none nothing is loaded."""
         if not sides:
             return []
-        graph = Layerwise(self.checkpoint, self.task, dtype)
+        graph = Layerwise(self._weights, self.task, dtype)
         total = graph.layers * len(sides)
         with stages.stage(f"run eager {dtype_name(dtype)}", total, "steps") as advance:
             return graph.run(sides, advance)
@@ -267,6 +289,12 @@ class Reference:
             self._digest = self.checkpoint.digest()
         return self._digest
 
+    def _stored(self) -> str | None:
+        """Which weights are rounded to what, in words; None where none is."""
+        if not isinstance(self._weights, StoredCheckpoint):
+            return None
+        return json.dumps({name: str(dtype) for name, dtype in self._weights.stored.items()})
+
     def _bytes(self, name: str) -> int:
         entry = self.checkpoint.entries[name]
         return entry.end - entry.begin
@@ -285,6 +313,7 @@ class Reference:
             return ""
         return key(
             checkpoint=self.hash(stages),
+            stored=self._stored(),
             task=self.task,
             dtype=dtype_name(dtype),
             replayed=dtype_name(TRUTH[self.precision]) if replayed else None,

@@ -315,12 +315,20 @@ Manifest manifest(const Field &raw) {
               "weight_bytes",  "tools",
               "labels",        "engine",
               "files",         "validation",
-              "schema_version"});
+              "schema_version", "weights"});
     // Any architecture: the graph is all that a session knows of it.
     result.model_type = raw.at("model_type").matching(kPackage, "the name of an architecture");
     result.task = raw.at("task").one_of({"generate", "features", "classify"});
     result.target = raw.at("target").one_of({"onnx", "ort", "trt", "trt-rtx"});
     result.precision = raw.at("precision").one_of({"float32", "float16", "bfloat16"});
+    // What matrices are stored in; the graph casts them, so a session need not know.
+    if (raw.has("weights")) {
+        const Field stored = raw.at("weights");
+        stored.one_of({"checkpoint", "float16", "bfloat16"});
+        if (result.precision != "float32") {
+            stored.refuse("left out, but for a precision of float32");
+        }
+    }
     result.main_output = tensor_name(raw.at("main_output"));
     result.inputs = tensors(raw.at("inputs"));
     result.outputs = tensors(raw.at("outputs"));

@@ -415,6 +415,19 @@ TEST_CASE("a target or a precision that does not run here") {
                    "past_key_values.0.key is bfloat16, and only float32 and float16 run"));
 }
 
+TEST_CASE("matrices that are stored narrower than they are computed in") {
+    const Copy copy("olmoe-ort");
+    copy.edit([](json &raw) { raw["weights"] = "checkpoint"; });
+    CHECK(refusal(copy.path()).empty());
+    copy.edit([](json &raw) { raw["weights"] = "float8"; });
+    CHECK(contains(refusal(copy.path()), "weights is \"float8\", and must be one of checkpoint"));
+    copy.edit([](json &raw) {
+        raw["weights"] = "bfloat16";
+        raw["precision"] = "float16";
+    });
+    CHECK(contains(refusal(copy.path()), "weights is \"bfloat16\", and must be left out"));
+}
+
 #ifndef INGOT_FAKE_VERSION
 TEST_CASE("an engine, where the library was built without TensorRT") {
     const Copy copy("olmoe-ort");
