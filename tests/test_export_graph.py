@@ -6,16 +6,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
+from traces import Traces
 
 from ingot.export import graph
 from ingot.export.capture import Captured
 from ingot.export.graph import LOWERINGS, Lowering, Recipe
 from ingot.export.ingot import TARGETS
 from ingot.export.passes.graph_pass import Applied
+from ingot.export.passes.weights import Weight
 from ingot.export.progress import Stages
 from ingot.export.request import PRECISIONS, ExportError
 from ingot.graphs.checkpoint import Checkpoint
@@ -65,8 +68,27 @@ def test_captures_in_the_precision_that_is_asked_for(tiny: Path, precision: str)
     ((model, options),) = tracer.asked
     assert model is opened.model
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    assert options == {"precision": dtype, "extra_outputs": ("router_logits",)}
+    asked = {"precision": dtype, "extra_outputs": ("router_logits",)}
+    assert options == {**asked, "exact_matrices": False}
     assert opened.read("layers.0.self_attn.q_proj.weight", 0).dtype == dtype
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+def test_matrices_that_are_stored_otherwise_are_left_as_they_are(
+    make_checkpoint: Any, traces: Traces, target: str
+) -> None:
+    """By all that comes before, factors of the config included; the last pass stores them."""
+    recipe = Recipe(target, "generate", "float32", weights="bfloat16")
+    checkpoint = Checkpoint.open(make_checkpoint("granite"))
+    opened = recipe.open(checkpoint)
+    captured = recipe.graph(opened, capture=traces)
+    applied = captured.lowering if target == "ort" else captured.passes
+    assert [each.name for each in applied][-2] == "StoreNarrow"
+    name = "model.layers.1.mlp.down_proj.weight"
+    stored = captured.model.graph.initializers[name].const_value
+    assert isinstance(stored, Weight)
+    want = checkpoint.read(name).T.to(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(stored.read_block(0).astype(np.float32), want)
 
 
 def test_traces_where_nothing_else_is_given(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
