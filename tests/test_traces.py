@@ -75,7 +75,13 @@ def test_traces_what_differs_in_more_than_weights(
         captured(memory, checkpoint)
         captured(memory, checkpoint, precision=torch.float16)
         captured(memory, checkpoint, extra_outputs=("hidden_states",))
-    assert traced == [(torch.float32, ()), (torch.float16, ()), (torch.float32, ("hidden_states",))]
+        captured(memory, checkpoint, exact_matrices=True)
+    assert traced == [
+        (torch.float32, (), False),
+        (torch.float16, (), False),
+        (torch.float32, ("hidden_states",), False),
+        (torch.float32, (), True),
+    ]
     checkpoint.config["norm_topk_prob"] = not checkpoint.config.get("norm_topk_prob", False)
     captured(memory, checkpoint)
-    assert len(traced) == 4
+    assert len(traced) == 5

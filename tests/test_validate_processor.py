@@ -82,10 +82,10 @@ def test_a_system_that_says_nothing_is_no_error(
 def test_what_eager_computes_is_kept_for_each_processor_and_the_truth_for_all(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference = Reference(Checkpoint.open(tiny), "generate", "float32", Cache(tmp_path))
     inputs = make_inputs(512)
 
     def keys() -> tuple[str, str]:
+        reference = Reference(Checkpoint.open(tiny), "generate", "float32", Cache(tmp_path))
         truth = reference._key(inputs, torch.float64, Stages())
         return truth, reference._key(inputs, torch.float32, Stages(), replayed=True)
 

@@ -144,7 +144,7 @@ def _one_ulp(array: np.ndarray) -> None:
     [
         (
             stored.weight("layers.1.self_attn.o_proj.weight", _one_ulp),
-            "1 of 4096 element differs",
+            "1 of 4096 elements differs",
             1,
         ),
         (
