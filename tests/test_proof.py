@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from proof.__main__ import chosen, groups_of, table
-from proof.bases import BASES, Kept, known
+from proof.bases import BASES
 from proof.fault import Fault, Outcome, Where
 from proof.faults import FAULTS
 from proof.rights import RIGHTS
-from proof.running import RIGHT, judged, run_fault, run_right
-from traces import Traces
+from proof.running import judged
 
 from ingot.validate.result import Check, Location, Report, TensorResult
 
@@ -71,15 +69,3 @@ def test_the_table_counts_what_only_a_check_sees() -> None:
     outcome = Outcome("x", "constant", "failed", ("graph",), 1.0, "", 0.1, "missed")
     (_, row) = table([outcome, replace(outcome, by=("graph", "numbers"), missed="")]).splitlines()
     assert row.split() == ["constant", "2", "1", "2", "1", "0", "1"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", ONE_OF_EACH, ids=lambda fault: fault.kind)
-def test_sees_one_fault_of_each_kind(fault: Fault, tmp_path: Path, traces: Traces) -> None:
-    base = BASES[fault.base]
-    with known(base):
-        kept = Kept(base, tmp_path / "kept", traces)
-        outcome = run_fault(fault, kept, tmp_path / "wrong")
-        assert outcome.missed == "", str(outcome)
-        right = run_right(base, kept)
-    assert (right.kind, right.missed) == (RIGHT, ""), str(right)
