@@ -25,7 +25,7 @@ from ingot.export.passes.graph_pass import Applied, run
 from ingot.export.passes.store import StoreNarrow
 from ingot.export.progress import Stages
 from ingot.export.request import ExportError
-from ingot.graphs.checkpoint import Checkpoint, WeightMap, block_reader
+from ingot.graphs.checkpoint import Checkpoint, WeightMap, block_reader, parts_of
 from ingot.graphs.family import Family, family_of
 from ingot.graphs.layers import Model
 
@@ -184,9 +184,8 @@ class Recipe:
 
 
 def _stored(checkpoint: Checkpoint, weight_map: WeightMap, name: str) -> str:
-    # An expert of a stack may be a weight of its own.
-    parts = weight_map.get(name) or weight_map[name.rpartition(".")[0]]
-    widest = max((checkpoint.dtype(part.name) for part in parts), key=lambda each: each.itemsize)
+    dtypes = (checkpoint.dtype(part.name) for part in parts_of(weight_map, name))
+    widest = max(dtypes, key=lambda each: each.itemsize)
     return str(widest).removeprefix("torch.")
 
 

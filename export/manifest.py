@@ -15,11 +15,12 @@ from ingot.export.capture import OPSET, Captured
 from ingot.export.graph import Opened, Recipe, operators
 from ingot.export.ingot import Manifest, TensorInfo
 from ingot.export.lower_ort import shares_buffers
+from ingot.export.passes.weights import Weight
 from ingot.export.request import ExportError
 from ingot.graphs.adapter_weights import MergedCheckpoint
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.config import ModelConfig
-from ingot.graphs.family import active_parameters, parameter_bytes
+from ingot.graphs.family import active_parameters
 from ingot.graphs.hub import describe
 from ingot.plugins.errors import shown
 from ingot.plugins.json_fields import safe
@@ -85,7 +86,7 @@ def make_manifest(
         },
         parameters=total,
         active_parameters=active,
-        weight_bytes=_weight_bytes(opened, graph),
+        weight_bytes=_weight_bytes(graph),
         tools={"ingot": __version__, **versions(TOOLS)},
         labels=_labels(checkpoint, recipe.task, config),
         weights=recipe.weights,
@@ -123,18 +124,10 @@ def _described(folder: Path) -> dict[str, str | None]:
     return {name: said and safe(said) for name, said in describe(folder).items()}
 
 
-def _weight_bytes(opened: Opened, graph: ir.Graph) -> int:
-    """Bytes of the weights, those that are stored narrower at their size there."""
-    names = dict(opened.model.named_parameters())
-    saved = 0
-    for name, value in graph.initializers.items():
-        parameter = names.get(name)
-        if parameter is None:
-            parameter = names.get(name.rpartition(".")[0])
-        tensor = value.const_value
-        if parameter is not None and tensor is not None:
-            saved += tensor.size * parameter.element_size() - tensor.nbytes
-    return parameter_bytes(opened.model) - saved
+def _weight_bytes(graph: ir.Graph) -> int:
+    """Bytes of the weights as they are stored, written already or not."""
+    tensors = (value.const_value for value in graph.initializers.values())
+    return sum(each.nbytes for each in tensors if isinstance(each, (Weight, ir.ExternalTensor)))
 
 
 def _unread_bytes(graph: ir.Graph) -> int:

@@ -436,6 +436,14 @@ def set_parameter(module: torch.nn.Module, name: str, value: torch.Tensor) -> No
     setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
+def parts_of(weight_map: WeightMap, name: str) -> tuple[Part, ...]:
+    """What a weight of a graph is made of; nothing where it is of no parameter.
+
+    An expert of a stack may be a weight of its own, ``{parameter}.{expert}``.
+    """
+    return weight_map.get(name) or weight_map.get(name.rpartition(".")[0]) or ()
+
+
 def block_reader(
     checkpoint: Checkpoint, weight_map: WeightMap, module: torch.nn.Module
 ) -> Callable[[str, int], torch.Tensor]:

@@ -264,7 +264,7 @@ def test_what_a_function_of_the_export_says_wrong_is_read_off_the_files(
 ) -> None:
     """A fault of what makes a manifest is on both sides of a comparison with a new export."""
     monkeypatch.setattr("ingot.export.manifest.active_parameters", lambda _: (7, 7))
-    monkeypatch.setattr("ingot.export.manifest.parameter_bytes", lambda _: 28)
+    monkeypatch.setattr("ingot.export.manifest._weight_bytes", lambda _: 28)
     monkeypatch.setattr("ingot.export.manifest._unread_bytes", lambda _: 5)
     facts = {"parameters": 7, "active_parameters": 7, "weight_bytes": 28}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -59,6 +59,7 @@ class StoreNarrow(GraphPass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
+        order = {node: place for place, node in enumerate(model.graph)}
         for value in list(model.graph.initializers.values()):
             weight = value.const_value
             if not isinstance(weight, Weight) or not is_matrix(value) or value.name is None:
@@ -71,7 +72,7 @@ class StoreNarrow(GraphPass):
             read = partial(_narrowed, weight.read_block, narrow, value.name)
             value.const_value = Weight(value.name, shape, narrow, read)
             value.type = ir.TensorType(narrow)
-            _widen_where_read(model, value, wide)
+            _widen_where_read(model, value, wide, order)
             modified = True
         return ir.passes.PassResult(model, modified=modified)
 
@@ -98,7 +99,10 @@ def _routes(node: ir.Node) -> bool:
     return any((output.name or "").startswith(ROUTER) for output in node.outputs)
 
 
-def _widen_where_read(model: ir.Model, value: ir.Value, dtype: ir.DataType) -> None:
+def _widen_where_read(
+    model: ir.Model, value: ir.Value, dtype: ir.DataType, order: Mapping[ir.Node, int]
+) -> None:
+    """Cast in front of the first node that computes with it, by the order of the nodes."""
     to = {"to": dtype.value}
     others = []
     for node, index in list(value.uses()):
@@ -116,15 +120,10 @@ def _widen_where_read(model: ir.Model, value: ir.Value, dtype: ir.DataType) -> N
         wide = ir.node("Cast", [value], attributes=to)
         wide.outputs[0].shape, wide.outputs[0].type = value.shape, ir.TensorType(dtype)
         wide.outputs[0].name = f"wide.{value.name}"
-        first = min((node for node, _ in others), key=_place(model))
+        first = min((node for node, _ in others), key=order.__getitem__)
         model.graph.insert_before(first, wide)
         for node, index in others:
             node.replace_input_with(index, wide.outputs[0])
-
-
-def _place(model: ir.Model) -> Callable[[ir.Node], int]:
-    order = {id(node): place for place, node in enumerate(model.graph)}
-    return lambda node: order[id(node)]
 
 
 def _narrowed(read: ReadBlock, dtype: ir.DataType, name: str, block: int) -> np.ndarray:

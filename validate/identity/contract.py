@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -200,18 +200,16 @@ def _read_off(manifest: Manifest, model: onnx.ModelProto) -> Iterator[Field]:
 
 def _sizes(manifest: Manifest, graph: onnx.GraphProto) -> Iterator[Field]:
     """Every parameter is a number of some weight, and of a table a token reads one row."""
+    uses = defaultdict(set)
+    for node in all_nodes(graph):
+        for index, name in enumerate(node.input):
+            uses[name].add((node.op_type, index))
     numbers = weight_bytes = unread = 0
     for tensor in filter(is_weight, graph.initializer):
         count = math.prod(tensor.dims)
         size = count * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        uses = [
-            (node.op_type, index)
-            for node in all_nodes(graph)
-            for index, name in enumerate(node.input)
-            if name == tensor.name
-        ]
         numbers, weight_bytes = numbers + count, weight_bytes + size
-        if len(tensor.dims) == 2 and set(uses) == {("Gather", 0)}:
+        if len(tensor.dims) == 2 and uses[tensor.name] == {("Gather", 0)}:
             unread += size - size // tensor.dims[0]
     yield "parameters", manifest.parameters, numbers
     yield "weight_bytes", manifest.weight_bytes, weight_bytes

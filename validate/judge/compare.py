@@ -105,11 +105,7 @@ def layer_of(name: str) -> int | None:
 
 
 def _cannot_compare(
-    truth: Array,
-    eager: Array,
-    target: Array,
-    not_finite: tuple[str, ...],
-    precision: str,
+    truth: Array, eager: Array, target: Array, not_finite: tuple[str, ...], precision: str
 ) -> str:
     """Why two tensors say nothing about each other."""
     if truth.shape != target.shape:

@@ -215,10 +215,7 @@ class Judge:
 
         Unlike ``judge_graph`` of any run, also one of which nothing was recorded.
         """
-        found = self._observe(
-            session, run, lambda number: self.force(session, run, number), _ignore
-        )
-        session.choose(None)
+        found = self._observe_forced(session, run)
         calls = enumerate(main_run(run.inputs))
         return [r for n, call in calls for r in self._compare(run, call.stage, n, found.calls[n])]
 
@@ -264,6 +261,14 @@ class Judge:
             found.whole = collect_whole(self.layout, run.inputs, calls, session.state())
         return found
 
+    def _observe_forced(self, session: TappedSession, run: Run) -> Observed:
+        """Feed one run with the truth's experts."""
+        found = self._observe(
+            session, run, lambda number: self.force(session, run, number), _ignore
+        )
+        session.choose(None)
+        return found
+
     def _judge_free(self, index: int, run: Run, found: Observed) -> None:
         """What a session gave in one run when it chose its experts itself."""
         calls = main_run(run.inputs)
@@ -287,10 +292,7 @@ class Judge:
         """One run with the truth's experts; as it was, where they are the target's own."""
         again = found
         if flips.routing.flips:
-            again = self._observe(
-                session, run, lambda number: self.force(session, run, number), _ignore
-            )
-            session.choose(None)
+            again = self._observe_forced(session, run)
         for number, call in enumerate(main_run(run.inputs)):
             stage = f"{call.stage}, {REPLAYED}"
             self._inside += self._compare(run, stage, number, again.calls[number])

@@ -15,7 +15,7 @@ import torch
 from onnx import helper
 
 from ingot.export.ingot import GRAPH, Manifest
-from ingot.graphs.checkpoint import Checkpoint
+from ingot.graphs.checkpoint import Checkpoint, parts_of
 from ingot.graphs.family import family_of
 from ingot.graphs.layers import Model
 
@@ -73,14 +73,12 @@ def as_stored(folder: Path, manifest: Manifest, checkpoint: Checkpoint, model: M
     """
     if not manifest.weights:
         return checkpoint
-    parts = family_of(checkpoint).weight_map(model, checkpoint, manifest.task)
+    weight_map = family_of(checkpoint).weight_map(model, checkpoint, manifest.task)
     stored: dict[str, torch.dtype] = {}
     graph = onnx.load(str(folder / GRAPH), load_external_data=False).graph
     for tensor in graph.initializer:
-        # An expert of a stack may be a weight of its own.
-        made = parts.get(tensor.name) or parts.get(tensor.name.rpartition(".")[0]) or ()
         dtype = getattr(torch, helper.tensor_dtype_to_np_dtype(tensor.data_type).name)
-        for part in made:
+        for part in parts_of(weight_map, tensor.name):
             if torch.promote_types(checkpoint.dtype(part.name), dtype) != dtype:
                 stored[part.name] = dtype
     if not stored:

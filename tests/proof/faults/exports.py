@@ -277,7 +277,7 @@ FAULTS: list[Fault] = [
     exported(
         "bytes of half the weights",
         "olmoe ort",
-        says("manifest.parameter_bytes", lambda right: lambda *given: right(*given) // 2),
+        says("manifest._weight_bytes", lambda right: lambda *given: right(*given) // 2),
         saying("weight_bytes of ingot.json"),
         ("contract",),
         lasting=True,
