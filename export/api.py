@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ingot.export.early import check_request, find_source
 from ingot.export.ingot import TARGETS, Target
 from ingot.export.progress import Stages
+from ingot.export.quantization import ACCURACIES, BLOCKS
 from ingot.export.request import (
     BUILDERS,
     EXTRA_OUTPUTS,
@@ -20,6 +21,8 @@ from ingot.export.request import (
     PRESETS,
     TASKS,
     WEIGHTS,
+    Accuracy,
+    Block,
     Builder,
     ExportError,
     ExportRequest,
@@ -46,6 +49,9 @@ def export(
     task: Task = "generate",
     precision: Precision | None = None,
     weights: Weights | None = None,
+    block: Block | None = None,
+    symmetric: bool | None = None,
+    accuracy: Accuracy | None = None,
     preset: Preset | None = None,
     revision: str | None = None,
     adapter: str | Path | None = None,
@@ -72,7 +78,12 @@ def export(
             ``fp32``; where absent ``bf16`` there, and ``fp32`` for the other targets.
         weights: what matrices are stored in by the targets ``onnx`` and ``ort``, whose arithmetic
             is float32: ``fp32``, ``bf16``, ``fp16``, or ``checkpoint``, each as the checkpoint has
-            it, which loses nothing; where absent ``fp32``.
+            it, which loses nothing; where absent ``fp32``. By ``ort`` also ``int8`` and ``int4``,
+            whole numbers with a scale a block, for ONNX Runtime's kernels.
+        block: of those, how many weights of a row share a scale: 32, 64 or 128; where absent 32.
+        symmetric: of those, whether there are no zero points; where absent True.
+        accuracy: of those, ``exact``, or ``fast``: products may round activations to int8, block by
+            block; where absent ``fast``.
         preset: with a family name, first make a seeded random checkpoint of this shape: ``tiny``,
             ``small`` or ``full``.
         revision: branch, tag or commit on the hub.
@@ -108,12 +119,14 @@ def export(
         ("task", task, TASKS),
         ("precision", precision, (None, *PRECISIONS)),
         ("format of weights", weights, (None, *WEIGHTS)),
+        ("size of a block", block, (None, *BLOCKS)),
+        ("accuracy", accuracy, (None, *ACCURACIES)),
         ("preset", preset, (None, *PRESETS)),
         ("builder", builder, BUILDERS),
         *(("extra output", output, EXTRA_OUTPUTS) for output in extra_outputs),
     ):
         if value not in known:
-            names = tuple(filter(None, known))
+            names = tuple(str(each) for each in known if each is not None)
             meant = nearest(str(value), names)
             raise ExportError(
                 f"{shown(value)} is no {name}; give one of: {', '.join(names)}."
@@ -132,6 +145,9 @@ def export(
         overwrite=overwrite,
         precision=precision or ("bf16" if target.startswith("trt") else "fp32"),
         weights=weights,
+        block=block,
+        symmetric=symmetric,
+        accuracy=accuracy,
         builder=builder,
         limits=Limits(max_batch, max_seq, opt_seq),
         embed_plugins=embed_plugins,

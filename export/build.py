@@ -77,7 +77,14 @@ def build(
         _check_links(read)
     precision = PRECISIONS[request.precision]
     weights = WEIGHT_FORMATS[request.weights] if request.weights else ""
-    recipe = Recipe(request.target, request.task, precision, request.extra_outputs, weights)
+    recipe = Recipe(
+        request.target,
+        request.task,
+        precision,
+        request.extra_outputs,
+        weights,
+        request.quantization,
+    )
     opened = recipe.open(checkpoint)
     # Before any weight is read: what is wrong in a file of some lines is said at once.
     generation = read_generation(checkpoint, opened.model.config)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import click
 
 from ingot.export.ingot import TARGETS, Target
+from ingot.export.quantization import ACCURACIES, BLOCKS
 from ingot.export.request import (
     BUILDERS,
     EXTRA_OUTPUTS,
@@ -21,6 +22,8 @@ from ingot.export.request import (
     PRESETS,
     TASKS,
     WEIGHTS,
+    Accuracy,
+    Block,
     Builder,
     ExtraOutput,
     Limits,
@@ -100,6 +103,21 @@ class LazyGroup(Group):
     help="What matrices are stored in, computed in float32; checkpoint: each as it is there.",
 )
 @click.option(
+    "--block",
+    type=click.Choice([str(size) for size in BLOCKS]),
+    help="Of int8 and int4: how many weights share a scale; default 32.",
+)
+@click.option(
+    "--symmetric/--asymmetric",
+    default=None,
+    help="Of int8 and int4: without zero points, which is the default, or with them.",
+)
+@click.option(
+    "--accuracy",
+    type=click.Choice(ACCURACIES),
+    help="Of int8 and int4: whether products may round activations to int8; default fast.",
+)
+@click.option(
     "--builder",
     type=click.Choice(BUILDERS),
     default="auto",
@@ -131,6 +149,9 @@ def export_command(
     extra_outputs: tuple[ExtraOutput, ...],
     precision: Precision | None,
     weights: Weights | None,
+    block: str | None,
+    symmetric: bool | None,
+    accuracy: Accuracy | None,
     builder: Builder,
     max_batch: int,
     max_seq: int,
@@ -162,6 +183,9 @@ def export_command(
         task=task,
         precision=precision,
         weights=weights,
+        block=None if block is None else cast(Block, int(block)),
+        symmetric=symmetric,
+        accuracy=accuracy,
         preset=preset,
         revision=revision,
         adapter=adapter,

@@ -42,6 +42,16 @@ def check_request(request: ExportRequest) -> None:
             f"--weights {request.weights} goes with the targets onnx and ort; an engine stores its "
             "weights in its --precision."
         )
+    if request.in_numbers and request.target != "ort":
+        raise ExportError(
+            f"--weights {request.weights} goes with the target ort, whose runtime has kernels for "
+            f"it; {request.target} stores floats: give --weights checkpoint, bf16 or fp16."
+        )
+    for option in ("block", "symmetric", "accuracy"):
+        if not request.in_numbers and getattr(request, option) is not None:
+            raise ExportError(
+                f"--{option} goes with --weights int8 or int4, and says nothing of other weights."
+            )
     if not request.for_tensorrt:
         _refuse_engine_options(request)
     if type(request.seed) is not int or not 0 <= request.seed < MOST_SEEDS:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import onnx_ir as ir
 import torch
@@ -18,12 +18,17 @@ from onnx_ir.passes.common import NameFixPass
 
 from ingot.export.capture import Captured
 from ingot.export.capture import capture as trace
+from ingot.export.codecs.blocks import Bits, Blocks, Size
+from ingot.export.codecs.coder import Coder, Nearest
 from ingot.export.ingot_schema import CHECKPOINT
 from ingot.export.lower_ort import lower_ort
 from ingot.export.lower_trt import lower_trt
 from ingot.export.passes.graph_pass import Applied, run
+from ingot.export.passes.quantise import QuantiseMatrices
+from ingot.export.passes.quantise_experts import QuantiseExperts
 from ingot.export.passes.store import StoreNarrow
 from ingot.export.progress import Stages
+from ingot.export.quantization import BITS, UNCHANGED, Quantization
 from ingot.export.request import ExportError
 from ingot.graphs.checkpoint import Checkpoint, WeightMap, block_reader, parts_of
 from ingot.graphs.family import Family, family_of
@@ -99,6 +104,7 @@ class Recipe:
         extra_outputs: of ``export.request.EXTRA_OUTPUTS``.
         weights: what matrices are stored in, of ``export.ingot_schema.STORED``; the precision where
             it is empty.
+        quantization: where that is whole numbers.
     """
 
     target: str
@@ -106,6 +112,7 @@ class Recipe:
     precision: str
     extra_outputs: tuple[str, ...] = ()
     weights: str = ""
+    quantization: Quantization | None = None
 
     @property
     def provider(self) -> str:
@@ -117,6 +124,20 @@ class Recipe:
         """The precision, for PyTorch."""
         dtype: torch.dtype = getattr(torch, self.precision)
         return dtype
+
+    def coder(self) -> Coder | None:
+        """What rounds weights to the nearest numbers of the format; None of weights in floats."""
+        chosen = self.quantization
+        if chosen is None:
+            return None
+
+        def blocks(bits: int) -> Blocks | None:
+            if bits == UNCHANGED:
+                return None
+            return Blocks(cast(Bits, bits), cast(Size, chosen.block), chosen.symmetric)
+
+        others = {name: blocks(bits) for name, bits in chosen.bits.items()}
+        return Nearest(blocks(BITS[self.weights]), others)
 
     def open(self, checkpoint: Checkpoint) -> Opened:
         """The model that is captured, and where its weights are; none is read.
@@ -142,6 +163,7 @@ class Recipe:
         stages: Stages | None = None,
         capture: Capture | None = None,
         *,
+        coder: Coder | None = None,
         again: bool = False,
     ) -> Captured:
         """The graph, lowered for the target, its weights unread.
@@ -150,6 +172,7 @@ class Recipe:
             opened: the checkpoint, by ``open``.
             stages: shows the steps.
             capture: traces the model, ``export.capture.capture`` by default.
+            coder: chooses the whole numbers of weights, ``self.coder()`` by default.
             again: whether it is made to hold an ingot's graph against it.
         """
         stages, suffix = stages or Stages(), " again" * again
@@ -163,18 +186,24 @@ class Recipe:
             )
         lowering = LOWERINGS[self.target, self.provider]
         if lowering is None:
-            stored = self._store(captured.model, opened)
+            stored = self._store(captured.model, opened, coder)
             return replace(captured, passes=(*captured.passes, *stored))
         canonical = operators(captured.model)
         with stages.stage(f"lower to {lowering.runtime}{suffix}"):
             applied = lowering.lower(captured.model)
-            stored = self._store(captured.model, opened)
+            stored = self._store(captured.model, opened, coder)
         return replace(captured, canonical=canonical, lowering=(*applied, *stored))
 
-    def _store(self, model: ir.Model, opened: Opened) -> tuple[Applied, ...]:
-        """Store the matrices in the type asked for, in whatever layout they have by then."""
+    def _store(self, model: ir.Model, opened: Opened, coder: Coder | None) -> tuple[Applied, ...]:
+        """Store the matrices in what is asked for, in whatever layout they have by then."""
         if not self.weights:
             return ()
+        if self.quantization is not None:
+            coder = coder or self.coder()
+            assert coder is not None
+            accuracy = self.quantization.accuracy
+            passes = [QuantiseExperts(coder, accuracy), QuantiseMatrices(coder, accuracy)]
+            return run(model, [*passes, NameFixPass()])
 
         def dtype_of(name: str) -> ir.DataType:
             found = self.weights if self.weights != CHECKPOINT else opened.stored(name)

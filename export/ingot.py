@@ -18,6 +18,7 @@ from ingot.export.ingot_schema import SIZES as SIZES
 from ingot.export.ingot_schema import TARGETS as TARGETS
 from ingot.export.ingot_schema import Target as Target
 from ingot.export.ingot_schema import Verdict as Verdict
+from ingot.export.quantization import Quantization
 from ingot.graphs.state import State
 from ingot.plugins import whole
 from ingot.plugins.errors import IngotError, shown
@@ -115,6 +116,7 @@ class Manifest:
         parameters: in all; ``active_parameters`` are those one token uses.
         weights: what matrices are stored in, of ``export.ingot_schema.STORED``; the precision where
             it is empty.
+        quantization: how, where that is whole numbers.
         tools: package versions the ingot was made with.
         files: every other file of the folder.
         validation: verdict and summary figures.
@@ -141,6 +143,7 @@ class Manifest:
     files: dict[str, FileInfo] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
     weights: str = ""
+    quantization: Quantization | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -195,6 +198,8 @@ class Manifest:
         raw["states"] = tuple(_state(item) for item in raw["states"])
         raw["labels"] = tuple(raw["labels"])
         raw["engine"] = _engine(raw["engine"]) if raw["engine"] else None
+        if "quantization" in raw:
+            raw["quantization"] = Quantization(**raw["quantization"])
         raw["files"] = {name: FileInfo(**item) for name, item in raw["files"].items()}
         manifest = cls(**raw)
         for name in manifest.loaded:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Literal, get_args
 
+from ingot.export.quantization import ACCURACIES, BITS, BLOCKS, METHODS, UNCHANGED
 from ingot.graphs import names
 from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL
 from ingot.plugins.json_fields import Field, FieldError, distinct
@@ -27,7 +28,7 @@ FIELDS = (
     *("weight_bytes", "tools", "labels", "engine", "files", "validation", "schema_version"),
 )
 # Of the same version, where they say something.
-OPTIONAL = ("weights",)
+OPTIONAL = ("weights", "quantization")
 Target = Literal["onnx", "ort", "trt", "trt-rtx"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 Verdict = Literal["passed", "passed, in part", "failed", "skipped"]
@@ -35,9 +36,9 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 TASKS = ("generate", "features", "classify")
 PRECISIONS = ("float32", "float16", "bfloat16")
 # What matrices may be stored in, where that is not the precision: each in what the checkpoint has
-# it in, or all in one type.
+# it in, or all in one type, or in whole numbers.
 CHECKPOINT = "checkpoint"
-STORED = (CHECKPOINT, "float16", "bfloat16")
+STORED = (CHECKPOINT, "float16", "bfloat16", *BITS)
 # Bytes of an element, by the names that inputs, outputs and states have their dtypes under.
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 # Builder of an engine -> the Python package that builds and runs it.
@@ -87,6 +88,13 @@ def check(held: Mapping[str, Field]) -> None:
     precision = held["precision"].one_of(PRECISIONS)
     if "weights" in held and held["weights"].one_of(STORED) and precision != "float32":
         held["weights"].refuse("left out, but for a precision of float32")
+    in_numbers = "weights" in held and held["weights"].value in BITS
+    if in_numbers and target != "ort":
+        held["weights"].refuse(f"of floats, but for the target ort, and the target is {target}")
+    if in_numbers != ("quantization" in held):
+        raise FieldError("quantization goes with weights in whole numbers, each with the other")
+    if "quantization" in held:
+        _quantization(held["quantization"])
     vocab_size = held["vocab_size"].whole(1, MOST_SIZE)
     inputs = _tensors(held["inputs"])
     outputs = _tensors(held["outputs"])
@@ -114,6 +122,23 @@ def check(held: Mapping[str, Field]) -> None:
     validation = held["validation"].members((), None)
     if "verdict" in validation:
         validation["verdict"].one_of(VERDICTS)
+
+
+def _quantization(field: Field) -> None:
+    """How weights are stored in whole numbers."""
+    chosen = field.members(("block", "symmetric", "accuracy", "method", "bits"))
+    _number_of(chosen["block"], BLOCKS)
+    chosen["symmetric"].flag()
+    chosen["accuracy"].one_of(ACCURACIES)
+    chosen["method"].one_of(METHODS)
+    for name, bits in chosen["bits"].entries(most=MOST_TENSORS).items():
+        Field(name, "a name in quantization.bits").matching(TENSOR, "the name of a tensor")
+        _number_of(bits, (*BITS.values(), UNCHANGED))
+
+
+def _number_of(field: Field, known: Collection[int]) -> None:
+    if field.whole(0, max(known)) not in known:
+        field.refuse(f"one of {', '.join(map(str, sorted(known)))}")
 
 
 def _tensors(field: Field) -> dict[str, tuple[str, Shape]]:

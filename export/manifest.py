@@ -90,6 +90,7 @@ def make_manifest(
         tools={"ingot": __version__, **versions(TOOLS)},
         labels=_labels(checkpoint, recipe.task, config),
         weights=recipe.weights,
+        quantization=recipe.quantization,
     )
 
 

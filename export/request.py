@@ -6,13 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from ingot.export.ingot_schema import CHECKPOINT
+from ingot.export.quantization import BITS, Quantization
 from ingot.plugins.errors import IngotError
 
 ExtraOutput = Literal["router_logits", "hidden_states"]
 Task = Literal["generate", "features", "classify"]
 Preset = Literal["tiny", "small", "full"]
 Precision = Literal["fp32", "fp16", "bf16"]
-Weights = Literal["checkpoint", "fp32", "bf16", "fp16"]
+Weights = Literal["checkpoint", "fp32", "bf16", "fp16", "int8", "int4"]
+Block = Literal[32, 64, 128]
+Accuracy = Literal["exact", "fast"]
 Builder = Literal["auto", "tensorrt", "tensorrt-rtx", "none"]
 
 EXTRA_OUTPUTS: tuple[ExtraOutput, ...] = get_args(ExtraOutput)
@@ -21,7 +25,13 @@ PRESETS: tuple[Preset, ...] = get_args(Preset)
 # As on the command line -> as in the manifest, which has ONNX's and PyTorch's names.
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # As on the command line -> as in the manifest, where the precision goes without saying.
-WEIGHTS = {"checkpoint": "checkpoint", "fp32": "", "bf16": "bfloat16", "fp16": "float16"}
+WEIGHTS = {
+    "checkpoint": CHECKPOINT,
+    "fp32": "",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    **{name: name for name in BITS},
+}
 BUILDERS: tuple[Builder, ...] = get_args(Builder)
 
 
@@ -61,6 +71,10 @@ class ExportRequest:
         overwrite: replace an ingot that is at ``out``.
         precision: of ``PRECISIONS``; of the weights and activations of a TensorRT target.
         weights: of ``WEIGHTS``; what matrices are stored in where it is not the precision.
+        block: of ``export.quantization.BLOCKS``; this and the next two are of weights in whole
+            numbers, and have the values of ``Quantization`` where they are not given.
+        symmetric: whether they have no zero points.
+        accuracy: of ``export.quantization.ACCURACIES``.
         builder: of ``BUILDERS``; of a TensorRT engine.
         limits: sizes of a TensorRT engine's calls.
         embed_plugins: put the plugin library into the engine file.
@@ -79,6 +93,9 @@ class ExportRequest:
     overwrite: bool = False
     precision: str = "fp32"
     weights: str | None = None
+    block: int | None = None
+    symmetric: bool | None = None
+    accuracy: str | None = None
     builder: str = "auto"
     limits: Limits = field(default_factory=Limits)
     embed_plugins: bool = False
@@ -88,3 +105,16 @@ class ExportRequest:
     def for_tensorrt(self) -> bool:
         """Whether the target is a TensorRT engine."""
         return self.target in ("trt", "trt-rtx")
+
+    @property
+    def in_numbers(self) -> bool:
+        """Whether weights are stored in whole numbers."""
+        return self.weights in BITS
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How weights are stored in whole numbers; None where they are not."""
+        if not self.in_numbers:
+            return None
+        said = {name: getattr(self, name) for name in ("block", "symmetric", "accuracy")}
+        return Quantization(**{name: value for name, value in said.items() if value is not None})

@@ -21,6 +21,7 @@ DTYPES = {
     ir.DataType.FLOAT16: "F16",
     ir.DataType.BFLOAT16: "BF16",
     ir.DataType.INT64: "I64",
+    ir.DataType.UINT8: "U8",
 }
 # The data starts at a multiple of this, so that maps and vector loads are aligned.
 ALIGNMENT = 4096

@@ -102,7 +102,7 @@ class MoeDispatchToMoE(GraphPass):
         for value, change in ((gate_up, _interleaved), (down, _same)):
             assert value.shape is not None
             shape = tuple(value.shape.numpy())
-            rearrange(value, partial(_reversed, change, experts), shape)
+            rearrange(value, partial(_reversed, change, experts), shape, backwards=True)
         # starts, ends, axes, steps
         along_experts = [integers(model, [n]) for n in (-1, INT64_MIN, 1, -1)]
         reverse = ir.node("Slice", [router_logits, *along_experts])

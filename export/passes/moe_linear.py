@@ -107,7 +107,7 @@ def _split_weight(model: ir.Model, weight: ir.Value) -> list[ir.Value]:
     for expert in range(experts):
         name = f"{weight.name}.{expert}"
         read = partial(_transposed, stack.read_block, expert, out)
-        tensor = Weight(name, (size, out), stack.dtype, read)
+        tensor = Weight(name, (size, out), stack.dtype, read, stack.origins[expert : expert + 1])
         values.append(ir.val(name, stack.dtype, (size, out), const_value=tensor))
         model.graph.register_initializer(values[-1])
     return values

@@ -70,7 +70,7 @@ class StoreNarrow(GraphPass):
             wide = weight.dtype
             shape = tuple(weight.shape.numpy())
             read = partial(_narrowed, weight.read_block, narrow, value.name)
-            value.const_value = Weight(value.name, shape, narrow, read)
+            value.const_value = Weight(value.name, shape, narrow, read, weight.origins)
             value.type = ir.TensorType(narrow)
             _widen_where_read(model, value, wide, order)
             modified = True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,18 @@ from ingot.graphs.checkpoint import stack_height
 ReadBlock = Callable[[int], np.ndarray]
 
 
+class Origin(NamedTuple):
+    """What a block of a weight is of.
+
+    Attributes:
+        parameter: of the eager model.
+        expert: which of a stack; 0 of any other parameter.
+    """
+
+    parameter: str
+    expert: int
+
+
 class Weight(ir.LazyTensor):
     """A weight that is read when it is written, block by block, and never kept.
 
@@ -25,13 +38,22 @@ class Weight(ir.LazyTensor):
     Attributes:
         blocks: how many there are.
         read_block: index -> the block.
+        origins: of each block.
     """
 
     def __init__(
-        self, name: str, shape: tuple[int, ...], dtype: ir.DataType, read_block: ReadBlock
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: ir.DataType,
+        read_block: ReadBlock,
+        origins: Sequence[Origin] | None = None,
     ) -> None:
         super().__init__(self._whole, dtype=dtype, shape=ir.Shape(shape), name=name)
-        self.blocks = stack_height(shape)
+        if origins is None:
+            origins = [Origin(name, expert) for expert in range(stack_height(shape))]
+        self.origins = tuple(origins)
+        self.blocks = len(self.origins)
         self.read_block = read_block
 
     def _whole(self) -> ir.Tensor[np.ndarray]:
@@ -40,7 +62,11 @@ class Weight(ir.LazyTensor):
 
 
 def rearrange(
-    value: ir.Value, change: Callable[[ReadBlock], ReadBlock], shape: tuple[int, ...]
+    value: ir.Value,
+    change: Callable[[ReadBlock], ReadBlock],
+    shape: tuple[int, ...],
+    *,
+    backwards: bool = False,
 ) -> None:
     """Store a weight in another layout, of ``shape``; it stays unread.
 
@@ -48,6 +74,7 @@ def rearrange(
         value: the weight.
         change: how a block is read now -> how it is read from here on.
         shape: with as many blocks as before.
+        backwards: whether the change puts the last block first.
 
     Precondition: the weight has one use, which knows of the change.
     """
@@ -55,7 +82,8 @@ def rearrange(
     assert isinstance(before, Weight), f"{value.name} is no weight of the checkpoint"
     assert len(value.uses()) == 1 and value.name is not None
     value.shape = ir.Shape(shape)
-    value.const_value = Weight(value.name, shape, before.dtype, change(before.read_block))
+    origins = before.origins[::-1] if backwards else before.origins
+    value.const_value = Weight(value.name, shape, before.dtype, change(before.read_block), origins)
 
 
 def scale(value: ir.Value, factor: float) -> None:
@@ -70,7 +98,7 @@ def scale(value: ir.Value, factor: float) -> None:
         # In float32, and rounded once, whatever the precision.
         return np.asarray(array.astype(np.float32) * np.float32(factor), dtype=array.dtype)
 
-    value.const_value = Weight(value.name, shape, before.dtype, scaled)
+    value.const_value = Weight(value.name, shape, before.dtype, scaled, before.origins)
 
 
 class WeightsToInitializers(GraphPass):

@@ -40,7 +40,14 @@ class Subject:
         named = {output.name.partition(".")[0] for output in self.manifest.outputs}
         extra = tuple(name for name in EXTRA_OUTPUTS if name in named)
         manifest = self.manifest
-        return Recipe(manifest.target, manifest.task, manifest.precision, extra, manifest.weights)
+        return Recipe(
+            manifest.target,
+            manifest.task,
+            manifest.precision,
+            extra,
+            manifest.weights,
+            manifest.quantization,
+        )
 
     @cached_property
     def opened(self) -> Opened:
