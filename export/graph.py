@@ -24,8 +24,9 @@ from ingot.export.ingot_schema import CHECKPOINT
 from ingot.export.lower_ort import lower_ort
 from ingot.export.lower_trt import lower_trt
 from ingot.export.passes.graph_pass import Applied, run
+from ingot.export.passes.moe_apart import MoeDispatchApart
 from ingot.export.passes.quantise import QuantiseMatrices
-from ingot.export.passes.quantise_experts import QuantiseExperts
+from ingot.export.passes.quantise_experts import QuantiseExperts, has_no_kernel
 from ingot.export.passes.store import StoreNarrow
 from ingot.export.progress import Stages
 from ingot.export.quantization import BITS, UNCHANGED, Quantization
@@ -190,9 +191,18 @@ class Recipe:
             return replace(captured, passes=(*captured.passes, *stored))
         canonical = operators(captured.model)
         with stages.stage(f"lower to {lowering.runtime}{suffix}"):
-            applied = lowering.lower(captured.model)
+            applied = self._taken_apart(captured.model, coder)
+            applied += lowering.lower(captured.model)
             stored = self._store(captured.model, opened, coder)
         return replace(captured, canonical=canonical, lowering=(*applied, *stored))
+
+    def _taken_apart(self, model: ir.Model, coder: Coder | None) -> tuple[Applied, ...]:
+        """Experts in whole numbers for which ONNX Runtime has no kernel that is asked for."""
+        if self.quantization is None:
+            return ()
+        coder, exact = coder or self.coder(), self.quantization.accuracy == "exact"
+        assert coder is not None
+        return run(model, [MoeDispatchApart(partial(has_no_kernel, coder, exact))])
 
     def _store(self, model: ir.Model, opened: Opened, coder: Coder | None) -> tuple[Applied, ...]:
         """Store the matrices in what is asked for, in whatever layout they have by then."""

@@ -136,12 +136,21 @@ def _unread_bytes(graph: ir.Graph) -> int:
     result = 0
     for value in graph.initializers.values():
         tensor = value.const_value
-        uses = value.uses()
-        looked_up = all(node.op_type == "Gather" and index == 0 for node, index in uses)
-        if tensor is not None and uses and looked_up and len(tensor.shape) == 2:
+        if isinstance(tensor, (Weight, ir.ExternalTensor)) and _looked_up(value):
             rows = tensor.shape.numpy()[0]
             result += tensor.nbytes // rows * (rows - 1)
     return result
+
+
+def _looked_up(value: ir.Value) -> bool:
+    """Whether a weight is a table, or of one, of which rows are read and nothing else."""
+    uses = list(value.uses())
+    return bool(uses) and all(
+        (node.op_type == "Gather" and index == 0)
+        or (node.op_type == "GatherBlockQuantized" and index != 1)
+        or (node.op_type == "Reshape" and _looked_up(node.outputs[0]))
+        for node, index in uses
+    )
 
 
 def _tensor_info(value: ir.Value) -> TensorInfo:

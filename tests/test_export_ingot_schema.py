@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from onnx import TensorProto, helper
 from ingot.export.external_data import GraphError, external_files
 from ingot.export.ingot import GRAPH, MANIFEST, WEIGHTS, Manifest, ManifestError
 from ingot.export.ingot_schema import SIZES, TASKS
+from ingot.export.quantization import Quantization
 from ingot.export.request import TASKS as REQUESTED
 from ingot.plugins.errors import IngotError
 from ingot.plugins.whole import sha256
@@ -166,6 +168,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("weights", "", "weights"),
     ("weights", None, "weights"),
     ("weights", ["bfloat16"], "weights"),
+    ("weights", "int4", "quantization goes with weights"),
+    ("quantization", {}, "quantization goes with weights"),
     ("schema_version", True, "schema version True"),
     ("schema_version", 1.0, "schema version 1.0"),
 ]
@@ -530,3 +534,47 @@ def test_says_that_a_path_is_too_long() -> None:
 def test_knows_the_tasks_and_types_that_exports_know() -> None:
     assert TASKS == REQUESTED
     assert set(SIZES) == {"float32", "float16", "bfloat16", "int64"}
+
+
+IN_NUMBERS = {"block": 64, "symmetric": True, "accuracy": "fast", "method": "nearest", "bits": {}}
+
+
+def test_reads_how_weights_are_stored_in_whole_numbers(ingot: Path) -> None:
+    change(ingot, "weights", "int4")
+    change(ingot, "quantization", {**IN_NUMBERS, "bits": {"lm_head.weight": 8}})
+    found = Manifest.read(ingot)
+    assert found.quantization == Quantization(64, True, "fast", "nearest", {"lm_head.weight": 8})
+    found.write(ingot)
+    assert Manifest.read(ingot) == found
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("block", 48),
+        ("block", "64"),
+        ("block", True),
+        ("block", ...),
+        ("symmetric", 1),
+        ("accuracy", "exakt"),
+        ("method", None),
+        ("bits", []),
+        ("bits/lm_head.weight", 5),
+        ("bits/$(id)", 8),
+        ("groups", 1),
+    ],
+)
+def test_refuses_another_way_to_store_whole_numbers(ingot: Path, place: str, value: Any) -> None:
+    change(ingot, "weights", "int4")
+    change(ingot, "quantization", IN_NUMBERS)
+    change(ingot, f"quantization/{place}", value)
+    with pytest.raises(ManifestError, match=re.escape(place.split("/")[-1])):
+        Manifest.read(ingot)
+
+
+def test_whole_numbers_are_of_onnx_runtime(ingot: Path) -> None:
+    change(ingot, "weights", "int8")
+    change(ingot, "quantization", IN_NUMBERS)
+    change(ingot, "target", "onnx")
+    with pytest.raises(ManifestError, match="weights"):
+        Manifest.read(ingot)

@@ -121,6 +121,20 @@ class QuantiseExperts(GraphPass):
         return {name: ir.AttrInt64(name, value) for name, value in numbers.items()}
 
 
+def has_no_kernel(coder: Coder, exact: bool, node: ir.Node) -> bool:
+    """Whether QMoE cannot run the experts of a MoeDispatch as they are asked for.
+
+    It has SiLU alone, and of experts in 8 bits it rounds the activations at every level.
+    """
+    if node.attributes["activation"].as_string() != "silu":
+        return True
+    weights = [value for value in node.inputs[2:] if value is not None]
+    formats = [coder.format(_parameter(value)) for value in weights]
+    some = [each for each in formats if each is not None]
+    # Stored in two ways, one of them as they are, they are no input of any kernel.
+    return len(some) == 1 or (exact and any(each.bits == 8 for each in some))
+
+
 def _is_moe(node: ir.Node) -> bool:
     return node.domain == "com.microsoft" and node.op_type == "MoE"
 

@@ -303,6 +303,24 @@ void check_notes(const Field &raw) {
     raw.at("weight_bytes").whole(0, kMostBytes);
 }
 
+// How weights are stored in whole numbers. The graph's operators have it as attributes.
+void quantization(const Field &chosen) {
+    const auto number_of = [](const Field &value, std::initializer_list<std::int64_t> known,
+                              const char *expected) {
+        const std::int64_t number = value.whole(0, 128);
+        if (std::find(known.begin(), known.end(), number) == known.end()) value.refuse(expected);
+    };
+    chosen.only({"block", "symmetric", "accuracy", "method", "bits"});
+    number_of(chosen.at("block"), {32, 64, 128}, "one of 32, 64, 128");
+    chosen.at("symmetric").truth();
+    chosen.at("accuracy").one_of({"exact", "fast"});
+    chosen.at("method").one_of({"nearest", "importance", "gptq", "given"});
+    for (const auto &[name, bits] : chosen.at("bits").entries(kMostTensors)) {
+        if (!kTensor.spell(name)) damaged(bits.name() + " is not named like a tensor");
+        number_of(bits, {4, 8, 32}, "one of 4, 8, 32");
+    }
+}
+
 Manifest manifest(const Field &raw) {
     Manifest result;
     raw.only({"model_type",    "task",
@@ -315,20 +333,31 @@ Manifest manifest(const Field &raw) {
               "weight_bytes",  "tools",
               "labels",        "engine",
               "files",         "validation",
-              "schema_version", "weights"});
+              "schema_version", "weights",
+              "quantization"});
     // Any architecture: the graph is all that a session knows of it.
     result.model_type = raw.at("model_type").matching(kPackage, "the name of an architecture");
     result.task = raw.at("task").one_of({"generate", "features", "classify"});
     result.target = raw.at("target").one_of({"onnx", "ort", "trt", "trt-rtx"});
     result.precision = raw.at("precision").one_of({"float32", "float16", "bfloat16"});
     // What matrices are stored in; the graph casts them, so a session need not know.
+    bool in_numbers = false;
     if (raw.has("weights")) {
         const Field stored = raw.at("weights");
-        stored.one_of({"checkpoint", "float16", "bfloat16"});
+        const std::string said =
+            stored.one_of({"checkpoint", "float16", "bfloat16", "int4", "int8"});
+        in_numbers = said == "int4" || said == "int8";
+        if (in_numbers && result.target != "ort") {
+            stored.refuse("of floats, but for the target ort, and the target is " + result.target);
+        }
         if (result.precision != "float32") {
             stored.refuse("left out, but for a precision of float32");
         }
     }
+    if (raw.has("quantization") != in_numbers) {
+        damaged("quantization goes with weights in whole numbers, each with the other");
+    }
+    if (in_numbers) quantization(raw.at("quantization"));
     result.main_output = tensor_name(raw.at("main_output"));
     result.inputs = tensors(raw.at("inputs"));
     result.outputs = tensors(raw.at("outputs"));

@@ -428,6 +428,33 @@ TEST_CASE("matrices that are stored narrower than they are computed in") {
     CHECK(contains(refusal(copy.path()), "weights is \"bfloat16\", and must be left out"));
 }
 
+TEST_CASE("weights in whole numbers") {
+    const Copy copy("olmoe-ort");
+    copy.edit([](json &raw) { raw["weights"] = "int4"; });
+    CHECK(contains(refusal(copy.path()), "quantization goes with weights in whole numbers"));
+    copy.edit([](json &raw) {
+        raw["quantization"] = {{"block", 64},
+                               {"symmetric", true},
+                               {"accuracy", "fast"},
+                               {"method", "nearest"},
+                               {"bits", {{"lm_head.weight", 8}}}};
+    });
+    CHECK(refusal(copy.path()).empty());
+    copy.edit([](json &raw) { raw["quantization"]["block"] = 48; });
+    CHECK(contains(refusal(copy.path()), "quantization.block is 48, and must be one of 32"));
+    copy.edit([](json &raw) {
+        raw["quantization"]["block"] = 32;
+        raw["quantization"]["bits"]["lm_head.weight"] = 5;
+    });
+    CHECK(contains(refusal(copy.path()), "must be one of 4, 8, 32"));
+    copy.edit([](json &raw) {
+        raw["quantization"]["bits"] = json::object();
+        raw["target"] = "onnx";
+        for (json &state : raw["states"]) state["shared"] = false;
+    });
+    CHECK(contains(refusal(copy.path()), "weights is \"int4\", and must be of floats"));
+}
+
 #ifndef INGOT_FAKE_VERSION
 TEST_CASE("an engine, where the library was built without TensorRT") {
     const Copy copy("olmoe-ort");
