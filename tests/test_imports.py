@@ -20,6 +20,7 @@ SKIPPED = {"tests", "out", "build", "dist", "docs"}
 MANIFEST_READS = (
     "ingot.export.external_data",
     "ingot.export.ingot_schema",
+    "ingot.export.quantization",
     "ingot.graphs.names",
     "ingot.graphs.state",
     "ingot.plugins.errors",
@@ -58,6 +59,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ingot.export.ingot": MANIFEST_READS,
     "ingot.export.ingot_schema": MANIFEST_READS,
     "ingot.export.external_data": (),
+    "ingot.export.quantization": (),
     "ingot.runtime": (
         "ingot.graphs.state",
         "ingot.plugins.command_line",
@@ -86,6 +88,7 @@ STANDARD_LIBRARY_AND: dict[str, tuple[str, ...]] = {
     "ingot.export.ingot": MANIFEST_READS,
     "ingot.export.ingot_schema": MANIFEST_READS,
     "ingot.export.external_data": (),
+    "ingot.export.quantization": (),
     "ingot.export.tokenizer_files": ("ingot.plugins.errors", "ingot.plugins.json_file"),
     "ingot.graphs.names": (),
     "ingot.graphs.state": (),
