@@ -35,8 +35,8 @@ MANIFEST_READS = (
 WEIGHTS = tuple(
     f"ingot.validate.identity.weights{part}"
     for part in (
-        *("", "_adapter", "_checkpoint", "_compare", "_factors"),
-        *("_files", "_found", "_graph", "_header", "_names"),
+        *("", "_adapter", "_blocks", "_checkpoint", "_compare", "_explained", "_factors"),
+        *("_files", "_found", "_graph", "_header", "_names", "_rounding"),
     )
 )
 WEIGHTS_READ = (

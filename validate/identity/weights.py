@@ -1,11 +1,12 @@
 """Every stored weight of an ingot held against the checkpoint's tensors.
 
-The comparison is to the bit. What a weight should be is the checkpoint's number in float32, rounded
-to the nearest number of the dtype it is stored in, which is that of the precision, and of matrices
-what ``weights`` of ``ingot.json`` says; where the graph has a factor in its weights,
-that times the factor in float32 and rounded again, once for each factor. (A float64 checkpoint is
-so rounded twice in half precision, as PyTorch rounds it.) The layout follows from the operator that
-reads the weight, the factors from ``config.json``.
+The comparison is to the bit, but for what is stored in blocks of whole numbers, which is held to
+what rounding explains (``weights_rounding``). What another weight should be is the checkpoint's
+number in float32, rounded to the nearest number of the dtype it is stored in, which is that of the
+precision, and of matrices what ``weights`` of ``ingot.json`` says; where the graph has a factor in
+its weights, that times the factor in float32 and rounded again, once for each factor. (A float64
+checkpoint is so rounded twice in half precision, as PyTorch rounds it.) The layout follows from the
+operator that reads the weight, the factors from ``config.json``.
 
 Nothing here comes from the export, or from what the eager graph reads its weights with: a fault in
 those shows as a difference.
@@ -13,10 +14,11 @@ those shows as a difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -24,14 +26,24 @@ from ingot.export.progress import Advance
 from ingot.graphs.names import ALIASES, RELEASED
 from ingot.plugins.errors import named
 from ingot.validate.identity.subject import Subject
+from ingot.validate.identity.weights_blocks import PLACES, Blocked, blocked, is_side
 from ingot.validate.identity.weights_checkpoint import Tensors
 from ingot.validate.identity.weights_compare import BLOCK, Source, compare, shape_in
 from ingot.validate.identity.weights_factors import factors
 from ingot.validate.identity.weights_files import FileFormatError, Reader, Tensor
 from ingot.validate.identity.weights_found import Found
-from ingot.validate.identity.weights_graph import Graph, LayoutError, Weight
+from ingot.validate.identity.weights_graph import Graph, Layout, LayoutError, Weight
 from ingot.validate.identity.weights_header import disagreements
-from ingot.validate.identity.weights_names import HEAD, HEADS, Made, bare, buffer, is_embedding
+from ingot.validate.identity.weights_names import (
+    HEAD,
+    HEADS,
+    OF_ONE_EXPERT,
+    Made,
+    bare,
+    buffer,
+    is_embedding,
+)
+from ingot.validate.identity.weights_rounding import Format, compare_blocks, filling_is_zero
 from ingot.validate.result import Check
 
 GRAPH = "model.onnx"
@@ -40,6 +52,29 @@ ALWAYS_FLOAT32 = (".A_log", ".D", ".dt_bias")
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 CHECKPOINT = "checkpoint"
+# Bits of what is stored in blocks of whole numbers, and the operators whose matrices are.
+INTEGERS = {"int4": 4, "int8": 8}
+IN_BLOCKS = frozenset({"MatMul", "Gemm", "FusedMatMul", "MoE", "Gather", *PLACES})
+
+
+class Quantization(Protocol):
+    """What ``quantization`` of ``ingot.json`` says.
+
+    Attributes:
+        block: numbers of a block.
+        symmetric: whether it has no zero points.
+        method: how numbers were chosen.
+        bits: of the weights that have others than ``weights`` says, by name.
+    """
+
+    @property
+    def block(self) -> int: ...
+    @property
+    def symmetric(self) -> bool: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def bits(self) -> Mapping[str, int]: ...
 
 
 @dataclass
@@ -53,6 +88,7 @@ class Weights:
         task: of the ingot.
         precision: of the ingot, by PyTorch's name.
         stored: what its matrices are stored in, as ``weights`` of ``ingot.json`` has it.
+        quantization: of ``ingot.json``, where that is in blocks of whole numbers.
     """
 
     graph: Graph
@@ -61,6 +97,7 @@ class Weights:
     task: str
     precision: str
     stored: str = ""
+    quantization: Quantization | None = None
 
     def compare(self, found: Found, advance: Advance) -> None:
         """Hold every weight against the checkpoint.
@@ -75,6 +112,9 @@ class Weights:
                 source = self.tensors.source(reader)
                 for name, weight in self.graph.weights.items():
                     made = self.tensors.make(name)
+                    if is_side(self.graph, name):
+                        # Compared with the numbers that they belong to.
+                        continue
                     if made is not None:
                         self._weight(found, weight, made, source, reader, advance)
                     # Numbers inside of the graph file are constants of its own.
@@ -106,35 +146,94 @@ class Weights:
         name, operator = tensor.name, self._operator(tensor.name)
         found.compared += 1
         found.read |= {part.tensor.name for part in made.parts}
+        given = self._format(name, made)
         try:
-            layout = self.graph.layout(name)
+            layout, in_blocks = self.graph.layout(name), blocked(self.graph, name)
         except LayoutError as error:
             found.wrong(name, operator, str(error))
+            return
+        if is_embedding(made.parameter) and HEAD not in self.graph.weights:
+            found.parameters.add(HEAD)
+        if given is not None and in_blocks is not None:
+            self._blocks(found, in_blocks, made, layout, given, source, reader, advance)
+            return
+        if in_blocks is not None or given is not None:
+            has = tensor.dtype if in_blocks is None else in_blocks.text
+            wanted = self._dtype(name, made) if given is None else given.text
+            found.wrong(name, operator, f"it is stored as {has} and should be {wanted}")
             return
         dtype = self._dtype(name, made)
         if tensor.dtype != dtype:
             found.wrong(name, operator, f"it is stored as {tensor.dtype} and should be {dtype}")
         shape = shape_in(layout, made)
+        if tensor.dtype not in SIZES:
+            return
         if tensor.shape != shape:
             sizes = f"{list(tensor.shape)} and should be {list(shape)}"
             found.wrong(name, operator, f"it is stored as {sizes}")
             return
-        if is_embedding(made.parameter) and HEAD not in self.graph.weights:
-            found.parameters.add(HEAD)
         folded = self._factors.get(name, ())
         for what in self._roles(made):
             found.parameters.add(what.parameter)
             for each in compare(tensor, what, layout, folded, source, reader, advance):
                 found.different(name, operator, each)
 
+    def _blocks(
+        self,
+        found: Found,
+        weight: Blocked,
+        made: Made,
+        layout: Layout,
+        given: Format,
+        source: Source,
+        reader: Reader,
+        advance: Advance,
+    ) -> None:
+        """Hold one weight in blocks against what it is made of, within what rounding explains."""
+        name, operator = weight.codes.name, self._operator(weight.codes.name)
+        if (text := weight.text) != given.text:
+            found.wrong(name, operator, f"it is stored as {text} and should be {given.text}")
+            given = replace(given, bits=weight.bits, size=weight.size)
+            given = replace(given, symmetric=weight.zero_points is None)
+        wanted, has = made.matrices, (weight.matrices, weight.rows, weight.columns)
+        # What no whole blocks fill is filled up, where a node cannot say how much of it counts.
+        most = wanted[0], wanted[1] + 2 * weight.size - 1, weight.blocks * weight.size
+        blocks = -(-wanted[2] // weight.size)
+        if blocks != weight.blocks or any(
+            not low <= size <= high for low, size, high in zip(wanted, has, most, strict=True)
+        ):
+            sizes = f"{list(has)} and should be {list(wanted)}"
+            found.wrong(name, operator, f"its matrices, rows and columns are {sizes}")
+            return
+        if not filling_is_zero(weight, made, reader):
+            found.wrong(name, operator, "the rows that it is filled up with are not zero")
+        for what in self._roles(made):
+            found.parameters.add(what.parameter)
+            for each in compare_blocks(weight, what, layout, given, source, reader, advance):
+                found.wrong(name, operator, str(each), each.ratio, each.tensor.name)
+
+    def _format(self, name: str, made: Made) -> Format | None:
+        """How a weight should be stored in blocks; None where it should not be."""
+        bits, how = INTEGERS.get(self.stored), self.quantization
+        read = {use.node.op_type for use in self.graph.readers(name)}
+        if bits is None or how is None or not self._matrix(name, made) or not read & IN_BLOCKS:
+            return None
+        one = OF_ONE_EXPERT.fullmatch(name)
+        own = how.bits.get(name, how.bits.get(one["stack"] if one else name, bits))
+        return Format(own, how.block, how.symmetric, how.method) if own in (4, 8) else None
+
+    def _matrix(self, name: str, made: Made) -> bool:
+        """Whether it is a matrix, a stack of them or a table, and no router's."""
+        # The kernel of a convolution has an axis of 1; what is of a router decides by little.
+        shaped = len(made.shape) >= 2 and 1 not in made.shape[1:]
+        return shaped and not name.endswith(ALWAYS_FLOAT32) and not self.graph.routes(name)
+
     def _dtype(self, name: str, made: Made) -> str | None:
-        """What a weight should be stored in."""
+        """What a weight should be stored in, where that is one number by itself."""
         if name.endswith(ALWAYS_FLOAT32):
             return "F32"
         own = DTYPES.get(self.precision)
-        # The kernel of a convolution has an axis of 1; what is of a router decides by little.
-        matrix = len(made.shape) >= 2 and 1 not in made.shape[1:] and not self.graph.routes(name)
-        if not self.stored or not matrix:
+        if not self.stored or self.stored in INTEGERS or not self._matrix(name, made):
             return own
         if self.stored != CHECKPOINT:
             return DTYPES.get(self.stored)
@@ -205,7 +304,8 @@ def check_weights(subject: Subject) -> Check:
     graph = Graph.read(subject.folder, GRAPH)
     tensors = Tensors(base, adapters[0] if adapters else None, tuple(graph.weights))
     precision, stored = manifest.precision, manifest.weights
-    weights = Weights(graph, subject.folder, tensors, manifest.task, precision, stored)
+    how = getattr(manifest, "quantization", None)
+    weights = Weights(graph, subject.folder, tensors, manifest.task, precision, stored, how)
     described = ALIASES.get(manifest.model_type, manifest.model_type) in RELEASED
     found = Found(described)
     total = sum(weight.tensor.nbytes for weight in graph.weights.values())

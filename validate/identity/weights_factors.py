@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ingot.validate.identity.weights_graph import Graph
+from ingot.validate.identity.weights_graph import LOOKUPS, Graph
 from ingot.validate.identity.weights_names import HEAD, bare, is_embedding
 
 EMBEDDING, RESIDUAL, LOGITS = "embedding_multiplier", "residual_multiplier", "logits_scaling"
@@ -43,7 +43,7 @@ def factors(graph: Graph, config: Mapping[str, Any]) -> dict[str, tuple[np.float
     shared = [name for name in tables if any(_heads(graph, name))]
     norms = [name for name in graph.weights if bare(name) in NORMS]
     for table in tables:
-        lookups = [use.node for use in graph.readers(table) if use.node.op_type == "Gather"]
+        lookups = [use.node for use in graph.readers(table) if use.node.op_type in LOOKUPS]
         if embedding != 1.0 and not any(graph.multiplied(node.output[0]) for node in lookups):
             fold(table, embedding)
             # The head must not see it.
@@ -80,6 +80,6 @@ def _heads(graph: Graph, name: str) -> list[str]:
         node = use.node
         if node.op_type == "Transpose":
             found += [each.node.output[0] for each in graph.readers(node.output[0])]
-        elif node.op_type != "Gather":
+        elif node.op_type not in LOOKUPS:
             found.append(node.output[0])
     return found

@@ -22,13 +22,19 @@ DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT16: "F16",
     onnx.TensorProto.BFLOAT16: "BF16",
     onnx.TensorProto.DOUBLE: "F64",
+    # What whole numbers of a few bits are packed in.
+    onnx.TensorProto.UINT8: "U8",
 }
 # Operators that hand on what they read, element by element in the same order.
-SAME_ORDER = ("Cast", "Identity")
+SAME_ORDER = ("Cast", "Identity", "Reshape")
+# Operators that take rows of a table.
+LOOKUPS = ("Gather", "GatherBlockQuantized")
 # How the values are called that routers choose by.
 ROUTER_LOGITS = "router_logits."
-# Of com.microsoft::MoE: which input has which matrices.
-MOE_LOGITS, MOE_GATE_UP, MOE_DOWN = 1, 2, 4
+# Of com.microsoft's operators of experts: where the router's logits are, and which input has which
+# matrices.
+MOE_LOGITS = 1
+MOE_GATE_UP, MOE_DOWN = {"MoE": 2, "QMoE": 2}, {"MoE": 4, "QMoE": 5}
 
 
 class LayoutError(ValueError):
@@ -69,7 +75,7 @@ class External:
 
 @dataclass(frozen=True)
 class Weight:
-    """An initializer of floating-point numbers.
+    """An initializer of floating-point numbers, or of bytes.
 
     Attributes:
         tensor: its elements.
@@ -178,14 +184,14 @@ class Graph:
             return Layout(turned=True)
         if kind in ("Gemm", "FusedMatMul") and use.index == 1:
             return Layout(turned=not attribute(node, "transB", 0))
-        if kind != "MoE":
+        if kind not in MOE_DOWN:
             return Layout()
         # ONNX Runtime's ContribOperators.md: 1 is gate and up in turn, 2 is one after the other.
         fusion = attribute(node, "swiglu_fusion", 0)
-        if use.index not in (MOE_GATE_UP, MOE_DOWN) or fusion not in (1, 2):
-            raise LayoutError(f"it is input {use.index} of a MoE with swiglu_fusion {fusion}")
+        if use.index not in (MOE_GATE_UP[kind], MOE_DOWN[kind]) or fusion not in (1, 2):
+            raise LayoutError(f"it is input {use.index} of a {kind} with swiglu_fusion {fusion}")
         return Layout(
-            interleaved=fusion == 1 and use.index == MOE_GATE_UP,
+            interleaved=fusion == 1 and use.index == MOE_GATE_UP[kind],
             backwards=self._backwards(node.input[MOE_LOGITS]),
         )
 
@@ -199,14 +205,16 @@ class Graph:
     def multiplied(self, value: str) -> bool:
         """Whether a value is multiplied or divided by a constant number before anything else.
 
-        A bias may be added before, and casts may stand between.
+        A bias may be added before, and casts may stand between, or a cut of what rows of a table
+        are filled up with.
         """
         for use in self.readers(value):
             node = use.node
             other = [name for index, name in enumerate(node.input) if index != use.index]
             if node.op_type in ("Mul", "Div") and other and other[0] in self.scalars:
                 return True
-            if node.op_type == "Add" and other[0] in self.weights:
+            added = node.op_type == "Add" and other[0] in self.weights
+            if added or (node.op_type == "Slice" and use.index == 0):
                 return self.multiplied(node.output[0])
         return False
 

@@ -45,6 +45,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 _CODE = (
     "graphs",
     "plugins",
+    "validate/identity/weights_blocks.py",
+    "validate/truth/decoded.py",
     "validate/truth/eager.py",
     "validate/truth/joined.py",
     "validate/truth/layerwise.py",

@@ -290,10 +290,8 @@ class Reference:
         return self._digest
 
     def _stored(self) -> str | None:
-        """Which weights are rounded to what, in words; None where none is."""
-        if not isinstance(self._weights, StoredCheckpoint):
-            return None
-        return json.dumps({name: str(dtype) for name, dtype in self._weights.stored.items()})
+        """What of the weights is not the checkpoint's, in words; None where nothing is."""
+        return self._weights.key if isinstance(self._weights, StoredCheckpoint) else None
 
     def _bytes(self, name: str) -> int:
         entry = self.checkpoint.entries[name]

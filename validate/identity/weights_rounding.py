@@ -1,0 +1,372 @@
+"""Weights in blocks against the checkpoint's numbers: what rounding may do to a block, and no more.
+
+What is stored is decoded and held against the checkpoint block by block. Rounding to nearest, with
+the scale that a block's largest number gives, has a squared error that can be worked out from the
+block alone; a search for better scales makes it less, so more is a fault: numbers, scales or zero
+points of another place, or read in another way. An error of one number hides in that of a long
+block, so each number has to be within little more than a step of what it stands for, too.
+
+Calibrated methods trade the error of weights for that of outputs, some numbers by more than a step.
+Of them a whole matrix is held to a multiple of what rounding to nearest costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from ingot.export.progress import Advance
+from ingot.validate.identity.weights_blocks import (
+    Blocked,
+    Piece,
+    Rows,
+    read_piece,
+    stored_rows,
+)
+from ingot.validate.identity.weights_compare import BLOCK, Source
+from ingot.validate.identity.weights_explained import Where, explained
+from ingot.validate.identity.weights_files import Floats, Reader, Tensor
+from ingot.validate.identity.weights_graph import Layout
+from ingot.validate.identity.weights_names import Made, Part
+
+Doubles = npt.NDArray[np.float64]
+
+NEAREST = "nearest"
+# Below and above these squares leave float32.
+LEAST, MOST = 1e-15, 1e15
+# Of float32: what decoding and the scale of a block are rounded by, in units of its largest number.
+FLOAT_ERROR = 2.0**-21
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a method may do to weights.
+
+    Attributes:
+        block: squared error of a block over that of plain rounding; None where it is not bounded.
+        matrix: squared error of a tensor over what plain rounding costs on average.
+        steps: how far one number may be from what it stands for; None where that is not bounded.
+    """
+
+    block: float | None
+    matrix: float
+    steps: float | None
+
+
+# A search begins with plain rounding, so a block is never worse than that but for the last bits.
+# A scale that is fitted to numbers after they were rounded moves some of them beyond half a step;
+# over a normal block by 0.12 steps, one standard deviation, so that 1.25 is seven of them.
+# What is weighed by activations, or makes up for the error of columns before, costs weights more:
+# random scales or numbers cost 40 to 200 times as much.
+TOLERANCES = {
+    NEAREST: Tolerance(1.05, 1.05, 1.25),
+    "importance": Tolerance(None, 3.0, None),
+    "gptq": Tolerance(None, 12.0, None),
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight should be stored.
+
+    Attributes:
+        bits: of a number.
+        size: numbers of a block.
+        symmetric: whether it has no zero points.
+        method: by which it was rounded, of ``TOLERANCES``.
+    """
+
+    bits: int
+    size: int
+    symmetric: bool
+    method: str = NEAREST
+
+    @property
+    def text(self) -> str:
+        """It, in words."""
+        zero_points = "" if self.symmetric else " with zero points"
+        return f"int{self.bits} in blocks of {self.size}{zero_points}"
+
+
+@dataclass
+class Rounding:
+    """How a weight in blocks differs from one tensor of the checkpoint.
+
+    Attributes:
+        tensor: of the checkpoint.
+        format: of the weight.
+        blocks: that were compared.
+        wrong: blocks that are further off than rounding explains.
+        far: numbers that are.
+        index: of the first element of the first wrong block, in the tensor.
+        square: sum of the squared errors.
+        power: sum of the squares of what should be.
+        plain: what plain rounding costs, on average.
+        filled: whether what rows are filled up with is not zero.
+        infinite: whether a scale is not finite.
+        reason: what explains it.
+    """
+
+    tensor: Tensor
+    format: Format
+    blocks: int = 0
+    wrong: int = 0
+    far: int = 0
+    index: tuple[int, ...] = ()
+    square: float = 0.0
+    power: float = 0.0
+    plain: float = 0.0
+    filled: bool = False
+    infinite: bool = False
+    reason: str = ""
+
+    @property
+    def beyond(self) -> bool:
+        """Whether the whole of it is further off than its method explains."""
+        # A few numbers that happen to lie badly are no fault.
+        most = TOLERANCES[self.format.method].matrix * self.plain * (1 + 4 / math.sqrt(self._count))
+        return not self.square <= most + (FLOAT_ERROR**2) * self.power
+
+    @property
+    def _count(self) -> int:
+        return max(1, self.blocks * self.format.size)
+
+    @property
+    def problem(self) -> bool:
+        """Whether anything is wrong."""
+        return bool(self.wrong or self.filled or self.infinite or self.beyond)
+
+    @property
+    def error(self) -> float:
+        """RMS of the errors over the RMS of what should be."""
+        if not math.isfinite(self.square):
+            return math.inf
+        return math.sqrt(self.square / self.power) if self.power else math.inf
+
+    @property
+    def ratio(self) -> float:
+        """Its error over what plain rounding costs."""
+        if not math.isfinite(self.square):
+            return math.inf
+        return math.sqrt(self.square / self.plain) if self.plain else math.inf
+
+    def __str__(self) -> str:
+        text = self._text()
+        return f"{text}; {self.reason}" if self.reason else text
+
+    def _text(self) -> str:
+        if self.infinite:
+            return f"a scale is not finite, the first of the block at {list(self.index)}"
+        if self.wrong:
+            blocks = f"{self.wrong} of {self.blocks} block{'s' * (self.blocks != 1)}"
+            are = "is" if self.wrong == 1 else "are"
+            one = f", {self.far} numbers of them by more than a step" if self.far else ""
+            return (
+                f"{blocks} {are} further from the checkpoint than rounding to {self.format.text} "
+                f"explains, the first at {list(self.index)}{one}"
+            )
+        if self.filled:
+            return "what its rows are filled up with is not zero"
+        return (
+            f"its error is {self.error:.3g} of its size, {self.ratio:.3g} times what rounding to "
+            f"{self.format.text} costs"
+        )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows that are compared at a time: what they should be and what is stored."""
+
+    wanted: Floats
+    piece: Piece
+    part: Part
+    rows: Rows
+
+
+def compare_blocks(
+    weight: Blocked,
+    made: Made,
+    layout: Layout,
+    given: Format,
+    source: Source,
+    reader: Reader,
+    advance: Advance,
+) -> list[Rounding]:
+    """Where a weight in blocks is not what its checkpoint says, tensor by tensor.
+
+    Args:
+        weight: as it is stored, of the format that is ``given``.
+        made: of what.
+        layout: in which it is stored.
+        given: its format, and how it was rounded.
+        source: reads the checkpoint.
+        reader: reads the weight.
+        advance: told the bytes that were compared.
+    """
+    found: dict[str, Rounding] = {}
+    for chunk in _chunks(weight, made, layout, source, reader):
+        name = chunk.part.tensor.name
+        rounding = found.setdefault(name, Rounding(chunk.part.tensor, given))
+        first = not rounding.wrong
+        wrong = _judge(rounding, chunk, made.matrices[2])
+        advance(chunk.piece.numbers.size * weight.bits // 8 + chunk.piece.scales.nbytes)
+        if first and wrong.any():
+            where = Where(weight, layout, chunk.rows, made.begin)
+            rounding.reason = explained(chunk.wanted, chunk.piece, wrong, where, reader)
+    for rounding in found.values():
+        # That a matrix is wrong as a whole is known at its end alone.
+        if rounding.beyond and not rounding.wrong:
+            rounding.reason = _explain_whole(rounding, weight, made, layout, source, reader)
+    return [each for each in found.values() if each.problem]
+
+
+def _explain_whole(
+    rounding: Rounding,
+    weight: Blocked,
+    made: Made,
+    layout: Layout,
+    source: Source,
+    reader: Reader,
+) -> str:
+    """What explains the error of a whole tensor, by its first rows."""
+    for chunk in _chunks(weight, made, layout, source, reader):
+        if chunk.part.tensor.name == rounding.tensor.name:
+            every = np.ones(chunk.piece.scales.shape, np.bool_)
+            where = Where(weight, layout, chunk.rows, made.begin)
+            return explained(chunk.wanted, chunk.piece, every, where, reader)
+    return ""
+
+
+def filling_is_zero(weight: Blocked, made: Made, reader: Reader) -> bool:
+    """Whether the rows of each matrix that the checkpoint does not have are zero."""
+    height = made.matrices[1]
+    for matrix in range(weight.matrices if weight.rows > height else 0):
+        piece = read_piece(reader, weight, matrix, height, weight.rows - height)
+        if piece.decoded().any():
+            return False
+    return True
+
+
+def _chunks(
+    weight: Blocked, made: Made, layout: Layout, source: Source, reader: Reader
+) -> Iterator[_Chunk]:
+    _, height, columns = made.matrices
+    most = max(1, BLOCK // (weight.blocks * weight.size))
+    for part in made.parts:
+        number = part.matrix - made.begin
+        for rows in stored_rows(layout, weight.matrices, height, number, part.row, part.rows):
+            for done in range(0, rows.height, most):
+                count = min(most, rows.height - done)
+                begin = rows.begin + done
+                first = rows.first + done * rows.step
+                own = replace(
+                    part,
+                    first=part.first + begin * columns,
+                    row=part.row + begin,
+                    rows=count,
+                )
+                piece = read_piece(reader, weight, rows.matrix, first, count, rows.step)
+                least, high = source.rows(made, own, 0, count, columns)
+                wanted = least if least is high else (least + high) * np.float32(0.5)
+                some = Rows(begin, count, rows.matrix, first, rows.step)
+                yield _Chunk(wanted, piece, own, some)
+
+
+def _judge(rounding: Rounding, chunk: _Chunk, columns: int) -> npt.NDArray[np.bool_]:
+    """Add some rows to what is known of a tensor; which of their blocks are wrong."""
+    piece, given = chunk.piece, rounding.format
+    tolerance = TOLERANCES[given.method]
+    count, blocks, size = piece.numbers.shape
+    wanted, decoded = _filled(chunk.wanted, blocks * size), piece.decoded()
+    rounding.filled |= bool(decoded[:, columns:].any())
+    wanted, decoded = (each.reshape(count, blocks, size) for each in (wanted, decoded))
+    largest = np.abs(wanted).max(axis=-1)
+    extreme = float(largest.max(initial=0.0))
+    if not LEAST < extreme < MOST:
+        wanted = wanted.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        errors = wanted - decoded
+        square = np.einsum("rbs,rbs->rb", errors, errors)
+        step = _step(wanted, largest, given)
+        average = size / 12 * np.square(step, dtype=np.float64)
+        infinite = ~np.isfinite(piece.scales)
+        wrong = ~np.isfinite(square)
+        if tolerance.block is not None:
+            # Most blocks are below the average of plain rounding, and need no more.
+            suspects = np.nonzero(~(square <= average))
+            some = wanted[suspects].astype(np.float64)
+            float_error = size * np.square(FLOAT_ERROR * largest[suspects], dtype=np.float64)
+            most = tolerance.block * _plain(some, given) + float_error
+            wrong[suspects] |= ~(square[suspects] <= most)
+        far = 0
+        if tolerance.steps is not None:
+            far = _far(wrong, wanted, errors, piece, given, tolerance.steps)
+    rounding.blocks += wrong.size
+    rounding.square += float(square.sum(dtype=np.float64))
+    rounding.power += float(np.square(wanted).sum(dtype=np.float64))
+    rounding.plain += float(average.sum())
+    rounding.infinite |= bool(infinite.any())
+    if wrong.any():
+        if not rounding.wrong:
+            row, block = np.unravel_index(int(wrong.reshape(-1).argmax()), wrong.shape)
+            at = chunk.part.first + int(row) * columns + int(block) * size
+            rounding.index = tuple(map(int, np.unravel_index(at, rounding.tensor.shape)))
+        rounding.wrong += int(wrong.sum())
+        rounding.far += far
+    return np.asarray(wrong)
+
+
+def _far(
+    wrong: npt.NDArray[np.bool_],
+    wanted: np.ndarray,
+    errors: np.ndarray,
+    piece: Piece,
+    given: Format,
+    steps: float,
+) -> int:
+    """How many numbers are ``steps`` or more from the nearest; their blocks are ``wrong``."""
+    suspects = np.nonzero(np.abs(errors).max(axis=-1) > steps * np.abs(piece.scales))
+    scales = piece.scales[suspects].astype(np.float64)[:, None]
+    numbers = piece.numbers[suspects].astype(np.float64)
+    # Beyond either end the end is the nearest.
+    with np.errstate(divide="ignore"):
+        exact = wanted[suspects] / scales + piece.zeros[suspects][:, None]
+    moved = np.abs(numbers - np.clip(exact, 0, (1 << given.bits) - 1))
+    # A scale of zero stands for zeros, and its error is seen as that of the block.
+    far = (moved > steps) & (scales != 0)
+    wrong[suspects] |= far.any(axis=-1)
+    return int(far.sum())
+
+
+def _step(wanted: np.ndarray, largest: np.ndarray, given: Format) -> np.ndarray:
+    """The step of plain rounding, for each block."""
+    if given.symmetric:
+        return np.asarray(largest / ((1 << (given.bits - 1)) - 1))
+    low, high = np.minimum(wanted.min(axis=-1), 0), np.maximum(wanted.max(axis=-1), 0)
+    return np.asarray((high - low) / ((1 << given.bits) - 1))
+
+
+def _plain(blocks: Doubles, given: Format) -> Doubles:
+    """The squared error of each block ``[n, size]`` where it is plainly rounded to nearest."""
+    step = _step(blocks, np.abs(blocks).max(axis=-1), given)[:, None]
+    safe = np.where(step > 0, step, 1.0)
+    middle, most = 1 << (given.bits - 1), (1 << given.bits) - 1
+    zero = (
+        middle if given.symmetric else np.rint(-np.minimum(blocks.min(axis=-1), 0)[:, None] / safe)
+    )
+    numbers = np.clip(np.rint(blocks / safe) + zero, 0, most)
+    errors: Doubles = blocks - (numbers - zero) * step
+    return np.asarray(np.square(errors).sum(axis=-1))
+
+
+def _filled(rows: Floats, width: int) -> Floats:
+    """Rows with zeros behind them."""
+    if rows.shape[1] == width:
+        return rows
+    filled = np.zeros((len(rows), width), np.float32)
+    filled[:, : rows.shape[1]] = rows
+    return filled
