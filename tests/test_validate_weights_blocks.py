@@ -86,7 +86,8 @@ def decoded(folder: Path, step: int = 1) -> np.ndarray:
 
 
 def product(tensors: Tensors, columns: int, bits: int, size: int) -> onnx.NodeProto:
-    fields = {"K": columns, "N": len(tensors["w"]), "bits": bits, "block_size": size}
+    fields: dict[str, Any] = {"K": columns, "N": len(tensors["w"]), "bits": bits}
+    fields["block_size"] = size
     return helper.make_node("MatMulNBits", ["x", *tensors], ["y"], domain=MICROSOFT, **fields)
 
 
@@ -157,7 +158,7 @@ def test_refuses_tensors_that_do_not_fit_their_reader(
 
 def test_refuses_two_readers_that_take_a_table_for_two_things(tmp_path: Path) -> None:
     tensors = in_blocks(32, 32, 8, 32, False)
-    nodes = [product(tensors, 32, 8, 32), product(tensors, 31, 8, 32)]
+    nodes = [product(tensors, 30, 8, 32), product(tensors, 31, 8, 32)]
     nodes[1].output[0] = "z"
     folder = written(tmp_path, nodes, tensors, {"x": TensorProto.FLOAT})
     with pytest.raises(LayoutError, match="another number of columns"):

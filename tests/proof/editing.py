@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from ingot.validate.truth.probes import PREFIX
+from ingot.validate.truth.probes_quantised import PREFIX
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Edit = Callable[["Editor"], None]

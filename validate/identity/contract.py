@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -26,6 +26,7 @@ from ingot.export.generation import read_generation
 from ingot.export.ingot import GRAPH, TRTEXEC, Manifest
 from ingot.export.ingot_schema import CHECKPOINT, STORED
 from ingot.export.manifest import make_manifest
+from ingot.export.quantization import BITS
 from ingot.graphs.family import find_family
 from ingot.plugins.errors import IngotError, named, shown
 from ingot.validate.identity.bodies import all_nodes, is_weight
@@ -33,6 +34,9 @@ from ingot.validate.identity.options import options_problem
 from ingot.validate.identity.side_files import side_files
 from ingot.validate.identity.stated import stated
 from ingot.validate.identity.subject import Subject
+from ingot.validate.identity.weights_blocks import is_side, uses_of
+from ingot.validate.identity.weights_checkpoint import Tensors
+from ingot.validate.identity.weights_graph import Graph
 from ingot.validate.result import Check
 
 NAME = "contract"
@@ -47,6 +51,8 @@ MOST = 12
 # Elements of lists that have a name of their own.
 KEYS = ("name", "input")
 SHARING = "GroupQueryAttention"
+# Inputs of what looks rows of a table up: the table, and its scales and zero points.
+LOOKED_UP = {("Gather", 0), *(("GatherBlockQuantized", place) for place in (0, 2, 3))}
 
 
 def check_contract(subject: Subject) -> Check:
@@ -58,7 +64,7 @@ def check_contract(subject: Subject) -> Check:
     manifest = subject.manifest
     model = onnx.load(str(subject.folder / GRAPH), load_external_data=False)
     fields = _Fields()
-    fields.compare(_read_off(manifest, model), "in the graph")
+    fields.compare(_read_off(manifest, model, _counted(subject)), "in the graph")
     fields.compare(_engine(subject), "in the graph")
     problems = [*_precision(manifest, model.graph), *_profiles(subject)]
     left_out = ""
@@ -174,7 +180,27 @@ def _stated(subject: Subject) -> Iterator[Field]:
         yield name if name in own else f"generation.{name}", has.get(name), expected
 
 
-def _read_off(manifest: Manifest, model: onnx.ModelProto) -> Iterator[Field]:
+# How many numbers of the checkpoint a tensor of the graph has.
+Count = Callable[[onnx.TensorProto], int]
+
+
+def _counted(subject: Subject) -> Count:
+    """Counts what is in blocks of whole numbers by the checkpoint: what fills blocks is none."""
+    graph = Graph.read(subject.folder, GRAPH)
+    base, *adapters = subject.checkpoint.folders
+    tensors = Tensors(base, adapters[0] if adapters else None, tuple(graph.weights))
+
+    def count(tensor: onnx.TensorProto) -> int:
+        if tensor.name in graph.weights and is_side(graph, tensor.name):
+            return 0
+        in_blocks = tensor.name in graph.weights and uses_of(graph, tensor.name)
+        made = tensors.make(tensor.name) if in_blocks else None
+        return math.prod(tensor.dims if made is None else made.shape)
+
+    return count
+
+
+def _read_off(manifest: Manifest, model: onnx.ModelProto, count: Count) -> Iterator[Field]:
     """What the graph file itself says of inputs, outputs, states and operators."""
     graph = model.graph
     opsets = {each.domain: each.version for each in model.opset_import}
@@ -191,25 +217,26 @@ def _read_off(manifest: Manifest, model: onnx.ModelProto) -> Iterator[Field]:
     operators = Counter(node.op_type for node in all_nodes(graph))
     yield "graph.nodes", manifest.graph["nodes"], operators.total()
     yield "graph.operators", dict(manifest.graph["operators"]), dict(operators)
-    yield from _sizes(manifest, graph)
+    yield from _sizes(manifest, graph, count)
     for state in manifest.states:
         # Of the kernels only this one appends to a buffer in place.
         shares = SHARING in operators and state.kind in ("key", "value")
         yield f"states[{state.input}].shared", state.shared, shares
 
 
-def _sizes(manifest: Manifest, graph: onnx.GraphProto) -> Iterator[Field]:
+def _sizes(manifest: Manifest, graph: onnx.GraphProto, counted: Count) -> Iterator[Field]:
     """Every parameter is a number of some weight, and of a table a token reads one row."""
-    uses = defaultdict(set)
-    for node in all_nodes(graph):
+    uses: dict[str, set[tuple[str, int]]] = defaultdict(set)
+    for node in reversed(list(all_nodes(graph))):
         for index, name in enumerate(node.input):
-            uses[name].add((node.op_type, index))
+            same = node.op_type == "Reshape" and index == 0
+            uses[name] |= uses[node.output[0]] if same else {(node.op_type, index)}
     numbers = weight_bytes = unread = 0
     for tensor in filter(is_weight, graph.initializer):
-        count = math.prod(tensor.dims)
-        size = count * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        numbers, weight_bytes = numbers + count, weight_bytes + size
-        if len(tensor.dims) == 2 and uses[tensor.name] == {("Gather", 0)}:
+        itemsize = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        size = math.prod(tensor.dims) * itemsize
+        numbers, weight_bytes = numbers + counted(tensor), weight_bytes + size
+        if len(tensor.dims) >= 2 and uses[tensor.name] and uses[tensor.name] <= LOOKED_UP:
             unread += size - size // tensor.dims[0]
     yield "parameters", manifest.parameters, numbers
     yield "weight_bytes", manifest.weight_bytes, weight_bytes
@@ -246,6 +273,8 @@ def _precision(manifest: Manifest, graph: onnx.GraphProto) -> Iterator[str]:
         expected = {"float32" if tensor.name.endswith(kept) else precision}
         # Of which matrices, is for the weights and the graph to say.
         expected |= {manifest.weights} if manifest.weights != CHECKPOINT else set(STORED)
+        if manifest.weights in BITS:
+            expected.add("uint8")
         if dtype not in expected:
             others.append((dtype, tensor.name))
     if others:

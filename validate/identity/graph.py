@@ -122,7 +122,7 @@ def _stored(model: onnx.ModelProto, folder: Path) -> Iterator[str]:
 
 
 # Of safetensors, those that an export writes.
-_DTYPES = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "I64": "INT64"}
+_DTYPES = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "I64": "INT64", "U8": "UINT8"}
 
 
 def _counted(model: onnx.ModelProto, manifest: Manifest) -> Iterator[str]:

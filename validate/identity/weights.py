@@ -304,7 +304,7 @@ def check_weights(subject: Subject) -> Check:
     graph = Graph.read(subject.folder, GRAPH)
     tensors = Tensors(base, adapters[0] if adapters else None, tuple(graph.weights))
     precision, stored = manifest.precision, manifest.weights
-    how = getattr(manifest, "quantization", None)
+    how = manifest.quantization
     weights = Weights(graph, subject.folder, tensors, manifest.task, precision, stored, how)
     described = ALIASES.get(manifest.model_type, manifest.model_type) in RELEASED
     found = Found(described)

@@ -15,7 +15,7 @@ apart from what an export makes blocks with.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -244,7 +244,13 @@ def blocked(graph: Graph, name: str) -> Blocked | None:
         return None
     if len(uses) < len(graph.readers(name)):
         raise LayoutError("it is read as numbers in blocks, and as something else")
-    found = {_blocked(graph, name, node, places) for node, places in uses}
+    every = [_blocked(graph, name, node, places) for node, places in uses]
+    # What looks rows up hands out what fills their last block as well.
+    columns = min(each.columns for each in every)
+    found = {
+        replace(each, columns=columns) if each.columns == each.blocks * each.size else each
+        for each in every
+    }
     if len(found) > 1:
         texts = sorted({f"{each.text} ({named(each.scales.name)})" for each in found})
         if len(texts) > 1:

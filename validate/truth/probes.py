@@ -21,13 +21,17 @@ from onnx import helper, numpy_helper
 
 from ingot.plugins.operator import DOMAIN
 from ingot.plugins.registry import OPERATORS
+from ingot.validate.truth.probes_quantised import (
+    GATE,
+    MICROSOFT,
+    PREFIX,
+    UP,
+    Format,
+    QuantisedExperts,
+    is_quantised,
+)
 from ingot.validate.truth.recording import Array
 
-MICROSOFT = "com.microsoft"
-PREFIX = "ingot.validate.probe"
-# Gate and up of a synthetic expert: every activation is its argument there, to 1e-6, and so the
-# product is 1.
-GATE, UP = 16.0, 1.0 / 16.0
 # What the inputs of ONNX Runtime's MoE are in the names of ``ingot::MoeDispatch``. With one row of
 # gate and one of up it is all the same how they are interleaved.
 MOE_INPUTS = ("x", "router_logits", "gate_up", "", "down")
@@ -42,7 +46,8 @@ class Reader:
     """Where the choice of one router can be read.
 
     Attributes:
-        output: of the graph: the experts' weights ``[N, E]`` float32, or their ids ``[N, K]``.
+        output: of the graph: the experts' weights ``[N, E]`` float32, with columns of zeros behind
+            where whole blocks are filled, or their ids ``[N, K]``.
         ids: whether it is the latter.
         reverse: whether the kernel counts the experts from the last one.
     """
@@ -60,7 +65,8 @@ class Reader:
             mask = np.zeros((len(array), experts), dtype=np.bool_)
             np.put_along_axis(mask, np.clip(array, 0, experts - 1), True, axis=-1)
         else:
-            mask = array != 0
+            # A kernel that takes whole blocks only gives some columns more.
+            mask = array[:, :experts] != 0
         return mask[:, ::-1] if self.reverse else mask
 
 
@@ -219,8 +225,11 @@ class _Routes:
 
     def experts_of(self, node: onnx.NodeProto) -> int | None:
         """E of a node for which there are synthetic experts; None of another."""
-        parts = _gated_inputs(node)
-        stack = self._constant(node.input[parts.index("down")]) if parts else None
+        if is_quantised(node):
+            stack = self._constant(node.input[2]) if Format.of(node) is not None else None
+        else:
+            parts = _gated_inputs(node)
+            stack = self._constant(node.input[parts.index("down")]) if parts else None
         return None if stack is None or len(stack.dims) != 3 else stack.dims[0]
 
     def _constant(self, name: str) -> onnx.TensorProto | None:
@@ -273,6 +282,7 @@ class _Synthetic:
     def __init__(self, model: onnx.ModelProto) -> None:
         self._initializers = model.graph.initializer
         self._inputs: dict[int, dict[str, str]] = {}
+        self._quantised = QuantisedExperts(model)
         self.kept: list[str] = []
 
     def probe(
@@ -284,8 +294,10 @@ class _Synthetic:
             node: the one that chooses.
             logits: that it is given.
             experts: E.
-            output: the name of what the probe gives, ``[N, E]`` float32.
+            output: the name of what the probe gives, ``[N, E]`` float32 or wider.
         """
+        if is_quantised(node):
+            return self._quantised.probe(node, logits, experts, output, self.kept)
         nodes = [] if experts in self._inputs else self._add(logits, experts)
         inputs = {**self._inputs[experts], "router_logits": logits, "": ""}
         names = [inputs[part] for part in _gated_inputs(node)]
