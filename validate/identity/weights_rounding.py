@@ -7,7 +7,8 @@ points of another place, or read in another way. An error of one number hides in
 block, so each number has to be within little more than a step of what it stands for, too.
 
 Calibrated methods trade the error of weights for that of outputs, some numbers by more than a step.
-Of them a whole matrix is held to a multiple of what rounding to nearest costs.
+Of them each row is held to a multiple of what rounding to nearest costs, and where its rows read in
+another way have half the error, they are read in a wrong one.
 """
 
 from __future__ import annotations
@@ -48,25 +49,27 @@ class Tolerance:
 
     Attributes:
         block: squared error of a block over that of plain rounding; None where it is not bounded.
-        matrix: squared error of a tensor over what plain rounding costs on average.
         steps: how far one number may be from what it stands for; None where that is not bounded.
+        row: squared error of a row over what plain rounding costs on average; likewise.
     """
 
-    block: float | None
-    matrix: float
-    steps: float | None
+    block: float | None = None
+    steps: float | None = None
+    row: float | None = None
 
 
 # A search begins with plain rounding, so a block is never worse than that but for the last bits.
 # A scale that is fitted to numbers after they were rounded moves some of them beyond half a step;
 # over a normal block by 0.12 steps, one standard deviation, so that 1.25 is seven of them.
 # What is weighed by activations, or makes up for the error of columns before, costs weights more:
-# random scales or numbers cost 40 to 200 times as much.
+# random scales or numbers cost 60 to 200 times as much.
 TOLERANCES = {
-    NEAREST: Tolerance(1.05, 1.05, 1.25),
-    "importance": Tolerance(None, 3.0, None),
-    "gptq": Tolerance(None, 12.0, None),
+    NEAREST: Tolerance(block=1.05, steps=1.25),
+    "importance": Tolerance(row=8.0),
+    "gptq": Tolerance(row=16.0),
 }
+# Rows of each expert that are read in other ways, where a method bounds no block.
+SAMPLED = 16
 
 
 @dataclass(frozen=True)
@@ -125,31 +128,13 @@ class Rounding:
     reason: str = ""
 
     @property
-    def beyond(self) -> bool:
-        """Whether the whole of it is further off than its method explains."""
-        # A few numbers that happen to lie badly are no fault.
-        most = TOLERANCES[self.format.method].matrix * self.plain * (1 + 4 / math.sqrt(self._count))
-        return not self.square <= most + (FLOAT_ERROR**2) * self.power
-
-    @property
-    def _count(self) -> int:
-        return max(1, self.blocks * self.format.size)
-
-    @property
     def problem(self) -> bool:
         """Whether anything is wrong."""
-        return bool(self.wrong or self.filled or self.infinite or self.beyond)
-
-    @property
-    def error(self) -> float:
-        """RMS of the errors over the RMS of what should be."""
-        if not math.isfinite(self.square):
-            return math.inf
-        return math.sqrt(self.square / self.power) if self.power else math.inf
+        return bool(self.wrong or self.filled)
 
     @property
     def ratio(self) -> float:
-        """Its error over what plain rounding costs."""
+        """RMS of its errors over what plain rounding costs."""
         if not math.isfinite(self.square):
             return math.inf
         return math.sqrt(self.square / self.plain) if self.plain else math.inf
@@ -161,19 +146,14 @@ class Rounding:
     def _text(self) -> str:
         if self.infinite:
             return f"a scale is not finite, the first of the block at {list(self.index)}"
-        if self.wrong:
-            blocks = f"{self.wrong} of {self.blocks} block{'s' * (self.blocks != 1)}"
-            are = "is" if self.wrong == 1 else "are"
-            one = f", {self.far} numbers of them by more than a step" if self.far else ""
-            return (
-                f"{blocks} {are} further from the checkpoint than rounding to {self.format.text} "
-                f"explains, the first at {list(self.index)}{one}"
-            )
-        if self.filled:
+        if not self.wrong:
             return "what its rows are filled up with is not zero"
+        blocks = f"{self.wrong} of {self.blocks} block{'s' * (self.blocks != 1)}"
+        are = "is" if self.wrong == 1 else "are"
+        one = f", {self.far} numbers of them by more than a step" if self.far else ""
         return (
-            f"its error is {self.error:.3g} of its size, {self.ratio:.3g} times what rounding to "
-            f"{self.format.text} costs"
+            f"{blocks} {are} further from the checkpoint than rounding to {self.format.text} "
+            f"explains, the first at {list(self.index)}{one}"
         )
 
 
@@ -208,37 +188,24 @@ def compare_blocks(
         advance: told the bytes that were compared.
     """
     found: dict[str, Rounding] = {}
+    bounded = TOLERANCES[given.method].block is not None
     for chunk in _chunks(weight, made, layout, source, reader):
         name = chunk.part.tensor.name
         rounding = found.setdefault(name, Rounding(chunk.part.tensor, given))
         first = not rounding.wrong
         wrong = _judge(rounding, chunk, made.matrices[2])
-        advance(chunk.piece.numbers.size * weight.bits // 8 + chunk.piece.scales.nbytes)
-        if first and wrong.any():
-            where = Where(weight, layout, chunk.rows, made.begin)
+        where = Where(weight, layout, chunk.rows, made.begin)
+        if not wrong.any() and not bounded:
+            sample = np.zeros_like(wrong)
+            sample[:SAMPLED] = True
+            reason = explained(chunk.wanted, chunk.piece, sample, where)
+            wrong |= bool(reason)
+            rounding.reason = rounding.reason or reason
+        elif first and wrong.any():
             rounding.reason = explained(chunk.wanted, chunk.piece, wrong, where, reader)
-    for rounding in found.values():
-        # That a matrix is wrong as a whole is known at its end alone.
-        if rounding.beyond and not rounding.wrong:
-            rounding.reason = _explain_whole(rounding, weight, made, layout, source, reader)
+        _note(rounding, wrong, chunk, made.matrices[2])
+        advance(chunk.piece.numbers.size * weight.bits // 8 + chunk.piece.scales.nbytes)
     return [each for each in found.values() if each.problem]
-
-
-def _explain_whole(
-    rounding: Rounding,
-    weight: Blocked,
-    made: Made,
-    layout: Layout,
-    source: Source,
-    reader: Reader,
-) -> str:
-    """What explains the error of a whole tensor, by its first rows."""
-    for chunk in _chunks(weight, made, layout, source, reader):
-        if chunk.part.tensor.name == rounding.tensor.name:
-            every = np.ones(chunk.piece.scales.shape, np.bool_)
-            where = Where(weight, layout, chunk.rows, made.begin)
-            return explained(chunk.wanted, chunk.piece, every, where, reader)
-    return ""
 
 
 def filling_is_zero(weight: Blocked, made: Made, reader: Reader) -> bool:
@@ -283,6 +250,7 @@ def _judge(rounding: Rounding, chunk: _Chunk, columns: int) -> npt.NDArray[np.bo
     count, blocks, size = piece.numbers.shape
     wanted, decoded = _filled(chunk.wanted, blocks * size), piece.decoded()
     rounding.filled |= bool(decoded[:, columns:].any())
+    decoded[:, columns:] = 0
     wanted, decoded = (each.reshape(count, blocks, size) for each in (wanted, decoded))
     largest = np.abs(wanted).max(axis=-1)
     extreme = float(largest.max(initial=0.0))
@@ -302,22 +270,27 @@ def _judge(rounding: Rounding, chunk: _Chunk, columns: int) -> npt.NDArray[np.bo
             float_error = size * np.square(FLOAT_ERROR * largest[suspects], dtype=np.float64)
             most = tolerance.block * _plain(some, given) + float_error
             wrong[suspects] |= ~(square[suspects] <= most)
-        far = 0
+        if tolerance.row is not None:
+            costs = average.sum(axis=1) * (1 + 4 / math.sqrt(columns))
+            float_error = columns * np.square(FLOAT_ERROR * largest.max(axis=1), dtype=np.float64)
+            wrong |= ~(square.sum(axis=1) <= tolerance.row * costs + float_error)[:, None]
         if tolerance.steps is not None:
-            far = _far(wrong, wanted, errors, piece, given, tolerance.steps)
+            rounding.far += _far(wrong, wanted, errors, piece, given, tolerance.steps)
     rounding.blocks += wrong.size
     rounding.square += float(square.sum(dtype=np.float64))
     rounding.power += float(np.square(wanted).sum(dtype=np.float64))
     rounding.plain += float(average.sum())
     rounding.infinite |= bool(infinite.any())
-    if wrong.any():
-        if not rounding.wrong:
-            row, block = np.unravel_index(int(wrong.reshape(-1).argmax()), wrong.shape)
-            at = chunk.part.first + int(row) * columns + int(block) * size
-            rounding.index = tuple(map(int, np.unravel_index(at, rounding.tensor.shape)))
-        rounding.wrong += int(wrong.sum())
-        rounding.far += far
     return np.asarray(wrong)
+
+
+def _note(rounding: Rounding, wrong: npt.NDArray[np.bool_], chunk: _Chunk, columns: int) -> None:
+    """Count the wrong blocks of some rows, and keep where the first of all is."""
+    if wrong.any() and not rounding.wrong:
+        row, block = np.unravel_index(int(wrong.reshape(-1).argmax()), wrong.shape)
+        at = chunk.part.first + int(row) * columns + int(block) * rounding.format.size
+        rounding.index = tuple(map(int, np.unravel_index(at, rounding.tensor.shape)))
+    rounding.wrong += int(wrong.sum())
 
 
 def _far(
