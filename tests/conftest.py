@@ -71,6 +71,30 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
 
 
 @pytest.fixture(scope="session")
+def trained() -> Callable[[str], Path]:
+    """``trained(family)``: a small checkpoint that was trained on text; read only."""
+
+    def folder(family: str) -> Path:
+        return _trained_data() / family
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_text() -> str:
+    """Text of the kind that the trained checkpoints learned, which they never saw."""
+    return (_trained_data() / "sample.txt").read_text()
+
+
+def _trained_data() -> Path:
+    data = Path(__file__).resolve().parent / "data" / "trained"
+    if not data.is_dir():
+        # Megabytes of weights, which a source distribution does without.
+        pytest.skip("the trained checkpoints are in the repository alone")
+    return data
+
+
+@pytest.fixture(scope="session")
 def traces() -> Traces:
     """The graphs that this process has traced."""
     return Traces()

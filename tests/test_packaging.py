@@ -137,6 +137,9 @@ def test_packs_the_same_from_a_source_distribution(
     # Which has no links, and whose order of files is another.
     copy = _unpacked(checkout, tmp_path)
     assert not [path for path in copy.rglob("*") if path.is_symlink()]
+    # Megabytes that nobody installs anything from.
+    assert (copy / "tests" / "data" / "released").is_dir()
+    assert not (copy / "tests" / "data" / "trained").exists()
     names = _files(_build("wheel", copy, tmp_path / "wheel"))
     assert names == {name for name in _files(wheel) if not name.endswith(".so")}
 

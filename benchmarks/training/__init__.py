@@ -1,0 +1,1 @@
+"""The recipe of the trained checkpoints in tests/data/trained: texts, tokenizer, models, loop."""
