@@ -30,7 +30,6 @@ from ingot.export.source import check_space, open_checkpoint
 from ingot.export.tokenizer import copy_tokenizer, find_beside, make_tokenizer
 from ingot.export.write_weights import weight_bytes, write_weights
 from ingot.graphs.checkpoint import Checkpoint
-from ingot.graphs.family import parameter_bytes
 from ingot.graphs.hub import Source
 from ingot.plugins.json_fields import Field, FieldError
 from ingot.plugins.links import require_inside
@@ -94,7 +93,7 @@ def build(
     beside = find_beside(checkpoint)
     tokenizer = make_tokenizer(beside, opened.family.tokenizer_class)
     # An engine holds its weights once more.
-    check_space(request.out, parameter_bytes(opened.model) * (2 if builder else 1))
+    check_space(request.out, recipe.stored_bytes(opened) * (2 if builder else 1))
     with staged(request.out, replace=request.overwrite) as folder:
         captured = recipe.graph(opened, stages, capture)
         if request.for_tensorrt:

@@ -158,6 +158,30 @@ class Recipe:
             partial(_stored, checkpoint, weight_map),
         )
 
+    def stored_bytes(self, opened: Opened) -> int:
+        """What the weights take on a disk, to a few per cent."""
+        coder = self.coder()
+        return round(
+            sum(
+                parameter.numel() * self._stored_bits(opened, coder, name, parameter) / 8
+                for name, parameter in opened.model.named_parameters()
+            )
+        )
+
+    def _stored_bits(
+        self, opened: Opened, coder: Coder | None, name: str, parameter: torch.nn.Parameter
+    ) -> float:
+        """Bits of one number of a parameter."""
+        if self.weights and parameter.dim() > 1:
+            blocks = None if coder is None else coder.format(name)
+            if blocks is not None:
+                return blocks.bits_per_weight
+            if coder is None:
+                dtype = opened.stored(name) if self.weights == CHECKPOINT else self.weights
+                narrow: torch.dtype = getattr(torch, dtype)
+                return 8 * min(narrow.itemsize, parameter.element_size())
+        return 8 * parameter.element_size()
+
     def graph(
         self,
         opened: Opened,

@@ -33,3 +33,12 @@ class Quantization:
     accuracy: str = "fast"
     method: str = "nearest"
     bits: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        zero_points = "without" if self.symmetric else "with"
+        kernels = {"exact": "float32", "fast": "int8"}[self.accuracy]
+        others = f", {len(self.bits)} otherwise" if self.bits else ""
+        return (
+            f"blocks of {self.block} {zero_points} zero points, numbers by {self.method}{others}; "
+            f"activations of products in {kernels}"
+        )

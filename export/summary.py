@@ -32,6 +32,8 @@ def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stage
     table.add_row("active per token", f"{manifest.active_parameters:,} ({share:.0%})")
     stored = manifest.weights or manifest.precision
     said = "matrices as the checkpoint has them" if stored == CHECKPOINT else stored
+    if manifest.quantization is not None:
+        said += f", {manifest.quantization}"
     table.add_row("weights", f"{manifest.weight_bytes:,} bytes, {said}")
     if manifest.engine is not None:
         for row in _engine_rows(manifest.engine):

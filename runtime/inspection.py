@@ -86,6 +86,7 @@ class Inspection:
         path: of the folder.
         model_type: as are target, task, precision, verdict and source those of the manifest.
         stored: what matrices are stored in, where that is not the precision.
+        quantization: how, where that is whole numbers.
         operators: every operator of the graph, those inside of branches and loops as well, and how
             often it is there.
         lowered: of the operators that are not ONNX's own, what runs each.
@@ -112,6 +113,7 @@ class Inspection:
     task: str
     precision: str
     stored: str
+    quantization: str | None
     verdict: str
     source: dict[str, Any]
     operators: dict[str, int]
@@ -151,9 +153,10 @@ def inspect(folder: Path) -> Inspection:
     engine = manifest.engine
     plugins = engine.plugins if engine is not None else {}
     operators: dict[str, int] = manifest.graph["operators"]
-    # What is stored narrower is widened when a session loads it.
+    # Floats that are stored narrower are widened when a session loads them.
     stored_width = manifest.weight_bytes / manifest.parameters
-    width = SIZES[manifest.precision] if manifest.weights else stored_width
+    widened = manifest.weights and manifest.quantization is None
+    width = SIZES[manifest.precision] if widened else stored_width
     unread = round(manifest.graph["unread_bytes"] * width / stored_width)
     states = tuple(_by_kind(manifest.states))
     return Inspection(
@@ -163,6 +166,7 @@ def inspect(folder: Path) -> Inspection:
         task=manifest.task,
         precision=manifest.precision,
         stored=manifest.weights,
+        quantization=None if manifest.quantization is None else str(manifest.quantization),
         verdict=manifest.verdict,
         source=manifest.source,
         operators=operators,
@@ -306,6 +310,8 @@ def _rows(found: Inspection) -> Iterable[tuple[str, str]]:
     stored = {"": "", "checkpoint": ", matrices as the checkpoint has them"}.get(
         found.stored, f", matrices in {found.stored}"
     )
+    if found.quantization is not None:
+        stored += f", {found.quantization}"
     yield "parameters", f"{found.parameters:,}, {found.weight_bytes:,} bytes{stored}"
     yield "active per token", f"{found.active_parameters:,} ({share:.0%})"
     total = sum(found.operators.values())

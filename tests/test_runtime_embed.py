@@ -86,6 +86,14 @@ def test_generates_greedily_what_python_does(
     assert _cpp(ingot, PROMPTS[:1], "--max-new-tokens", NEW) == _python(session, PROMPTS[:1])
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_generates_the_same_whatever_weights_are_stored_in(
+    checkpoint: Path, weights: str, make_ingot: MakeIngot
+) -> None:
+    ingot = make_ingot(checkpoint, "ort", weights=weights)
+    assert _cpp(ingot, PROMPTS, "--max-new-tokens", NEW) == _python(load(ingot), PROMPTS)
+
+
 def test_stops_where_python_does(tiny_ort: Path) -> None:
     session = load(tiny_ort)
     stop = _python(session, PROMPTS)[0][5]
