@@ -18,6 +18,7 @@ from ingot.export.build import build
 from ingot.export.graph import Capture
 from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
+from ingot.export.quantization import BITS
 from ingot.export.request import ExportRequest
 from ingot.graphs.checkpoint import SINGLE
 from ingot.graphs.family import find_family
@@ -45,6 +46,7 @@ class Base:
         change: the checkpoint's tensors, in place.
         adapter: writes a LoRA adapter for a checkpoint into a folder.
         weights: what matrices are stored in, where that is not the precision.
+        more: other fields of the request.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Base:
     change: Callable[[Tensors], None] | None = None
     adapter: Callable[[Path, Path], None] | None = None
     weights: str | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Kept:
@@ -107,9 +110,20 @@ class Kept:
     @cached_property
     def reference(self) -> Reference:
         """Its truth, which keeps what it computed."""
+        return self._of(self.ingot)
+
+    def reference_of(self, ingot: Path) -> Reference:
+        """The truth of an ingot that may be wrong.
+
+        What is stored in whole numbers has a truth of its own, as in a validation. Any other is the
+        right ingot's, of which all is computed already.
+        """
+        return self._of(ingot) if self.base.weights in BITS else self.reference
+
+    def _of(self, ingot: Path) -> Reference:
         checkpoint = open_checkpoint(self.source, self.adapter)
-        manifest = Manifest.read(self.ingot)
-        return Reference.of_ingot(self.ingot, manifest, checkpoint, Cache(self._place / "cache"))
+        cache = Cache(self._place / "cache")
+        return Reference.of_ingot(ingot, Manifest.read(ingot), checkpoint, cache)
 
     def exported(self, out: Path, capture: Capture | None = None) -> Path:
         """A new ingot of the checkpoint, not validated.
@@ -129,6 +143,7 @@ class Kept:
             builder="none",
             adapter=adapter,
             weights=base.weights,
+            **base.more,
         )
         build(request, Stages(), None, capture=capture or self.traces)
         return out
@@ -156,6 +171,15 @@ def _of_family(family: str) -> list[Base]:
 
 
 BF16 = torch.bfloat16
+# No size is a multiple of a block.
+UNEVEN = {"hidden_size": 72, "intermediate_size": 50, "vocab_size": 251}
+
+
+def exact(block: int = 32, *, symmetric: bool = True) -> dict[str, Any]:
+    """A request of whole numbers whose kernels compute in float32."""
+    return {"block": block, "symmetric": symmetric, "accuracy": "exact"}
+
+
 BASES = {
     base.name: base
     for base in (
@@ -176,6 +200,31 @@ BASES = {
         Base("olmoe bf16 weights ort", "olmoe", "ort", weights="bf16"),
         Base("jetmoe bf16 weights onnx", "jetmoe", "onnx", stored=BF16, weights="bf16"),
         Base("mamba2 fp16 weights ort", "mamba2", "ort", weights="fp16"),
+        Base("olmoe int4 ort", "olmoe", "ort", weights="int4", more=exact()),
+        Base(
+            "olmoe int4 zeros ort",
+            "olmoe",
+            "ort",
+            weights="int4",
+            more=exact(symmetric=False),
+        ),
+        Base(
+            "olmoe int4 uneven ort",
+            "olmoe",
+            "ort",
+            weights="int4",
+            config=UNEVEN,
+            more=exact(128),
+        ),
+        Base(
+            "granite int4 zeros ort",
+            "granite",
+            "ort",
+            weights="int4",
+            more=exact(symmetric=False),
+        ),
+        Base("jetmoe int8 ort", "jetmoe", "ort", weights="int8", more=exact()),
+        Base("mamba2 int4 ort", "mamba2", "ort", weights="int4", more=exact(64)),
         Base("hybrid ort", "toy_hybrid", "ort"),
         Base("hybrid onnx", "toy_hybrid", "onnx"),
     )

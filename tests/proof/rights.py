@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from proof.bases import DYNAMIC, NARROW, Base, Tensors
+from proof.bases import DYNAMIC, NARROW, UNEVEN, Base, Tensors, exact
 
 
 def heavy(tensors: Tensors) -> None:
@@ -139,6 +139,33 @@ for _family in FAMILIES:
     right("as it is", _family, "trt")
     right("heavy tails", _family, "trt", change=heavy)
     right("massive activations", _family, "trt", change=massive(30.0, 100.0))
+    right("int4", _family, weights="int4", more=exact())
+    right(
+        "int4, zero points", _family, weights="int4", change=heavy, more=exact(64, symmetric=False)
+    )
+    right("int8", _family, weights="int8", stored=torch.bfloat16, more=exact(128))
+    right("int8, zero points", _family, weights="int8", more=exact(symmetric=False))
+for _family in ("olmoe", "jetmoe", "granite"):
+    right("int4, uneven sizes", _family, weights="int4", config=UNEVEN, more=exact(64))
+right("int4, a classifier", "jetmoe", task="classify", weights="int4", more=exact())
+right("int4, tied routers", "olmoe", change=tied_routers(0.0), weights="int4", more=exact())
+right("int4, near-tied routers", "olmoe", change=tied_routers(2e-7), weights="int4", more=exact())
+right("int4, equal routers", "jetmoe", change=equal_routers, weights="int4", more=exact())
+right(
+    "int4, an expert of zeros",
+    "olmoe",
+    change=zeros("experts.1.down_proj.weight"),
+    weights="int4",
+    more=exact(),
+)
+right("int4, adapter", "granite", adapter=lora, weights="int4", more=exact())
+right(
+    "int4, massive activations",
+    "granite",
+    change=massive(100.0, 1000.0),
+    weights="int4",
+    more=exact(),
+)
 for _target in ("onnx", "ort"):
     right("a classifier", "jetmoe", _target, task="classify")
     for _name, _change in (

@@ -38,7 +38,8 @@ def examined(ingot: Path, kept: Kept, plan: str = "standard") -> Report:
         reason = cannot_compare(Manifest.read(ingot))
         if reason is not None:
             return examine_unrun(ingot, kept.reference, Stages(), reason, capture=kept.traces)
-        return examine(ingot, kept.reference, Stages(), plan=PLANS[plan], capture=kept.traces)
+        reference = kept.reference_of(ingot)
+        return examine(ingot, reference, Stages(), plan=PLANS[plan], capture=kept.traces)
 
 
 def run_fault(fault: Fault, kept: Kept, place: Path) -> Outcome:

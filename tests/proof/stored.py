@@ -15,7 +15,13 @@ from ingot.export.ingot import GRAPH, MANIFEST, WEIGHTS, file_infos
 from proof.editing import Array, Edit, Editor
 from proof.fault import Change
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64}
+DTYPES = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "U8": np.uint8,
+}
 
 
 def sealed(folder: Path) -> None:

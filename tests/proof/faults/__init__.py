@@ -12,6 +12,7 @@ from proof.faults import (
     shapes,
     structure,
     weights,
+    whole_numbers,
 )
 
 FAULTS = [
@@ -19,6 +20,7 @@ FAULTS = [
     *constants.FAULTS,
     *structure.FAULTS,
     *weights.FAULTS,
+    *whole_numbers.FAULTS,
     *rounding.FAULTS,
     *contract.FAULTS,
     *sessions.FAULTS,
