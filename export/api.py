@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ingot.export.early import check_request, find_source
+from ingot.export.early import check_max_kl, check_request, find_source
 from ingot.export.ingot import TARGETS, Target
 from ingot.export.progress import Stages
 from ingot.export.quantization import ACCURACIES, BLOCKS
@@ -64,6 +65,7 @@ def export(
     embed_plugins: bool = False,
     context: int | None = None,
     validate: bool = True,
+    max_kl: float | None = None,
     overwrite: bool = False,
     stages: Stages | None = None,
 ) -> Result:
@@ -101,6 +103,8 @@ def export(
         context: longest sequence that the ingot takes, in place of what the config says, for a
             model that is known to go further; what it computes is the same.
         validate: compare the ingot with eager PyTorch before it appears.
+        max_kl: the largest mean KL divergence that storing the weights in fewer bits may cost, in
+            nats, in place of the limits of the format.
         overwrite: replace an ingot that is at ``out``.
         stages: shows the steps; where absent, nothing is shown.
 
@@ -155,14 +159,18 @@ def export(
     )
     stages = stages or Stages()
     check_request(request)
+    check_max_kl(max_kl)
     source = find_source(request)
     with stages.stage("load PyTorch and the exporter"):
         # Here: what is refused above needs none of it, and answers at once.
         from ingot.export.build import build
-    return build(request, stages, _compare if validate else None, source=source)
+    compare = partial(_compare, max_kl=max_kl) if validate else None
+    return build(request, stages, compare, source=source)
 
 
-def _compare(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str, Any]:
+def _compare(
+    folder: Path, checkpoint: Checkpoint, stages: Stages, *, max_kl: float | None
+) -> dict[str, Any]:
     """What ``ingot.json`` says of the comparison of a staged ingot with eager PyTorch."""
     # Here: an export that compares nothing needs no ONNX Runtime.
     from ingot.export.ingot import REPORT, Manifest
@@ -178,7 +186,7 @@ def _compare(folder: Path, checkpoint: Checkpoint, stages: Stages) -> dict[str, 
     name = f"{manifest.model_type}-{manifest.target}"
     reason = cannot_compare(manifest)
     if reason is None:
-        report = examine(folder, reference, stages, verify=False, name=name)
+        report = examine(folder, reference, stages, verify=False, name=name, max_kl=max_kl)
     else:
         report = examine_unrun(folder, reference, stages, reason, verify=False, name=name)
     # The manifest has the versions; nothing in an ingot depends on the machine or the day.

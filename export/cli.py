@@ -134,6 +134,11 @@ class LazyGroup(Group):
     help="Longest sequence, where the model goes further than its config says.",
 )
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with eager PyTorch.")
+@click.option(
+    "--max-kl",
+    type=float,
+    help="Accept what storing the weights costs up to this mean KL divergence, in nats.",
+)
 @click.option("--strict", is_flag=True, help="Exit with 1 for any verdict but passed.")
 @click.option("--preview", is_flag=True, help=f"Generate {PREVIEW_TOKENS} tokens at the end.")
 @click.option("--overwrite", is_flag=True, help="Replace an ingot that is at --out.")
@@ -159,6 +164,7 @@ def export_command(
     embed_plugins: bool,
     context: int | None,
     no_validate: bool,
+    max_kl: float | None,
     strict: bool,
     preview: bool,
     overwrite: bool,
@@ -198,6 +204,7 @@ def export_command(
         embed_plugins=embed_plugins,
         context=context,
         validate=not no_validate,
+        max_kl=max_kl,
         overwrite=overwrite,
         stages=stages,
     )

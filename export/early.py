@@ -5,6 +5,7 @@ Nothing here needs it: what an export is asked for, where it is to lie, and wher
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from ingot.graphs.config import MOST_POSITIONS
 from ingot.graphs.folder import Folder, is_folder
 from ingot.graphs.hub import Source, find, resolve_adapter
 from ingot.graphs.names import RELEASED, nearest
-from ingot.plugins.errors import shown
+from ingot.plugins.errors import IngotError, shown
 
 # Of a preset's weights; a larger seed would give those of its remainder.
 MOST_SEEDS = 1 << 32
@@ -66,6 +67,21 @@ def check_request(request: ExportRequest) -> None:
         from ingot.export.engine import plan_engine
 
         plan_engine(request)
+
+
+def check_max_kl(max_kl: float | None) -> None:
+    """Refuse a limit that no divergence is held to.
+
+    Raises:
+        IngotError: it is negative, or no finite number.
+    """
+    if max_kl is None:
+        return
+    number = isinstance(max_kl, int | float) and not isinstance(max_kl, bool)
+    if not number or not 0 <= max_kl < math.inf:
+        raise IngotError(
+            f"--max-kl is {shown(max_kl)}; it must be a number of nats of at least 0, such as 0.3."
+        )
 
 
 def _refuse_engine_options(request: ExportRequest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,21 @@ def _verdict_rows(manifest: Manifest) -> list[tuple[str, str]]:
         rows.append(("KL divergence", f"{mean:.1e} nats in the mean, {most:.1e} at most"))
     if "top1_agreement" in found:
         rows.append(("top-1 agreement", f"{found['top1_agreement']:.1%}"))
+    if "quantisation" in found:
+        rows += _cost_rows(found["quantisation"])
     if "first_failure" in found:
         rows.append(("first failure", found["first_failure"]))
     if "location" in found:
         rows.append(("location", found["location"]))
     return rows
+
+
+def _cost_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What storing the weights costs, apart from what kernels do."""
+    title = f"cost of {found['stored']}"
+    if "kl_mean" not in found:
+        return [(title, f"weights are off by up to {found['weights_error']:.1e} of their size")]
+    text = f"{found['kl_mean']:.1e} nats in the mean, up to {found['kl_limit']:.1e} is accepted"
+    if "plain_kl_mean" in found:
+        text += f"; plain rounding costs {found['plain_kl_mean']:.1e}"
+    return [(f"{title}, KL", text), (f"{title}, top-1", f"{found['top1_agreement']:.1%}")]

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from ingot.export.early import check_max_kl
 from ingot.export.progress import Stages
 from ingot.plugins.errors import IngotError
 from ingot.validate.baseline import GateError, read_baseline, save_baseline
@@ -40,6 +41,7 @@ def validate(
     against: str | Path = EAGER,
     tokens: str | Path | None = None,
     text: str | Path | None = None,
+    max_kl: float | None = None,
     baseline: str | Path | None = None,
     gate: str | Path | None = None,
     stages: Stages | None = None,
@@ -60,6 +62,8 @@ def validate(
             ``trt-rtx``) or the folder of another ingot.
         tokens: an ``.npy`` file of integer token ids ``[n]`` whose perplexity is measured.
         text: a text file whose perplexity is measured, encoded by the ingot's tokenizer.
+        max_kl: the largest mean KL divergence that storing the weights in fewer bits may cost, in
+            nats, in place of the limits of the format.
         baseline: a file to remember the result in; the validation runs up to five times, to measure
             how far its figures move by themselves and between processors. What failed is no
             baseline, and writes none.
@@ -83,6 +87,7 @@ def validate(
     manifest, merged = check_request(folder, plan=plan, against=str(against), adapter=named)
     check_seed(seed)
     check_length(length, manifest)
+    check_max_kl(max_kl)
     if baseline is not None:
         check_baseline(Path(baseline), folder, Path(checkpoint), named)
     words = read_words(manifest, folder, tokens, text)
@@ -124,13 +129,15 @@ def validate(
             expected = empty_report(manifest, reference.against, folder.name, seed)
             expected = replace(expected, reason=earlier.identity["reason"], plan=fed)
             require_comparable(expected, earlier, Path(gate))
-        report = examine(folder, reference, stages, plan=chosen, seed=seed, text=words)
+        report = examine(
+            folder, reference, stages, plan=chosen, seed=seed, text=words, max_kl=max_kl
+        )
         report = replace(report, plan=fed, date=now)
         if earlier is not None and gate is not None:
             report = gated(report, earlier, Path(gate))
         if baseline is not None and report.verdict != "failed":
             again = validate_ingot(
-                folder, reference, stages, plan=chosen, seed=seed, verify=False, text=words
+                folder, reference, stages, plan=chosen, seed=seed, verify=False, costs=False
             )
             task = Task(
                 ingot=str(folder),

@@ -101,6 +101,8 @@ class Baseline:
         distribution: KL figures, tokens and share of right or tied likeliest tokens; may be empty.
         routing: by mode, the agreement of each router.
         covered: what was asked.
+        quantisation: figures of what storing the weights costs, see ``cost_figures``; empty where
+            nothing was lost.
     """
 
     identity: dict[str, Any]
@@ -110,6 +112,7 @@ class Baseline:
     distribution: dict[str, float]
     routing: dict[str, list[float]]
     covered: Covered
+    quantisation: dict[str, float] = field(default_factory=dict)
 
 
 def save_baseline(report: Report, path: Path, spread: Spread) -> None:
@@ -151,6 +154,9 @@ def save_baseline(report: Report, path: Path, spread: Spread) -> None:
             "covered": asdict(covered(report)),
         }
     )
+    # Most have none, and an earlier Ingot's file is of the same version.
+    if costs := cost_figures(report):
+        data["quantisation"] = plain(costs)
     data[_DIGEST] = _digest(data)
     write_whole(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
@@ -168,6 +174,24 @@ def gated_figures(found: Distribution | None) -> dict[str, float]:
     share = found.top1_agreement + found.near_ties / found.tokens
     kl = {name: float(getattr(found, name)) for name in KL}
     return {"tokens": found.tokens, "top1": min(1.0, share), **kl}
+
+
+def cost_figures(report: Report) -> dict[str, float]:
+    """What storing the weights costs, as far as it is gated; all but ``top1`` is better if less."""
+    found = report.quantisation
+    if found is None:
+        return {}
+    result: dict[str, float] = {}
+    if found.recorded is not None:
+        kl = {name: float(getattr(found.recorded.found, name)) for name in KL}
+        result |= {"top1": found.recorded.found.top1_agreement, **kl}
+    for layer in found.layers:
+        where = "the final norm" if layer.normed else f"layer {layer.layer}"
+        result[f"hidden states behind {where}"] = layer.error
+    for weight in found.weights:
+        where = "" if weight.layer is None else f"layer {weight.layer}, "
+        result[f"weights of {where}{weight.kind}"] = weight.error
+    return result
 
 
 def covered(report: Report) -> Covered:
@@ -260,6 +284,10 @@ def _parse(data: dict[str, Any]) -> Baseline:
         _parse_distribution(distribution) if distribution else {},
         {mode: [_number(mode, share, 1.0) for share in each] for mode, each in routing.items()},
         _parse_covered(_object(data, "covered")),
+        {
+            name: _number(name, value, MOST_KL, -1e-6)
+            for name, value in _object({"quantisation": {}} | data, "quantisation").items()
+        },
     )
     # Last: of a file that was cut or mistyped, more can be said than that it is not what it was.
     # What was edited with care is refused here.

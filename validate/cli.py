@@ -50,6 +50,11 @@ STATUS = {"passed": 0, "passed, in part": 0, "failed": 1, "skipped": 0}
     type=click.Path(dir_okay=False, path_type=Path),
     help="Measure perplexity over this text, encoded by the ingot's tokenizer.",
 )
+@click.option(
+    "--max-kl",
+    type=float,
+    help="Accept what storing the weights costs up to this mean KL divergence, in nats.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
 @click.option(
     "--report",
@@ -80,6 +85,7 @@ def validate_command(
     against: str,
     tokens: Path | None,
     text: Path | None,
+    max_kl: float | None,
     as_json: bool,
     folder: Path | None,
     baseline: Path | None,
@@ -113,6 +119,7 @@ def validate_command(
         against=against,
         tokens=tokens,
         text=text,
+        max_kl=max_kl,
         baseline=baseline,
         gate=gate,
         stages=RichStages(),

@@ -23,6 +23,7 @@ from ingot.validate.baseline import (
     Baseline,
     Entry,
     GateError,
+    cost_figures,
     covered,
     gated_figures,
     identity,
@@ -37,6 +38,8 @@ from ingot.validate.truth.inputs import EXPERTS_FORCED
 SPREADS = 3.0
 # Nats; below it a divergence is rounding of its own sum over the vocabulary.
 KL_FLOOR = 1e-14
+# Of what storing the weights costs, which is computed in float64 on every processor.
+COST_SLACK = 1e-6
 # Shares differ by whole tokens; this only absorbs the division.
 SHARE_FLOOR = 1e-9
 # How the stage of a call ends that was judged with the truth's experts.
@@ -108,6 +111,7 @@ def gated(report: Report, baseline: Baseline, path: Path) -> Report:
         *_tensors(report, baseline, slack),
         *_distributions(report, baseline, slack),
         *_routing(report, baseline, slack),
+        *_costs(report, baseline),
         *_covered(report, baseline),
     )
     return replace(report, gate=Gate(str(path), worse, slack.note))
@@ -323,6 +327,23 @@ def _routing(report: Report, baseline: Baseline, slack: Slack) -> Iterator[str]:
         for router, (new, old) in enumerate(zip(now, then, strict=False)):
             what = f"routing ({mode}), router {router}: agreement"
             yield from _share(what, new, old, slack.of("routing"), slack.by)
+
+
+def _costs(report: Report, baseline: Baseline) -> Iterator[str]:
+    """What storing the weights costs more than it did: no kernel is part of it, and no chance."""
+    now = cost_figures(report)
+    if not now:
+        # Nothing is lost any more.
+        return
+    for name, then in baseline.quantisation.items():
+        what = f"cost of the stored weights, {name}"
+        if name not in now:
+            yield f"{what}: not measured any more"
+        elif name == "top1":
+            if not now[name] >= then - SHARE_FLOOR:
+                yield f"{what} agreement {now[name]:.2%}, was {then:.2%}"
+        elif not now[name] <= then * (1 + COST_SLACK) + KL_FLOOR:
+            yield f"{what} {number(now[name])}, was {number(then)}"
 
 
 def _share(what: str, new: float, old: float, room: float, by: str) -> Iterator[str]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from ingot.export.ingot import Verdict
 from ingot.validate.coverage import Coverage
+from ingot.validate.distribution import Distribution as Distribution
+from ingot.validate.quantisation import Quantisation
 
 # The mode of routing in which every expert in turn is given.
 FORCED = "forced"
@@ -179,41 +181,6 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Distribution:
-    """The next-token distributions of the target against the truth's, over all real tokens.
-
-    Attributes:
-        tokens: how many.
-        kl: Kullback-Leibler divergence of each, truth from target, in nats, ascending.
-        top1_agreement: share whose likeliest token is the truth's.
-        near_ties: how many of the others were within rounding of a tie.
-        perplexity: of the target over the text that was given; None without text.
-        truth_perplexity: of the truth.
-        ratio_interval: 95 % confidence interval of their ratio.
-    """
-
-    tokens: int
-    kl: tuple[float, ...]
-    top1_agreement: float
-    near_ties: int
-    perplexity: float | None = None
-    truth_perplexity: float | None = None
-    ratio_interval: tuple[float, float] | None = None
-
-    @property
-    def kl_mean(self) -> float:
-        return sum(self.kl) / len(self.kl)
-
-    @property
-    def kl_p99(self) -> float:
-        return self.kl[min(len(self.kl) - 1, int(0.99 * len(self.kl)))]
-
-    @property
-    def kl_max(self) -> float:
-        return self.kl[-1]
-
-
-@dataclass(frozen=True)
 class Growth:
     """The score of one kind of tensor at the begin and at the end of decode.
 
@@ -369,6 +336,8 @@ class Report:
         coverage: what was asked; None where nothing was.
         plan: how much was fed, in a word or two.
         date: when, in UTC; empty in an ingot, in which nothing depends on the day.
+        quantisation: what storing the weights costs; None where nothing is lost, or where another
+            ingot stands in the truth's place.
     """
 
     ingot: str
@@ -393,6 +362,7 @@ class Report:
     coverage: Coverage | None = None
     plan: str = "standard"
     date: str = ""
+    quantisation: Quantisation | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -406,7 +376,13 @@ class Report:
             found += [f"routing ({mode}), {problem}" for problem in routing.problems]
         found += [f"decode: {growth.problem}" for growth in self.growth if growth.problem]
         found += [f"{check.name}: {each}" for check in self.checks for each in check.problems]
-        return found
+        return found + self.costly
+
+    @property
+    def costly(self) -> list[str]:
+        """What storing the weights costs beyond its limits, of all failures those of no kernel."""
+        found = () if self.quantisation is None else self.quantisation.problems
+        return [f"quantisation: {each}" for each in found]
 
     @property
     def short(self) -> tuple[str, ...]:
@@ -482,6 +458,8 @@ class Report:
             result["top1_agreement"] = self.distribution.top1_agreement
         elif agreements := [t.top1 for t in self.tensors if t.top1 is not None]:
             result["top1_agreement"] = min(agreements)
+        if self.quantisation is not None:
+            result["quantisation"] = self.quantisation.summary()
         if self.router_margin is not None:
             result["router_margin"] = self.router_margin
         for mode, routing in self.routing.items():

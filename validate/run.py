@@ -31,16 +31,18 @@ from ingot.validate.judge.again import (
 from ingot.validate.judge.distribution import negative_log_likelihoods, perplexities
 from ingot.validate.judge.forced import ForcedJudge
 from ingot.validate.judge.judge import Judge
+from ingot.validate.judge.quantisation import Recorded, judge_quantisation
 from ingot.validate.judge.widened import against_in_float32, judge_widened
 from ingot.validate.processor import processor
+from ingot.validate.quantisation import Quantisation
 from ingot.validate.result import Check, Distribution, Report, TensorResult
 from ingot.validate.truth.forced import forced_runs
 from ingot.validate.truth.inputs import STANDARD, Inputs, Plan
 from ingot.validate.truth.material import Material
 from ingot.validate.truth.recording import Layout
 from ingot.validate.truth.reference import TRUTH, Reference
+from ingot.validate.truth.runs import CONTEXT, LONG, MAIN, Traits, make_runs
 from ingot.validate.truth.runs import Run as FedRun
-from ingot.validate.truth.runs import Traits, make_runs
 from ingot.validate.truth.taps import TappedSession
 from ingot.version import __version__
 
@@ -126,6 +128,8 @@ def validate_ingot(
     verify: bool = True,
     name: str | None = None,
     text: Ids | None = None,
+    max_kl: float | None = None,
+    costs: bool = True,
 ) -> Report:
     """Compare an ingot with eager PyTorch; what does not match is in the report.
 
@@ -138,6 +142,8 @@ def validate_ingot(
         verify: check the folder's hashes first.
         name: of the ingot in the report; by default the folder's.
         text: tokens ``[n]`` whose perplexity is measured.
+        max_kl: the largest mean divergence that storing the weights may cost, in nats.
+        costs: whether what storing the weights costs is measured, where something is lost.
 
     Raises:
         IngotError: a damaged ingot, or one that cannot be run.
@@ -184,6 +190,11 @@ def validate_ingot(
         if tokens is not None and text is not None:
             tokens = _with_perplexity(tokens, session, reference, text, stages)
         report = replace(report, distribution=tokens)
+    if costs and reference.is_eager:
+        # The session goes before as much is read again.
+        del session
+        found = _quantisation(target, reference, judges, stages, text, max_kl)
+        report = replace(report, quantisation=found)
     return replace(report, seconds=time.perf_counter() - began)
 
 
@@ -286,6 +297,25 @@ def _judge_threads(
         advance(len(threads_calls(judge)))
 
 
+def _quantisation(
+    target: Target,
+    reference: Reference,
+    judges: Sequence[Judge],
+    stages: Stages,
+    text: Ids | None,
+    max_kl: float | None,
+) -> Quantisation | None:
+    """What storing the weights costs, over the recorded runs and a text."""
+    runs = [
+        Recorded(run.inputs, references.truth)
+        for judge in judges
+        for run, references in judge.material.recorded
+        if run.name in (MAIN, LONG, CONTEXT)
+    ]
+    weights, layout = target.manifest.weights, target.layout
+    return judge_quantisation(weights, reference, layout, runs, stages, text=text, max_kl=max_kl)
+
+
 def _with_perplexity(
     found: Distribution, session: Session, reference: Reference, text: Ids, stages: Stages
 ) -> Distribution:
@@ -316,6 +346,7 @@ def examine(
     name: str | None = None,
     text: Ids | None = None,
     capture: Capture | None = None,
+    max_kl: float | None = None,
 ) -> Report:
     """``validate_ingot``, and what needs no run: the weights, the graph and the contract.
 
@@ -324,6 +355,7 @@ def examine(
 
     Args:
         capture: traces the eager graph once more, ``export.capture.capture`` by default.
+        max_kl: as for ``validate_ingot``.
     """
     began = time.perf_counter()
     manifest = Manifest.read(folder)
@@ -333,7 +365,15 @@ def examine(
     found = checks(subject)
     try:
         report = validate_ingot(
-            folder, reference, stages, plan=plan, seed=seed, verify=False, name=name, text=text
+            folder,
+            reference,
+            stages,
+            plan=plan,
+            seed=seed,
+            verify=False,
+            name=name,
+            text=text,
+            max_kl=max_kl,
         )
     # ONNX Runtime's exceptions share no public base class.
     except Exception as error:
@@ -342,7 +382,8 @@ def examine(
         report = empty_report(manifest, reference.against, name or folder.name, seed)
         found += (Check("session", 0, (f"the ingot cannot be run: {said(error)}",)),)
     report = replace(report, checks=found, seconds=time.perf_counter() - began)
-    if report.verdict != "failed":
+    if len(report.failures) == len(report.costly):
+        # What the format costs is wrong at no place of the graph.
         return report
     from ingot.validate.locate.find import located
 

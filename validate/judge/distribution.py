@@ -54,7 +54,7 @@ def distribution(truth: Array, target: Array, tie: float) -> Distribution:
         ValueError: different shapes, or no tokens.
     """
     _require_pairs(truth, target)
-    kl = np.array([_divergence(p, q) for p, q in zip(truth, target, strict=True)])
+    kl = np.array([divergence(p, q) for p, q in zip(truth, target, strict=True)])
     rows = np.arange(len(truth))
     best, chosen = truth.argmax(-1), target.argmax(-1)
     with np.errstate(invalid="ignore"):
@@ -67,8 +67,8 @@ def distribution(truth: Array, target: Array, tie: float) -> Distribution:
     return Distribution(len(truth), ascending, float(agrees.mean()), int(near.sum()))
 
 
-def _divergence(truth: Array, target: Array) -> float:
-    log_p, log_q = _log_softmax(truth), _log_softmax(target)
+def divergence(truth: Array, target: Array) -> float:
+    log_p, log_q = log_softmax(truth), log_softmax(target)
     p = np.exp(log_p)
     with np.errstate(invalid="ignore"):
         # In the limit a token of probability 0 adds nothing, whatever the target gives it.
@@ -77,7 +77,7 @@ def _divergence(truth: Array, target: Array) -> float:
     return float(np.maximum(terms.sum(), 0.0))
 
 
-def _log_softmax(logits: Array) -> Doubles:
+def log_softmax(logits: Array) -> Doubles:
     """The log-probabilities ``[V]`` of one token; NaN where any logit is NaN or +infinity."""
     wide = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):
@@ -114,7 +114,7 @@ def negative_log_likelihoods(
     if window < 2:
         raise TokensError(f"a window of {window} tokens predicts none of them; give at least 2.")
     found: list[float] = []
-    for ids in _calls(tokens, window, rows):
+    for ids in text_calls(tokens, window, rows):
         batch, length = ids.shape
         # Of a last window of one token nothing is predicted.
         if length > 1:
@@ -122,7 +122,7 @@ def negative_log_likelihoods(
             logits = session.step(ids, np.ones_like(ids))
             # One token at a time: in float64 a whole call would take gigabytes more.
             found += [
-                float(-_log_softmax(logits[row, t])[ids[row, t + 1]])
+                float(-log_softmax(logits[row, t])[ids[row, t + 1]])
                 for row in range(batch)
                 for t in range(length - 1)
             ]
@@ -130,7 +130,7 @@ def negative_log_likelihoods(
     return np.array(found, dtype=np.float64)
 
 
-def _calls(tokens: Ids, window: int, rows: int) -> Iterator[Ids]:
+def text_calls(tokens: Ids, window: int, rows: int) -> Iterator[Ids]:
     """The windows in order, ``[B, T]`` a call, all of one length within a call."""
     whole = len(tokens) // window * window
     for start in range(0, whole, rows * window):

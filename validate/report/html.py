@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from ingot.validate.report.asked import asked
+from ingot.validate.report.costs import cost_tables, costs
 from ingot.validate.report.grouping import grouped
 from ingot.validate.report.plots import plots
 from ingot.validate.report.words import clean, figures, headline, number, scores
@@ -37,6 +38,8 @@ def page(report: Report) -> str:
             location=report.place,
             scores=scores(report),
             figures=figures(report),
+            costs=costs(report),
+            cost_tables=cost_tables(report),
             asked=asked(report),
             parts=() if report.coverage is None else report.coverage.parts,
             failures=failures[:LISTED],

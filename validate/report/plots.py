@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from ingot.plugins.errors import install_hint
 from ingot.validate.judge.growth import over_decode, step_scores
+from ingot.validate.quantisation import Quantisation
 from ingot.validate.report.words import clean, number
 from ingot.validate.result import IN_FLOAT32, Hidden, Report, TensorResult
 
@@ -83,6 +84,8 @@ def plots(report: Report) -> list[Plot]:
     if missing is not None:
         return [Plot("No plots", missing)]
     every = [_by_layer(report), _over_decode(report), _kl(report)]
+    if report.quantisation is not None:
+        every.append(_costs(report.quantisation))
     # A model without routers has no margins, nor has what was run with the truth's experts alone.
     return [*every, _margins(report)] if report.routing else every
 
@@ -190,6 +193,25 @@ def _kl(report: Report) -> Plot:
         f"99th percentile {number(found.kl_p99)}, largest {number(found.kl_max)} nats."
     )
     return Plot(title, what + note, _draw("kl", title, what, draw, 3, log_x=True))
+
+
+def _costs(found: Quantisation) -> Plot:
+    title = f"Cost of {found.stored} weights by layer"
+    if not found.layers:
+        return Plot(title, "Nothing to draw: no hidden state was compared.")
+    sides = [(f"error: {found.stored}", [each.error for each in found.layers])]
+    plain = [each.plain for each in found.layers if each.plain is not None]
+    if plain:
+        sides.append(("floor: plain rounding", plain))
+    # As the hidden states of ``_by_layer``, the final norm behind the last layer.
+    places = [float(each.layer + each.normed) for each in found.layers]
+    series = [Series(label, tuple(zip(places, values, strict=True))) for label, values in sides]
+    what = (
+        "The hidden state after each layer over the weights as they are stored: how far it is from "
+        "that over the checkpoint's own, in no kernel."
+    )
+    scale = "relative RMS error (ratio)"
+    return _lines("cost", title, what, series, "layer (number)", scale)
 
 
 def _margins(report: Report) -> Plot:

@@ -8,6 +8,7 @@ from rich.table import Table
 from ingot.export.summary import COLOURS
 from ingot.plugins.command_line import console
 from ingot.validate.report.asked import asked
+from ingot.validate.report.costs import costs
 from ingot.validate.report.grouping import grouped
 from ingot.validate.report.words import LISTED, figures, headline, number
 from ingot.validate.result import Report
@@ -25,7 +26,7 @@ def print_report(report: Report) -> None:
         out.print(f"It begins at: {escape(report.place)}")
     if report.worst:
         console().print(_scores(report, out.width))
-    for name, text in (*figures(report), *asked(report)):
+    for name, text in (*figures(report), *costs(report), *asked(report)):
         out.print(f"{name}: {text}", markup=False)
     for part in report.short:
         out.print(f"NOT COVERED {part}", markup=False)

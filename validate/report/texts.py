@@ -12,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ingot.validate.report.asked import asked
+from ingot.validate.report.costs import Table, cost_tables, costs
 from ingot.validate.report.grouping import Group, grouped
 from ingot.validate.report.words import LISTED, clean, figures, headline, number, scores
 from ingot.validate.result import Report, TensorResult
@@ -73,6 +74,9 @@ def junit_text(report: Report) -> str:
     for growth in report.growth:
         if growth.problem:
             _case(suite, f"{prefix}.growth", growth.kind, [growth.problem], report.reason)
+    if report.quantisation is not None:
+        name, problems = report.quantisation.stored, list(report.quantisation.problems)
+        _case(suite, f"{prefix}.quantisation", name, problems, report.reason)
     if report.gate is not None:
         # One that passes, so that a gate is seen to have been there.
         _case(suite, f"{prefix}.gate", f"against {report.gate.baseline}", [], report.reason)
@@ -131,6 +135,12 @@ def markdown_text(report: Report) -> str:
     rows = figures(report)
     if rows:
         lines += ["", *(f"- **{_escape(name)}:** {_escape(text)}" for name, text in rows)]
+    rows = costs(report)
+    if rows:
+        lines += ["", "### What storing the weights costs", ""]
+        lines += [f"- **{_escape(name)}:** {_escape(text)}" for name, text in rows]
+        for table in cost_tables(report):
+            lines += ["", f"**{_escape(table.title)}**", "", *_table(table)]
     covered = asked(report)
     if covered:
         lines += ["", "### What was asked", ""]
@@ -162,6 +172,15 @@ def _problems(title: str, word: str, groups: list[Group]) -> list[str]:
     if more:
         lines.append(f"- and {more} more in report.json")
     return lines
+
+
+def _table(table: Table) -> list[str]:
+    """Lines of a table whose first column names the rows."""
+    ruled = "|---|" + "---:|" * (len(table.columns) - 1)
+    head, *rows = [
+        "| " + " | ".join(map(_escape, cells)) + " |" for cells in (table.columns, *table.rows)
+    ]
+    return [head, ruled, *rows]
 
 
 def _worst_row(kind: str, tensor: TensorResult) -> str:

@@ -39,6 +39,12 @@ def headline(report: Report) -> str:
     if report.verdict == "skipped":
         return f"SKIPPED: {what}, against {report.against}: {report.reason}."
     count = len(report.failures)
+    if count and count == len(report.costly):
+        assert report.quantisation is not None
+        return (
+            f"FAILED: {what}, against {report.against}: it computes what its weights say, and "
+            f"storing them in {report.quantisation.stored} costs too much."
+        )
     if count:
         return f"FAILED: {what}, against {report.against}: {count} problem{'s' * (count != 1)}."
     assert report.gate is not None
@@ -55,6 +61,11 @@ def scores(report: Report) -> str:
         "in the same precision: 1 is as good as the precision allows. The target is compared with "
         f"{report.against}."
     )
+    if report.quantisation is not None:
+        text += (
+            f" All sides have the weights as they are stored; what storing them in "
+            f"{report.quantisation.stored} costs is told apart from that."
+        )
     in_float32 = {tensor.in_float32 for tensor in report.tensors}
     if in_float32 == {True, False}:
         text += (

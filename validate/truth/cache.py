@@ -52,6 +52,7 @@ _CODE = (
     "validate/truth/layerwise.py",
     "validate/truth/noise.py",
     "validate/truth/orders.py",
+    "validate/truth/plain.py",
     "validate/truth/recording.py",
     "validate/truth/replay.py",
 )

@@ -6,6 +6,7 @@ same checkpoint, of another target or after another export, begins at once.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from ingot.validate.truth.joined import Joined, join
 from ingot.validate.truth.layerwise import Array, Fed, Layerwise, Side, hidden_names
 from ingot.validate.truth.noise import all_squared_errors, noise_of, squared_errors, together
 from ingot.validate.truth.orders import SHARES, Split
+from ingot.validate.truth.plain import PlainCheckpoint
 from ingot.validate.truth.recording import (
     ROUTER_LOGITS,
     Layout,
@@ -135,6 +137,26 @@ class Reference:
         return reference
 
     @property
+    def main_output(self) -> str:
+        """The name of the graph's main output."""
+        return self._model.main_output
+
+    @property
+    def stored(self) -> StoredCheckpoint | None:
+        """The weights that an ingot stores, where something is lost by it; else None."""
+        return self._weights if isinstance(self._weights, StoredCheckpoint) else None
+
+    def of_weights(self, weights: Checkpoint) -> Reference:
+        """The same model over other weights of the same checkpoint."""
+        result = copy.copy(self)
+        result._weights = weights
+        return result
+
+    def layerwise(self, dtype: torch.dtype) -> Layerwise:
+        """The eager graph in one precision, for many calls that are known beforehand."""
+        return Layerwise(self._weights, self.task, dtype)
+
+    @property
     def layers(self) -> dict[str, int]:
         """By the name of a router's logits or of a hidden state the layer that it is of.
 
@@ -177,7 +199,7 @@ class Reference:
         Raises:
             RoutersError: the model returns the logits of more or fewer routers than it should.
         """
-        truths = self._truths(layout, runs, stages)
+        truths = self.truths(layout, runs, stages)
         found, told = len(all_router_logits(truths[0][0])), self.routers.by_layer
         if found != sum(told):
             raise RoutersError(
@@ -196,9 +218,22 @@ class Reference:
         with stages.stage(f"load eager {dtype_name(dtype)}", size * dtype.itemsize) as advance:
             return EagerSession(self._weights, self.task, precision=dtype, advance=advance)
 
-    def _truths(self, layout: Layout, runs: Sequence[Inputs], stages: Stages) -> list[Recording]:
-        """The truth of each run."""
-        dtype = TRUTH[self.precision]
+    def truths(
+        self,
+        layout: Layout,
+        runs: Sequence[Inputs],
+        stages: Stages,
+        dtype: torch.dtype | None = None,
+    ) -> list[Recording]:
+        """What the eager graph computes in each run when it chooses its experts itself.
+
+        Args:
+            layout: of the outputs.
+            runs: as for ``record``.
+            stages: shows the steps.
+            dtype: to compute in; by default that of the truth.
+        """
+        dtype = dtype or TRUTH[self.precision]
         keys = [self._key(inputs, dtype, stages) for inputs in runs]
         found = [self._kept(name) for name in keys]
         missing = [number for number, each in enumerate(found) if each is None]
@@ -291,7 +326,8 @@ class Reference:
 
     def _stored(self) -> str | None:
         """What of the weights is not the checkpoint's, in words; None where nothing is."""
-        return self._weights.key if isinstance(self._weights, StoredCheckpoint) else None
+        others = StoredCheckpoint | PlainCheckpoint
+        return self._weights.key if isinstance(self._weights, others) else None
 
     def _bytes(self, name: str) -> int:
         entry = self.checkpoint.entries[name]
