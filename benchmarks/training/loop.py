@@ -11,7 +11,6 @@ import torch
 from benchmarks.training.models import Recipe
 
 SEED = 20
-WARM_UP = 60
 DECAY = 0.1
 LAST_RATE = 0.02  # of the highest
 LONGEST_STEP = 1.0  # the norm that gradients are cut to
@@ -25,7 +24,7 @@ def train(model: Any, recipe: Recipe, tokens: torch.Tensor) -> None:
     """
     random = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.AdamW(_groups(model), lr=recipe.rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: _rate(at, recipe.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: _rate(at, recipe))
     routed = hasattr(model.config, "output_router_logits")
     extra = {"output_router_logits": True} if routed else {}
     model.train()
@@ -75,9 +74,9 @@ def _groups(model: Any) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
 
 
-def _rate(at: int, steps: int) -> float:
+def _rate(at: int, recipe: Recipe) -> float:
     """The share of the highest learning rate at update ``at``."""
-    if at < WARM_UP:
-        return (at + 1) / WARM_UP
-    done = (at - WARM_UP) / max(1, steps - WARM_UP)
+    if at < recipe.warm_up:
+        return (at + 1) / recipe.warm_up
+    done = (at - recipe.warm_up) / max(1, recipe.steps - recipe.warm_up)
     return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done))

@@ -32,6 +32,7 @@ class Recipe:
         steps: updates of the weights.
         rate: the highest learning rate.
         rows, length: sequences a step, and tokens of each.
+        warm_up: the first updates, over which the rate rises.
     """
 
     config: PreTrainedConfig
@@ -39,6 +40,7 @@ class Recipe:
     rate: float
     rows: int = 4
     length: int = 128
+    warm_up: int = 60
 
 
 def _common() -> dict[str, Any]:
@@ -67,8 +69,10 @@ def recipes() -> dict[str, Recipe]:
                 output_router_logits=False,
                 router_aux_loss_coef=0.01,
             ),
-            steps=1600,
+            steps=400,
             rate=3e-3,
+            rows=8,
+            warm_up=100,
         ),
         "jetmoe": Recipe(
             JetMoeConfig(
@@ -83,7 +87,7 @@ def recipes() -> dict[str, Recipe]:
                 tie_word_embeddings=True,
                 initializer_range=0.02,
             ),
-            steps=1600,
+            steps=800,
             rate=3e-3,
         ),
         "granite": Recipe(
@@ -100,7 +104,7 @@ def recipes() -> dict[str, Recipe]:
                 residual_multiplier=0.6,
                 logits_scaling=2.0,
             ),
-            steps=1600,
+            steps=500,
             rate=3e-3,
         ),
         "mamba2": Recipe(
@@ -116,7 +120,7 @@ def recipes() -> dict[str, Recipe]:
                 tie_word_embeddings=True,
                 initializer_range=0.02,
             ),
-            steps=1600,
+            steps=700,
             rate=3e-3,
         ),
     }
