@@ -21,7 +21,12 @@ from transformers import AutoModelForCausalLM
 from benchmarks.training.loop import SEED, nats_per_token, train, unigram_nats_per_token
 from benchmarks.training.models import Recipe, recipes
 from benchmarks.training.texts import read_texts
-from benchmarks.training.tokenizer import VOCABULARY, token_stream, train_tokenizer
+from benchmarks.training.tokenizer import (
+    VOCABULARY,
+    save_tokenizer,
+    token_stream,
+    train_tokenizer,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,7 +59,7 @@ def main() -> None:
         model = _trained(known[family], learned)
         folder = asked.out / family
         _write(model, folder)
-        tokenizer.save(str(folder / "tokenizer.json"))
+        save_tokenizer(tokenizer, folder)
         stored: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         losses = [nats_per_token(stored, each) for each in unseen]
         size = sum(file.stat().st_size for file in folder.iterdir())

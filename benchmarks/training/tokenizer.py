@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 VOCABULARY = 1024
 # Between documents, and at the end of a text. Padding has an id of its own, since the embedding of
@@ -35,3 +37,10 @@ def token_stream(tokenizer: Tokenizer, documents: Iterable[str]) -> list[int]:
         for encoded in tokenizer.encode_batch(list(documents))
         for token in (*encoded.ids, END_ID)
     ]
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write ``tokenizer.json`` and the file that keeps transformers from changing how it cuts."""
+    tokens = {"bos_token": END, "eos_token": END, "pad_token": PADDING}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
+    wrapped.save_pretrained(folder)
