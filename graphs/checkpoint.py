@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ingot.graphs.coded import Coded
 from ingot.graphs.config import ModelConfig, refuse_quantised
 from ingot.graphs.folder import CONFIG as CONFIG
 from ingot.graphs.folder import INDEX as INDEX
@@ -36,6 +37,13 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F64": torch.float64,
+}
+# What quantised checkpoints pack numbers in.
+PACKED_DTYPES = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
 # Tensors that earlier versions of transformers and other trainers stored beside the weights: how
 # their names end, with how many axes, and why they may be left aside. transformers leaves them too.
@@ -122,20 +130,8 @@ class Checkpoint:
         """
         folder = Folder.read(path)
         # Before the dtypes of its tensors, which would be named in its place.
-        refuse_quantised(folder.config)
-        stored = _read_index(folder)
-        names = folder.tensor_names(stored)
-        entries = {names[name]: entry for name, entry in stored.items()}
-        for name, entry in list(entries.items()):
-            if is_buffer(name, entry.shape):
-                del entries[name]
-            elif entry.dtype not in DTYPES:
-                raise CheckpointError(
-                    f"{entry.file.name}: {named(name)} is {entry.dtype}; supported: "
-                    f"{', '.join(DTYPES)}. Quantised checkpoints are not supported; export the "
-                    "original."
-                )
-        return cls(path, folder.config, entries, sizes=folder.sizes)
+        refuse_quantised(folder.config, readable=())
+        return cls(path, folder.config, plain(read_entries(folder)), sizes=folder.sizes)
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -152,28 +148,19 @@ class Checkpoint:
         Raises:
             CheckpointError: a NaN or infinite weight.
         """
-        entry = self.entries[name]
-        dtype = DTYPES[entry.dtype]
-        if entry.begin == entry.end:
-            return torch.empty(entry.shape, dtype=dtype)
-        page = entry.begin - entry.begin % mmap.ALLOCATIONGRANULARITY
-        with entry.file.open("rb") as file:
-            # Copy-on-write, because torch wants a writable buffer; nothing writes to it.
-            window = mmap.mmap(
-                file.fileno(), entry.end - page, access=mmap.ACCESS_COPY, offset=page
-            )
-        tensor = torch.frombuffer(
-            window, dtype=dtype, offset=entry.begin - page, count=math.prod(entry.shape)
-        ).reshape(entry.shape)
-        if name not in self.digests:
+        tensor = read_tensor(self.entries[name])
+        if tensor.numel() and name not in self.digests:
             self._check_finite(name, tensor)
-            view = memoryview(window)[entry.begin - page :]
-            self.digests[name] = hashlib.sha256(view).hexdigest()
+            self.digests[name] = hash_tensor(tensor)
         return tensor
 
     def dtype(self, name: str) -> torch.dtype:
         """That of what ``read`` gives."""
         return DTYPES[self.entries[name].dtype]
+
+    def coded(self, _name: str) -> Coded | None:
+        """The whole numbers of a matrix that is stored in a few bits; None of any other."""
+        return None
 
     def read_row(self, name: str, row: int) -> torch.Tensor:
         """One matrix of a stack ``[E, ...]``."""
@@ -199,6 +186,56 @@ class Checkpoint:
         for name in sorted(self.digests):
             total.update(f"{name}:{self.digests[name]}".encode())
         return total.hexdigest()
+
+
+def read_tensor(entry: Entry) -> torch.Tensor:
+    """One tensor, backed by a private memory map of its bytes."""
+    dtype = {**DTYPES, **PACKED_DTYPES}[entry.dtype]
+    if entry.begin == entry.end:
+        return torch.empty(entry.shape, dtype=dtype)
+    page = entry.begin - entry.begin % mmap.ALLOCATIONGRANULARITY
+    with entry.file.open("rb") as file:
+        # Copy-on-write, because torch wants a writable buffer; nothing writes to it.
+        window = mmap.mmap(file.fileno(), entry.end - page, access=mmap.ACCESS_COPY, offset=page)
+    return torch.frombuffer(
+        window, dtype=dtype, offset=entry.begin - page, count=math.prod(entry.shape)
+    ).reshape(entry.shape)
+
+
+def hash_tensor(tensor: torch.Tensor) -> str:
+    """SHA-256 of the bytes of a contiguous tensor."""
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def read_entries(folder: Folder) -> dict[str, Entry]:
+    """Where each tensor of a folder lies, by transformers' names.
+
+    Raises:
+        IngotError: files that are missing or damaged, or names that do not belong to the config.
+    """
+    stored = _read_index(folder)
+    names = folder.tensor_names(stored)
+    return {names[name]: entry for name, entry in stored.items()}
+
+
+def plain(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The weights among some tensors.
+
+    Raises:
+        CheckpointError: one that is no plain numbers.
+    """
+    result = {}
+    for name, entry in entries.items():
+        if is_buffer(name, entry.shape):
+            continue
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{entry.file.name}: {named(name)} is {entry.dtype}; supported: "
+                f"{', '.join(DTYPES)}, and whole numbers where quantization_config in config.json "
+                "says what they are; export the original."
+            )
+        result[name] = entry
+    return result
 
 
 def _read_index(folder: Folder) -> dict[str, Entry]:

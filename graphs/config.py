@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +24,9 @@ MOST_POSITIONS = (1 << 31) - 1
 # Every number of a config is one of the graph's, in float32.
 MOST_FLOAT = 3.4e38
 LEAST_FLOAT = 1.2e-38
+# Where a config says that weights are quantised, and the methods that are read.
+QUANTISATION = "quantization_config"
+READABLE = ("gptq", "awq", "compressed-tensors")
 
 
 class ConfigError(IngotError):
@@ -223,7 +227,7 @@ class ConfigReader:
             # Absent, null, false and empty all mean "feature off" in Hugging Face configs; but what
             # every model here has, such as to look back only, must not be off.
             off = value is None or value in ({}, []) or (value is False and not _always(name))
-            if name in self.taken or name in NO_EFFECT or off:
+            if name in self.taken or name in NO_EFFECT or name == QUANTISATION or off:
                 continue
             if name in NEUTRAL and _same(value, NEUTRAL[name]):
                 continue
@@ -239,24 +243,35 @@ class ConfigReader:
             )
 
 
-def refuse_quantised(raw: dict[str, Any]) -> None:
+def refuse_quantised(raw: dict[str, Any], readable: Iterable[str] = READABLE) -> None:
     """Refuse a checkpoint whose ``config.json`` says that its weights are quantised.
 
     Where the tensors are plain floats all the same, the config is that of another file, or asks the
     loader to quantise them; either way it is not known what the model should compute.
 
+    Args:
+        raw: the parsed ``config.json``.
+        readable: methods that are not refused.
+
     Raises:
         ConfigError: naming the method.
     """
-    for name in ("quantization_config", "compression_config", "quantization"):
+    for name in (QUANTISATION, "compression_config", "quantization"):
         given = raw.get(name)
-        if not given:
+        method = method_of(given)
+        if not given or (name == QUANTISATION and method is not None and method in readable):
             continue
         raise ConfigError(
-            f"config.json: {name} (quant_method {_method(given)}): quantised checkpoints are not "
-            "supported; export the float32, float16 or bfloat16 original. If the tensors here are "
-            f"that original, remove {name} from config.json."
+            f"config.json: {name} (quant_method {_method(given)}): of quantised checkpoints those "
+            f"of {', '.join(READABLE)} are read; export the float32, float16 or bfloat16 original. "
+            f"If the tensors here are that original, remove {name} from config.json."
         )
+
+
+def method_of(given: Any) -> str | None:
+    """``quant_method`` of a ``quantization_config``; None where it names none."""
+    method = given.get("quant_method") if isinstance(given, dict) else None
+    return method if isinstance(method, str) else None
 
 
 def _method(given: Any) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ingot.graphs.config import ConfigError, ConfigReader
+from ingot.graphs.config import QUANTISATION, ConfigError, ConfigReader
 from ingot.plugins.errors import shown
 
 LAYOUT = "mamba_ssm"
@@ -53,6 +53,7 @@ def config(raw: dict[str, Any]) -> dict[str, Any]:
     model.must_be("d_intermediate", 0, "Mamba2's layers here have no MLP")
     model.must_be("attn_layer_idx", [], "Mamba2 here has no attention layers")
     model.must_be("rms_norm", True, "its layers have no other norm")
+    model.must_be(QUANTISATION, {}, "packed weights are read in transformers' layout")
     # Of attention layers, of which there are none; and of the kernels that add and norm.
     model.ignore("attn_cfg", "fused_add_norm")
     result = {

@@ -37,6 +37,7 @@ from ingot.graphs.adapter_weights import (
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import family_of
 from ingot.graphs.patterns import PatternError
+from ingot.graphs.quantised import open_folder
 from ingot.plugins.errors import shown
 
 # What PEFT puts before the name of every tensor.
@@ -72,7 +73,7 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
             that does not fit.
     """
     refuse_forgotten(path, adapter)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_folder(path)
     return checkpoint if adapter is None else merge(checkpoint, Adapter.open(adapter))
 
 

@@ -26,7 +26,11 @@ class PatternError(IngotError):
 
 
 def full_matches(
-    patterns: Sequence[str], names: Sequence[str], *, after_dot: bool = False
+    patterns: Sequence[str],
+    names: Sequence[str],
+    *,
+    after_dot: bool = False,
+    beginning: bool = False,
 ) -> list[set[str]]:
     """Which of ``names`` each pattern matches from end to end.
 
@@ -34,12 +38,14 @@ def full_matches(
         patterns: as Python's ``re`` has them.
         names: dotted, such as those of modules.
         after_dot: it is enough to match what follows some dot of a name.
+        beginning: it is enough to match the beginning of a name, as ``re.match`` does.
 
     Raises:
         PatternError: a pattern that does not compile, or that takes seconds or much memory.
     """
     plain = [bool(PLAIN.fullmatch(pattern)) for pattern in patterns]
     whole = [rf"(?:.*\.)?({pattern})" if after_dot else pattern for pattern in patterns]
+    whole = [rf"(?:{pattern})(?s:.*)" if beginning else pattern for pattern in whole]
     others = [pattern for pattern, quick in zip(whole, plain, strict=True) if not quick]
     apart = iter(_in_a_process(others, names) if others else ())
     return [
