@@ -17,7 +17,7 @@ import torch
 
 from ingot.graphs.adapter import ADAPTER_WEIGHTS, AdapterConfig, AdapterError, read_adapter
 from ingot.graphs.checkpoint import DTYPES, Checkpoint, read_header
-from ingot.graphs.coded import Coded
+from ingot.graphs.coded import Coded, Form
 from ingot.plugins.errors import named
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -201,6 +201,11 @@ class MergedCheckpoint(Checkpoint):
         """See ``Checkpoint.dtype``."""
         source, stored = self.sources.get(name, (self.base, name))
         return torch.float32 if name in self.pieces else source.dtype(stored)
+
+    def form(self, name: str) -> Form | None:
+        """See ``Checkpoint.form``; None of what the adapter changes."""
+        source, stored = self.sources.get(name, (self.base, name))
+        return None if name in self.pieces else source.form(stored)
 
     def coded(self, name: str) -> Coded | None:
         """See ``Checkpoint.coded``; None of what the adapter changes."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ingot.graphs.coded import Coded
+from ingot.graphs.coded import Coded, Form
 from ingot.graphs.config import ModelConfig, refuse_quantised
 from ingot.graphs.folder import CONFIG as CONFIG
 from ingot.graphs.folder import INDEX as INDEX
@@ -157,6 +157,10 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         """That of what ``read`` gives."""
         return DTYPES[self.entries[name].dtype]
+
+    def form(self, _name: str) -> Form | None:
+        """How a matrix is stored in a few bits; None of any other tensor."""
+        return None
 
     def coded(self, _name: str) -> Coded | None:
         """The whole numbers of a matrix that is stored in a few bits; None of any other."""

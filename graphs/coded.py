@@ -19,6 +19,25 @@ import torch
 
 
 @dataclass(frozen=True)
+class Form:
+    """What is known of a matrix without reading its numbers.
+
+    Attributes:
+        bits: of a number.
+        group: columns of a group.
+        columns: of the matrix.
+        symmetric: whether all zero points are the middle.
+        in_order: whether columns follow each other in their groups.
+    """
+
+    bits: int
+    group: int
+    columns: int
+    symmetric: bool
+    in_order: bool
+
+
+@dataclass(frozen=True)
 class Coded:
     """One matrix of a quantised checkpoint.
 
@@ -38,11 +57,6 @@ class Coded:
     bits: int
     group: int
     order: torch.Tensor | None = None
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether all zero points are the middle."""
-        return self.zero_points is None
 
     def weights(self) -> torch.Tensor:
         """The matrix ``[N, K]`` float32."""

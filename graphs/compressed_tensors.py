@@ -179,6 +179,25 @@ class CompressedTensors(Format):
             )
         return rows, columns
 
+    def order(self, packed: Packed) -> torch.Tensor | None:
+        """See ``Format.order``."""
+        role = "weight_g_idx"
+        if role not in packed.tensors:
+            return None
+        _, columns = self.shape(packed)
+        group = packed.settings.columns(columns)
+        order = packed.shaped(role, (columns,), "I32", "I64").long()
+        # As a module has it before it is calibrated.
+        if (order == -1).all():
+            return None
+        if ((order < 0) | (order >= columns // group)).any():
+            raise packed.error(
+                role,
+                f"names a group that is not there; there are {columns // group}. The file is "
+                "damaged.",
+            )
+        return None if torch.equal(order, torch.arange(columns) // group) else order
+
     def decode(self, packed: Packed) -> Coded:
         """See ``Format.decode``."""
         rows, columns = self.shape(packed)
@@ -195,7 +214,7 @@ class CompressedTensors(Format):
             self._zero_points(packed, rows, groups),
             bits,
             group,
-            self._order(packed, columns, groups),
+            self.order(packed),
         )
 
     def _zero_points(self, packed: Packed, rows: int, groups: int) -> torch.Tensor | None:
@@ -217,22 +236,6 @@ class CompressedTensors(Format):
                 "download the checkpoint again.",
             )
         return None
-
-    @staticmethod
-    def _order(packed: Packed, columns: int, groups: int) -> torch.Tensor | None:
-        """The group of each column; None where they are in order."""
-        role = "weight_g_idx"
-        if role not in packed.tensors:
-            return None
-        order = packed.shaped(role, (columns,), "I32", "I64").long()
-        # As a module is before it is calibrated.
-        if (order == -1).all():
-            return None
-        if ((order < 0) | (order >= groups)).any():
-            raise packed.error(
-                role, f"names a group that is not there; there are {groups}. The file is damaged."
-            )
-        return None if torch.equal(order, torch.arange(columns) // (columns // groups)) else order
 
 
 def _unsigned(packed: Packed, role: str, given: torch.Tensor) -> torch.Tensor:

@@ -194,6 +194,24 @@ class Gptq(Format):
             packed.shaped("g_idx", (columns,), "I32", "I64")
         return rows, columns
 
+    def order(self, packed: Packed) -> torch.Tensor | None:
+        """See ``Format.order``."""
+        if "g_idx" not in packed.tensors:
+            return None
+        order = packed.read("g_idx").long()
+        group = packed.settings.columns(len(order))
+        groups = -(-len(order) // group)
+        # As tensors are indexed, from the end.
+        order = torch.where(order < 0, order + groups, order)
+        if ((order < 0) | (order >= groups)).any():
+            raise packed.error(
+                "g_idx",
+                f"names a group that is not there; there are {groups}. The file is damaged.",
+            )
+        # All zeros is what some programs write where there is no order, and their kernels know it.
+        in_order = torch.equal(order, torch.arange(len(order)) // group) or not order.any()
+        return None if in_order else order
+
     def decode(self, packed: Packed) -> Coded:
         """See ``Format.decode``."""
         rows, columns = self.shape(packed)
@@ -206,7 +224,7 @@ class Gptq(Format):
             self._zero_points(packed, rows),
             bits,
             group,
-            self._order(packed, columns, group),
+            self.order(packed),
         )
 
     def _zero_points(self, packed: Packed, rows: int) -> torch.Tensor | None:
@@ -241,23 +259,6 @@ class Gptq(Format):
                 "set it to false, if the checkpoint was quantised so, or download it again.",
             )
         return None
-
-    def _order(self, packed: Packed, columns: int, group: int) -> torch.Tensor | None:
-        """The group of each column; None where they are in order."""
-        if "g_idx" not in packed.tensors:
-            return None
-        order = packed.read("g_idx").long()
-        groups = -(-columns // group)
-        # As tensors are indexed, from the end.
-        order = torch.where(order < 0, order + groups, order)
-        if ((order < 0) | (order >= groups)).any():
-            raise packed.error(
-                "g_idx",
-                f"names a group that is not there; there are {groups}. The file is damaged.",
-            )
-        # All zeros is what some programs write where there is no order, and their kernels know it.
-        in_order = torch.equal(order, torch.arange(columns) // group) or not order.any()
-        return None if in_order else order
 
 
 def _override(pattern: str, changed: Any, usual: Settings) -> Settings | None:

@@ -161,6 +161,14 @@ class Format(ABC):
             CheckpointError: tensors that are missing, or do not belong together.
         """
 
+    def order(self, packed: Packed) -> torch.Tensor | None:
+        """The group of each column, ``[K]`` int64; None where they follow each other in groups.
+
+        Raises:
+            CheckpointError: groups that are not there.
+        """
+        return None
+
     @abstractmethod
     def decode(self, packed: Packed) -> Coded:
         """A matrix, unpacked.

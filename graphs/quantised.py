@@ -8,7 +8,7 @@ for them (``Checkpoint.coded``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,16 @@ from typing import Any
 import torch
 
 from ingot.graphs.awq import Awq
-from ingot.graphs.checkpoint import Checkpoint, CheckpointError, Entry, plain, read_entries
-from ingot.graphs.coded import Coded
+from ingot.graphs.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Entry,
+    WeightMap,
+    plain,
+    read_entries,
+    stack_height,
+)
+from ingot.graphs.coded import Coded, Form
 from ingot.graphs.compressed_tensors import CompressedTensors
 from ingot.graphs.config import QUANTISATION, method_of, refuse_quantised
 from ingot.graphs.folder import Folder
@@ -126,6 +134,20 @@ class QuantisedCheckpoint(Checkpoint):
         coded = self.coded(name)
         return super().read(name) if coded is None else coded.weights()
 
+    def form(self, name: str) -> Form | None:
+        """See ``Checkpoint.form``.
+
+        Raises:
+            CheckpointError: see ``read``.
+        """
+        packed = self.packed.get(name)
+        if packed is None:
+            return None
+        _, columns = self.entries[name].shape
+        bits, group = packed.settings.bits, packed.settings.columns(columns)
+        in_order = self.packing.order(packed) is None
+        return Form(bits, group, columns, packed.settings.symmetric, in_order)
+
     def coded(self, name: str) -> Coded | None:
         """The whole numbers of a packed matrix.
 
@@ -145,6 +167,34 @@ class QuantisedCheckpoint(Checkpoint):
                 )
             self.digests[name] = packed.digest()
         return coded
+
+
+def forms(
+    checkpoint: Checkpoint, weight_map: WeightMap, module: torch.nn.Module
+) -> dict[str, tuple[Form, ...]]:
+    """How the parameters of a model are stored that are in whole numbers, all parts of each."""
+    result = {}
+    for name, _ in module.named_parameters():
+        found = [checkpoint.form(part.name) for part in weight_map[name]]
+        known = tuple(form for form in found if form is not None)
+        if len(known) == len(found):
+            result[name] = known
+    return result
+
+
+def coded_reader(
+    checkpoint: Checkpoint, weight_map: WeightMap, module: torch.nn.Module
+) -> Callable[[str, int], list[Coded]]:
+    """Reads the parts of a parameter of ``forms`` by its name and block, rows after rows."""
+    heights = {name: stack_height(tuple(each.shape)) for name, each in module.named_parameters()}
+
+    def read(name: str, block: int) -> list[Coded]:
+        parts = weight_map[name]
+        each = len(parts) // heights[name]
+        found = [checkpoint.coded(part.name) for part in parts[block * each : (block + 1) * each]]
+        return [coded for coded in found if coded is not None]
+
+    return read
 
 
 def _check_layers(
