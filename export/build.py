@@ -22,6 +22,7 @@ from ingot.export.ingot import (
     Manifest,
     file_infos,
 )
+from ingot.export.ingot_schema import CHECKPOINT
 from ingot.export.manifest import make_manifest
 from ingot.export.progress import Stages
 from ingot.export.request import PRECISIONS, ExportError, ExportRequest
@@ -85,6 +86,13 @@ def build(
         request.quantization,
     )
     opened = recipe.open(checkpoint)
+    if request.target == "ort" and request.weights == CHECKPOINT:
+        recipe = recipe.as_given(opened, request.accuracy)
+    if request.accuracy is not None and recipe.quantization is None:
+        raise ExportError(
+            f"--accuracy {request.accuracy} goes with weights in whole numbers, and this "
+            "checkpoint has none; give --weights int8 or int4 with it, or leave it out."
+        )
     # Before any weight is read: what is wrong in a file of some lines is said at once.
     generation = read_generation(checkpoint, opened.model.config)
     if request.context is not None:
@@ -100,7 +108,7 @@ def build(
             rows = eligibility(captured.model, precision)
             stages.table(f"{opened.family.model_type} on TensorRT", rows)
             require(rows)
-        known = {WEIGHTS: _write_graph(captured.model, folder, stages, weights)}
+        known = {WEIGHTS: _write_graph(captured.model, folder, stages, recipe.weights)}
         copy_tokenizer(beside, tokenizer, folder)
         manifest = make_manifest(recipe, opened, checkpoint, captured, generation)
         if request.for_tensorrt:

@@ -48,8 +48,11 @@ def check_request(request: ExportRequest) -> None:
             f"--weights {request.weights} goes with the target ort, whose runtime has kernels for "
             f"it; {request.target} stores floats: give --weights checkpoint, bf16 or fp16."
         )
+    # The numbers of a quantised checkpoint come with a format of their own, and with no kernel.
+    own = ("accuracy",) if request.target == "ort" and request.weights == "checkpoint" else ()
     for option in ("block", "symmetric", "accuracy"):
-        if not request.in_numbers and getattr(request, option) is not None:
+        known = request.in_numbers or option in own
+        if not known and getattr(request, option) is not None:
             raise ExportError(
                 f"--{option} goes with --weights int8 or int4, and says nothing of other weights."
             )

@@ -7,7 +7,7 @@ here: what one of them did otherwise would look like a fault of the ingot.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, cast
@@ -20,6 +20,7 @@ from ingot.export.capture import Captured
 from ingot.export.capture import capture as trace
 from ingot.export.codecs.blocks import Bits, Blocks, Size
 from ingot.export.codecs.coder import Coder, Nearest
+from ingot.export.codecs.given import Given, formats, quantization_of
 from ingot.export.ingot_schema import CHECKPOINT
 from ingot.export.lower_ort import lower_ort
 from ingot.export.lower_trt import lower_trt
@@ -31,9 +32,17 @@ from ingot.export.passes.store import StoreNarrow
 from ingot.export.progress import Stages
 from ingot.export.quantization import BITS, UNCHANGED, Quantization
 from ingot.export.request import ExportError
-from ingot.graphs.checkpoint import Checkpoint, WeightMap, block_reader, parts_of
+from ingot.graphs.checkpoint import (
+    Checkpoint,
+    WeightMap,
+    block_reader,
+    parts_of,
+    stack_height,
+)
+from ingot.graphs.coded import Coded, Form
 from ingot.graphs.family import Family, family_of
 from ingot.graphs.layers import Model
+from ingot.graphs.quantised import coded_reader, forms
 
 # Of the signature of ``ingot.export.capture.capture``.
 Capture = Callable[..., Captured]
@@ -86,12 +95,16 @@ class Opened(NamedTuple):
         read: its weights by name and block.
         stored: by the name of a weight of a graph, the widest dtype that the checkpoint has for it,
             by PyTorch's name.
+        coded: by name and block, the whole numbers of a weight that is stored in them.
+        forms: how those are stored, by name.
     """
 
     family: Family
     model: Model
     read: Callable[[str, int], torch.Tensor]
     stored: Callable[[str], str]
+    coded: Callable[[str, int], Sequence[Coded]]
+    forms: Callable[[], Mapping[str, Sequence[Form]]]
 
 
 @dataclass(frozen=True)
@@ -126,11 +139,37 @@ class Recipe:
         dtype: torch.dtype = getattr(torch, self.precision)
         return dtype
 
-    def coder(self) -> Coder | None:
-        """What rounds weights to the nearest numbers of the format; None of weights in floats."""
+    def as_given(self, opened: Opened, accuracy: str | None) -> Recipe:
+        """This recipe for whole numbers that are the checkpoint's; itself where it has none.
+
+        Args:
+            opened: the checkpoint.
+            accuracy: of the kernels; None for the usual one.
+
+        Raises:
+            ExportError: numbers that no format of the runtime's has.
+        """
+        found = opened.forms()
+        if not found:
+            return self
+        plain = [
+            name
+            for name, parameter in opened.model.named_parameters()
+            if _is_matrix(tuple(parameter.shape)) and name not in found
+        ]
+        weights, chosen = quantization_of(found, plain, accuracy)
+        return replace(self, weights=weights, quantization=chosen)
+
+    def coder(self, opened: Opened) -> Coder | None:
+        """What chooses the numbers of the format; None of weights in floats.
+
+        It rounds weights to the nearest of them, or has the checkpoint's own.
+        """
         chosen = self.quantization
         if chosen is None:
             return None
+        if chosen.method == "given":
+            return Given(formats(self.weights, chosen), opened.coded)
 
         def blocks(bits: int) -> Blocks | None:
             if bits == UNCHANGED:
@@ -156,6 +195,8 @@ class Recipe:
             model,
             block_reader(checkpoint, weight_map, model),
             partial(_stored, checkpoint, weight_map),
+            coded_reader(checkpoint, weight_map, model),
+            partial(forms, checkpoint, weight_map, model),
         )
 
     def stored_bytes(self, opened: Opened) -> int:
@@ -197,7 +238,7 @@ class Recipe:
             opened: the checkpoint, by ``open``.
             stages: shows the steps.
             capture: traces the model, ``export.capture.capture`` by default.
-            coder: chooses the whole numbers of weights, ``self.coder()`` by default.
+            coder: chooses the whole numbers of weights, ``self.coder(opened)`` by default.
             again: whether it is made to hold an ingot's graph against it.
         """
         stages, suffix = stages or Stages(), " again" * again
@@ -233,17 +274,26 @@ class Recipe:
         if not self.weights:
             return ()
         if self.quantization is not None:
-            coder = coder or self.coder()
+            coder = coder or self.coder(opened)
             assert coder is not None
             accuracy = self.quantization.accuracy
             passes = [QuantiseExperts(coder, accuracy), QuantiseMatrices(coder, accuracy)]
-            return run(model, [*passes, NameFixPass()])
-
-        def dtype_of(name: str) -> ir.DataType:
-            found = self.weights if self.weights != CHECKPOINT else opened.stored(name)
-            return ir.DataType[ONNX_NAMES[found]]
-
+            # With the checkpoint's own numbers come its own floats.
+            given = self.quantization.method == "given"
+            others = [StoreNarrow(_dtype_of(opened.stored))] * given
+            return run(model, [*passes, *others, NameFixPass()])
+        of_checkpoint = self.weights == CHECKPOINT
+        dtype_of = _dtype_of(opened.stored if of_checkpoint else lambda _name: self.weights)
         return run(model, [StoreNarrow(dtype_of), NameFixPass()])
+
+
+def _dtype_of(stored: Callable[[str], str]) -> Callable[[str], ir.DataType]:
+    """PyTorch's name of what a weight is stored in, as ONNX's."""
+    return lambda name: ir.DataType[ONNX_NAMES[stored(name)]]
+
+
+def _is_matrix(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 or stack_height(shape) > 1
 
 
 def _stored(checkpoint: Checkpoint, weight_map: WeightMap, name: str) -> str:

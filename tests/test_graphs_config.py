@@ -251,7 +251,7 @@ def test_maps_other_names_of_an_activation(name: str, operator: str) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [{"quant_method": "gptq", "bits": 4}, {"bits": 8}, "fp8", ["fp8"]],
+    [{"quant_method": "hqq", "bits": 4}, {"bits": 8}, "fp8", ["fp8"]],
 )
 def test_refuses_a_quantised_checkpoint(value: Any) -> None:
     method = value.get("quant_method", "unknown") if isinstance(value, dict) else "fp8"

@@ -117,6 +117,23 @@ class Blocks:
         in_threads(search_in, range(0, rows, step))
         return Encoded(data, scales, None if zeros is None else self._packed(zeros))
 
+    def pack(self, numbers: Bytes, scales: Floats, zeros: Bytes | None) -> Encoded:
+        """A matrix whose numbers are known.
+
+        Args:
+            numbers: ``[N, blocks, size]``.
+            scales: ``[N, blocks]``.
+            zeros: ``[N, blocks]``; None where they are the middle. A format that is not symmetric
+                has them all the same.
+        """
+        if not self.symmetric and zeros is None:
+            zeros = np.full(scales.shape, self.middle, np.uint8)
+        return Encoded(
+            self._packed(numbers),
+            scales,
+            None if self.symmetric or zeros is None else self._packed(zeros),
+        )
+
     def decode(self, encoded: Encoded, columns: int) -> Floats:
         """The matrix ``[N, columns]`` that a kernel computes with."""
         rows, count, _ = encoded.data.shape
