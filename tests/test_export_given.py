@@ -13,6 +13,7 @@ from oracle import relative_rms, tokens
 from packed_cases import CASES, GPTQ, Case, with_head
 from packers import Numbers, Quantised, gptq, numbers, quantise
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
 from transformers import AutoModelForCausalLM
 
 from ingot.export.codecs.blocks import Blocks
@@ -160,11 +161,16 @@ def test_layers_of_several_bits_and_groups(
             "lm_head.weight": "lm_head",
         },
     )
+    tensors = load_torch(ingot / "weights.safetensors")
     # What is not packed is as the checkpoint has it.
-    held = (ingot / "weights.safetensors").read_bytes()
-    header = held[8 : 8 + int.from_bytes(held[:8], "little")].decode()
-    assert '"dtype":"BF16"' in header.replace(" ", "")
-    assert relative_rms(of_transformers(quantised.plain), logits(ingot)) < 4e-6
+    assert tensors[f"{layer}.self_attn.o_proj.weight"].dtype == torch.bfloat16
+    assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
+    of = quantised.layers[f"{layer}.mlp.experts.0.down_proj"]
+    down = tensors[f"{layer}.mlp.experts.down_proj"]
+    # A number of 8 bits is as far from its middle as it was with 4.
+    np.testing.assert_array_equal(down[1, : len(of.codes), : of.codes.shape[1]], of.codes + 120)
+    # QMoE rounds activations of 8 bits to int8, whatever the accuracy (1.31.1).
+    assert relative_rms(of_transformers(quantised.plain), logits(ingot)) < 2e-2
 
 
 @pytest.mark.parametrize("target", ["onnx", "ort"])
