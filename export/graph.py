@@ -256,16 +256,18 @@ class Recipe:
             return replace(captured, passes=(*captured.passes, *stored))
         canonical = operators(captured.model)
         with stages.stage(f"lower to {lowering.runtime}{suffix}"):
-            applied = self._taken_apart(captured.model, coder)
+            applied = self._taken_apart(captured.model, opened, coder)
             applied += lowering.lower(captured.model)
             stored = self._store(captured.model, opened, coder)
         return replace(captured, canonical=canonical, lowering=(*applied, *stored))
 
-    def _taken_apart(self, model: ir.Model, coder: Coder | None) -> tuple[Applied, ...]:
+    def _taken_apart(
+        self, model: ir.Model, opened: Opened, coder: Coder | None
+    ) -> tuple[Applied, ...]:
         """Experts in whole numbers for which ONNX Runtime has no kernel that is asked for."""
         if self.quantization is None:
             return ()
-        coder, exact = coder or self.coder(), self.quantization.accuracy == "exact"
+        coder, exact = coder or self.coder(opened), self.quantization.accuracy == "exact"
         assert coder is not None
         return run(model, [MoeDispatchApart(partial(has_no_kernel, coder, exact))])
 

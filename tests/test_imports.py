@@ -36,7 +36,7 @@ WEIGHTS = tuple(
     f"ingot.validate.identity.weights{part}"
     for part in (
         *("", "_adapter", "_blocks", "_checkpoint", "_compare", "_explained", "_factors"),
-        *("_files", "_found", "_graph", "_header", "_names", "_rounding"),
+        *("_files", "_found", "_graph", "_header", "_names", "_packed", "_rounding"),
     )
 )
 WEIGHTS_READ = (

@@ -52,6 +52,7 @@ ALWAYS_FLOAT32 = (".A_log", ".D", ".dt_bias")
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 CHECKPOINT = "checkpoint"
+GIVEN = "given"
 # Bits of what is stored in blocks of whole numbers, and the operators whose matrices are.
 INTEGERS = {"int4": 4, "int8": 8}
 IN_BLOCKS = frozenset({"MatMul", "Gemm", "FusedMatMul", "MoE", "Gather", *PLACES})
@@ -233,9 +234,13 @@ class Weights:
         if name.endswith(ALWAYS_FLOAT32):
             return "F32"
         own = DTYPES.get(self.precision)
-        if not self.stored or self.stored in INTEGERS or not self._matrix(name, made):
+        # With a checkpoint's own whole numbers come its own floats.
+        given = self.quantization is not None and self.quantization.method == GIVEN
+        of_checkpoint = self.stored == CHECKPOINT or given
+        in_numbers = self.stored in INTEGERS and not given
+        if not self.stored or in_numbers or not self._matrix(name, made):
             return own
-        if self.stored != CHECKPOINT:
+        if not of_checkpoint:
             return DTYPES.get(self.stored)
         if made.parameter in self.tensors.changes:
             # What an adapter makes of it is a sum in float32.

@@ -20,6 +20,7 @@ from ingot.validate.identity.weights_names import (
     make,
     spellings,
 )
+from ingot.validate.identity.weights_packed import unpacked
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Tensors:
 
     @cached_property
     def _base(self) -> dict[str, Tensor]:
-        return read_checkpoint(self.folder)
+        return unpacked(read_checkpoint(self.folder), self.config)
 
     @cached_property
     def stored(self) -> dict[str, Tensor]:

@@ -70,6 +70,10 @@ class Tensor:
         """Bytes of its elements."""
         return self.size * ITEM_BYTES[self.dtype]
 
+    def held(self) -> bytes:
+        """The bytes of one that lies in no file of its own."""
+        return self.data
+
 
 class Reader:
     """Reads elements of tensors with ``pread``, so that no page of a file stays mapped.
@@ -103,7 +107,7 @@ class Reader:
         begin, length = tensor.begin + first * width, count * width
         data: bytes | bytearray
         if tensor.file is None:
-            data = tensor.data[begin : begin + length]
+            data = tensor.held()[begin : begin + length]
         else:
             if tensor.file not in self._open:
                 self._open[tensor.file] = os.open(tensor.file, os.O_RDONLY)

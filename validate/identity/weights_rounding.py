@@ -51,11 +51,13 @@ class Tolerance:
         block: squared error of a block over that of plain rounding; None where it is not bounded.
         steps: how far one number may be from what it stands for; None where that is not bounded.
         row: squared error of a row over what plain rounding costs on average; likewise.
+        exact: numbers are the checkpoint's own, and weights as well.
     """
 
     block: float | None = None
     steps: float | None = None
     row: float | None = None
+    exact: bool = False
 
 
 # A search begins with plain rounding, so a block is never worse than that but for the last bits.
@@ -67,6 +69,7 @@ TOLERANCES = {
     NEAREST: Tolerance(block=1.05, steps=1.25),
     "importance": Tolerance(row=8.0),
     "gptq": Tolerance(row=16.0),
+    "given": Tolerance(exact=True),
 }
 # Rows of each expert that are read in other ways, where a method bounds no block.
 SAMPLED = 16
@@ -150,6 +153,8 @@ class Rounding:
             return "what its rows are filled up with is not zero"
         blocks = f"{self.wrong} of {self.blocks} block{'s' * (self.blocks != 1)}"
         are = "is" if self.wrong == 1 else "are"
+        if TOLERANCES[self.format.method].exact:
+            return f"{blocks} {are} not the checkpoint's, the first at {list(self.index)}"
         one = f", {self.far} numbers of them by more than a step" if self.far else ""
         return (
             f"{blocks} {are} further from the checkpoint than rounding to {self.format.text} "
@@ -188,7 +193,8 @@ def compare_blocks(
         advance: told the bytes that were compared.
     """
     found: dict[str, Rounding] = {}
-    bounded = TOLERANCES[given.method].block is not None
+    tolerance = TOLERANCES[given.method]
+    bounded = tolerance.block is not None or tolerance.exact
     for chunk in _chunks(weight, made, layout, source, reader):
         name = chunk.part.tensor.name
         rounding = found.setdefault(name, Rounding(chunk.part.tensor, given))
@@ -263,6 +269,8 @@ def _judge(rounding: Rounding, chunk: _Chunk, columns: int) -> npt.NDArray[np.bo
         average = size / 12 * np.square(step, dtype=np.float64)
         infinite = ~np.isfinite(piece.scales)
         wrong = ~np.isfinite(square)
+        if tolerance.exact:
+            wrong |= errors.any(axis=-1)
         if tolerance.block is not None:
             # Most blocks are below the average of plain rounding, and need no more.
             suspects = np.nonzero(~(square <= average))
