@@ -201,7 +201,7 @@ class Recipe:
 
     def stored_bytes(self, opened: Opened) -> int:
         """What the weights take on a disk, to a few per cent."""
-        coder = self.coder()
+        coder = self.coder(opened)
         return round(
             sum(
                 parameter.numel() * self._stored_bits(opened, coder, name, parameter) / 8

@@ -68,7 +68,7 @@ def subject(
 
 def _nats_per_token(logits: Callable[[Ids], npt.NDArray[Any]], windows: list[Ids]) -> float:
     """Mean cross entropy of each token but a window's first, in float64."""
-    losses = []
+    losses: list[float] = []
     for window in windows:
         scores = logits(window)[0, :-1].astype(np.float64)
         highest = scores.max(-1, keepdims=True)
