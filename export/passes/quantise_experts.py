@@ -78,7 +78,7 @@ class QuantiseExperts(GraphPass):
         first, second = formats
         if first is None or second is None:
             return []
-        assert (first.size, first.symmetric) == (second.size, second.symmetric), origins
+        assert first == second, origins
         assert down.shape is not None
         _, hidden, inner = down.shape.numpy()
         wide, deep = (-(-size // first.size) * first.size for size in (hidden, inner))
@@ -116,23 +116,21 @@ class QuantiseExperts(GraphPass):
             "block_size": fc1.blocks.size,
             "expert_weight_bits": fc1.blocks.bits,
         }
-        if fc2.blocks.bits != fc1.blocks.bits:
-            numbers["fc2_expert_weight_bits"] = fc2.blocks.bits
         return {name: ir.AttrInt64(name, value) for name, value in numbers.items()}
 
 
 def has_no_kernel(coder: Coder, exact: bool, node: ir.Node) -> bool:
     """Whether QMoE cannot run the experts of a MoeDispatch as they are asked for.
 
-    It has SiLU alone, and of experts in 8 bits it rounds the activations at every level.
+    It has SiLU alone, on the CPU wants as many bits of one stack as of the other, and of experts in
+    8 bits rounds the activations at every level (1.31.1).
     """
     if node.attributes["activation"].as_string() != "silu":
         return True
     weights = [value for value in node.inputs[2:] if value is not None]
     formats = [coder.format(_parameter(value)) for value in weights]
-    some = [each for each in formats if each is not None]
-    # Stored in two ways, one of them as they are, they are no input of any kernel.
-    return len(some) == 1 or (exact and any(each.bits == 8 for each in some))
+    bits = {None if each is None else each.bits for each in formats}
+    return len(bits) > 1 or (exact and 8 in bits)
 
 
 def _is_moe(node: ir.Node) -> bool:
