@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import onnx.helper as oh
 import pytest
 from onnx import numpy_helper
 
+from ingot.export.codecs.blocks import Blocks, Encoded
 from ingot.plugins.moe_dispatch import function_body
 from ingot.runtime.onnxruntime_session import open_session
 from ingot.validate.truth.probes import Probes, insert_probes
@@ -21,9 +22,12 @@ from ingot.validate.truth.replay import Chosen, choices, forced_input, insert_re
 Array = npt.NDArray[Any]
 
 ROUTER = "router_logits.0"
-H, INNER = 16, 8
+# What QMoE takes is whole blocks.
+BLOCK: Literal[32] = 32
+H, INNER = BLOCK, BLOCK
 SIZES = [(1, 1), (4, 4), (8, 1), (9, 2), (64, 1), (64, 8)]
-KINDS = ["MoE", "MoeDispatch", "MoeLinear", "TopK"]
+QUANTISED = ["QMoE4", "QMoE4Zeros", "QMoE8"]
+KINDS = ["MoE", "MoeDispatch", "MoeLinear", "TopK", "QMoE4Zeros"]
 INT64_MIN = np.iinfo(np.int64).min
 
 
@@ -92,7 +96,10 @@ class Experts:
             self.constant(name, np.array([value], np.int64))
             for name, value in (("start", -1), ("end", INT64_MIN), ("axis", 1), ("step", -1))
         ]
-        weights = self.constant("gate_up", turns), self.constant("down", self.down[::-1])
+        weights = (
+            self.constant("gate_up_float", turns),
+            self.constant("down_float", self.down[::-1]),
+        )
         moe = oh.make_node(
             "MoE",
             ["x", "reversed", weights[0], "", weights[1]],
@@ -106,6 +113,56 @@ class Experts:
             activation_beta=0.0,
         )
         return [oh.make_node("Slice", [logits, *names], ["reversed"]), moe]
+
+    def _QMoE4(self, logits: str) -> list[onnx.NodeProto]:  # noqa: N802
+        return self._quantised(logits, Blocks(4, BLOCK))
+
+    def _QMoE4Zeros(self, logits: str) -> list[onnx.NodeProto]:  # noqa: N802
+        return self._quantised(logits, Blocks(4, BLOCK, symmetric=False))
+
+    def _QMoE8(self, logits: str) -> list[onnx.NodeProto]:  # noqa: N802
+        return self._quantised(logits, Blocks(8, BLOCK))
+
+    def _quantised(self, logits: str, blocks: Blocks) -> list[onnx.NodeProto]:
+        """The same in whole numbers, by which the expected numbers are computed too."""
+        for name in ("gate_up", "down"):
+            held: Array = getattr(self, name)
+            encoded = [blocks.encode(each) for each in held]
+            setattr(self, name, np.stack([blocks.decode(each, held.shape[-1]) for each in encoded]))
+            turned = encoded[::-1]
+            if name == "gate_up":
+                rows = np.arange(2 * INNER).reshape(2, INNER).T.reshape(-1)
+                turned = [
+                    Encoded(
+                        each.data[rows],
+                        each.scales[rows],
+                        None if each.zero_points is None else each.zero_points[rows],
+                    )
+                    for each in turned
+                ]
+            self.constant(
+                name, np.stack([each.data.reshape(len(each.data), -1) for each in turned])
+            )
+            self.constant(f"{name}.scales", np.stack([each.scales for each in turned]))
+            if not blocks.symmetric:
+                zeros = [each.zero_points for each in turned if each.zero_points is not None]
+                self.constant(f"{name}.zeros", np.stack(zeros))
+        *slices, plain = self._MoE(logits)
+        # Of the weights in floats nothing reads any.
+        self.constants[:] = [each for each in self.constants if not each.name.endswith("float")]
+        given = ["", ""] if blocks.symmetric else ["gate_up.zeros", "down.zeros"]
+        products = ["gate_up", "gate_up.scales", "", "down", "down.scales", "", "", "", ""]
+        inputs = ["x", "reversed", *products, *given, "", "shares"]
+        moe = oh.make_node("QMoE", inputs, ["y"], domain="com.microsoft")
+        moe.attribute.extend(plain.attribute)
+        level = 0 if blocks.bits == 4 else 4
+        for name, value in (
+            ("expert_weight_bits", blocks.bits),
+            ("block_size", BLOCK),
+            ("accuracy_level", level),
+        ):
+            moe.attribute.append(oh.make_attribute(name, value))
+        return [*slices, oh.make_node("Softmax", ["reversed"], ["shares"], axis=-1), moe]
 
     def _MoeDispatch(self, logits: str) -> list[onnx.NodeProto]:  # noqa: N802
         weights = self.constant("gate_up", self.gate_up), self.constant("down", self.down)
@@ -202,20 +259,22 @@ def test_where_logits_are_far_apart_it_is_their_top_k(kind: str) -> None:
         np.testing.assert_array_equal(chosen, choices(logits, top_k), err_msg=f"{experts} {top_k}")
 
 
-@pytest.mark.parametrize("kind", ["MoE", "MoeDispatch"])
+@pytest.mark.parametrize("kind", ["MoE", "MoeDispatch", *QUANTISED])
 def test_it_is_what_the_kernel_s_own_numbers_come_from(kind: str) -> None:
     differ = 0
+    # Its activations are rounded to int8.
+    error = 0.3 if kind == "QMoE8" else 1e-5
     for experts, top_k in SIZES:
         subject, logits = Experts(kind, experts, top_k), near_logits(experts)
         y, chosen, _ = subject.run(logits)
         assert (chosen.sum(-1) == top_k).all()
-        np.testing.assert_allclose(y, subject.expected(logits, chosen), atol=1e-5)
+        np.testing.assert_allclose(y, subject.expected(logits, chosen), atol=error)
         other = choices(logits, top_k)
         turned = (chosen != other).any(-1)
         differ += int(turned.sum())
         # The choice that the logits say would give other numbers there.
         apart = np.abs(y - subject.expected(logits, other)).max(-1)
-        assert (apart[turned] > 1e-3).sum() >= 0.9 * turned.sum()
+        assert (apart[turned] > max(1e-3, error)).sum() >= 0.9 * turned.sum()
     # ONNX Runtime's kernel sees no difference of an ulp, and the function body sees every one.
     assert (differ > 100) == (kind == "MoE")
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -109,9 +110,8 @@ class Rounding:
         wrong: blocks that are further off than rounding explains.
         far: numbers that are.
         index: of the first element of the first wrong block, in the tensor.
-        square: sum of the squared errors.
-        power: sum of the squares of what should be.
-        plain: what plain rounding costs, on average.
+        square: sum of the squared errors of the wrong blocks.
+        plain: what plain rounding of these costs, on average.
         filled: whether what rows are filled up with is not zero.
         infinite: whether a scale is not finite.
         reason: what explains it.
@@ -124,7 +124,6 @@ class Rounding:
     far: int = 0
     index: tuple[int, ...] = ()
     square: float = 0.0
-    power: float = 0.0
     plain: float = 0.0
     filled: bool = False
     infinite: bool = False
@@ -137,7 +136,7 @@ class Rounding:
 
     @property
     def ratio(self) -> float:
-        """RMS of its errors over what plain rounding costs."""
+        """RMS of the errors of its wrong blocks over what plain rounding costs."""
         if not math.isfinite(self.square):
             return math.inf
         return math.sqrt(self.square / self.plain) if self.plain else math.inf
@@ -199,7 +198,7 @@ def compare_blocks(
         name = chunk.part.tensor.name
         rounding = found.setdefault(name, Rounding(chunk.part.tensor, given))
         first = not rounding.wrong
-        wrong = _judge(rounding, chunk, made.matrices[2])
+        wrong, square, average = _judge(rounding, chunk, made.matrices[2])
         where = Where(weight, layout, chunk.rows, made.begin)
         if not wrong.any() and not bounded:
             sample = np.zeros_like(wrong)
@@ -210,6 +209,9 @@ def compare_blocks(
         elif first and wrong.any():
             rounding.reason = explained(chunk.wanted, chunk.piece, wrong, where, reader)
         _note(rounding, wrong, chunk, made.matrices[2])
+        with np.errstate(invalid="ignore"):
+            rounding.square += float(square[wrong].sum(dtype=np.float64))
+            rounding.plain += float(average[wrong].sum())
         advance(chunk.piece.numbers.size * weight.bits // 8 + chunk.piece.scales.nbytes)
     return [each for each in found.values() if each.problem]
 
@@ -249,8 +251,22 @@ def _chunks(
                 yield _Chunk(wanted, piece, own, some)
 
 
-def _judge(rounding: Rounding, chunk: _Chunk, columns: int) -> npt.NDArray[np.bool_]:
-    """Add some rows to what is known of a tensor; which of their blocks are wrong."""
+class _Judged(NamedTuple):
+    """What is known of some rows' blocks ``[rows, blocks]``: squared errors, and which is too much.
+
+    Attributes:
+        wrong: whether a block is further off than rounding explains.
+        square: squared error of each.
+        average: what plain rounding costs.
+    """
+
+    wrong: npt.NDArray[np.bool_]
+    square: np.ndarray
+    average: np.ndarray
+
+
+def _judge(rounding: Rounding, chunk: _Chunk, columns: int) -> _Judged:
+    """Hold some rows to what rounding explains; adds single numbers to what is known."""
     piece, given = chunk.piece, rounding.format
     tolerance = TOLERANCES[given.method]
     count, blocks, size = piece.numbers.shape
@@ -285,11 +301,8 @@ def _judge(rounding: Rounding, chunk: _Chunk, columns: int) -> npt.NDArray[np.bo
         if tolerance.steps is not None:
             rounding.far += _far(wrong, wanted, errors, piece, given, tolerance.steps)
     rounding.blocks += wrong.size
-    rounding.square += float(square.sum(dtype=np.float64))
-    rounding.power += float(np.square(wanted).sum(dtype=np.float64))
-    rounding.plain += float(average.sum())
     rounding.infinite |= bool(infinite.any())
-    return np.asarray(wrong)
+    return _Judged(np.asarray(wrong), square, average)
 
 
 def _note(rounding: Rounding, wrong: npt.NDArray[np.bool_], chunk: _Chunk, columns: int) -> None:
