@@ -51,10 +51,13 @@ def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stage
     console().print(table)
 
 
+# Of routing where experts are the truth's or chosen.
+MODES = ("free", "replayed")
 # Of tensors, as a validation has them.
 KINDS = ("logits", "hidden", "router", "key", "value", "conv", "ssm")
-# How the names of figures end and are said: a graph of half precision is run in float32 too.
-RUN_IN = (("", ""), ("_in_float32", ", in float32"))
+# How the names of figures end and are said: a graph of half precision is run in float32 too, and
+# one whose kernels round activations to int8 without that rounding too.
+RUN_IN = (("", ""), ("_in_float32", ", in float32"), ("_in_int8", ", in int8"))
 
 
 # What each check of a validation counts.
@@ -113,6 +116,11 @@ def _verdict_rows(manifest: Manifest) -> list[tuple[str, str]]:
     if "checks" in found:
         checked = (f"{count} {UNITS.get(name, name)}" for name, count in found["checks"].items())
         rows.append(("checked", f"{', '.join(checked)}, against the checkpoint"))
+    if "activations" in found:
+        proved = "within what that rounding explains"
+        if found["activations"]["twin"]:
+            proved = "right without that rounding, and with it " + proved
+        rows.append(("activations", f"rounded to int8 by the kernels, which are {proved}"))
     if "coverage" in found:
         rows.append(("covered", _coverage(found["coverage"])))
         if found["coverage"].get("not_asked"):
@@ -122,10 +130,10 @@ def _verdict_rows(manifest: Manifest) -> list[tuple[str, str]]:
             score, error = found[f"{name}_score"], found[f"{name}_error"]
             times = f"{score:.2g} times eager PyTorch's own error"
             rows.append((title, f"relative RMS error {error:.1e}, {times}"))
-    for mode in ("free", "replayed"):
+    for mode, said in [(m + suffix, m + in_) for suffix, in_ in RUN_IN for m in MODES]:
         if f"routing_agreement_{mode}" in found:
             share = found[f"routing_agreement_{mode}"]
-            rows.append((f"routing, {mode}", f"{share:.1%} of tokens have the truth's experts"))
+            rows.append((f"routing, {said}", f"{share:.1%} of tokens have the truth's experts"))
     if "routing_agreement_forced" in found:
         share = found["routing_agreement_forced"]
         rows.append(("routing, forced", f"{share:.1%} of tokens used the experts they were given"))

@@ -31,7 +31,7 @@ from ingot.validate.baseline import (
 from ingot.validate.judge.limits import SCORE_FLOOR
 from ingot.validate.processor import HARDWARE, ISA, PROCESSOR, THREADS
 from ingot.validate.report.words import LISTED, number
-from ingot.validate.result import Gate, Report, TensorResult
+from ingot.validate.result import IN_INT8, Gate, Report, TensorResult
 from ingot.validate.truth.inputs import EXPERTS_FORCED
 
 # How many measured spreads a figure may rise: three are chance once in hundreds of runs.
@@ -199,7 +199,8 @@ def _stage(stage: str) -> str:
 
 def _call(stage: str) -> str:
     """A call, however it was judged: where flips left nothing of it, it is there as replayed."""
-    return _stage(stage).removesuffix(REPLAYED)
+    rounded = IN_INT8 * stage.endswith(IN_INT8)
+    return _stage(stage).removesuffix(IN_INT8).removesuffix(REPLAYED) + rounded
 
 
 def _kept(environment: Mapping[str, str]) -> dict[str, str]:
@@ -256,8 +257,12 @@ def _tensors(report: Report, baseline: Baseline, slack: Slack) -> Iterator[str]:
         yield from _means(rises, slack.mean)
     if not slack.choices:
         # Where a near-tie turned, the tokens after it are judged with the truth's experts alone.
-        replayed = {(_stage(t.stage), t.name) for t in report.tensors if t.error is not None}
-        missing = {key: None for key in missing if (f"{key[0]}{REPLAYED}", key[1]) not in replayed}
+        replayed = {
+            (_call(t.stage), t.name)
+            for t in report.tensors
+            if t.error is not None and t.stage.removesuffix(IN_INT8).endswith(REPLAYED)
+        }
+        missing = {key: None for key in missing if (_call(key[0]), key[1]) not in replayed}
     if missing:
         names = [" ".join(key) for key in missing]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -20,8 +20,25 @@ from typing import Any
 
 from ingot.validate.distribution import Distribution
 
+# The precision of a graph whose products round their activations to int8, block by block.
+INT8 = "float32 with activations in int8"
 # Deviations of a share of tokens that are chance.
 CHANCE = 3.0
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Activations that the kernels of an ingot round to int8, and what was proved in spite of it.
+
+    Attributes:
+        block: numbers of a row that share a scale.
+        twin: whether the same graph without that rounding was held to the noise floor of float32.
+        why: it was not, in one sentence without a full stop; empty where it was.
+    """
+
+    block: int
+    twin: bool
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,11 +157,19 @@ class Quantisation:
         return math.inf if self.judged is None else self.limits.share * self.judged.information
 
     @property
+    def recorded_median(self) -> float:
+        """The median divergence over the tokens that a validation feeds; NaN without logits."""
+        return math.nan if self.recorded is None else self.recorded.found.kl_median
+
+    @property
     def times(self) -> float | None:
-        """The divergence over that of plain rounding; None where either is missing."""
+        """The median divergence over that of plain rounding; None where either is missing.
+
+        The mean would be of the few tokens, on either side, at which a near-tied router turned.
+        """
         if self.plain is None or self.recorded is None:
             return None
-        return _ratio(self.recorded.found.kl_mean, self.plain.found.kl_mean)
+        return _ratio(self.recorded.found.kl_median, self.plain.found.kl_median)
 
     def summary(self) -> dict[str, Any]:
         """What ``ingot.json`` keeps: the figures that are judged, and their limits."""
@@ -175,8 +200,8 @@ class Quantisation:
             return
         if self.times is not None and not self.times <= self.limits.times:
             yield (
-                f"{self.stored} costs KL {_number(self.recorded)} nats a token, {self.times:.3g} "
-                f"times what plain rounding to {self.stored} costs, and up to "
+                f"{self.stored} costs a median KL of {self.recorded_median:.3g} nats a token, "
+                f"{self.times:.3g} times what plain rounding to {self.stored} costs, and up to "
                 f"{self.limits.times:g} times are accepted{self._where()}; the scales or the "
                 "numbers of some weight are wrong, or a calibration text did harm: export again "
                 "without one"

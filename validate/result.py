@@ -8,18 +8,21 @@ is as good as the precision allows.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ingot.export.ingot import Verdict
 from ingot.validate.coverage import Coverage
 from ingot.validate.distribution import Distribution as Distribution
-from ingot.validate.quantisation import Quantisation
+from ingot.validate.quantisation import Activations, Quantisation
 
 # The mode of routing in which every expert in turn is given.
 FORCED = "forced"
 # How the stage of a half-precision graph ends that was run in float32, over its own weights.
 IN_FLOAT32 = ", in float32"
+# How the stage ends of what kernels computed that round activations to int8; the rest of such a
+# report is of the same graph without that rounding.
+IN_INT8 = ", in int8"
 SCHEMA_VERSION = 1
 # The operator of a location that is in no node of the graph.
 SESSION, KERNELS = "session", "kernels"
@@ -62,6 +65,11 @@ class TensorResult:
     def in_float32(self) -> bool:
         """Whether a half-precision graph made it in float32, where errors are others."""
         return self.stage.endswith(IN_FLOAT32)
+
+    @property
+    def in_int8(self) -> bool:
+        """Whether kernels made it that round activations to int8."""
+        return self.stage.endswith(IN_INT8)
 
     @property
     def score(self) -> float | None:
@@ -338,6 +346,7 @@ class Report:
         date: when, in UTC; empty in an ingot, in which nothing depends on the day.
         quantisation: what storing the weights costs; None where nothing is lost, or where another
             ingot stands in the truth's place.
+        activations: of kernels that round activations to int8; None where none does.
     """
 
     ingot: str
@@ -363,6 +372,7 @@ class Report:
     plan: str = "standard"
     date: str = ""
     quantisation: Quantisation | None = None
+    activations: Activations | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -413,16 +423,17 @@ class Report:
 
     @property
     def worst(self) -> dict[str, TensorResult]:
-        """The tensor of the highest score, by kind; what was run in float32 is a kind of its own.
+        """The tensor of the highest score, by kind.
 
-        Its errors are a thousandth of those in half precision, and would be taken for them.
+        What was run in float32, or with activations in int8, is a kind of its own: its errors are a
+        thousandth of those of the rest, or a thousand times as large.
         """
         result: dict[str, TensorResult] = {}
         for tensor in self.tensors:
             score = tensor.score
             if score is None:
                 continue
-            kind = tensor.kind + IN_FLOAT32 * tensor.in_float32
+            kind = tensor.kind + IN_FLOAT32 * tensor.in_float32 + IN_INT8 * tensor.in_int8
             before = result.get(kind)
             # No comparison with NaN is true; it is worse than any number.
             if before is None or math.isnan(score) or score > (before.score or 0.0):
@@ -438,6 +449,8 @@ class Report:
             "stages": len({tensor.stage for tensor in self.tensors}),
             "compared": sum(tensor.error is not None for tensor in self.tensors),
         }
+        if self.activations is not None:
+            result["activations"] = asdict(self.activations)
         if self.reason is not None:
             result["reason"] = self.reason
         if self.short:
@@ -447,7 +460,7 @@ class Report:
         if self.coverage is not None:
             result["coverage"] = self.coverage.summary()
         for kind, tensor in self.worst.items():
-            name = kind.replace(IN_FLOAT32, "_in_float32")
+            name = kind.replace(IN_FLOAT32, "_in_float32").replace(IN_INT8, "_in_int8")
             result[f"{name}_score"] = tensor.score
             result[f"{name}_error"] = tensor.error
         for growth in self.growth:
@@ -463,6 +476,7 @@ class Report:
         if self.router_margin is not None:
             result["router_margin"] = self.router_margin
         for mode, routing in self.routing.items():
+            mode = mode.replace(IN_INT8, "_in_int8")
             result[f"routing_agreement_{mode}"] = min(routing.agreement, default=1.0)
         if self.failures:
             result["first_failure"] = self.failures[0]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,8 @@ from ingot.validate.judge.judge import Judge
 from ingot.validate.judge.quantisation import Recorded, judge_quantisation
 from ingot.validate.judge.widened import against_in_float32, judge_widened
 from ingot.validate.processor import processor
-from ingot.validate.quantisation import Quantisation
-from ingot.validate.result import Check, Distribution, Report, TensorResult
+from ingot.validate.quantisation import Activations, Quantisation
+from ingot.validate.result import IN_INT8, Check, Distribution, Report, Routing, TensorResult
 from ingot.validate.truth.forced import forced_runs
 from ingot.validate.truth.inputs import STANDARD, Inputs, Plan
 from ingot.validate.truth.material import Material
@@ -44,6 +45,7 @@ from ingot.validate.truth.reference import TRUTH, Reference
 from ingot.validate.truth.runs import CONTEXT, LONG, MAIN, Traits, make_runs
 from ingot.validate.truth.runs import Run as FedRun
 from ingot.validate.truth.taps import TappedSession
+from ingot.validate.truth.twin import ExactSession, no_twin
 from ingot.version import __version__
 
 if TYPE_CHECKING:
@@ -80,9 +82,25 @@ class Target:
         # For TensorRT a graph is delivered, where no engine can run; how ONNX Runtime fuses it is
         # no part of it.
         self.graph_only = not self.engine and self.manifest.target not in ("onnx", "ort")
+        quantization = self.manifest.quantization
+        # Numbers of a row that share a scale, where kernels round activations to int8; 0 where not.
+        self.rounded = 0
+        if quantization is not None and quantization.accuracy == "fast":
+            self.rounded = quantization.block
+        self._exact = False
+
+    def twin(self) -> Target | None:
+        """The same, whose kernels leave activations as they are; None where there is no such."""
+        if not self.rounded or no_twin(self.folder) is not None:
+            return None
+        result = copy.copy(self)
+        result.rounded, result._exact = 0, True
+        return result
 
     def delivered(self, threads: int = 0) -> Session:
         """A session as a user gets it; over the graph, where an engine cannot run."""
+        if self._exact:
+            return ExactSession(self.folder, self.manifest, threads=threads)
         return load(
             self.folder,
             threads=threads,
@@ -93,7 +111,7 @@ class Target:
 
     def tapped(self, threads: int = 0) -> TappedSession:
         """The graph on ONNX Runtime with its routers and hidden states."""
-        return TappedSession(self.folder, self.manifest, threads=threads)
+        return TappedSession(self.folder, self.manifest, threads=threads, exact=self._exact)
 
     def traits(self, reference: Reference) -> Traits:
         """What decides which shapes of use there are."""
@@ -154,47 +172,65 @@ def validate_ingot(
     target.manifest.check_files(folder, hashes=verify)
     seeds = range(seed, seed + plan.seeds)
     traits = target.traits(reference)
-    judges = []
+    twin = target.twin()
+    # What is delivered, and before it the twin that does not round, where there is one.
+    judged = [_Judged(twin), _Judged(target)] if twin is not None else [_Judged(target)]
     every = [] if target.engine else _forced_runs(target, reference, seed)
     for each in seeds:
         runs = make_runs(traits, plan, each, context=each == seed)
         recorded = [run.inputs for run in runs if run.recorded]
         # One set of calls runs every expert; their truth is computed with that of the first runs.
-        more = every if each == seed else []
-        references = reference.record(target.layout, [*recorded, *more], stages)
-        own, of_forced = references[: len(recorded)], references[len(recorded) :]
-        judges.append(Judge(reference.routers, Material(target.layout, runs, own)))
-        if each == seed:
-            forced = ForcedJudge(reference.routers, target.layout, every, of_forced)
+        inputs = [*recorded, *(every if each == seed else [])]
+        references = reference.record(target.layout, inputs, stages)
+        for one in judged:
+            found = references
+            if one.target.rounded:
+                found = reference.rounding(
+                    target.layout, inputs, references, one.target.rounded, stages
+                )
+            own, of_forced = found[: len(recorded)], found[len(recorded) :]
+            one.judges.append(Judge(reference.routers, Material(target.layout, runs, own)))
+            if each == seed:
+                one.forced = ForcedJudge(reference.routers, target.layout, every, of_forced)
     in_float32 = judge_widened(folder, target.manifest, reference, seed, stages)
-    session, calls = _observe(target, judges, forced, stages, reference.name)
+    for one in judged:
+        session, calls = _observe(one, stages, reference.name)
+        if one is not judged[-1]:
+            # Each session goes before another takes as much memory.
+            del session
+    delivered, first = judged[-1], judged[0]
+    judges = first.judges
     report = replace(
         empty_report(target.manifest, reference.against, name or folder.name, seed),
         tensors=(
-            *totals.tensors(judges, seeds),
+            *(tensor for one in judged for tensor in one.tensors(seeds)),
             *totals.constant_main(judges),
-            *forced.results,
             *in_float32,
         ),
-        routing={**totals.routing(judges), **forced.routing},
+        routing={mode: found for one in judged for mode, found in one.routing().items()},
         growth=totals.worst_growth(judges),
         hidden=totals.hidden(judges, reference.layers, reference.layer_count),
         router_margin=totals.margin(judges),
         reason=_reason(target, calls),
         coverage=coverage(
-            traits, calls, judges, None if target.engine else forced.experts, forced.unread
+            traits,
+            calls,
+            delivered.judges,
+            None if target.engine else delivered.forced.experts,
+            delivered.forced.unread,
         ),
+        activations=_activations(target, twin),
     )
     if target.manifest.main_output == "logits" and target.manifest.states:
-        tokens = totals.next_tokens(judges)
+        tokens = totals.next_tokens(delivered.judges)
         if tokens is not None and text is not None:
             tokens = _with_perplexity(tokens, session, reference, text, stages)
         report = replace(report, distribution=tokens)
     if costs and reference.is_eager:
         # The session goes before as much is read again.
         del session
-        found = _quantisation(target, reference, judges, stages, text, max_kl)
-        report = replace(report, quantisation=found)
+        cost = _quantisation(target, reference, judges, stages, text, max_kl)
+        report = replace(report, quantisation=cost)
     return replace(report, seconds=time.perf_counter() - began)
 
 
@@ -233,10 +269,45 @@ def _forced_runs(target: Target, reference: Reference, seed: int) -> list[Inputs
     return forced_runs(reference.experts, top_k, vocabulary, seed, stateful=stateful)
 
 
-def _observe(
-    target: Target, judges: Sequence[Judge], forced: ForcedJudge, stages: Stages, other: str
-) -> tuple[Session, list[Fed]]:
+@dataclass
+class _Judged:
+    """A target and what its numbers are held against.
+
+    Attributes:
+        target: the ingot, or its exact twin.
+        judges: of each set of token ids.
+        forced: of the calls that run every expert.
+    """
+
+    target: Target
+    judges: list[Judge] = field(default_factory=list)
+    forced: ForcedJudge = field(init=False)
+
+    @property
+    def _suffix(self) -> str:
+        return IN_INT8 if self.target.rounded else ""
+
+    def tensors(self, seeds: Sequence[int]) -> list[TensorResult]:
+        """Every result; where activations were rounded the stage says so."""
+        results = [*totals.tensors(self.judges, seeds), *self.forced.results]
+        return [replace(each, stage=f"{each.stage}{self._suffix}") for each in results]
+
+    def routing(self) -> dict[str, Routing]:
+        """The choices by mode; where activations were rounded the mode says so."""
+        found = {**totals.routing(self.judges), **self.forced.routing}
+        return {f"{mode}{self._suffix}": each for mode, each in found.items()}
+
+
+def _activations(target: Target, twin: Target | None) -> Activations | None:
+    """What is said of activations that kernels round; None where none does."""
+    if not target.rounded:
+        return None
+    return Activations(target.rounded, twin is not None, no_twin(target.folder) or "")
+
+
+def _observe(one: _Judged, stages: Stages, other: str) -> tuple[Session, list[Fed]]:
     """The session of the target, all of it judged, and the calls that it was given."""
+    target, judges, forced = one.target, one.judges, one.forced
     stateful = bool(target.manifest.states)
     calls: list[Fed] = []
     if target.engine:

@@ -25,7 +25,7 @@ from ingot.validate.locate.computed import first_computed_wrong
 from ingot.validate.locate.locate import locate
 from ingot.validate.locate.part import LocateError
 from ingot.validate.locate.session import locate_session
-from ingot.validate.result import SESSION, Location, Report, TensorResult
+from ingot.validate.result import IN_INT8, SESSION, Location, Report, TensorResult
 from ingot.validate.truth.inputs import EXPERTS_FORCED
 from ingot.validate.truth.recording import fed, main_run
 from ingot.validate.truth.runs import Run as FedRun
@@ -172,7 +172,8 @@ def _by_kernels(report: Report, again: Again) -> Location | None:
     forced = [
         result
         for result in report.tensors
-        if EXPERTS_FORCED in result.stage or result.stage.endswith((f", {REPLAYED}", *AGAIN))
+        if EXPERTS_FORCED in result.stage
+        or result.stage.removesuffix(IN_INT8).endswith((f", {REPLAYED}", *AGAIN))
     ]
     return first_computed_wrong(forced, report.routing.values(), again.layers, again.count)
 

@@ -99,7 +99,7 @@ def _recorded(found: Quantisation, own: Divergence) -> str:
     if found.text is None:
         text += f"; {_share(found, own)}"
     if found.times is not None:
-        text += f"; {number(found.times)} times what plain rounding costs"
+        text += f"; in the median {number(found.times)} times what plain rounding costs"
         if found.limits.max_kl is None and found.limits.times is not None:
             text += f", up to {found.limits.times:g} times are accepted"
     return text

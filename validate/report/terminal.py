@@ -10,7 +10,7 @@ from ingot.plugins.command_line import console
 from ingot.validate.report.asked import asked
 from ingot.validate.report.costs import costs
 from ingot.validate.report.grouping import grouped
-from ingot.validate.report.words import LISTED, figures, headline, number
+from ingot.validate.report.words import LISTED, figures, headline, number, rounded_words
 from ingot.validate.result import Report
 
 # Columns of a terminal that has room for a tensor's name of so many in one line.
@@ -26,6 +26,8 @@ def print_report(report: Report) -> None:
         out.print(f"It begins at: {escape(report.place)}")
     if report.worst:
         console().print(_scores(report, out.width))
+    if report.activations is not None:
+        out.print(rounded_words(report.activations), markup=False)
     for name, text in (*figures(report), *costs(report), *asked(report)):
         out.print(f"{name}: {text}", markup=False)
     for part in report.short:

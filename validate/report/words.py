@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+from ingot.validate.quantisation import Activations
 from ingot.validate.result import FORCED, Report, Routing
 
 # How many failures a summary lists; the JSON and the JUnit file have all of them.
@@ -66,6 +67,8 @@ def scores(report: Report) -> str:
             f" All sides have the weights as they are stored; what storing them in "
             f"{report.quantisation.stored} costs is told apart from that."
         )
+    if report.activations is not None:
+        text += f" {rounded_words(report.activations)}"
     in_float32 = {tensor.in_float32 for tensor in report.tensors}
     if in_float32 == {True, False}:
         text += (
@@ -120,12 +123,23 @@ def figures(report: Report) -> list[tuple[str, str]]:
     return rows
 
 
+def rounded_words(found: Activations) -> str:
+    """What was proved of kernels that round activations."""
+    text = (
+        f"The kernels round activations to int8, {found.block} numbers a scale: what is in int8 is "
+        "held to the error that eager PyTorch makes with the same rounding"
+    )
+    if found.twin:
+        return f"{text}, and the rest is the same graph without it, held to that of float32."
+    return f"{text}, and nothing to that of float32, for {found.why}."
+
+
 def _routing(mode: str, routing: Routing) -> str:
     worst = min(routing.agreement, default=1.0)
     share = "all"
     if worst < 1:
         share = f"at least {worst:.2%} ({routing.name(routing.agreement.index(worst))}) of"
-    if mode == FORCED:
+    if mode.startswith(FORCED):
         return f"{share} tokens used the experts that they were given, each in turn"
     failing = sum(flip.fails for flip in routing.flips)
     ignored = len({each.router for each in routing.ignored})

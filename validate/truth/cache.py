@@ -48,6 +48,7 @@ _CODE = (
     "validate/identity/weights_blocks.py",
     "validate/truth/decoded.py",
     "validate/truth/eager.py",
+    "validate/truth/int8.py",
     "validate/truth/joined.py",
     "validate/truth/layerwise.py",
     "validate/truth/noise.py",

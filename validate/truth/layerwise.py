@@ -10,7 +10,7 @@ of the vocabulary. The numbers are those of ``validate.truth.eager.EagerSession`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -319,6 +319,15 @@ class Layerwise:
             yield
 
     # --- the weights
+
+    def storages(self, without: Collection[str]) -> frozenset[int]:
+        """The addresses of the weights that are loaded and made of other tensors than these."""
+        return frozenset(
+            parameter.untyped_storage().data_ptr()
+            for name, parameter in self._model.named_parameters()
+            if parameter.device.type != "meta"
+            and not any(part.name in without for part in self._weights[name])
+        )
 
     def _load_small(self) -> None:
         """The weights outside of the layers, but for embedding and head."""

@@ -17,10 +17,10 @@ from ingot.plugins.registry import OPERATORS
 # Where the inner dimension is cut, as a share of it; one draw each beside the eager run itself.
 SHARES = (1 / 2, 1 / 3, 3 / 4)
 
-_LINEAR = torch.ops.aten.linear.default
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.matmul.default)
+LINEAR = torch.ops.aten.linear.default
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.matmul.default)
 # Operators whose products are inside; a recurrence is one short sum a step, and stays as it is.
-_BODIES = {
+BODIES = {
     operator.overload: operator.eager
     for operator in OPERATORS.values()
     if not any(tensor.name == "state" for tensor in operator.inputs)
@@ -41,21 +41,21 @@ class Split(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if function is _LINEAR:
+        if function is LINEAR:
             x, weight, *bias = args
             cut = self._cut(x.shape[-1])
             if cut:
                 first = function(x[..., :cut], weight[:, :cut], *bias)
                 return first + function(x[..., cut:], weight[:, cut:])
-        elif function in _PRODUCTS and args[1].dim() == 2:
+        elif function in PRODUCTS and args[1].dim() == 2:
             one, other = args
             cut = self._cut(one.shape[-1])
             if cut:
                 first = function(one[..., :cut], other[:cut])
                 return first + function(one[..., cut:], other[cut:])
-        elif function in _BODIES:
+        elif function in BODIES:
             with self:
-                return _BODIES[function](*args, **(kwargs or {}))
+                return BODIES[function](*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
     def _cut(self, size: int) -> int:

@@ -22,10 +22,12 @@ from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import family_of
 from ingot.plugins.errors import IngotError
 from ingot.validate.processor import processor
+from ingot.validate.quantisation import INT8
 from ingot.validate.truth.cache import Cache, Recording, code_digest, inputs_digest, key
 from ingot.validate.truth.eager import EagerSession, dtype_name
 from ingot.validate.truth.forced import experts_of
 from ingot.validate.truth.inputs import Inputs
+from ingot.validate.truth.int8 import Int8Activations
 from ingot.validate.truth.joined import Joined, join
 from ingot.validate.truth.layerwise import Array, Fed, Layerwise, Side, hidden_names
 from ingot.validate.truth.noise import all_squared_errors, noise_of, squared_errors, together
@@ -55,7 +57,7 @@ class References:
     """What the eager graphs compute from one validation's inputs; see ``validate.truth.recording``.
 
     Attributes:
-        precision: of the target: ``float32``, ``float16`` or ``bfloat16``.
+        precision: of the target: ``float32``, ``float16`` or ``bfloat16``, or ``INT8``.
         truth: what is computed one precision higher.
         eager: what is computed in the target's precision, with the truth's experts.
         expected: what a target is compared with.
@@ -212,6 +214,58 @@ class Reference:
             for truth, (eager, noise) in zip(truths, rounded, strict=True)
         ]
 
+    def rounding(
+        self,
+        layout: Layout,
+        runs: Sequence[Inputs],
+        references: Sequence[References],
+        block: int,
+        stages: Stages,
+    ) -> list[References]:
+        """The same truth, beside eager PyTorch that rounds activations to int8.
+
+        Args:
+            layout: of the outputs.
+            runs: as for ``record``.
+            references: that ``record`` gave of them.
+            block: numbers of a row of activations that share a scale.
+            stages: shows the steps.
+        """
+        dtype: torch.dtype = getattr(torch, self.precision)
+        keys = [
+            self._key(inputs, dtype, stages, replayed=True, activations=f"int8 by {block}")
+            for inputs in runs
+        ]
+        found = [self._kept(name) for name in keys]
+        missing = [number for number, kept in enumerate(found) if kept is None]
+
+        def keep(run: int, number: int, name: str, array: Array) -> Array:
+            return _collected(layout, runs[missing[run]], number, name, array)
+
+        fed_runs = [
+            _calls(runs[n], partial(self._chosen, runs[n], references[n].truth)) for n in missing
+        ]
+        graph = self.layerwise(dtype)
+        stored = self.stored
+        in_blocks = {} if stored is None else stored.decoded.stored
+
+        def order() -> Int8Activations:
+            return Int8Activations(block, graph.storages(in_blocks))
+
+        made: list[Recording] = []
+        if missing:
+            what = f"run eager {dtype_name(dtype)} with activations in int8"
+            with stages.stage(what, graph.layers, "steps") as advance:
+                (made,) = graph.run([Side(fed_runs, keep, order)], advance)
+        for number, recording in zip(missing, made, strict=True):
+            found[number] = recording
+            self._keep(keys[number], recording)
+        return [
+            References(INT8, each.truth, eager, each.expected)
+            for each, eager in zip(references, found, strict=True)
+            if eager is not None
+        ]
+
     def session(self, dtype: torch.dtype, stages: Stages) -> EagerSession:
         """The eager graph in one precision, for calls that are not known beforehand."""
         size = sum(parameter.numel() for parameter in self._model.parameters())
@@ -341,6 +395,7 @@ class Reference:
         *,
         replayed: bool = False,
         orders: int = 0,
+        activations: str | None = None,
     ) -> str:
         """The name of a recording in the cache; empty where there is none."""
         if self.cache is None:
@@ -359,6 +414,7 @@ class Reference:
             torch=torch.__version__,
             processor=self._processor if replayed else None,
             code=code_digest(),
+            activations=activations,
         )
 
 

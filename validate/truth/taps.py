@@ -25,6 +25,7 @@ from ingot.validate.truth.recording import (
     numbered,
 )
 from ingot.validate.truth.replay import Chosen, forced_input, insert_replays
+from ingot.validate.truth.twin import make_exact
 
 
 class TappedSession(OrtSession):
@@ -34,6 +35,7 @@ class TappedSession(OrtSession):
         folder: the ingot.
         manifest: the ingot's.
         threads: see ``runtime.loading.load``.
+        exact: whether it is the graph's exact twin (``validate.truth.twin``).
 
     Attributes:
         routers: the names of its router logits, in the order they run.
@@ -43,8 +45,12 @@ class TappedSession(OrtSession):
             that were used, where that can be read.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int = 0) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, threads: int = 0, exact: bool = False
+    ) -> None:
         model = onnx.load(str(folder / GRAPH), load_external_data=False)
+        if exact:
+            make_exact(model)
         named = {name for node in model.graph.node for name in node.output}
         self.routers = numbered(named, ROUTER_LOGITS)
         self._named = [*self.routers, *numbered(named, HIDDEN_STATES)]
