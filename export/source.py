@@ -18,6 +18,7 @@ from ingot.graphs.family import find_family
 from ingot.graphs.folder import Folder
 from ingot.graphs.hub import Source, resolve_adapter
 from ingot.graphs.preset import preset_config, write_checkpoint
+from ingot.graphs.quantised import quantisation
 from ingot.plugins.json_file import read_json
 from ingot.plugins.whole import TakenError, staged
 
@@ -99,4 +100,5 @@ def _fetched(source: Source, request: ExportRequest) -> Path:
         family = find_family(folder.family)
         check_outputs(family, request.extra_outputs)
         family.config(folder.config, request.task)
+        quantisation(folder.config)
     return source.fetch()

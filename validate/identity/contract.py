@@ -71,6 +71,7 @@ def check_contract(subject: Subject) -> Check:
     try:
         fields.compare(_stated(subject), "in the checkpoint's files")
         fields.compare(_recomputed(manifest, _expected(subject)), "in a new export")
+        fields.compare(_format(subject), "in a new export")
         files, left_out = side_files(subject)
         problems += files
     # Nothing can be made of the checkpoint that is as the manifest says.
@@ -272,7 +273,7 @@ def _precision(manifest: Manifest, graph: onnx.GraphProto) -> Iterator[str]:
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type).name
         expected = {"float32" if tensor.name.endswith(kept) else precision}
         # Of which matrices, is for the weights and the graph to say.
-        expected |= {manifest.weights} if manifest.weights != CHECKPOINT else set(STORED)
+        expected |= set(STORED) if _of_checkpoint(manifest) else {manifest.weights}
         if manifest.weights in BITS:
             expected.add("uint8")
         if dtype not in expected:
@@ -282,6 +283,28 @@ def _precision(manifest: Manifest, graph: onnx.GraphProto) -> Iterator[str]:
             f"precision of ingot.json is {precision}, and {len(others)} of {len(weights)} weights "
             f"of the graph are of another; {named(others[0][1])}, the first, is {others[0][0]}"
         )
+
+
+def _of_checkpoint(manifest: Manifest) -> bool:
+    """Whether matrices are stored in what the checkpoint has them in."""
+    return manifest.weights == CHECKPOINT or _given(manifest)
+
+
+def _given(manifest: Manifest) -> bool:
+    """Whether an ingot has the whole numbers of its checkpoint."""
+    return manifest.quantization is not None and manifest.quantization.method == "given"
+
+
+def _format(subject: Subject) -> Iterator[Field]:
+    """How the checkpoint's own whole numbers are stored."""
+    manifest = subject.manifest
+    if manifest.quantization is None or not _given(manifest):
+        return
+    fresh = subject.recipe.as_given(subject.opened, manifest.quantization.accuracy)
+    yield "weights", manifest.weights, fresh.weights
+    if fresh.quantization is not None:
+        found, wanted = asdict(manifest.quantization), asdict(fresh.quantization)
+        yield from _leaves("quantization", found, wanted)
 
 
 def _engine(subject: Subject) -> Iterator[Field]:
