@@ -51,6 +51,8 @@ MOST = 12
 # Elements of lists that have a name of their own.
 KEYS = ("name", "input")
 SHARING = "GroupQueryAttention"
+# What multiplies by whole numbers, and the level at which it may round activations to int8.
+IN_BLOCKS, ROUNDED = ("MatMulNBits", "QMoE"), 4
 # Inputs of what looks rows of a table up: the table, and its scales and zero points.
 LOOKED_UP = {("Gather", 0), *(("GatherBlockQuantized", place) for place in (0, 2, 3))}
 
@@ -66,7 +68,8 @@ def check_contract(subject: Subject) -> Check:
     fields = _Fields()
     fields.compare(_read_off(manifest, model, _counted(subject)), "in the graph")
     fields.compare(_engine(subject), "in the graph")
-    problems = [*_precision(manifest, model.graph), *_profiles(subject)]
+    problems = [*_precision(manifest, model.graph), *_accuracy(manifest, model.graph)]
+    problems += _profiles(subject)
     left_out = ""
     try:
         fields.compare(_stated(subject), "in the checkpoint's files")
@@ -305,6 +308,30 @@ def _format(subject: Subject) -> Iterator[Field]:
     if fresh.quantization is not None:
         found, wanted = asdict(manifest.quantization), asdict(fresh.quantization)
         yield from _leaves("quantization", found, wanted)
+
+
+def _accuracy(manifest: Manifest, graph: onnx.GraphProto) -> Iterator[str]:
+    """Products that round their activations where the manifest says that none does, or not so."""
+    if manifest.quantization is None:
+        return
+    exact, others, count = manifest.quantization.accuracy == "exact", [], 0
+    for node in all_nodes(graph):
+        if node.op_type not in IN_BLOCKS:
+            continue
+        given = {each.name: each.i for each in node.attribute}
+        level, count = given.get("accuracy_level", 0), count + 1
+        # Experts of eight bits have no other kernel.
+        eight = any(value == 8 for name, value in given.items() if name.endswith("weight_bits"))
+        rounds = level == ROUNDED or (node.op_type == "QMoE" and eight)
+        if rounds == exact:
+            others.append(node)
+    if others:
+        first, does = others[0], "rounds" if exact else "does not round"
+        yield (
+            f"quantization.accuracy of ingot.json is {manifest.quantization.accuracy}, and "
+            f"{len(others)} of {count} products in whole numbers are not so; {first.op_type} "
+            f"{named(first.output[0])}, the first, {does} its activations"
+        )
 
 
 def _engine(subject: Subject) -> Iterator[Field]:

@@ -343,5 +343,10 @@ FAULTS: list[Fault] = [
     ),
     manifest("blocks of 64", INT4, field("quantization", "block", to=64), "in blocks of 64"),
     manifest("other bits", JETMOE, field("weights", to="int4"), "should be int4"),
-    manifest("accuracy fast", INT4, field("quantization", "accuracy", to="fast"), "accuracy_level"),
+    manifest(
+        "activations in int8",
+        INT4,
+        field("quantization", "accuracy", to="fast"),
+        "quantization.accuracy of ingot.json is fast",
+    ),
 ]
