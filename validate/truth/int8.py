@@ -39,13 +39,20 @@ class Int8Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function in BODIES:
+            # Inside an expert's matrix may be a copy in another dtype, which nobody knows again.
+            if any(isinstance(each, torch.Tensor) and self._leaves(each) for each in args):
+                return function(*args, **(kwargs or {}))
             with self:
                 return BODIES[function](*args, **(kwargs or {}))
         if function is LINEAR or (function in PRODUCTS and args[1].dim() == 2):
             x, weight, *others = args
-            if weight.untyped_storage().data_ptr() not in self._exact:
+            if not self._leaves(weight):
                 return function(rounded_activations(x, self._block), weight, *others)
         return function(*args, **(kwargs or {}))
+
+    def _leaves(self, weight: torch.Tensor) -> bool:
+        """Whether what is multiplied by a matrix is left as it is."""
+        return weight.untyped_storage().data_ptr() in self._exact
 
 
 def rounded_activations(x: torch.Tensor, block: int) -> torch.Tensor:
