@@ -80,12 +80,13 @@ def export(
             ``fp32``; where absent ``bf16`` there, and ``fp32`` for the other targets.
         weights: what matrices are stored in by the targets ``onnx`` and ``ort``, whose arithmetic
             is float32: ``fp32``, ``bf16``, ``fp16``, or ``checkpoint``, each as the checkpoint has
-            it, which loses nothing; where absent ``fp32``. By ``ort`` also ``int8`` and ``int4``,
+            it, which loses nothing, by ``ort`` also where those are whole numbers; where absent
+            ``fp32``. By ``ort`` also ``int8`` and ``int4``,
             whole numbers with a scale a block, for ONNX Runtime's kernels.
         block: of those, how many weights of a row share a scale: 32, 64 or 128; where absent 32.
         symmetric: of those, whether there are no zero points; where absent True.
-        accuracy: of those, ``exact``, or ``fast``: products may round activations to int8, block by
-            block; where absent ``fast``.
+        accuracy: of those, and of a checkpoint's own, ``exact``, or ``fast``: products may round
+            activations to int8, block by block; where absent ``fast``.
         preset: with a family name, first make a seeded random checkpoint of this shape: ``tiny``,
             ``small`` or ``full``.
         revision: branch, tag or commit on the hub.

@@ -636,3 +636,103 @@ def test_one_by_one_is_what_transformers_4_writes() -> None:
     found = one_by_one({"a.experts.gate_up_proj": stack})
     assert torch.equal(found["a.experts.1.gate_proj.weight"], stack[1, :2])
     assert torch.equal(found["a.experts.1.up_proj.weight"], stack[1, 2:])
+
+
+# What damage may do
+
+SEED, ATTEMPTS = 0, 40
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 1, 3, 4, 7, 8, 16, 32, 10**400, 1.5, 1e308, float("nan"), "", "x"),
+    *(
+        "int",
+        "float",
+        "gptq_v2",
+        "group",
+        "channel",
+        "tensor",
+        "re:(",
+        "re:.*",
+        "\ud800",
+        "z" * 9999,
+    ),
+    *(
+        [],
+        [1],
+        ["x"],
+        [["self_attn.q_proj"]],
+        [None],
+        {},
+        {"a": 1},
+        {"(": {}},
+        {"W4A16": ["Linear"]},
+    ),
+    {"group_0": None},
+    {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 1}}},
+)
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The places of all fields, the objects among them."""
+    found = [path] if path else []
+    if isinstance(value, dict):
+        for key, each in value.items():
+            found += leaves(each, (*path, key))
+    return found
+
+
+def damage(random: np.random.Generator, folder: Path) -> str:
+    """One field of the config is another, or one tensor of another shape, type or content."""
+    if random.random() < 0.5:
+        config = json.loads((folder / "config.json").read_text())
+        section = config["quantization_config"]
+        places = leaves(section)
+        *path, last = places[random.integers(len(places))]
+        for key in path:
+            section = section[key]
+        section[last] = VALUES[random.integers(len(VALUES))]
+        (folder / "config.json").write_text(json.dumps(config))
+        return f"{last} is {section[last]!r:.60}"
+    held = load_file(folder / "model.safetensors")
+    names = sorted(name for name in held if "q_proj" in name or "down_proj" in name)
+    name = names[random.integers(len(names))]
+    tensor = held.pop(name)
+    kind = random.integers(6)
+    if kind == 0:
+        held[name] = tensor.reshape(-1)[: random.integers(tensor.numel())].clone()
+    elif kind == 1:
+        held[name] = tensor.to((torch.float16, torch.int32, torch.int8)[random.integers(3)])
+    elif kind == 2:
+        held[name] = torch.full_like(tensor, int(random.integers(-9, 99)))
+    elif kind == 3:
+        held[name] = tensor[None]
+    elif kind == 4:
+        held[f"{name}_"] = tensor
+    save_file(
+        {each: tensor.contiguous() for each, tensor in held.items()}, folder / "model.safetensors"
+    )
+    return f"{name} damaged in way {kind}"
+
+
+@pytest.mark.parametrize(
+    "case", ["gptq", "awq", "pack-quantized with zero points", "int-quantized"]
+)
+def test_damage_is_refused_in_a_sentence_or_read(case: str, olmoe: Make, tmp_path: Path) -> None:
+    random = np.random.default_rng(SEED)
+    quantised = olmoe(case)
+    refusals = []
+    for attempt in range(ATTEMPTS):
+        folder = tmp_path / str(attempt)
+        shutil.copytree(quantised.packed, folder)
+        told = damage(random, folder)
+        try:
+            checkpoint = open_checkpoint(folder)
+            for name in checkpoint.entries:
+                assert torch.isfinite(checkpoint.read(name)).all(), told
+                checkpoint.form(name)
+        except IngotError as error:
+            refusals.append(str(error))
+        except Exception as error:
+            raise AssertionError(told) from error
+        shutil.rmtree(folder)
+    assert ATTEMPTS / 6 < len(refusals) < ATTEMPTS
+    assert all(len(said) < 1000 and "\n" not in said for said in refusals)
