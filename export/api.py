@@ -17,6 +17,7 @@ from ingot.export.progress import Stages
 from ingot.export.quantization import ACCURACIES, BLOCKS
 from ingot.export.request import (
     BUILDERS,
+    CALIBRATED,
     EXTRA_OUTPUTS,
     PRECISIONS,
     PRESETS,
@@ -29,6 +30,7 @@ from ingot.export.request import (
     ExportRequest,
     ExtraOutput,
     Limits,
+    Method,
     Precision,
     Preset,
     Task,
@@ -53,6 +55,9 @@ def export(
     block: Block | None = None,
     symmetric: bool | None = None,
     accuracy: Accuracy | None = None,
+    calibration: str | Path | None = None,
+    method: Method | None = None,
+    bits: float | None = None,
     preset: Preset | None = None,
     revision: str | None = None,
     adapter: str | Path | None = None,
@@ -83,10 +88,17 @@ def export(
             it, which loses nothing, by ``ort`` also where those are whole numbers; where absent
             ``fp32``. By ``ort`` also ``int8`` and ``int4``,
             whole numbers with a scale a block, for ONNX Runtime's kernels.
-        block: of those, how many weights of a row share a scale: 32, 64 or 128; where absent 32.
+        block: of those, how many weights of a row share a scale: 32, 64 or 128; where absent 32,
+            and with ``bits`` 128.
         symmetric: of those, whether there are no zero points; where absent True.
         accuracy: of those, and of a checkpoint's own, ``exact``, or ``fast``: products may round
             activations to int8, block by block; where absent ``fast``.
+        calibration: of those, a file that the numbers are chosen on: a text, or token ids of the
+            model in ``.json``, ``.npy`` or ``.safetensors``.
+        method: with a calibration, ``gptq``, where numbers make up for each other's errors, or
+            ``importance``, where large inputs count more; where absent ``gptq``.
+        bits: with a calibration and ``int4``, how many a weight may take on the mean, scales
+            included: weights whose rounding costs most at the output get 8.
         preset: with a family name, first make a seeded random checkpoint of this shape: ``tiny``,
             ``small`` or ``full``.
         revision: branch, tag or commit on the hub.
@@ -124,6 +136,7 @@ def export(
         ("task", task, TASKS),
         ("precision", precision, (None, *PRECISIONS)),
         ("format of weights", weights, (None, *WEIGHTS)),
+        ("method", method, (None, *CALIBRATED)),
         ("size of a block", block, (None, *BLOCKS)),
         ("accuracy", accuracy, (None, *ACCURACIES)),
         ("preset", preset, (None, *PRESETS)),
@@ -153,6 +166,9 @@ def export(
         block=block,
         symmetric=symmetric,
         accuracy=accuracy,
+        calibration=None if calibration is None else Path(calibration),
+        method=method,
+        bits=bits,
         builder=builder,
         limits=Limits(max_batch, max_seq, opt_seq),
         embed_plugins=embed_plugins,

@@ -9,11 +9,13 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ingot.export.calibration.run import calibrate
+from ingot.export.calibration.tokens import Calibration, read_calibration
 from ingot.export.early import check_request
 from ingot.export.eligibility import eligibility, require
 from ingot.export.engine import make_engine, plan_engine, profiles, trtexec_options
 from ingot.export.generation import read_generation
-from ingot.export.graph import Capture, Recipe
+from ingot.export.graph import Capture, Opened, Recipe
 from ingot.export.ingot import (
     GRAPH,
     SIDE_FILES,
@@ -25,10 +27,10 @@ from ingot.export.ingot import (
 from ingot.export.ingot_schema import CHECKPOINT
 from ingot.export.manifest import make_manifest
 from ingot.export.progress import Stages
-from ingot.export.request import PRECISIONS, ExportError, ExportRequest
+from ingot.export.request import CALIBRATED, PRECISIONS, ExportError, ExportRequest
 from ingot.export.request import WEIGHTS as WEIGHT_FORMATS
 from ingot.export.source import check_space, open_checkpoint
-from ingot.export.tokenizer import copy_tokenizer, find_beside, make_tokenizer
+from ingot.export.tokenizer import Find, copy_tokenizer, find_beside, make_tokenizer
 from ingot.export.write_weights import weight_bytes, write_weights
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.hub import Source
@@ -102,8 +104,13 @@ def build(
     tokenizer = make_tokenizer(beside, opened.family.tokenizer_class)
     # An engine holds its weights once more.
     check_space(request.out, recipe.stored_bytes(opened) * (2 if builder else 1))
+    calibration = _calibration(request, opened, beside, tokenizer)
     with staged(request.out, replace=request.overwrite) as folder:
-        captured = recipe.graph(opened, stages, capture)
+        coder = None
+        if calibration is not None:
+            method = request.method or CALIBRATED[0]
+            recipe, coder = calibrate(recipe, opened, calibration, method, request.bits, stages)
+        captured = recipe.graph(opened, stages, capture, coder=coder)
         if request.for_tensorrt:
             rows = eligibility(captured.model, precision)
             stages.table(f"{opened.family.model_type} on TensorRT", rows)
@@ -121,6 +128,17 @@ def build(
         manifest = replace(manifest, files=file_infos(folder, known), validation=summary)
         manifest.write(folder)
     return Result(manifest, checkpoint.path)
+
+
+def _calibration(
+    request: ExportRequest, opened: Opened, beside: Find, tokenizer: str | None
+) -> Calibration | None:
+    """The tokens to choose numbers on, where some are given."""
+    if request.calibration is None:
+        return None
+    config = opened.model.config
+    length = config.facts.context_length or None
+    return read_calibration(request.calibration, config.vocab_size, length, beside, tokenizer)
 
 
 def _write_graph(model: ir.Model, folder: Path, stages: Stages, stored: str) -> str:

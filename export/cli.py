@@ -17,6 +17,7 @@ from ingot.export.ingot import TARGETS, Target
 from ingot.export.quantization import ACCURACIES, BLOCKS
 from ingot.export.request import (
     BUILDERS,
+    CALIBRATED,
     EXTRA_OUTPUTS,
     PRECISIONS,
     PRESETS,
@@ -27,6 +28,7 @@ from ingot.export.request import (
     Builder,
     ExtraOutput,
     Limits,
+    Method,
     Precision,
     Preset,
     Task,
@@ -105,7 +107,7 @@ class LazyGroup(Group):
 @click.option(
     "--block",
     type=click.Choice([str(size) for size in BLOCKS]),
-    help="Of int8 and int4: how many weights share a scale; default 32.",
+    help="Of int8 and int4: how many weights share a scale; default 32, with --bits 128.",
 )
 @click.option(
     "--symmetric/--asymmetric",
@@ -116,6 +118,21 @@ class LazyGroup(Group):
     "--accuracy",
     type=click.Choice(ACCURACIES),
     help="Of int8 and int4: whether products may round activations to int8; default fast.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Of int8 and int4: choose numbers on this text, or token ids (.json, .npy, .safetensors).",
+)
+@click.option(
+    "--method",
+    type=click.Choice(CALIBRATED),
+    help="With --calibration: by all errors of a row together (gptq, the default), or each alone.",
+)
+@click.option(
+    "--bits",
+    type=float,
+    help="With --calibration and int4: bits a weight, scales included; what matters gets 8.",
 )
 @click.option(
     "--builder",
@@ -157,6 +174,9 @@ def export_command(
     block: str | None,
     symmetric: bool | None,
     accuracy: Accuracy | None,
+    calibration: Path | None,
+    method: Method | None,
+    bits: float | None,
     builder: Builder,
     max_batch: int,
     max_seq: int,
@@ -192,6 +212,9 @@ def export_command(
         block=None if block is None else cast(Block, int(block)),
         symmetric=symmetric,
         accuracy=accuracy,
+        calibration=calibration,
+        method=method,
+        bits=bits,
         preset=preset,
         revision=revision,
         adapter=adapter,

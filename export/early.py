@@ -50,12 +50,13 @@ def check_request(request: ExportRequest) -> None:
         )
     # The numbers of a quantised checkpoint come with a format of their own, and with no kernel.
     own = ("accuracy",) if request.target == "ort" and request.weights == "checkpoint" else ()
-    for option in ("block", "symmetric", "accuracy"):
+    for option in ("block", "symmetric", "accuracy", "calibration"):
         known = request.in_numbers or option in own
         if not known and getattr(request, option) is not None:
             raise ExportError(
                 f"--{option} goes with --weights int8 or int4, and says nothing of other weights."
             )
+    _check_calibration(request)
     if not request.for_tensorrt:
         _refuse_engine_options(request)
     if type(request.seed) is not int or not 0 <= request.seed < MOST_SEEDS:
@@ -85,6 +86,33 @@ def check_max_kl(max_kl: float | None) -> None:
         raise IngotError(
             f"--max-kl is {shown(max_kl)}; it must be a number of nats of at least 0, such as 0.3."
         )
+
+
+def _check_calibration(request: ExportRequest) -> None:
+    """Refuse a way of choosing numbers that nothing is chosen by."""
+    file, bits = request.calibration, request.bits
+    for option, value in (("--bits", bits), ("--method", request.method)):
+        if value is not None and file is None:
+            raise ExportError(
+                f"{option} chooses by what the model computes; give --calibration with a file of "
+                "text or token ids."
+            )
+    if file is not None and not file.is_file():
+        raise ExportError(f"--calibration {file} is no file; give one of text or token ids.")
+    if bits is None:
+        return
+    if request.weights != "int4":
+        raise ExportError(
+            f"--bits raises some weights of int4 to int8, and --weights is {request.weights}; give "
+            "--weights int4."
+        )
+    if request.task != "generate":
+        raise ExportError(
+            f"--bits measures the next token's distribution, and --task {request.task} has none; "
+            "leave it out."
+        )
+    if not 0 < bits < math.inf:
+        raise ExportError(f"--bits is {shown(bits)}; it must be a number, such as 4.8.")
 
 
 def _refuse_engine_options(request: ExportRequest) -> None:

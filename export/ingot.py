@@ -157,6 +157,8 @@ class Manifest:
         for name in OPTIONAL:
             if not said[name]:
                 del said[name]
+        if self.quantization is not None and not self.quantization.calibration:
+            del said["quantization"]["calibration"]
         text = json.dumps(said, indent=2) + "\n"
         (folder / MANIFEST).write_text(text, encoding="utf-8")
 

@@ -126,7 +126,7 @@ def check(held: Mapping[str, Field]) -> None:
 
 def _quantization(field: Field) -> None:
     """How weights are stored in whole numbers."""
-    chosen = field.members(("block", "symmetric", "accuracy", "method", "bits"))
+    chosen = field.members(("block", "symmetric", "accuracy", "method", "bits"), ("calibration",))
     _number_of(chosen["block"], BLOCKS)
     chosen["symmetric"].flag()
     chosen["accuracy"].one_of(ACCURACIES)
@@ -134,6 +134,10 @@ def _quantization(field: Field) -> None:
     for name, bits in chosen["bits"].entries(most=MOST_TENSORS).items():
         Field(name, "a name in quantization.bits").matching(TENSOR, "the name of a tensor")
         _number_of(bits, (*BITS.values(), UNCHANGED))
+    if "calibration" in chosen:
+        calibration = chosen["calibration"].members(("sha256", "tokens"), None)
+        calibration["sha256"].sha256()
+        calibration["tokens"].whole(1, MOST_SIZE)
 
 
 def _number_of(field: Field, known: Collection[int]) -> None:

@@ -17,6 +17,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Weights = Literal["checkpoint", "fp32", "bf16", "fp16", "int8", "int4"]
 Block = Literal[32, 64, 128]
 Accuracy = Literal["exact", "fast"]
+Method = Literal["gptq", "importance"]
 Builder = Literal["auto", "tensorrt", "tensorrt-rtx", "none"]
 
 EXTRA_OUTPUTS: tuple[ExtraOutput, ...] = get_args(ExtraOutput)
@@ -33,6 +34,11 @@ WEIGHTS = {
     **{name: name for name in BITS},
 }
 BUILDERS: tuple[Builder, ...] = get_args(Builder)
+# How numbers are chosen on a calibration.
+CALIBRATED: tuple[Method, ...] = get_args(Method)
+# Of weights with a budget, where none is given: what a smaller block's scales would take is worth
+# more in the bits of those that matter.
+BLOCK_OF_A_BUDGET = 128
 
 
 class ExportError(IngotError):
@@ -72,9 +78,13 @@ class ExportRequest:
         precision: of ``PRECISIONS``; of the weights and activations of a TensorRT target.
         weights: of ``WEIGHTS``; what matrices are stored in where it is not the precision.
         block: of ``export.quantization.BLOCKS``; this and the next two are of weights in whole
-            numbers, and have the values of ``Quantization`` where they are not given.
+            numbers, and have the values of ``Quantization`` where they are not given (a block
+            of weights with a budget ``BLOCK_OF_A_BUDGET``).
         symmetric: whether they have no zero points.
         accuracy: of ``export.quantization.ACCURACIES``.
+        calibration: a file of text or token ids that the numbers are chosen on.
+        method: of ``CALIBRATED``, how; ``gptq`` where it is not given.
+        bits: a weight, of int4 scales and zero points included, which some weights get more of.
         builder: of ``BUILDERS``; of a TensorRT engine.
         limits: sizes of a TensorRT engine's calls.
         embed_plugins: put the plugin library into the engine file.
@@ -96,6 +106,9 @@ class ExportRequest:
     block: int | None = None
     symmetric: bool | None = None
     accuracy: str | None = None
+    calibration: Path | None = None
+    method: str | None = None
+    bits: float | None = None
     builder: str = "auto"
     limits: Limits = field(default_factory=Limits)
     embed_plugins: bool = False
@@ -117,4 +130,6 @@ class ExportRequest:
         if not self.in_numbers:
             return None
         said = {name: getattr(self, name) for name in ("block", "symmetric", "accuracy")}
+        if self.bits is not None and self.block is None:
+            said["block"] = BLOCK_OF_A_BUDGET
         return Quantization(**{name: value for name, value in said.items() if value is not None})

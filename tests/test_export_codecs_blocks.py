@@ -181,3 +181,9 @@ def test_says_how_many_bits_a_weight_takes() -> None:
     encoded = Blocks(4, 32, symmetric=False).encode(drawn(8, 256))
     assert encoded.nbytes * 8 / (8 * 256) == Blocks(4, 32, symmetric=False).bits_per_weight == 5.125
     assert Blocks(8, 128).bits_per_weight == 8.25
+
+
+@pytest.mark.parametrize("format_", FORMATS, ids=str)
+def test_says_how_many_bytes_a_matrix_takes(format_: Blocks) -> None:
+    for rows, columns in ((1, 1), (3, 130), (2, 256)):
+        assert format_.encode(drawn(rows, columns)).nbytes == format_.nbytes(rows, columns)

@@ -546,11 +546,20 @@ def test_reads_how_weights_are_stored_in_whole_numbers(ingot: Path) -> None:
     assert found.quantization == Quantization(64, True, "fast", "nearest", {"lm_head.weight": 8})
     found.write(ingot)
     assert Manifest.read(ingot) == found
+    calibration = {"sha256": "a" * 64, "tokens": 4096, "effects": {"lm_head.weight": 0.01}}
+    change(ingot, "quantization", {**IN_NUMBERS, "calibration": calibration})
+    found = Manifest.read(ingot)
+    assert found.quantization is not None and found.quantization.calibration == calibration
+    found.write(ingot)
+    assert Manifest.read(ingot) == found
 
 
 @pytest.mark.parametrize(
     ("place", "value"),
     [
+        ("calibration", {"tokens": 4096}),
+        ("calibration", {"sha256": "a" * 64, "tokens": 0}),
+        ("calibration", {"sha256": "x", "tokens": 1}),
         ("block", 48),
         ("block", "64"),
         ("block", True),

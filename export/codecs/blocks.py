@@ -83,6 +83,12 @@ class Blocks:
         """Of a row that whole blocks fill."""
         return self.bits + (32 + (0 if self.symmetric else self.bits)) / self.size
 
+    def nbytes(self, rows: int, columns: int) -> int:
+        """What a matrix of any size takes."""
+        blocks = -(-columns // self.size)
+        zero_points = 0 if self.symmetric else -(-blocks * self.bits // 8)
+        return rows * (blocks * (self.size * self.bits // 8 + 4) + zero_points)
+
     def encode(self, weights: Floats, importance: Floats | None = None) -> Encoded:
         """Quantise a matrix.
 

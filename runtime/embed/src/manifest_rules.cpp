@@ -310,7 +310,7 @@ void quantization(const Field &chosen) {
         const std::int64_t number = value.whole(0, 128);
         if (std::find(known.begin(), known.end(), number) == known.end()) value.refuse(expected);
     };
-    chosen.only({"block", "symmetric", "accuracy", "method", "bits"});
+    chosen.only({"block", "symmetric", "accuracy", "method", "bits", "calibration"});
     number_of(chosen.at("block"), {32, 64, 128}, "one of 32, 64, 128");
     chosen.at("symmetric").truth();
     chosen.at("accuracy").one_of({"exact", "fast"});
@@ -318,6 +318,11 @@ void quantization(const Field &chosen) {
     for (const auto &[name, bits] : chosen.at("bits").entries(kMostTensors)) {
         if (!kTensor.spell(name)) damaged(bits.name() + " is not named like a tensor");
         number_of(bits, {4, 8, 32}, "one of 4, 8, 32");
+    }
+    if (chosen.has("calibration")) {
+        const Field calibration = chosen.at("calibration");
+        calibration.at("sha256").sha256();
+        calibration.at("tokens").whole(1, kMostSize);
     }
 }
 

@@ -449,6 +449,15 @@ TEST_CASE("weights in whole numbers") {
     CHECK(contains(refusal(copy.path()), "must be one of 4, 8, 32"));
     copy.edit([](json &raw) {
         raw["quantization"]["bits"] = json::object();
+        raw["quantization"]["calibration"] = {{"sha256", std::string(64, 'a')},
+                                              {"tokens", 4096},
+                                              {"effects", {{"lm_head.weight", 0.1}}}};
+    });
+    CHECK(refusal(copy.path()).empty());
+    copy.edit([](json &raw) { raw["quantization"]["calibration"]["tokens"] = 0; });
+    CHECK(contains(refusal(copy.path()), "quantization.calibration.tokens is 0"));
+    copy.edit([](json &raw) {
+        raw["quantization"].erase("calibration");
         raw["target"] = "onnx";
         for (json &state : raw["states"]) state["shared"] = false;
     });

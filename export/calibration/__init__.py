@@ -1,0 +1,1 @@
+"""What weights are multiplied with, on tokens that a user gives, and what follows from it."""

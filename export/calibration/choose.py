@@ -1,0 +1,135 @@
+"""Numbers chosen for the inputs that calibration tokens make, layer after layer.
+
+Each layer's inputs are those that the layers before it give as they are stored, so that what a
+layer's numbers make up for includes what was lost before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ingot.export.calibration.moments import Moments, of_head, of_layer
+from ingot.export.calibration.walk import Advance, Walk
+from ingot.export.codecs import gptq, importance
+from ingot.export.codecs.blocks import Blocks, Encoded, Floats
+from ingot.export.codecs.coder import Coder
+from ingot.export.codecs.prepared import Prepared
+from ingot.export.graph import Opened
+from ingot.graphs.checkpoint import stack_height
+
+METHODS = {"importance": importance.encode, "gptq": gptq.encode}
+
+
+class Chosen(NamedTuple):
+    """One matrix, encoded.
+
+    Attributes:
+        name: of the parameter.
+        expert: its number in a stack, else 0.
+        rows: as it is, ``[N, K]``.
+        encoded: its numbers.
+        blocks: their format.
+    """
+
+    name: str
+    expert: int
+    rows: Floats
+    encoded: Encoded
+    blocks: Blocks
+
+    @property
+    def decoded(self) -> Floats:
+        """As it is stored, ``[N, K]``."""
+        return self.blocks.decode(self.encoded, self.rows.shape[1])
+
+
+def choose(
+    opened: Opened,
+    formats: Coder,
+    method: str,
+    sequences: npt.NDArray[np.int64],
+    advance: Advance = lambda _layers: None,
+) -> Prepared:
+    """The numbers of every matrix that the tokens reach.
+
+    Args:
+        opened: the checkpoint, in float32.
+        formats: gives each weight's format, and encodes what no calibration can help.
+        method: of ``METHODS``.
+        sequences: token ids ``[n, T]``.
+        advance: told of each finished layer, the head among them.
+    """
+    with torch.inference_mode():
+        return _choose(Walk(opened), formats, method, sequences, advance)
+
+
+def _choose(
+    walk: Walk,
+    formats: Coder,
+    method: str,
+    sequences: npt.NDArray[np.int64],
+    advance: Advance,
+) -> Prepared:
+    result = Prepared(formats)
+
+    def store(found: Iterable[Chosen]) -> None:
+        for each in found:
+            result.add(each.name, each.expert, each.rows, each.encoded)
+            walk.put(each.name, each.expert, each.decoded)
+
+    walk.load(walk.tables)
+    store(chosen_tables(walk, formats, walk.tables))
+    batches = list(walk.begin(sequences))
+    if not walk.tied:
+        walk.unload(walk.tables)
+    for number in range(len(walk.layers)):
+        names = walk.names(number)
+        walk.load(names)
+        moments = of_layer(walk, number, batches)
+        store(chosen(walk, formats, method, moments.names(), moments))
+        for batch in batches:
+            batch.x, _ = walk.through(number, batch)
+        walk.unload(names)
+        advance(1)
+    if walk.head and not walk.tied:
+        walk.load([walk.head])
+        moments = of_head(walk, batches)
+        store(chosen(walk, formats, method, moments.names(), moments))
+    advance(1)
+    return result
+
+
+def chosen_tables(walk: Walk, formats: Coder, names: Sequence[str]) -> Iterator[Chosen]:
+    """Tables, of which rows are looked up: they are as good as each number is near."""
+    for name in names:
+        blocks = formats.format(name)
+        if blocks is not None:
+            rows = walk.original(name).numpy()
+            yield Chosen(name, 0, rows, formats.encode(name, 0, rows), blocks)
+
+
+def chosen(
+    walk: Walk, formats: Coder, method: str, names: Sequence[str], moments: Moments
+) -> Iterator[Chosen]:
+    """The numbers of matrices, for the inputs that were seen.
+
+    Args:
+        walk: the model.
+        formats: gives each weight's format.
+        method: of ``METHODS``.
+        names: of parameters.
+        moments: of their inputs.
+    """
+    for name in names:
+        blocks = formats.format(name)
+        if blocks is None:
+            continue
+        for expert in range(stack_height(walk.shape(name))):
+            rows = walk.original(name, expert).numpy()
+            encoded = METHODS[method](blocks, rows, moments.of(name, expert))
+            yield Chosen(name, expert, rows, encoded, blocks)

@@ -1,0 +1,137 @@
+"""What it costs to store one weight in fewer bits, measured at the output.
+
+For each weight, or both stacks of a mixture of experts, which one kernel reads, the model runs with
+that one rounded and all others as they are, over some of the calibration's tokens: its effect is
+the mean KL of the model's next-token distribution against that of the model as it is. All of these
+runs go through a layer together, so each weight is read once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ingot.export.calibration.choose import Chosen, chosen, chosen_tables
+from ingot.export.calibration.moments import of_head, of_layer
+from ingot.export.calibration.walk import Advance, Batch, Walk
+from ingot.export.codecs.coder import Coder
+from ingot.export.graph import Opened
+
+# Tokens that effects are measured on.
+TOKENS = 2048
+
+# Weights that are stored alike, and their mean KL in nats.
+Effects = dict[tuple[str, ...], float]
+
+# By batch, the hidden states ``[B, T, H]`` of one run.
+Run = list[torch.Tensor]
+
+
+def effects(
+    opened: Opened,
+    formats: Coder,
+    method: str,
+    sequences: npt.NDArray[np.int64],
+    advance: Advance = lambda _layers: None,
+) -> Effects:
+    """The effect of storing each weight in its format, by the names of the parameters.
+
+    All experts of a stack are rounded together.
+
+    Args:
+        opened: the checkpoint, in float32, of a model with a head.
+        formats: gives each weight's format.
+        method: of ``choose.METHODS``.
+        sequences: token ids ``[n, T]``.
+        advance: told of each finished layer, the head among them.
+    """
+    with torch.inference_mode():
+        return _Effects(Walk(opened), formats, method).measure(sequences, advance)
+
+
+class _Effects:
+    def __init__(self, walk: Walk, formats: Coder, method: str) -> None:
+        self.walk, self.formats, self.method = walk, formats, method
+        self.probes: list[Batch] = []
+        self.runs: dict[tuple[str, ...], Run] = {}
+
+    def measure(self, sequences: npt.NDArray[np.int64], advance: Advance) -> Effects:
+        walk = self.walk
+        # Some from everywhere, for a file may change its kind on the way.
+        step = max(1, sequences.size // TOKENS)
+        some = sequences[::step]
+        walk.load(walk.tables)
+        batches, self.probes = list(walk.begin(sequences)), list(walk.begin(some))
+        for name in walk.tables:
+            found = list(chosen_tables(walk, self.formats, [name]))
+            if found:
+                self._put(found)
+                self.runs[name,] = [batch.x for batch in walk.begin(some)]
+                self._put_back(found)
+        for number in range(len(walk.layers)):
+            self._layer(number, batches)
+            advance(1)
+        result = self._at_head(batches)
+        advance(1)
+        return result
+
+    def _layer(self, number: int, batches: Sequence[Batch]) -> None:
+        walk = self.walk
+        names = walk.names(number)
+        walk.load(names)
+        moments = of_layer(walk, number, batches)
+        for run in self.runs.values():
+            run[:] = self._through(number, run)
+        before = [batch.x for batch in self.probes]
+        for group in moments.groups():
+            found = list(chosen(walk, self.formats, self.method, group, moments))
+            if found:
+                self._put(found)
+                self.runs[group] = self._through(number, before)
+                self._put_back(found)
+        for batch in (*batches, *self.probes):
+            batch.x, _ = walk.through(number, batch)
+        walk.unload(names)
+
+    def _through(self, number: int, run: Run) -> Run:
+        return [
+            self.walk.through(number, dataclasses.replace(batch, x=x))[0]
+            for batch, x in zip(self.probes, run, strict=True)
+        ]
+
+    def _at_head(self, batches: Sequence[Batch]) -> Effects:
+        walk = self.walk
+        walk.load([walk.head])
+        head = (walk.head,)
+        if walk.tied:
+            # Its run began with the table's rows as they are stored.
+            found = list(chosen_tables(walk, self.formats, head))
+        else:
+            moments = of_head(walk, batches)
+            found = list(chosen(walk, self.formats, self.method, head, moments))
+            if found:
+                self.runs[head] = [batch.x for batch in self.probes]
+        totals = dict.fromkeys(self.runs, 0.0)
+        for place, batch in enumerate(self.probes):
+            expected = walk.logits(batch.x).double().log_softmax(-1)
+            for group, run in self.runs.items():
+                if group == head:
+                    self._put(found)
+                logits = walk.logits(run[place]).double().log_softmax(-1)
+                if group == head:
+                    self._put_back(found)
+                totals[group] += float((expected.exp() * (expected - logits)).sum())
+        tokens = sum(batch.ids.numel() for batch in self.probes)
+        return {group: total / tokens for group, total in totals.items()}
+
+    def _put(self, found: Sequence[Chosen]) -> None:
+        for each in found:
+            self.walk.put(each.name, each.expert, each.decoded)
+
+    def _put_back(self, found: Sequence[Chosen]) -> None:
+        for each in found:
+            self.walk.put(each.name, each.expert, each.rows)
