@@ -256,7 +256,7 @@ def test_names_the_filling_of_a_row_that_is_not_zero() -> None:
     assert str(found) == "what its rows are filled up with is not zero"
 
 
-def test_nearest_is_held_to_each_block_and_other_methods_to_rows() -> None:
+def test_nearest_is_held_to_each_block_and_other_methods_to_matrices() -> None:
     values = weights()
     rng = np.random.default_rng(3)
     # As feedback of errors does: most numbers are the nearest of something else.
