@@ -357,6 +357,14 @@ def test_a_missing_package_costs_what_it_draws(
         assert "The page has no plots" in page and "<svg" not in page and "PASSED" in page
 
 
+@pytest.mark.parametrize("most", ["-1", "nan", "inf"])
+def test_refuses_a_limit_that_no_divergence_is_held_to(
+    ingot: Path, checkpoint: Path, most: str
+) -> None:
+    said = f"--max-kl is {float(most)}; it must be a number of nats of at least 0, such as 0.3"
+    _refused(_validate(ingot, checkpoint, "--max-kl", most), said)
+
+
 @pytest.mark.parametrize("length", ["0", "1", "-3", "513"])
 def test_refuses_a_length_that_the_model_does_not_take(
     ingot: Path, checkpoint: Path, length: str

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_validate_costs import stored_report
 from test_validate_report import covered_report, failing_report, make_report, with_tensor
 
 from ingot.validate.baseline import GateError, Spread, read_baseline, save_baseline
 from ingot.validate.coverage import Experts
 from ingot.validate.gate import KL_FLOOR, gated
-from ingot.validate.result import Distribution, Report, Routing, TensorResult
+from ingot.validate.result import IN_INT8, Distribution, Report, Routing, TensorResult
 
 RUN = {"logits": 0.02, "key": 0.0, "value": 0.0, "kl": 0.1, "top1": 0.0, "routing": 0.0}
 SPREAD = Spread(RUN)
@@ -430,3 +431,54 @@ def test_how_many_other_threads_there_are_depends_on_the_machine(tmp_path: Path)
     (problem,) = gate(worse, path)
     assert problem.startswith("prefill, 2 threads, present.0.value: error ")
     assert "shrank" in gate(on(found, threads="1 of PyTorch, 1 available"), path)[0]
+
+
+def test_what_storing_costs_may_not_rise(tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    before = stored_report()
+    found = before.quantisation
+    assert found is not None and found.recorded is not None
+    save_baseline(before, path, SPREAD)
+    assert gate(before, path) == []
+    # It is computed in float64, so a thousandth is no chance.
+    kl = tuple(1.001 * each for each in found.recorded.found.kl)
+    recorded = replace(found.recorded, found=replace(found.recorded.found, kl=kl))
+    problems = gate(replace(before, quantisation=replace(found, recorded=recorded)), path)
+    assert [problem.split(",")[1].split()[0] for problem in problems] == [
+        *("kl_mean", "kl_p99", "kl_max")
+    ]
+    less = replace(found.recorded, found=replace(found.recorded.found, top1_agreement=0.89))
+    (problem,) = gate(replace(before, quantisation=replace(found, recorded=less)), path)
+    assert problem.endswith("top1 agreement 89.00%, was 90.00%")
+    layers = (*found.layers[:-1], replace(found.layers[-1], error=0.24))
+    (problem,) = gate(replace(before, quantisation=replace(found, layers=layers)), path)
+    assert "hidden states behind the final norm 0.24, was 0.234" in problem
+    weights = (*found.weights[:-1], replace(found.weights[-1], error=0.083))
+    (problem,) = gate(replace(before, quantisation=replace(found, weights=weights)), path)
+    assert "weights of layer 1, mixer.in_proj 0.083, was 0.082" in problem
+    (problem,) = gate(replace(before, quantisation=replace(found, layers=layers[1:-1])), path)[:1]
+    assert "not measured any more" in problem
+
+
+def test_storing_may_cost_less_and_nothing_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    save_baseline(stored_report(), path, SPREAD)
+    assert gate(make_report(), path) == []
+    # A baseline of an earlier Ingot has none of it.
+    save_baseline(make_report(), path, SPREAD)
+    assert "quantisation" not in path.read_text()
+    assert gate(stored_report(), path) == []
+
+
+def test_a_near_tie_that_turned_in_int8_is_no_loss_on_another_processor(tmp_path: Path) -> None:
+    path, found = tmp_path / "measured.json", make_report()
+    rounded = tuple(replace(t, stage=f"{t.stage}{IN_INT8}") for t in found.tensors)
+    save_baseline(on(replace(found, tensors=rounded)), path, MEASURED)
+    stage = f"decode 5{IN_INT8}"
+    free = tuple(t for t in rounded if t.stage != stage)
+    forced = [replace(t, stage=f"decode 5, replayed{IN_INT8}") for t in rounded if t.stage == stage]
+    turned = on(replace(found, tensors=(*free, *forced)), processor="CPU B")
+    assert gate(turned, path) == []
+    lost = on(replace(found, tensors=(*free, *forced[1:])), processor="CPU B")
+    (problem,) = gate(lost, path)
+    assert problem == f"the set of compared tensors shrank: without {stage} logits"

@@ -112,11 +112,15 @@ class Limits:
         times: what plain rounding costs, so many times; None where there is no such rounding.
         max_kl: the largest mean divergence that the user accepts, in nats; None by default. It is
             the only limit then.
+        nats: the mean divergence that is accepted, however little the model knows.
+        negligible: the median divergence that is accepted, however little plain rounding costs.
     """
 
     share: float
     times: float | None = None
     max_kl: float | None = None
+    nats: float = 0.0
+    negligible: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,9 @@ class Quantisation:
         """The largest mean divergence that is accepted, in nats; infinite without logits."""
         if self.limits.max_kl is not None:
             return self.limits.max_kl
-        return math.inf if self.judged is None else self.limits.share * self.judged.information
+        if self.judged is None:
+            return math.inf
+        return max(self.limits.nats, self.limits.share * self.judged.information)
 
     @property
     def recorded_median(self) -> float:
@@ -198,7 +204,8 @@ class Quantisation:
             yield self._too_much(self.judged)
         if self.limits.times is None or self.limits.max_kl is not None:
             return
-        if self.times is not None and not self.times <= self.limits.times:
+        few = self.recorded is not None and self.recorded_median <= self.limits.negligible
+        if self.times is not None and not (few or self.times <= self.limits.times):
             yield (
                 f"{self.stored} costs a median KL of {self.recorded_median:.3g} nats a token, "
                 f"{self.times:.3g} times what plain rounding to {self.stored} costs, and up to "
@@ -229,10 +236,10 @@ class Quantisation:
         if self.limits.max_kl is not None:
             whose = f"the limit that was given is {self.limits.max_kl:g}"
         else:
-            whose = (
-                f"the limit of {self.stored} is {self.limit:.3g}, {self.limits.share:.0%} of what "
-                "the model knows of the next token"
-            )
+            whose = f"the limit of {self.stored} is {self.limit:.3g}"
+            if self.limit > self.limits.nats:
+                share = f"{self.limits.share:.0%} of what the model knows of the next token"
+                whose += f", {share}"
         return (
             f"{self.stored} costs KL {_number(judged)} nats {over}, and {whose}; store more bits, "
             "in smaller blocks or with a calibration text, or accept it with --max-kl"

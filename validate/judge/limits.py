@@ -82,22 +82,33 @@ class Cost:
     Attributes:
         share: the mean KL divergence, as a share of what the model knows of the next token; see
             ``validate.quantisation``.
+        nats: the mean KL divergence that is accepted of any model, however little it knows.
         reason: why.
     """
 
     share: float
+    nats: float
     reason: str
 
 
 # By ``weights`` of ``ingot.json``. Of random weights those of JetMoE cost most by far, and the more
 # the deeper they are: its routers choose otherwise.
 QUANTISATION = {
-    "checkpoint": Cost(0.05, "nothing, but for what a narrower type of a tied table rounds"),
-    "float16": Cost(0.05, "measured at up to 0.03, of a random JetMoE of 24 layers"),
-    "bfloat16": Cost(0.2, "measured at up to 0.13, of a random JetMoE of 24 layers"),
-    "int8": Cost(0.3, "measured at up to 0.1, of a random JetMoE of 8 layers"),
-    "int4": Cost(0.5, "measured at up to 0.4, of a random JetMoE of 2 layers"),
+    "checkpoint": Cost(0.05, 1e-3, "nothing is lost, but where what is tied has two types"),
+    "float16": Cost(0.05, 1e-3, "measured at up to 0.03, of a random JetMoE of 24 layers"),
+    "bfloat16": Cost(0.2, 1e-2, "measured at up to 0.13, of a random JetMoE of 24 layers"),
+    "int8": Cost(0.3, 1e-2, "measured at up to 0.1, of a random JetMoE of 8 layers"),
+    "int4": Cost(
+        0.5,
+        0.05,
+        "measured at up to 0.41, of a random JetMoE of 2 layers, and of a trained OLMoE at 0.01; a "
+        "random Granite with heavy tails, whose logits are all but equal, loses half of 0.003 nats",
+    ),
 }
-# Of what plain rounding in the same format costs. Scales of least squared error cost 0.6 to 0.9
-# times as much; a layer whose scales are twice what they should be costs 2 to 30 times as much.
+# Of what plain rounding in the same format costs, in the median. Scales of least squared error cost
+# 0.6 to 0.9 times as much; a layer whose scales are twice what they should be costs 2 to 30 times
+# as much.
 TIMES_PLAIN = 1.5
+# A median of so many nats is nothing, whatever plain rounding costs: where massive activations make
+# a model all but certain, both are some 1e-13.
+NEGLIGIBLE = 1e-3

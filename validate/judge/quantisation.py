@@ -13,7 +13,7 @@ from ingot.export.progress import Stages
 from ingot.runtime.session import Ids
 from ingot.validate.judge.distribution import log_softmax, perplexities, text_calls
 from ingot.validate.judge.divergence import Divergences
-from ingot.validate.judge.limits import QUANTISATION, TIMES_PLAIN
+from ingot.validate.judge.limits import NEGLIGIBLE, QUANTISATION, TIMES_PLAIN
 from ingot.validate.judge.metrics import Array
 from ingot.validate.quantisation import Divergence, LayerError, Limits, Quantisation
 from ingot.validate.truth.cache import Recording
@@ -92,7 +92,13 @@ def judge_quantisation(
         of_weights = weight_errors(stored.base, stored, plain, names, advance)
     return Quantisation(
         weights,
-        Limits(QUANTISATION[weights].share, TIMES_PLAIN if formats else None, max_kl),
+        Limits(
+            QUANTISATION[weights].share,
+            TIMES_PLAIN if formats else None,
+            max_kl,
+            QUANTISATION[weights].nats,
+            NEGLIGIBLE,
+        ),
         divergences[0],
         divergences[1] if plain is not None else None,
         _of_text(original, reference, text, stages) if text is not None else None,

@@ -117,6 +117,8 @@ def _share(found: Quantisation, own: Divergence) -> str:
     share = f"{own.share:.2%} of what the model knows of the next token"
     if found.limits.max_kl is not None:
         return f"{share}; a mean of up to {number(found.limit)} is accepted, as was asked"
+    if found.limit <= found.limits.nats:
+        return f"{share}; a mean of up to {number(found.limit)} is accepted of any model"
     return f"{share}, up to {found.limits.share:.0%} ({number(found.limit)}) is accepted"
 
 

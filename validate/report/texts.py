@@ -25,9 +25,10 @@ def json_text(report: Report) -> str:
     data = asdict(report)
     for row, tensor in zip(data["tensors"], report.tensors, strict=True):
         row["score"] = tensor.score
-    if report.gate is None:
-        # Most have none, those of exports among them, whose bytes do not change.
-        del data["gate"]
+    for name in ("gate", "quantisation", "activations"):
+        if data[name] is None:
+            # Most have none, those of exports among them, whose bytes do not change.
+            del data[name]
     data["verdict"] = report.verdict
     data["failures"] = report.failures
     data["summary"] = report.summary()
