@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MakeIngot
+from conftest import MakeCheckpoint, MakeIngot
+from packed_cases import CASES
 from proof import stored
+from safetensors import safe_open
 from test_export_quantise import KEPT
 from traces import Traces
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ingot.export.codecs.blocks import Blocks
-from ingot.export.ingot import Manifest
+from ingot.export.ingot import WEIGHTS, Manifest
 from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
+from ingot.graphs.merge import open_checkpoint
 from ingot.validate.distribution import Distribution
 from ingot.validate.quantisation import Divergence, LayerError, Limits, Quantisation
 from ingot.validate.report.words import headline
@@ -155,6 +158,49 @@ def test_the_user_may_accept_what_it_costs(fast: Path, tiny: Path, tmp_path: Pat
     assert validated(wrong, tiny, max_kl=5.0).failures == []
     (problem,) = validated(fast, tiny, max_kl=1e-3).failures
     assert "the limit that was given is 0.001" in problem and "--max-kl" in problem
+
+
+def test_a_checkpoints_own_numbers_cost_nothing(
+    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint("granite", num_hidden_layers=1, tie_word_embeddings=False)
+    packed = CASES["gptq"](checkpoint, tmp_path).packed
+    ingot = make_ingot(packed, "ort", weights="checkpoint", accuracy="exact")
+    reference = Reference.of_ingot(ingot, Manifest.read(ingot), open_checkpoint(packed))
+    found = validate_ingot(ingot, reference, plan=QUICK)
+    assert found.failures == []
+    assert found.quantisation is not None and found.quantisation.recorded is not None
+    assert found.quantisation.recorded.found.kl_max == 0
+    assert all(each.worst == 0 for each in found.quantisation.weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+@pytest.mark.parametrize("family", ["granite", "jetmoe", "mamba2", "olmoe"])
+def test_limits_hold_of_trained_models_and_show_one_layer_with_twice_its_scales(
+    family: str,
+    weights: str,
+    trained: Callable[[str], Path],
+    make_ingot: MakeIngot,
+    tmp_path: Path,
+) -> None:
+    checkpoint = trained(family)
+    ingot = make_ingot(checkpoint, "ort", weights=weights, accuracy="fast")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    sample = (checkpoint.parent / "sample.txt").read_text()
+    text = np.array(tokenizer(sample)["input_ids"][:512])
+    right = validated(ingot, checkpoint, text=text)
+    assert (right.verdict, right.failures) == ("passed", [])
+    assert right.quantisation is not None and right.quantisation.text is not None
+    assert right.quantisation.text.share < (0.02 if weights == "int4" else 2e-4)
+    assert all((each.score or 9) < 1.3 for each in right.worst.values() if each.in_int8)
+    with safe_open(ingot / WEIGHTS, "np") as file:
+        names = [name for name in file.keys() if ".1." in name and name.endswith(".scales")]  # noqa: SIM118
+    wrong = Path(shutil.copytree(ingot, tmp_path / "wrong"))
+    for name in names:
+        stored.weight(name, lambda scales: 2 * scales)(wrong)
+    found = validated(wrong, checkpoint)
+    assert found.costly == found.failures and len(found.costly) >= 1
 
 
 def distribution(kl: float, top1: float = 0.9) -> Distribution:

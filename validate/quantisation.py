@@ -220,7 +220,8 @@ class Quantisation:
                 yield (
                     f"with {self.stored} {mine.top1_agreement:.1%} of the likeliest tokens are the "
                     f"checkpoint's, and with plain rounding {other.top1_agreement:.1%}; at least "
-                    f"1 in {self.limits.times:g} of those is expected{self._where()}"
+                    f"{other.top1_agreement / self.limits.times:.1%} is expected, but for chance"
+                    f"{self._where()}"
                 )
         elif self.layers and self.layers[-1].plain is not None:
             last = self.layers[-1]
