@@ -1,7 +1,6 @@
 """Checkpoints that were trained: what they know of a held-out text, here and in transformers.
 
-Random weights of the same shapes have logits near the unigram's at best, so a perplexity says
-nothing of them. tests/data/trained/README.md says how these were made.
+Of random weights a perplexity says nothing. tests/data/trained/README.md says how these were made.
 """
 
 from __future__ import annotations

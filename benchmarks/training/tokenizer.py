@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 VOCABULARY = 1024
 # Between documents, and at the end of a text. Padding has an id of its own, since the embedding of
-# a padding token is never trained.
+# a padding token takes no gradient from where the token stands.
 END, PADDING = "<|endoftext|>", "<|padding|>"
 END_ID, PADDING_ID = 0, 1
 
