@@ -17,10 +17,10 @@ from safetensors.torch import load_file as load_torch
 from transformers import AutoModelForCausalLM
 
 from ingot.export.codecs.blocks import Blocks
-from ingot.export.codecs.given import Given
+from ingot.export.codecs.given import Given, quantization_of
 from ingot.export.ingot import Manifest
 from ingot.export.request import ExportError
-from ingot.graphs.coded import Coded
+from ingot.graphs.coded import Coded, Form
 from ingot.runtime.loading import load
 
 # By family a way to quantise: of each format one, with and without zero points, of both bits.
@@ -259,3 +259,45 @@ def test_numbers_of_another_matrix_are_no_weights() -> None:
     given = Given(lambda _name: Blocks(4, 32, False), lambda _name, _expert: [part])
     with pytest.raises(AssertionError, match="not what the checkpoint has"):
         given.encode("w", 0, part.weights().numpy() * np.float32(1.5))
+
+
+def form(group: int, columns: int, bits: int = 4, *, symmetric: bool = True) -> Form:
+    return Form(bits, group, columns, symmetric, in_order=True)
+
+
+@pytest.mark.parametrize(
+    ("forms", "block"),
+    [
+        ([form(128, 512)], 128),
+        ([form(256, 512), form(128, 512)], 128),
+        ([form(64, 512), form(128, 512)], 64),
+        ([form(96, 192)], 32),
+        # Whole rows: blocks that fill them, where there are such.
+        ([form(320, 320), form(256, 256)], 64),
+        ([form(90, 90), form(64, 512)], 64),
+        ([form(90, 90)], 128),
+    ],
+)
+def test_blocks_are_the_largest_that_groups_are_whole_numbers_of(
+    forms: list[Form], block: int
+) -> None:
+    named = {f"layers.{at}.weight": [each] for at, each in enumerate(forms)}
+    weights, found = quantization_of(named, [], None)
+    assert (weights, found.block, found.accuracy, found.method) == ("int4", block, "fast", "given")
+
+
+def test_a_format_is_that_of_most_and_names_the_others() -> None:
+    forms = {
+        "a.q.weight": [form(64, 64)],
+        "a.k.weight": [form(64, 64, 8, symmetric=False)],
+        "a.experts.gate_up_proj": [form(64, 64), form(64, 64, 8)],
+        "a.experts.down_proj": [form(64, 64), form(64, 64)],
+    }
+    weights, found = quantization_of(forms, ["embed.weight"], "exact")
+    assert weights == "int4" and not found.symmetric and found.accuracy == "exact"
+    assert found.bits == {
+        "a.k.weight": 8,
+        "a.experts.gate_up_proj": 8,
+        "a.experts.down_proj": 8,
+        "embed.weight": 32,
+    }
