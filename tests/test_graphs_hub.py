@@ -268,6 +268,11 @@ REPOSITORIES = {
         "config.json": OLMOE[:-1] + b', "attn_logit_softcapping": 30.0}',
     },
     "org/olmoe": {**FILES, "config.json": OLMOE},
+    "org/three-bits": {
+        **FILES,
+        "config.json": OLMOE[:-1]
+        + b', "quantization_config": {"quant_method": "gptq", "bits": 3}}',
+    },
     "org/adapter": {
         "adapter_config.json": b'{"peft_type": "LORA", "base_model_name_or_path": "org/olmoe"}',
         "adapter_model.safetensors": b"weights",
@@ -408,6 +413,7 @@ def test_an_export_refuses_a_config_before_it_downloads_weights(tmp_path: Path, 
     expected = {
         ("org/granitemoe",): (False, "nearest is granite"),
         ("org/softcapped",): (True, "attn_logit_softcapping is 30.0"),
+        ("org/three-bits",): (True, "GPTQ's bits is 3"),
         ("org/olmoe", "--task", "classify"): (True, "olmoe has no task 'classify'"),
         ("org/olmoe", "--output", "router_logits"): (True, "not a whole safetensors file"),
     }
@@ -418,7 +424,7 @@ def test_an_export_refuses_a_config_before_it_downloads_weights(tmp_path: Path, 
         assert status == 2
         assert torch == wanted[0]
         assert wanted[1] in said
-    for model, weights in (("granitemoe", 0), ("softcapped", 0), ("olmoe", 1)):
+    for model, weights in (("granitemoe", 0), ("softcapped", 0), ("three-bits", 0), ("olmoe", 1)):
         assert hub.files(f"org/{model}").count("model.safetensors") == weights
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters import make_adapter
 from conftest import MakeCheckpoint
 from oracle import relative_rms, tokens
 from packed_cases import AWQ, CASES, GPTQ, compressed, group
@@ -250,6 +251,22 @@ def test_a_form_is_known_without_the_numbers(olmoe: Make) -> None:
         found = (form.bits, form.group, form.columns, form.symmetric, form.in_order)
         assert found == expected, case
     assert open_checkpoint(olmoe("gptq").packed).form("lm_head.weight") is None
+
+
+def test_an_adapter_is_added_to_what_is_unpacked(sources: dict[str, Path], tmp_path: Path) -> None:
+    quantised = CASES["gptq symmetric"](sources["granite"], tmp_path)
+    adapter = make_adapter(quantised.plain, tmp_path / "adapter", target_modules=["q_proj"])
+    own, plain = (open_checkpoint(each, adapter) for each in (quantised.packed, quantised.plain))
+    for name in plain.entries:
+        assert torch.equal(own.read(name), plain.read(name)), name
+    layer = "model.layers.0.self_attn"
+    # What is a sum is in no whole numbers.
+    assert (
+        own.coded(f"{layer}.q_proj.weight") is None and own.form(f"{layer}.q_proj.weight") is None
+    )
+    kept = own.coded(f"{layer}.k_proj.weight")
+    assert kept is not None and own.form(f"{layer}.k_proj.weight") is not None
+    same_numbers(kept, quantised.layers[f"{layer}.k_proj"])
 
 
 # Zero points of GPTQ
