@@ -1,0 +1,1 @@
+"""The parts of ``benchmarks/weights.py``: what weights in fewer bits cost."""
