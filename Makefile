@@ -9,7 +9,7 @@ PRESET ?= tiny
 OUT ?= out/$(notdir $(MODEL))-$(TARGET)
 
 .PHONY: setup export plugins test test-slow gpu gpu-rehearse gpu-kernels gpu-bundle test-gpu triton-test lint format
-.PHONY: clean fuzz proof
+.PHONY: clean fuzz proof weights
 
 setup: $(VENV)/.installed
 
@@ -53,6 +53,13 @@ PROOF_ONLY ?=
 proof: setup
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m proof --share $(PROOF_SHARE) --seed $(PROOF_SEED) \
 		--only "$(PROOF_ONLY)"
+
+# What weights in fewer bits cost, beside llama.cpp's formats of the same checkpoints. Fetches and builds
+# llama.cpp, and fetches SmolLM2; everything that is made stays in build/weights.
+WEIGHTS_OUT ?= benchmarks/results/weights.json
+
+weights: setup
+	$(BIN)/python benchmarks/weights.py --out $(WEIGHTS_OUT) $(WEIGHTS_ARGS)
 
 # Everything a GPU is to prove and measure. On the GPU machine itself, with its own python3 and PyTorch:
 # no .venv, no network; `make gpu-bundle` elsewhere makes what to bring. GPU_ARGS="--only models" and such.
