@@ -185,6 +185,22 @@ def their_rows(
         yield Row(THEIRS, name, file, kinds.total(), file.stat().st_size, as_run, exact, kinds)
 
 
+def budget_rows(
+    subject: Subject, rows: list[Row], calibration: Path, threads: int
+) -> Iterator[Row]:
+    """For each format of llama.cpp that fits between int4 and int8, ours of as many bytes."""
+    like = next((row for row in rows if row.name.startswith("int4")), None)
+    least = min((row.weights for row in rows if row.program == OURS), default=0)
+    most = max((row.weights for row in rows if row.name.startswith("int8")), default=0)
+    done: set[int] = set()
+    for row in rows:
+        fits = row.program == THEIRS and least < row.weights < most
+        if like is not None and fits and row.weights not in done:
+            done.add(row.weights)
+            chosen = ingots.at_the_bytes_of(row.name, row.weights, like.made, calibration)
+            yield from our_rows(subject, [chosen], threads)
+
+
 def time_rows(
     subject: Subject, rows: list[Row], llama: LlamaCpp | None, threads: int, rounds: int
 ) -> None:
@@ -234,7 +250,8 @@ def report(subject: Subject, rows: list[Row]) -> Iterator[str]:
 @click.option(
     "--calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A text that llama.cpp's importance matrix is made of, beside its formats without one.",
+    help="A text to choose numbers on: our methods, our budgets at llama.cpp's bytes, and its "
+    "importance matrix.",
 )
 @click.option(
     "--format",
@@ -275,7 +292,7 @@ def main(
             if without_llama_cpp
             else LlamaCpp.prepare(work / "llama.cpp", smollm2.DOWNLOADS, threads)
         )
-        ours = [f for f in ingots.formats() if re.search(only, f.name)]
+        ours = [f for f in ingots.formats(calibration) if re.search(only, f.name)]
         ours += [ingots.Format.parse(said) for said in more]
         names = [name for name in LLAMA_FORMATS for name in with_importance(name, calibration)]
         theirs = [name for name in names if re.search(only, name)]
@@ -293,6 +310,8 @@ def main(
                     rows += their_rows(subject, llama, theirs, taken)
                 except LlamaCppError as error:
                     refusal = str(error)
+            if calibration is not None:
+                rows += list(budget_rows(subject, rows, calibration, threads))
             time_rows(subject, rows, llama, threads, rates)
             click.echo("\n".join([*report(subject, rows), refusal, ""]))
             results.append(

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import MakeCheckpoint
+from safetensors.numpy import save_file
 from tokenizer_shapes import byte_level
 
 from benchmarks import weights
 from benchmarks.on_weights.figures import Scores
-from benchmarks.on_weights.ingots import Format
+from benchmarks.on_weights.ingots import Format, at_the_bytes_of
 from benchmarks.on_weights.pinned import FetchError, Package
 from benchmarks.on_weights.table import OURS, THEIRS, Row, equal_bytes_table, kinds_table
 from benchmarks.on_weights.text import windows_of
@@ -99,6 +100,22 @@ def test_a_format_is_read_from_fields_of_an_export() -> None:
     assert found.exact.exact is None and Format("bf16", {"weights": "bf16"}).exact is None
     with pytest.raises(IngotError, match="bloc is no field of an export"):
         Format.parse("weights=int4 bloc=64")
+
+
+def test_a_budget_takes_all_bytes_that_it_may_and_no_more(tmp_path: Path) -> None:
+    """Of 256 numbers of 4 bits, beside a norm of 64; what scales take is in the budget."""
+    weights = {
+        "proj.weight": np.zeros((4, 2, 16), np.uint8),
+        "proj.weight.scales": np.zeros((4, 2), np.float32),
+        "proj.weight.zero_points": np.zeros((4, 1), np.uint8),
+        "norm.weight": np.zeros(64, np.float32),
+    }
+    save_file(weights, tmp_path / "weights.safetensors")
+    for size in (450, 467):
+        found = at_the_bytes_of("Q4_K_M", size, tmp_path, Path("text"))
+        assert found.name == "int4 at the bytes of Q4_K_M"
+        taken = [(found.options["bits"] + more) * 256 / 8 + 64 * 4 for more in (0, 0.01)]
+        assert taken[0] <= size < taken[1]
 
 
 def test_another_file_than_was_pinned_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,11 +20,14 @@ from ingot.export.build import build
 from ingot.export.ingot import GRAPH, WEIGHTS
 from ingot.export.progress import Stages
 from ingot.export.quantization import BITS, BLOCKS
-from ingot.export.request import ExportError, ExportRequest
+from ingot.export.request import CALIBRATED, ExportError, ExportRequest
+from ingot.graphs.checkpoint import read_header
 from ingot.plugins.errors import IngotError
 from ingot.runtime.loading import load
 
 RATES = Path(__file__).with_name("ingot_rates.py")
+# Of the tensors of weights in whole numbers: their dtype, and the ends of names beside them.
+CODES, ZERO_POINTS, SCALES = "U8", ".zero_points", ".scales"
 FAST = {"accuracy": "fast"}
 
 
@@ -77,16 +81,46 @@ class Format:
         return self.name.replace(" ", "-")
 
 
-def formats() -> Iterator[Format]:
-    """Every way to store weights that the table has."""
+def formats(calibration: Path | None = None) -> Iterator[Format]:
+    """Every way to store weights that the table has.
+
+    Args:
+        calibration: a text on which numbers are chosen; None leaves out what needs one.
+    """
     yield Format("fp32", {})
     yield Format("bf16", {"weights": "bf16"})
     for weights in ("int8", "int4"):
         for symmetric in (True, False):
             for block in BLOCKS:
-                options = {"weights": weights, "block": block, "symmetric": symmetric, **FAST}
                 zero = "symmetric" if symmetric else "asymmetric"
-                yield Format(f"{weights} {block} {zero}", options)
+                name = f"{weights} {block} {zero}"
+                options = {"weights": weights, "block": block, "symmetric": symmetric, **FAST}
+                yield Format(name, options)
+                for method in CALIBRATED if calibration is not None else ():
+                    chosen = {"calibration": calibration, "method": method}
+                    yield Format(f"{name} {method}", {**options, **chosen})
+
+
+def at_the_bytes_of(name: str, size: int, like: Path, calibration: Path) -> Format:
+    """int4, some of it int8, by a budget that takes as many bytes as another program's format.
+
+    Args:
+        name: of that format.
+        size: bytes of its tensors.
+        like: an int4 ingot of the same checkpoint, which says what stays in float32.
+        calibration: a text by which it is measured what needs more bits.
+    """
+    entries = read_header(like / WEIGHTS)
+    numbers = fixed = 0
+    for tensor, entry in entries.items():
+        if entry.dtype == CODES and not tensor.endswith(ZERO_POINTS):
+            numbers += 2 * math.prod(entry.shape)
+        elif not tensor.endswith((ZERO_POINTS, SCALES)):
+            fixed += entry.end - entry.begin
+    # Cut and not rounded, for a byte more would make it another class of size.
+    bits = math.floor(100 * 8 * (size - fixed) / numbers) / 100
+    options = {"weights": "int4", "bits": bits, "calibration": calibration, **FAST}
+    return Format(f"int4 at the bytes of {name}", options)
 
 
 def export(checkpoint: Path, chosen: Format, out: Path, traces: Traces) -> None:
