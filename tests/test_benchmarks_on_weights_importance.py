@@ -37,8 +37,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[OlmoeForCausalLM
     # expert.
     gate = next(p for name, p in model.named_parameters() if name.endswith("mlp.gate.weight"))
     with torch.no_grad():
-        model.get_input_embeddings().weight[:, 0] = 0.6
-        model.get_submodule("model.layers.0.self_attn.o_proj").weight.zero_()
+        model.get_parameter("model.embed_tokens.weight")[:, 0] = 0.6
+        model.get_parameter("model.layers.0.self_attn.o_proj.weight").zero_()
         gate[-1] = 0.0
         gate[-1, 0] = -9.0
     model.save_pretrained(folder / "checkpoint")

@@ -104,7 +104,7 @@ def test_a_format_is_read_from_fields_of_an_export() -> None:
 
 def test_a_budget_takes_all_bytes_that_it_may_and_no_more(tmp_path: Path) -> None:
     """Of 256 numbers of 4 bits, beside a norm of 64; what scales take is in the budget."""
-    weights = {
+    weights: dict[str, np.ndarray] = {
         "proj.weight": np.zeros((4, 2, 16), np.uint8),
         "proj.weight.scales": np.zeros((4, 2), np.float32),
         "proj.weight.zero_points": np.zeros((4, 1), np.uint8),
