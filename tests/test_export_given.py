@@ -166,11 +166,11 @@ def test_layers_of_several_bits_and_groups(
     assert tensors[f"{layer}.self_attn.o_proj.weight"].dtype == torch.bfloat16
     assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
     of = quantised.layers[f"{layer}.mlp.experts.0.down_proj"]
-    down = tensors[f"{layer}.mlp.experts.down_proj"]
+    # By products of their own, since QMoE is not exact with 8 bits.
+    down = tensors[f"{layer}.mlp.experts.down_proj.0"].flatten(1)
     # A number of 8 bits is as far from its middle as it was with 4.
-    np.testing.assert_array_equal(down[1, : len(of.codes), : of.codes.shape[1]], of.codes + 120)
-    # QMoE rounds activations of 8 bits to int8, whatever the accuracy (1.31.1).
-    assert relative_rms(of_transformers(quantised.plain), logits(ingot)) < 2e-2
+    np.testing.assert_array_equal(down[:, : of.codes.shape[1]], of.codes + 120)
+    assert relative_rms(of_transformers(quantised.plain), logits(ingot)) < 4e-6
 
 
 @pytest.mark.parametrize("target", ["onnx", "ort"])
