@@ -193,7 +193,7 @@ def test_limits_hold_of_trained_models_and_show_one_layer_with_twice_its_scales(
     assert (right.verdict, right.failures) == ("passed", [])
     assert right.quantisation is not None and right.quantisation.text is not None
     assert right.quantisation.text.share < (0.02 if weights == "int4" else 2e-4)
-    assert all((each.score or 9) < 1.3 for each in right.worst.values() if each.in_int8)
+    assert all((each.score or 9) < 2 for each in right.worst.values() if each.in_int8)
     with safe_open(ingot / WEIGHTS, "np") as file:
         names = [name for name in file.keys() if ".1." in name and name.endswith(".scales")]  # noqa: SIM118
     wrong = Path(shutil.copytree(ingot, tmp_path / "wrong"))

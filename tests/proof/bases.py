@@ -47,6 +47,7 @@ class Base:
         adapter: writes a LoRA adapter for a checkpoint into a folder.
         weights: what matrices are stored in, where that is not the precision.
         more: other fields of the request.
+        max_kl: what storing the weights may cost, where random weights make too much of it.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Base:
     adapter: Callable[[Path, Path], None] | None = None
     weights: str | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
+    max_kl: float | None = None
 
 
 class Kept:

@@ -39,7 +39,14 @@ def examined(ingot: Path, kept: Kept, plan: str = "standard") -> Report:
         if reason is not None:
             return examine_unrun(ingot, kept.reference, Stages(), reason, capture=kept.traces)
         reference = kept.reference_of(ingot)
-        return examine(ingot, reference, Stages(), plan=PLANS[plan], capture=kept.traces)
+        return examine(
+            ingot,
+            reference,
+            Stages(),
+            plan=PLANS[plan],
+            capture=kept.traces,
+            max_kl=kept.base.max_kl,
+        )
 
 
 def run_fault(fault: Fault, kept: Kept, place: Path) -> Outcome:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from ingot.validate.quantisation import INT8
 
 # Of kernels that round activations to int8, in errors of eager PyTorch with the same rounding.
-# Right ones were measured at 1.00 to 1.06, since both round the same numbers alike; were theirs
-# other numbers, it would be 1 as well. What is wrong beside that adds to it as squares do.
-INT8_LIMIT = 2.0
+# Right ones were measured at 1.00 to 1.15, since both round the same numbers alike, and at 1.5 in a
+# call of one token in which a number went to the other of two steps; were theirs other numbers, it
+# would be 1 as well. What is wrong beside that adds to it as squares do.
+INT8_LIMIT = 3.0
 # Unit roundoff: the least floor. Eager PyTorch may be exact where a target rounds once.
 ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, INT8: 2.0**-8}
 
