@@ -116,20 +116,22 @@ def our_rows(subject: Subject, formats: list[ingots.Format], threads: int) -> It
     """Export what is not there yet, and compare it as it runs and with float32 activations."""
     traces = Traces()
 
-    def scored(chosen: ingots.Format) -> Scores:
-        """Also makes the ingot, where it is not there."""
+    def made(chosen: ingots.Format) -> Path:
         out = subject.work / "ingots" / chosen.folder
         if not out.is_dir():
             ingots.export(subject.checkpoint, chosen, out, traces)
+        return out
+
+    def scored(chosen: ingots.Format) -> Scores:
         return subject.scored(
             f"{OURS}-{chosen.folder}",
-            lambda: ingots.score_ingot(out, subject.windows, subject.truth, threads),
+            lambda: ingots.score_ingot(made(chosen), subject.windows, subject.truth, threads),
         )
 
     for chosen in formats:
         click.echo(f"{subject.name}: {OURS} {chosen.name}", err=True)
         as_run, exact = scored(chosen), scored(chosen.exact or chosen)
-        out = subject.work / "ingots" / chosen.folder
+        out = made(chosen)
         weights, files = ingots.weight_bytes(out), ingots.file_bytes(out)
         yield Row(OURS, chosen.name, out, weights, files, as_run, exact)
 

@@ -154,9 +154,11 @@ class LlamaCpp:
         )
         if done.returncode:
             said = done.stderr.strip().splitlines()
-            raise LlamaCppError(
-                f"llama.cpp ended with {done.returncode} ({given}): " + "\n".join(said[-12:])
+            # Of a stack trace the last line says what is wrong; llama.cpp itself uses several.
+            telling = (
+                said[-1:] if any(line.startswith("Traceback") for line in said) else said[-12:]
             )
+            raise LlamaCppError(f"llama.cpp refuses {given}: " + "\n".join(telling))
         return json.loads(done.stdout.splitlines()[-1])
 
 
