@@ -128,6 +128,11 @@ CASES = {
         partial(pack_quantized, symmetric=False),
         bf16,
     ),
+    "pack-quantized with zero points in bytes": Case(
+        compressed("pack-quantized", group(symmetric=False)),
+        partial(pack_quantized, symmetric=False, in_bytes=True),
+        bf16,
+    ),
     "pack-quantized of 8 bits a row": Case(
         compressed("pack-quantized", group(8, None, symmetric=False)),
         partial(pack_quantized, symmetric=False),

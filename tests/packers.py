@@ -133,9 +133,17 @@ def awq(name: str, of: Numbers) -> Tensors:
 
 
 def pack_quantized(
-    name: str, of: Numbers, *, symmetric: bool, dtype: torch.dtype = torch.bfloat16
+    name: str,
+    of: Numbers,
+    *,
+    symmetric: bool,
+    in_bytes: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Tensors:
-    """A layer as compressed-tensors packs it: both along N and K, with the middle added."""
+    """A layer as compressed-tensors packs it: numbers along K, zero points along N.
+
+    To both the middle is added. Earlier versions had zero points in bytes, as signed numbers.
+    """
     result = {
         f"{name}.weight_packed": words(of.codes, of.bits),
         f"{name}.weight_scale": torch.from_numpy(of.scales).to(dtype),
@@ -143,6 +151,9 @@ def pack_quantized(
     }
     if not symmetric:
         zeros = words(of.zeros.T, of.bits).T.contiguous()
+        if in_bytes:
+            signed = of.zeros - 2 ** (of.bits - 1)
+            zeros = torch.from_numpy(signed.astype(np.int8))
         result[f"{name}.weight_zero_point"] = zeros
     if (np.diff(of.order) < 0).any():
         result[f"{name}.weight_g_idx"] = torch.from_numpy(of.order.astype(np.int32))
