@@ -131,7 +131,8 @@ class Quantisation:
         stored: what they are stored in, as ``weights`` of ``ingot.json`` has it.
         limits: that it is held to.
         recorded: over the tokens that a validation feeds; None of a model without logits.
-        plain: the same of plain rounding; None where the format has no other way.
+        plain: the same of plain rounding; None where the format has no other way, and of a
+            classifier.
         text: over the text that was given, if one was.
         layers: hidden states, in the order of the layers.
         routing: by router, the share of tokens with the experts that the checkpoint's weights

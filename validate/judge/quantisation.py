@@ -86,6 +86,9 @@ def judge_quantisation(
     main = layout.main_output
     logits = main == "logits"
     divergences = [_divergence(truth, side, main) if logits else None for side in sides]
+    # A classifier has one distribution a row: too few for a median beside another's. Its hidden
+    # states say it.
+    of_plain = divergences[1] if plain is not None and not layout.of_rows(main) else None
     names = lossy(stored)
     size = sum(stored.entries[name].end - stored.entries[name].begin for name in names)
     with stages.stage("compare the weights with the checkpoint's", size) as advance:
@@ -100,7 +103,7 @@ def judge_quantisation(
             NEGLIGIBLE,
         ),
         divergences[0],
-        divergences[1] if plain is not None else None,
+        of_plain,
         _of_text(original, reference, text, stages) if text is not None else None,
         _layers(reference, truth, sides),
         _routing(truth, sides[0], reference.routers.top_k),
