@@ -21,6 +21,8 @@ from ingot.export.calibration.choose import choose
 from ingot.export.calibration.effects import effects
 from ingot.export.calibration.moments import Moments
 from ingot.export.calibration.products import Products
+from ingot.export.calibration.scan import scan
+from ingot.export.calibration.tables import table_moments
 from ingot.export.calibration.tokens import MOST, Calibration, read_calibration
 from ingot.export.calibration.walk import Walk
 from ingot.export.codecs.blocks import Blocks, Encoded, Floats
@@ -32,6 +34,7 @@ from ingot.export.request import ExportError
 from ingot.graphs.checkpoint import Checkpoint, load_parameters, stack_height
 from ingot.graphs.family import family_of
 from ingot.graphs.layers import Model
+from ingot.plugins.mamba2_scan import mamba2_scan
 from ingot.runtime.loading import load
 
 FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
@@ -201,9 +204,9 @@ def test_effects_are_those_of_one_weight_at_a_time(
     def plain(blocks: Blocks, rows: Floats, _moments: torch.Tensor) -> Encoded:
         return blocks.encode(rows)
 
-    monkeypatch.setitem(choose_module.METHODS, "gptq", plain)
+    monkeypatch.setitem(choose_module.METHODS, "importance", plain)
     checkpoint, ids = make_checkpoint(family), sequences()
-    found = effects(opened(checkpoint), nearest, "gptq", ids)
+    found = effects(opened(checkpoint), nearest, "importance", ids)
     expected = run(eager(checkpoint), ids)
     assert sorted(name for group in found for name in group) == sorted(quantised(eager(checkpoint)))
     for group, effect in found.items():
@@ -253,6 +256,67 @@ def test_prepared_numbers_are_handed_out_row_by_row() -> None:
     other = random.standard_normal((2, 32)).astype(np.float32)
     np.testing.assert_array_equal(prepared.encode("v", 0, other).data, format_.encode(other).data)
     assert prepared.format("w") == format_
+
+
+# Of the others a change makes routers choose other experts, which no derivative knows of.
+@pytest.mark.parametrize("family", ["granite", "mamba2"])
+def test_moments_of_a_table_say_what_a_small_change_of_it_costs(
+    family: str, make_checkpoint: MakeCheckpoint
+) -> None:
+    """The mean KL of a table with noise added is half of the noise's variance times their trace."""
+    checkpoint, ids = make_checkpoint(family), sequences(64)
+    moments = table_moments(opened(checkpoint), ids)
+    np.testing.assert_allclose(moments.numpy(), moments.T.numpy(), rtol=0, atol=1e-3)
+    model = eager(checkpoint)
+    expected = run(model, ids)
+    (name,) = Walk(opened(checkpoint)).tables
+    table = model.get_parameter(name).data
+    deviation = 1e-3 * float(table.std())
+    noise = torch.from_numpy(np.random.default_rng(1).standard_normal(table.shape)).float()
+    table += deviation * noise
+    divergence = float((expected.exp() * (expected - run(model, ids))).sum(-1).mean())
+    assert divergence == pytest.approx(0.5 * deviation**2 * float(moments.trace()), rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["granite", "mamba2"])
+def test_a_table_that_is_chosen_diverges_less_than_the_nearest(
+    family: str, make_checkpoint: MakeCheckpoint
+) -> None:
+    checkpoint = make_checkpoint(family)
+    (table,) = Walk(opened(checkpoint)).tables
+    formats, ids, divergence = Nearest(None, {table: Blocks(4, 32)}), sequences(4, 48), []
+    expected = run(eager(checkpoint), ids)
+    for coder in (formats, choose(opened(checkpoint), formats, "gptq", sequences(128))):
+        model = eager(checkpoint)
+        store(model, [table], coder)
+        divergence.append(float((expected.exp() * (expected - run(model, ids))).sum(-1).mean()))
+    assert divergence[1] < 0.85 * divergence[0]
+
+
+@pytest.mark.parametrize("length", [1, 32, 75])
+def test_the_scan_that_is_differentiated_is_the_operator(length: int) -> None:
+    random = torch.Generator().manual_seed(length)
+    batch, heads, size, groups, states = 2, 6, 8, 3, 5
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random)
+
+    mask = torch.ones(batch, length)
+    mask[1, : length // 3] = 0
+    given = (
+        drawn(batch, length, heads, size),
+        drawn(batch, length, heads),
+        -drawn(heads).exp(),
+        drawn(batch, length, groups, states),
+        drawn(batch, length, groups, states),
+        drawn(heads),
+        drawn(heads),
+        drawn(batch, heads, size, states),
+        mask,
+    )
+    expected = mamba2_scan.eager(*given, 8, 0.0, float("inf"))
+    for own, other in zip(scan(*given, 8, 0.0, float("inf")), expected, strict=True):
+        np.testing.assert_allclose(own.numpy(), other.numpy(), rtol=0, atol=2e-4)
 
 
 SHAPES = {"a": (64, 256), "b": (128, 128), "c": (4, 64, 256), "d": (4, 64, 128)}

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from ingot.export.calibration.moments import Moments, of_head, of_layer
+from ingot.export.calibration.tables import table_moments
 from ingot.export.calibration.walk import Advance, Walk
 from ingot.export.codecs import gptq, importance
 from ingot.export.codecs.blocks import Blocks, Encoded, Floats
@@ -22,7 +23,8 @@ from ingot.export.codecs.prepared import Prepared
 from ingot.export.graph import Opened
 from ingot.graphs.checkpoint import stack_height
 
-METHODS = {"importance": importance.encode, "gptq": gptq.encode}
+GPTQ = "gptq"
+METHODS = {"importance": importance.encode, GPTQ: gptq.encode}
 
 
 class Chosen(NamedTuple):
@@ -64,14 +66,26 @@ def choose(
         sequences: token ids ``[n, T]``.
         advance: told of each finished layer, the head among them.
     """
+    tables = of_tables(opened, method, sequences)
     with torch.inference_mode():
-        return _choose(Walk(opened), formats, method, sequences, advance)
+        return _choose(Walk(opened), formats, method, tables, sequences, advance)
+
+
+def of_tables(opened: Opened, method: str, sequences: npt.NDArray[np.int64]) -> torch.Tensor | None:
+    """What the numbers of tables are chosen by; None where each is the nearest.
+
+    That is so where a method weighs columns alone, and where no head ends the model.
+    """
+    if method != GPTQ or opened.model.main_output != "logits":
+        return None
+    return table_moments(opened, sequences)
 
 
 def _choose(
     walk: Walk,
     formats: Coder,
     method: str,
+    tables: torch.Tensor | None,
     sequences: npt.NDArray[np.int64],
     advance: Advance,
 ) -> Prepared:
@@ -83,7 +97,7 @@ def _choose(
             walk.put(each.name, each.expert, each.decoded)
 
     walk.load(walk.tables)
-    store(chosen_tables(walk, formats, walk.tables))
+    store(chosen_tables(walk, formats, walk.tables, tables))
     batches = list(walk.begin(sequences))
     if not walk.tied:
         walk.unload(walk.tables)
@@ -104,13 +118,27 @@ def _choose(
     return result
 
 
-def chosen_tables(walk: Walk, formats: Coder, names: Sequence[str]) -> Iterator[Chosen]:
-    """Tables, of which rows are looked up: they are as good as each number is near."""
+def chosen_tables(
+    walk: Walk, formats: Coder, names: Sequence[str], moments: torch.Tensor | None
+) -> Iterator[Chosen]:
+    """The numbers of tables, of which rows are looked up.
+
+    Args:
+        walk: the model.
+        formats: gives each weight's format.
+        names: of parameters.
+        moments: by ``of_tables``.
+    """
     for name in names:
         blocks = formats.format(name)
-        if blocks is not None:
-            rows = walk.original(name).numpy()
-            yield Chosen(name, 0, rows, formats.encode(name, 0, rows), blocks)
+        if blocks is None:
+            continue
+        rows = walk.original(name).numpy()
+        if moments is None:
+            encoded = formats.encode(name, 0, rows)
+        else:
+            encoded = gptq.encode(blocks, rows, moments)
+        yield Chosen(name, 0, rows, encoded, blocks)
 
 
 def chosen(

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ingot.export.calibration.choose import Chosen, chosen, chosen_tables
+from ingot.export.calibration.choose import Chosen, chosen, chosen_tables, of_tables
 from ingot.export.calibration.moments import of_head, of_layer
 from ingot.export.calibration.walk import Advance, Batch, Walk
 from ingot.export.codecs.coder import Coder
@@ -49,13 +49,16 @@ def effects(
         sequences: token ids ``[n, T]``.
         advance: told of each finished layer, the head among them.
     """
+    tables = of_tables(opened, method, sequences)
     with torch.inference_mode():
-        return _Effects(Walk(opened), formats, method).measure(sequences, advance)
+        return _Effects(Walk(opened), formats, method, tables).measure(sequences, advance)
 
 
 class _Effects:
-    def __init__(self, walk: Walk, formats: Coder, method: str) -> None:
-        self.walk, self.formats, self.method = walk, formats, method
+    def __init__(
+        self, walk: Walk, formats: Coder, method: str, tables: torch.Tensor | None
+    ) -> None:
+        self.walk, self.formats, self.method, self.tables = walk, formats, method, tables
         self.probes: list[Batch] = []
         self.runs: dict[tuple[str, ...], Run] = {}
 
@@ -67,7 +70,7 @@ class _Effects:
         walk.load(walk.tables)
         batches, self.probes = list(walk.begin(sequences)), list(walk.begin(some))
         for name in walk.tables:
-            found = list(chosen_tables(walk, self.formats, [name]))
+            found = list(chosen_tables(walk, self.formats, [name], self.tables))
             if found:
                 self._put(found)
                 self.runs[name,] = [batch.x for batch in walk.begin(some)]
@@ -109,7 +112,7 @@ class _Effects:
         head = (walk.head,)
         if walk.tied:
             # Its run began with the table's rows as they are stored.
-            found = list(chosen_tables(walk, self.formats, head))
+            found = list(chosen_tables(walk, self.formats, head, self.tables))
         else:
             moments = of_head(walk, batches)
             found = list(chosen(walk, self.formats, self.method, head, moments))

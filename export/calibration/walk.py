@@ -123,9 +123,12 @@ class Walk:
         rows = max(1, AT_ONCE // length)
         for first in range(0, count, rows):
             ids = torch.from_numpy(sequences[first : first + rows].copy())
-            ones = torch.ones_like(ids)
-            x, step = self.model.decoder.begin(ids, ones, ones.cumsum(-1) - 1)
-            yield Batch(ids, x, step)
+            yield Batch(ids, *self.enter(ids))
+
+    def enter(self, ids: torch.Tensor) -> tuple[torch.Tensor, Step]:
+        """What enters the first layer of ids ``[B, T]``, and what all layers are given."""
+        ones = torch.ones_like(ids)
+        return self.model.decoder.begin(ids, ones, ones.cumsum(-1) - 1)
 
     def through(self, number: int, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """One batch through one loaded layer: what comes out ``[B, T, H]``, and router logits."""
@@ -137,6 +140,9 @@ class Walk:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """The end of the model, its head loaded: ``[B, T, H]`` -> ``[B, T, V]``."""
-        count = len(self.layers)
-        last, _ = self.model.decoder.end((*[x.new_empty(0)] * count, x))
-        return self.model.head(last, torch.ones(x.shape[:2], dtype=torch.int64))
+        return self.model.head(self.last(x), torch.ones(x.shape[:2], dtype=torch.int64))
+
+    def last(self, x: torch.Tensor) -> torch.Tensor:
+        """The final norm: ``[B, T, H]`` -> the same."""
+        last, _ = self.model.decoder.end((*[x.new_empty(0)] * len(self.layers), x))
+        return last
