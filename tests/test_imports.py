@@ -85,6 +85,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 VERSION = "ingot.version.__version__"
 # What trains checkpoints as others do, for tests and benchmarks.
 TRAINING = ("benchmarks.train_tiny", "benchmarks.training")
+# What both programs of a comparison are held against, and a matrix that the other one is given.
+COMPARED = ("benchmarks.on_weights.importance", "benchmarks.on_weights.truth")
 # Modules that leave the standard library for nothing but this.
 STANDARD_LIBRARY_AND: dict[str, tuple[str, ...]] = {
     "ingot.export.ingot": MANIFEST_READS,
@@ -166,7 +168,7 @@ def offences(module: str, source: str) -> list[str]:
             own = (folder,) if rule == folder else ()
             if not _within(name, own + MAY_IMPORT[rule]):
                 problems.append(f"{module} imports {name}")
-        if top == "transformers" and not module.startswith(TRAINING):
+        if top == "transformers" and not module.startswith((*TRAINING, *COMPARED)):
             problems.append(f"{module} imports {name}; it is the tests' oracle only")
         if _within(name, ("torch.onnx",)) and module != "ingot.export.capture":
             problems.append(f"{module} uses torch.onnx; only export.capture may")
