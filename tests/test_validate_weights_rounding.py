@@ -237,6 +237,15 @@ def test_names_the_block_of_one_number_that_is_off_by_two(
         assert found.index == (expert, row, column // size * size)
 
 
+@pytest.mark.parametrize("blocks", FORMATS, ids=str)
+def test_names_the_block_of_one_scale_that_is_an_eighth_too_large(blocks: Blocks) -> None:
+    values = weights()[..., :128]
+    parts = stored(values, blocks, Layout())
+    parts["scales"][1, 4, -1] *= np.float32(1.125)
+    (found,) = compared(parts, values, blocks, layout=Layout())
+    assert (found.wrong, found.index) == (1, (1, 4, 128 - blocks.size))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
 def test_names_a_scale_that_is_none(value: float) -> None:
     values = weights()
