@@ -5,14 +5,16 @@ chosen by, and held against transformers in float32: mean KL divergence with its
 perplexity and how often the likeliest token stays the same, at the bytes that were measured.
 llama.cpp is fetched, built and run in processes of its own; its float32 file goes first, and where
 that computes something else than transformers nothing of it counts. What was made stays in
-``--work``, so a run that was cut goes on where it ended.
+``--work``, so a run that was cut goes on where it ended; remove it after a change
+of the export.
 
     python benchmarks/weights.py --model tests/data/trained/olmoe --model smollm2
-    python benchmarks/weights.py --only 'int4|Q4' --rates --model tests/data/trained/granite
+    python benchmarks/weights.py --only 'int4|Q4' --rates 5 --model tests/data/trained/granite
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -48,7 +50,7 @@ from benchmarks.on_weights.table import (  # noqa: E402
 from benchmarks.on_weights.text import windows_of  # noqa: E402
 from ingot.graphs.checkpoint import Checkpoint  # noqa: E402
 from ingot.plugins.errors import IngotError  # noqa: E402
-from ingot.plugins.whole import write_whole  # noqa: E402
+from ingot.plugins.whole import sha256, write_whole  # noqa: E402
 
 TRAINED = ROOT / "tests" / "data" / "trained"
 SMOLLM2 = "smollm2"
@@ -301,7 +303,7 @@ def main(
         results = []
         for folder in [checkpoint_of(name, work) for name in models or trained()]:
             fed = windows_of(text.read_text(), folder / "tokenizer.json", length, windows)
-            subject = Subject.open(folder.name, folder, work / folder.name, fed)
+            subject = Subject.open(folder.name, folder, work / kept_as(folder), fed)
             rows = list(our_rows(subject, ours, threads))
             refusal = ""
             if llama is not None:
@@ -348,6 +350,13 @@ def with_importance(name: str, calibration: Path | None) -> list[str]:
 def trained() -> list[str]:
     """The trained checkpoints that come with the tests."""
     return sorted(str(folder.parent) for folder in TRAINED.glob("*/config.json"))
+
+
+def kept_as(checkpoint: Path) -> str:
+    """The folder of what is made of a checkpoint: another one once its weights are others."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    digests = "".join(sha256(file) for file in files)
+    return f"{checkpoint.name}-{hashlib.sha256(digests.encode()).hexdigest()[:12]}"
 
 
 def checkpoint_of(name: str, work: Path) -> Path:

@@ -127,6 +127,16 @@ def test_another_file_than_was_pinned_is_refused(tmp_path: Path) -> None:
         Package("a", "1", "a-1.whl", known).fetch(tmp_path)
 
 
+def test_what_is_kept_is_of_these_weights_alone(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "olmoe"
+    checkpoint.mkdir()
+    found = []
+    for value in (0.0, 1.0, 0.0):
+        save_file({"w": np.array([value])}, checkpoint / "model.safetensors")
+        found.append(weights.kept_as(checkpoint))
+    assert found[0] == found[2] != found[1] and found[0].startswith("olmoe-")
+
+
 @pytest.mark.slow
 def test_fewer_bytes_are_further_from_transformers(
     make_checkpoint: MakeCheckpoint, tokenizer: Path, tmp_path: Path
