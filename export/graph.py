@@ -20,7 +20,7 @@ from ingot.export.capture import Captured
 from ingot.export.capture import capture as trace
 from ingot.export.codecs.blocks import Bits, Blocks, Size
 from ingot.export.codecs.coder import Coder, Nearest
-from ingot.export.codecs.given import Given, formats, quantization_of
+from ingot.export.codecs.given import Given, quantization_of
 from ingot.export.ingot_schema import CHECKPOINT
 from ingot.export.lower_ort import lower_ort
 from ingot.export.lower_trt import lower_trt
@@ -168,8 +168,6 @@ class Recipe:
         chosen = self.quantization
         if chosen is None:
             return None
-        if chosen.method == "given":
-            return Given(formats(self.weights, chosen), opened.coded)
 
         def blocks(bits: int) -> Blocks | None:
             if bits == UNCHANGED:
@@ -177,7 +175,8 @@ class Recipe:
             return Blocks(cast(Bits, bits), cast(Size, chosen.block), chosen.symmetric)
 
         others = {name: blocks(bits) for name, bits in chosen.bits.items()}
-        return Nearest(blocks(BITS[self.weights]), others)
+        nearest = Nearest(blocks(BITS[self.weights]), others)
+        return Given(nearest.format, opened.coded) if chosen.method == "given" else nearest
 
     def open(self, checkpoint: Checkpoint) -> Opened:
         """The model that is captured, and where its weights are; none is read.

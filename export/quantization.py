@@ -29,8 +29,8 @@ class Quantization:
         bits: by the name of a parameter, 4, 8, or ``UNCHANGED``, where ``weights`` is not so.
         calibration: the tokens that the numbers were chosen on, ``sha256`` of their file and
             ``tokens``; with a budget also that, and by parameter the ``effects``: the mean KL in
-            nats that storing it in fewer bits costs,
-            of a mixture of experts both stacks together. Empty where none were given.
+            nats that storing it in fewer bits costs, of a mixture of experts both stacks together.
+            Empty where none were given.
     """
 
     block: int = 32

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
-from ingot.export.codecs.blocks import Bits, Blocks, Bytes, Encoded, Floats, Size
+from ingot.export.codecs.blocks import Blocks, Bytes, Encoded, Floats
 from ingot.export.quantization import BITS, BLOCKS, UNCHANGED, Quantization
 from ingot.export.request import ExportError
 from ingot.graphs.coded import Coded, Form
@@ -149,15 +148,3 @@ def _block(every: Sequence[tuple[str, Form]]) -> int:
         f"blocks of {', '.join(map(str, BLOCKS))}; give --weights fp32 or bf16, which have the "
         "same numbers, or int4 or int8, which round them again."
     )
-
-
-def formats(weights: str, chosen: Quantization) -> Callable[[str], Blocks | None]:
-    """The format of each parameter, as ``ingot.json`` has it."""
-
-    def of(name: str) -> Blocks | None:
-        bits = chosen.bits.get(name, BITS[weights])
-        if bits == UNCHANGED:
-            return None
-        return Blocks(cast(Bits, bits), cast(Size, chosen.block), chosen.symmetric)
-
-    return of
