@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 import click
 
@@ -106,7 +106,7 @@ class LazyGroup(Group):
 )
 @click.option(
     "--block",
-    type=click.Choice([str(size) for size in BLOCKS]),
+    type=click.Choice(BLOCKS),
     help="Of int8 and int4: how many weights share a scale; default 32, with --bits 128.",
 )
 @click.option(
@@ -171,7 +171,7 @@ def export_command(
     extra_outputs: tuple[ExtraOutput, ...],
     precision: Precision | None,
     weights: Weights | None,
-    block: str | None,
+    block: Block | None,
     symmetric: bool | None,
     accuracy: Accuracy | None,
     calibration: Path | None,
@@ -209,7 +209,7 @@ def export_command(
         task=task,
         precision=precision,
         weights=weights,
-        block=None if block is None else cast(Block, int(block)),
+        block=block,
         symmetric=symmetric,
         accuracy=accuracy,
         calibration=calibration,

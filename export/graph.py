@@ -25,7 +25,7 @@ from ingot.export.ingot_schema import CHECKPOINT
 from ingot.export.lower_ort import lower_ort
 from ingot.export.lower_trt import lower_trt
 from ingot.export.passes.graph_pass import Applied, run
-from ingot.export.passes.moe_apart import MoeDispatchApart
+from ingot.export.passes.moe_apart import ExpertsApart
 from ingot.export.passes.quantise import QuantiseMatrices
 from ingot.export.passes.quantise_experts import QuantiseExperts, has_no_kernel
 from ingot.export.passes.store import StoreNarrow
@@ -268,7 +268,7 @@ class Recipe:
             return ()
         coder, exact = coder or self.coder(opened), self.quantization.accuracy == "exact"
         assert coder is not None
-        return run(model, [MoeDispatchApart(partial(has_no_kernel, coder, exact))])
+        return run(model, [ExpertsApart(partial(has_no_kernel, coder, exact))])
 
     def _store(self, model: ir.Model, opened: Opened, coder: Coder | None) -> tuple[Applied, ...]:
         """Store the matrices in what is asked for, in whatever layout they have by then."""

@@ -323,7 +323,7 @@ def test_every_option_of_an_export_reaches_it(
             continue
         value: Any = "5"
         if isinstance(option.type, click.Choice):
-            value = option.type.choices[-1]
+            value = str(option.type.choices[-1])
         elif option.is_flag:
             value = True
         elif option.name == "out":

@@ -90,6 +90,7 @@ def test_generates_without_torch(request: pytest.FixtureRequest, target: str) ->
         "ingot.export.external_data",
         "ingot.export.ingot",
         "ingot.export.ingot_schema",
+        "ingot.export.quantization",
         "ingot.graphs",
         "ingot.graphs.names",
         "ingot.graphs.state",

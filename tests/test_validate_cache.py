@@ -531,8 +531,12 @@ def test_the_code_is_what_the_eager_graphs_import() -> None:
 
 
 def test_a_change_of_the_code_changes_its_digest(tmp_path: Path) -> None:
-    modules = ("eager", "joined", "layerwise", "noise", "orders", "recording", "replay")
+    modules = (
+        *("decoded", "eager", "int8", "joined", "layerwise", "noise", "orders", "plain"),
+        *("recording", "replay"),
+    )
     validating = [f"validate/truth/{name}.py" for name in modules]
+    validating.append("validate/identity/weights_blocks.py")
     counted = ["graphs/a.py", "plugins/b.py", *validating]
     for name in counted:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from ingot.plugins.moe_linear import moe_linear
 from ingot.plugins.operator import BODY_OPSET, DOMAIN
 
 
-class MoeDispatchApart(GraphPass):
+class ExpertsApart(GraphPass):
     """Takes the products of a gated MLP's experts apart, where no kernel has them as one.
 
     ``MoeLinearToMatMuls`` makes plain products of them then, an expert each, of whatever kind there

@@ -96,14 +96,14 @@ class Cost:
 # the deeper they are: its routers choose otherwise.
 QUANTISATION = {
     "checkpoint": Cost(0.05, 1e-3, "nothing is lost, but where what is tied has two types"),
-    "float16": Cost(0.05, 1e-3, "measured at up to 0.03, of a random JetMoE of 24 layers"),
-    "bfloat16": Cost(0.2, 1e-2, "measured at up to 0.13, of a random JetMoE of 24 layers"),
-    "int8": Cost(0.3, 1e-2, "measured at up to 0.1, of a random JetMoE of 8 layers"),
+    "float16": Cost(0.05, 1e-3, "measured at up to 0.03, of 24 random layers"),
+    "bfloat16": Cost(0.2, 1e-2, "measured at up to 0.13, of 24 random layers"),
+    "int8": Cost(0.3, 1e-2, "measured at up to 0.1, of 8 random layers"),
     "int4": Cost(
         0.5,
         0.05,
-        "measured at up to 0.41, of a random JetMoE of 2 layers, and of a trained OLMoE at 0.01; a "
-        "random Granite with heavy tails, whose logits are all but equal, loses half of 0.003 nats",
+        "measured at up to 0.41, of 2 random layers, and of trained ones at 0.01; random weights "
+        "with heavy tails, whose logits are all but equal, lose half of 0.003 nats",
     ),
 }
 # Of what plain rounding in the same format costs, in the median. Scales of least squared error cost
