@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import MakeCheckpoint, MakeIngot
-from oracle import every_other_is_slow, relative_rms, tokens
+from oracle import relative_rms, tokens
 from safetensors.numpy import save_file
 from torch import nn
 
@@ -405,7 +405,13 @@ def test_reads_a_text_by_the_tokenizer(tmp_path: Path) -> None:
         calibration(tmp_path / "a.txt")
 
 
-@pytest.mark.parametrize("family", every_other_is_slow(("olmoe", "mamba2", "jetmoe", "granite")))
+@pytest.mark.parametrize(
+    "family",
+    [
+        "olmoe",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("granite", "jetmoe", "mamba2")),
+    ],
+)
 def test_an_ingot_has_the_numbers_that_were_chosen(
     family: str, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
-from oracle import relative_rms, tokens
+from oracle import every_other_is_slow, relative_rms, tokens
 from packed_cases import CASES, GPTQ, Case, with_head
 from packers import Numbers, Quantised, gptq, numbers, quantise
 from safetensors.numpy import load_file
@@ -78,7 +78,7 @@ def check_numbers(ingot: Path, quantised: Quantised, names: dict[str, str]) -> N
             np.testing.assert_array_equal(zeros, of.zeros[:, of.order[first]], name)
 
 
-@pytest.mark.parametrize("family", WAYS)
+@pytest.mark.parametrize("family", every_other_is_slow(WAYS))
 def test_a_checkpoints_own_numbers_are_stored_and_computed_with(
     family: str, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot, tmp_path: Path
 ) -> None:

@@ -72,8 +72,18 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("sizes", EXACT)
-@pytest.mark.parametrize("family", FAMILIES)
+# Tracing each takes seconds, so half of them are slow.
+QUICK = {"granite": "tiny", "jetmoe": "tiny", "mamba2": "odd", "olmoe": "odd"}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        pytest.param(family, sizes, marks=[pytest.mark.slow] * (QUICK[family] != sizes))
+        for family in FAMILIES
+        for sizes in EXACT
+    ],
+)
 def test_exact_kernels_compute_with_the_rounded_weights(
     family: str, sizes: str, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
 ) -> None:
@@ -90,7 +100,7 @@ def test_exact_kernels_compute_with_the_rounded_weights(
 def test_fast_kernels_differ_by_their_rounding_alone(
     family: str, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
 ) -> None:
-    checkpoint = make_checkpoint(family, **ODD[family])
+    checkpoint = make_checkpoint(family, **(ODD[family] if QUICK[family] == "odd" else {}))
     for weights, size, symmetric in (("int4", 32, False), ("int8", 128, True)):
         ingot = make_ingot(checkpoint, "ort", weights=weights, block=size, symmetric=symmetric)
         expected = of_transformers(checkpoint, blocks(weights, size, symmetric))
@@ -98,7 +108,7 @@ def test_fast_kernels_differ_by_their_rounding_alone(
         assert ("QMoE" in operators(ingot)) == (family in ("olmoe", "jetmoe"))
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", pytest.param("gelu", marks=pytest.mark.slow)])
 def test_experts_with_another_activation_are_stored_so_as_well(
     activation: str, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
 ) -> None:

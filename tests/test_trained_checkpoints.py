@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from conftest import MakeIngot
+from oracle import every_other_is_slow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ingot.export.ingot import Manifest
@@ -57,7 +58,7 @@ class Subject:
         ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=every_other_is_slow(FAMILIES))
 def subject(
     request: pytest.FixtureRequest, trained: Trained, trained_text: str, make_ingot: MakeIngot
 ) -> Subject:
