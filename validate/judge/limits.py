@@ -102,10 +102,10 @@ QUANTISATION = {
     "int4": Cost(
         0.75,
         0.05,
-        "measured at up to 0.41, of 2 random layers, of small trained ones at 0.01, and over random "
-        "tokens at 0.61 of a released model of 135 million parameters with massive activations; "
-        "random weights with heavy tails, whose logits are all but equal, "
-        "lose half of 0.003 nats",
+        "measured at up to 0.41, of 2 random layers, of small trained ones at 0.01, and of a "
+        "released model of 135 million parameters with massive activations at 0.61, over random "
+        "tokens; random weights with heavy tails, whose logits are all but equal, lose half of "
+        "0.003 nats",
     ),
 }
 # Of what plain rounding in the same format costs, in the median. Scales of least squared error cost
