@@ -19,11 +19,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
-from ingot.graphs.family import find_family
-from ingot.graphs.preset import preset_config, write_checkpoint
-
 HEADER = "| step | time | largest resident memory |\n|---|---|---|"
 # In a process of its own: with a "1" behind the folder its files are hashed first, as by default.
 RUN = """
@@ -32,7 +27,7 @@ from ingot.runtime.bench import bench
 from ingot.runtime.loading import load
 begin = time.perf_counter()
 session = load(sys.argv[1], verify=sys.argv[2] == "1")
-print("load", f"{time.perf_counter() - begin:.2f}", "s")
+print("load:", f"{time.perf_counter() - begin:.2f}", "s")
 for row in bench(session, (1,), (128,), 20):
     print(row.what, f"{row.tokens_per_second:.2f} tokens/s, +- {row.spread:.0%}")
 """
@@ -74,8 +69,13 @@ def step(what: str, *command: str) -> Step:
     return done
 
 
-def checkpoint_of(family: str, layers: int | None, work: Path) -> Path:
-    """A checkpoint of the released shape in bfloat16, made where it is not there."""
+def make_checkpoint(family: str, layers: int | None, work: Path) -> None:
+    """Print the folder of a checkpoint of the released shape in bfloat16, made where it is not."""
+    import torch
+
+    from ingot.graphs.family import find_family
+    from ingot.graphs.preset import preset_config, write_checkpoint
+
     found = find_family(family)
     config = preset_config(found, "full")
     if layers is not None:
@@ -85,7 +85,7 @@ def checkpoint_of(family: str, layers: int | None, work: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_checkpoint(folder, found, config, dtype=torch.bfloat16, seed=0)
-    return folder
+    print(folder)
 
 
 def measured(checkpoint: Path, weights: str, work: Path, options: list[str]) -> Iterator[Step]:
@@ -113,9 +113,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--weights", nargs="+", default=["int4", "bf16"])
     parser.add_argument("--block", default="32")
+    parser.add_argument("--make", action="store_true", help="the checkpoint alone")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    checkpoint = checkpoint_of(given.family, given.layers, given.work)
+    if given.make:
+        make_checkpoint(given.family, given.layers, given.work)
+        return
+    # A process begins with the resident memory of its parent, so this one stays small.
+    made = step("make the checkpoint", sys.executable, __file__, *sys.argv[1:], "--make")
+    checkpoint = Path(made.printed.splitlines()[-1])
     source = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     print(f"{checkpoint.name}: {source / 1e9:.2f} GB in bfloat16\n")
     found = []
@@ -131,7 +137,7 @@ def main() -> None:
         for each in measured(checkpoint, weights, given.work, options):
             found.append({"weights": weights, **asdict(each)})
             for line in each.printed.splitlines():
-                if line.startswith(("load ", "prefill ", "decode ")):
+                if line.startswith(("load: ", "prefill ", "decode ")):
                     print(f"| {line} | | |", flush=True)
     (given.work / f"{checkpoint.name}.json").write_text(json.dumps(found, indent=1))
 
