@@ -18,7 +18,6 @@ from benchmarks import smollm2
 from benchmarks.on_weights import ingots
 from benchmarks.on_weights.figures import Floats, Ids, Mean, Scores
 from benchmarks.on_weights.text import windows_of
-from ingot.export.quantization import BLOCKS
 from ingot.plugins.errors import IngotError
 from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
@@ -236,7 +235,7 @@ def test_fewer_bits_cost_more(released: Path, fed: tuple[Ids, Floats], tmp_path:
     traces = Traces()
     scores: dict[str, Scores] = {}
     for chosen in ingots.formats():
-        if chosen.name.startswith(("fp32", "bf16", "int8 32", "int8 128", "int4")):
+        if chosen.name in ("fp32", "bf16", "int8 32 symmetric", "int4 32 asymmetric"):
             out = tmp_path / chosen.folder
             ingots.export(released, chosen.exact or chosen, out, traces)
             scores[chosen.name] = ingots.score_ingot(out, windows, truth, threads=1)
@@ -245,11 +244,7 @@ def test_fewer_bits_cost_more(released: Path, fed: tuple[Ids, Floats], tmp_path:
     for name, most in (("fp32", 1e-9), ("bf16", 2e-4), ("int8 32 symmetric", 4e-3)):
         assert kl[name] < most, name
     assert kl["int4 32 asymmetric"] < 0.8
-    for zero in ("symmetric", "asymmetric"):
-        assert kl[f"int8 32 {zero}"] < kl[f"int8 128 {zero}"] < kl[f"int4 32 {zero}"]
-        assert kl[f"int4 32 {zero}"] < kl[f"int4 64 {zero}"] < kl[f"int4 128 {zero}"]
-    for block in BLOCKS:
-        assert kl[f"int4 {block} asymmetric"] < kl[f"int4 {block} symmetric"]
+    assert kl["int8 32 symmetric"] < kl["int4 32 asymmetric"]
     same = {name: found.same.mean() for name, found in scores.items()}
     assert same["fp32"] == 1.0 and same["int8 32 symmetric"] > 0.9
     assert 0.5 < same["int4 32 asymmetric"] < same["int8 32 symmetric"]
