@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import onnx_ir as ir
 import torch
@@ -18,8 +18,7 @@ from onnx_ir.passes.common import NameFixPass
 
 from ingot.export.capture import Captured
 from ingot.export.capture import capture as trace
-from ingot.export.codecs.blocks import Bits, Blocks, Size
-from ingot.export.codecs.coder import Coder, Nearest
+from ingot.export.codecs.coder import Coder, Nearest, blocks_of
 from ingot.export.codecs.given import Given, quantization_of
 from ingot.export.ingot_schema import CHECKPOINT
 from ingot.export.lower_ort import lower_ort
@@ -169,13 +168,11 @@ class Recipe:
         if chosen is None:
             return None
 
-        def blocks(bits: int) -> Blocks | None:
-            if bits == UNCHANGED:
-                return None
-            return Blocks(cast(Bits, bits), cast(Size, chosen.block), chosen.symmetric)
-
-        others = {name: blocks(bits) for name, bits in chosen.bits.items()}
-        nearest = Nearest(blocks(BITS[self.weights]), others)
+        others = {
+            name: None if bits == UNCHANGED else blocks_of(chosen, bits)
+            for name, bits in chosen.bits.items()
+        }
+        nearest = Nearest(blocks_of(chosen, BITS[self.weights]), others)
         return Given(nearest.format, opened.coded) if chosen.method == "given" else nearest
 
     def open(self, checkpoint: Checkpoint) -> Opened:
@@ -241,6 +238,7 @@ class Recipe:
             again: whether it is made to hold an ingot's graph against it.
         """
         stages, suffix = stages or Stages(), " again" * again
+        coder = coder or self.coder(opened)
         with stages.stage(f"capture graph{suffix}"):
             captured = (capture or trace)(
                 opened.model,
@@ -255,28 +253,23 @@ class Recipe:
             return replace(captured, passes=(*captured.passes, *stored))
         canonical = operators(captured.model)
         with stages.stage(f"lower to {lowering.runtime}{suffix}"):
-            applied = self._taken_apart(captured.model, opened, coder)
+            applied = self._taken_apart(captured.model, coder)
             applied += lowering.lower(captured.model)
             stored = self._store(captured.model, opened, coder)
         return replace(captured, canonical=canonical, lowering=(*applied, *stored))
 
-    def _taken_apart(
-        self, model: ir.Model, opened: Opened, coder: Coder | None
-    ) -> tuple[Applied, ...]:
+    def _taken_apart(self, model: ir.Model, coder: Coder | None) -> tuple[Applied, ...]:
         """Experts in whole numbers for which ONNX Runtime has no kernel that is asked for."""
-        if self.quantization is None:
+        if self.quantization is None or coder is None:
             return ()
-        coder, exact = coder or self.coder(opened), self.quantization.accuracy == "exact"
-        assert coder is not None
+        exact = self.quantization.accuracy == "exact"
         return run(model, [ExpertsApart(partial(has_no_kernel, coder, exact))])
 
     def _store(self, model: ir.Model, opened: Opened, coder: Coder | None) -> tuple[Applied, ...]:
         """Store the matrices in what is asked for, in whatever layout they have by then."""
         if not self.weights:
             return ()
-        if self.quantization is not None:
-            coder = coder or self.coder(opened)
-            assert coder is not None
+        if self.quantization is not None and coder is not None:
             accuracy = self.quantization.accuracy
             passes = [QuantiseExperts(coder, accuracy), QuantiseMatrices(coder, accuracy)]
             # With the checkpoint's own numbers come its own floats.

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from ingot.export.calibration.budget import raised
 from ingot.export.calibration.choose import choose
 from ingot.export.calibration.effects import effects
 from ingot.export.calibration.tokens import Calibration
-from ingot.export.codecs.blocks import Bits, Blocks, Size
-from ingot.export.codecs.coder import Coder
+from ingot.export.codecs.coder import Coder, blocks_of
 from ingot.export.graph import Opened, Recipe
 from ingot.export.progress import Stages
-from ingot.export.quantization import BITS, Quantization
+from ingot.export.quantization import BITS
 
 # Bits of a weight that a budget gives more to.
-RAISED: Bits = 8
+RAISED = 8
 
 
 def calibrate(
@@ -51,10 +50,10 @@ def calibrate(
     if budget is not None:
         with stages.stage("measure each weight's effect", steps) as advance:
             measured = effects(opened, formats, method, sequences, advance)
-        low = _blocks(chosen, BITS[recipe.weights])
+        low = blocks_of(chosen, BITS[recipe.weights])
         parameters = dict(opened.model.named_parameters())
         shapes = {name: tuple(parameters[name].shape) for group in measured for name in group}
-        names = raised(measured, shapes, low, _blocks(chosen, RAISED), budget)
+        names = raised(measured, shapes, low, blocks_of(chosen, RAISED), budget)
         bits |= dict.fromkeys(names, RAISED)
         order = sorted(measured, key=lambda group: -measured[group])
         by_name = {name: _short(measured[group]) for group in order for name in group}
@@ -65,10 +64,6 @@ def calibrate(
     assert formats is not None
     with stages.stage("choose numbers for weights", steps) as advance:
         return recipe, choose(opened, formats, method, sequences, advance)
-
-
-def _blocks(chosen: Quantization, bits: int) -> Blocks:
-    return Blocks(cast(Bits, bits), cast(Size, chosen.block), chosen.symmetric)
 
 
 def _short(number: float) -> float:

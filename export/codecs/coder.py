@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
-from ingot.export.codecs.blocks import Blocks, Encoded, Floats
+from ingot.export.codecs.blocks import Bits, Blocks, Encoded, Floats, Size
+from ingot.export.quantization import Quantization
 
 
 class Coder(Protocol):
@@ -57,3 +58,8 @@ class Nearest:
         blocks = self.format(name)
         assert blocks is not None, f"{name} is stored as it is"
         return blocks.encode(rows)
+
+
+def blocks_of(chosen: Quantization, bits: int) -> Blocks:
+    """The format of weights of so many bits, as ``ingot.json`` has the rest of it."""
+    return Blocks(cast(Bits, bits), cast(Size, chosen.block), chosen.symmetric)
