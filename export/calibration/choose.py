@@ -6,7 +6,8 @@ layer's numbers make up for includes what was lost before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,9 @@ from ingot.graphs.checkpoint import stack_height
 
 GPTQ = "gptq"
 METHODS = {"importance": importance.encode, GPTQ: gptq.encode}
+
+# Gives what ``of_tables`` does, worked out when it is asked for.
+Tables = Callable[[], torch.Tensor | None]
 
 
 class Chosen(NamedTuple):
@@ -56,6 +60,8 @@ def choose(
     method: str,
     sequences: npt.NDArray[np.int64],
     advance: Advance = lambda _layers: None,
+    *,
+    tables: Tables | None = None,
 ) -> Prepared:
     """The numbers of every matrix that the tokens reach.
 
@@ -65,10 +71,11 @@ def choose(
         method: of ``METHODS``.
         sequences: token ids ``[n, T]``.
         advance: told of each finished layer, the head among them.
+        tables: ``of_tables`` of the same, where it serves others as well.
     """
-    tables = of_tables(opened, method, sequences)
+    moments = (tables or partial(of_tables, opened, method, sequences))()
     with torch.inference_mode():
-        return _choose(Walk(opened), formats, method, tables, sequences, advance)
+        return _choose(Walk(opened), formats, method, moments, sequences, advance)
 
 
 def of_tables(opened: Opened, method: str, sequences: npt.NDArray[np.int64]) -> torch.Tensor | None:

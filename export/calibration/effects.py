@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ingot.export.calibration.choose import Chosen, chosen, chosen_tables, of_tables
+from ingot.export.calibration.choose import Chosen, Tables, chosen, chosen_tables, of_tables
 from ingot.export.calibration.moments import of_head, of_layer
 from ingot.export.calibration.walk import Advance, Batch, Walk
 from ingot.export.codecs.coder import Coder
@@ -37,6 +38,8 @@ def effects(
     method: str,
     sequences: npt.NDArray[np.int64],
     advance: Advance = lambda _layers: None,
+    *,
+    tables: Tables | None = None,
 ) -> Effects:
     """The effect of storing each weight in its format, by the names of the parameters.
 
@@ -48,10 +51,11 @@ def effects(
         method: of ``choose.METHODS``.
         sequences: token ids ``[n, T]``.
         advance: told of each finished layer, the head among them.
+        tables: ``of_tables`` of the same, where it serves others as well.
     """
-    tables = of_tables(opened, method, sequences)
+    moments = (tables or partial(of_tables, opened, method, sequences))()
     with torch.inference_mode():
-        return _Effects(Walk(opened), formats, method, tables).measure(sequences, advance)
+        return _Effects(Walk(opened), formats, method, moments).measure(sequences, advance)
 
 
 class _Effects:
@@ -61,6 +65,8 @@ class _Effects:
         self.walk, self.formats, self.method, self.tables = walk, formats, method, tables
         self.probes: list[Batch] = []
         self.runs: dict[tuple[str, ...], Run] = {}
+        # The head's numbers, where it is a table: its run begins with the rows as they are stored.
+        self.tied_head: list[Chosen] = []
 
     def measure(self, sequences: npt.NDArray[np.int64], advance: Advance) -> Effects:
         walk = self.walk
@@ -71,6 +77,8 @@ class _Effects:
         batches, self.probes = list(walk.begin(sequences)), list(walk.begin(some))
         for name in walk.tables:
             found = list(chosen_tables(walk, self.formats, [name], self.tables))
+            if name == walk.head:
+                self.tied_head = found
             if found:
                 self._put(found)
                 self.runs[name,] = [batch.x for batch in walk.begin(some)]
@@ -110,10 +118,8 @@ class _Effects:
         walk = self.walk
         walk.load([walk.head])
         head = (walk.head,)
-        if walk.tied:
-            # Its run began with the table's rows as they are stored.
-            found = list(chosen_tables(walk, self.formats, head, self.tables))
-        else:
+        found = self.tied_head
+        if not walk.tied:
             moments = of_head(walk, batches)
             found = list(chosen(walk, self.formats, self.method, head, moments))
             if found:

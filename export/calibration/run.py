@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 from ingot.export.calibration.budget import raised
-from ingot.export.calibration.choose import choose
+from ingot.export.calibration.choose import choose, of_tables
 from ingot.export.calibration.effects import effects
 from ingot.export.calibration.tokens import Calibration
 from ingot.export.codecs.coder import Coder, blocks_of
@@ -47,9 +48,10 @@ def calibrate(
     facts: dict[str, Any] = {"sha256": calibration.sha256, "tokens": calibration.tokens}
     bits = dict(chosen.bits)
     sequences, steps = calibration.sequences, len(opened.model.decoder.by_layer()) + 1
+    tables = cache(partial(of_tables, opened, method, sequences))
     if budget is not None:
         with stages.stage("measure each weight's effect", steps) as advance:
-            measured = effects(opened, formats, method, sequences, advance)
+            measured = effects(opened, formats, method, sequences, advance, tables=tables)
         low = blocks_of(chosen, BITS[recipe.weights])
         parameters = dict(opened.model.named_parameters())
         shapes = {name: tuple(parameters[name].shape) for group in measured for name in group}
@@ -63,7 +65,7 @@ def calibrate(
     formats = recipe.coder(opened)
     assert formats is not None
     with stages.stage("choose numbers for weights", steps) as advance:
-        return recipe, choose(opened, formats, method, sequences, advance)
+        return recipe, choose(opened, formats, method, sequences, advance, tables=tables)
 
 
 def _short(number: float) -> float:
