@@ -53,9 +53,11 @@ _CODE = (
     "validate/truth/layerwise.py",
     "validate/truth/noise.py",
     "validate/truth/orders.py",
+    "validate/truth/other_weights.py",
     "validate/truth/plain.py",
     "validate/truth/recording.py",
     "validate/truth/replay.py",
+    "validate/truth/stored.py",
 )
 _SUFFIX = ".safetensors"
 _KEY = re.compile(r"[0-9a-f]{64}")

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ingot.export.ingot import GRAPH
 from ingot.graphs.checkpoint import Part, WeightMap, stack_height
 from ingot.plugins.errors import IngotError, named
 from ingot.validate.identity.weights_blocks import (
@@ -64,18 +63,18 @@ class Decoded:
     stored: dict[str, list[Stored]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path, weight_map: WeightMap, model: nn.Module) -> Decoded:
+    def of(cls, folder: Path, graph: Graph, weight_map: WeightMap, model: nn.Module) -> Decoded:
         """Where an ingot has which tensor; its weights are not read.
 
         Args:
             folder: the ingot.
+            graph: of it.
             weight_map: what tensors the parameters are made of.
             model: on the meta device.
 
         Raises:
             DecodedError: weights in blocks that do not fit together.
         """
-        graph = Graph.read(folder, GRAPH)
         shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
         decoded = cls()
         for name, weight in graph.weights.items():

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 
 from ingot.graphs.checkpoint import Checkpoint
+from ingot.validate.truth.other_weights import OtherWeights
 
 
 @dataclass(frozen=True)
@@ -32,64 +32,33 @@ class BlockFormat:
 
 
 @dataclass
-class PlainCheckpoint(Checkpoint):
+class PlainCheckpoint(OtherWeights):
     """A checkpoint whose matrices are read as plain rounding leaves them.
 
     Attributes:
-        base: the checkpoint as it is.
         formats: of each tensor that is rounded.
     """
 
-    base: Checkpoint = field(kw_only=True)
     formats: Mapping[str, BlockFormat] = field(kw_only=True)
-
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        """See ``Checkpoint.folders``."""
-        return self.base.folders
-
-    def side_folder(self, name: str) -> Path:
-        """See ``Checkpoint.side_folder``."""
-        return self.base.side_folder(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """float32 of what is rounded."""
         return torch.float32 if name in self.formats else self.base.dtype(name)
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, rounded as ``plainly_rounded`` does it."""
-        return self._rounded(name, self.base.read(name))
-
-    def read_row(self, name: str, row: int) -> torch.Tensor:
-        """One matrix of a stack of them."""
-        return self._rounded(name, self.base.read_row(name, row))
-
-    def digest(self) -> str:
-        """The checkpoint's own."""
-        return self.base.digest()
-
     @property
     def key(self) -> str:
-        """What tells these weights from others of the checkpoint, for what is kept of them."""
+        """See ``OtherWeights.key``."""
         found = {name: asdict(each) for name, each in self.formats.items()}
         return json.dumps({"plain": found}, sort_keys=True)
 
-    def _rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        found = self.formats.get(name)
+    def _read(self, name: str, row: int | None) -> torch.Tensor:
+        tensor, found = self._of_base(name, row), self.formats.get(name)
         return tensor if found is None else plainly_rounded(tensor, found)
 
 
 def plain_checkpoint(base: Checkpoint, formats: Mapping[str, BlockFormat]) -> PlainCheckpoint:
     """A checkpoint with some of its tensors plainly rounded."""
-    return PlainCheckpoint(
-        base.path,
-        base.config,
-        base.entries,
-        base.digests,
-        base.sizes,
-        base=base,
-        formats=formats,
-    )
+    return PlainCheckpoint.over(base, formats=formats)
 
 
 def plainly_rounded(weights: torch.Tensor, form: BlockFormat) -> torch.Tensor:

@@ -32,7 +32,7 @@ from ingot.validate.truth.joined import Joined, join
 from ingot.validate.truth.layerwise import Array, Fed, Layerwise, Side, hidden_names
 from ingot.validate.truth.noise import all_squared_errors, noise_of, squared_errors, together
 from ingot.validate.truth.orders import SHARES, Split
-from ingot.validate.truth.plain import PlainCheckpoint
+from ingot.validate.truth.other_weights import OtherWeights
 from ingot.validate.truth.recording import (
     ROUTER_LOGITS,
     Layout,
@@ -380,8 +380,7 @@ class Reference:
 
     def _stored(self) -> str | None:
         """What of the weights is not the checkpoint's, in words; None where nothing is."""
-        others = StoredCheckpoint | PlainCheckpoint
-        return self._weights.key if isinstance(self._weights, others) else None
+        return self._weights.key if isinstance(self._weights, OtherWeights) else None
 
     def _bytes(self, name: str) -> int:
         entry = self.checkpoint.entries[name]
