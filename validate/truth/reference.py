@@ -29,7 +29,7 @@ from ingot.validate.truth.forced import experts_of
 from ingot.validate.truth.inputs import Inputs
 from ingot.validate.truth.int8 import Int8Activations
 from ingot.validate.truth.joined import Joined, join
-from ingot.validate.truth.layerwise import Array, Fed, Layerwise, Side, hidden_names
+from ingot.validate.truth.layerwise import Array, Fed, Keep, Layerwise, Side, hidden_names
 from ingot.validate.truth.noise import all_squared_errors, noise_of, squared_errors, together
 from ingot.validate.truth.orders import SHARES, Split
 from ingot.validate.truth.other_weights import OtherWeights
@@ -236,34 +236,27 @@ class Reference:
             self._key(inputs, dtype, stages, replayed=True, activations=f"int8 by {block}")
             for inputs in runs
         ]
-        found = [self._kept(name) for name in keys]
-        missing = [number for number, kept in enumerate(found) if kept is None]
-
-        def keep(run: int, number: int, name: str, array: Array) -> Array:
-            return _collected(layout, runs[missing[run]], number, name, array)
-
-        fed_runs = [
-            _calls(runs[n], partial(self._chosen, runs[n], references[n].truth)) for n in missing
-        ]
-        graph = self.layerwise(dtype)
         stored = self.stored
         in_blocks = {} if stored is None else stored.decoded.stored
 
-        def order() -> Int8Activations:
-            return Int8Activations(block, graph.storages(in_blocks))
+        def make(missing: list[int]) -> list[Recording]:
+            fed_runs = [
+                _calls(runs[n], partial(self._chosen, runs[n], references[n].truth))
+                for n in missing
+            ]
+            graph = self.layerwise(dtype)
 
-        made: list[Recording] = []
-        if missing:
+            def order() -> Int8Activations:
+                return Int8Activations(block, graph.storages(in_blocks))
+
+            side = Side(fed_runs, _keeper(layout, runs, missing), order)
             what = f"run eager {dtype_name(dtype)} with activations in int8"
             with stages.stage(what, graph.layers, "steps") as advance:
-                (made,) = graph.run([Side(fed_runs, keep, order)], advance)
-        for number, recording in zip(missing, made, strict=True):
-            found[number] = recording
-            self._keep(keys[number], recording)
+                return graph.run([side], advance)[0]
+
         return [
             References(INT8, each.truth, eager, each.expected)
-            for each, eager in zip(references, found, strict=True)
-            if eager is not None
+            for each, eager in zip(references, self._recorded(keys, make), strict=True)
         ]
 
     def session(self, dtype: torch.dtype, stages: Stages) -> EagerSession:
@@ -289,18 +282,13 @@ class Reference:
         """
         dtype = dtype or TRUTH[self.precision]
         keys = [self._key(inputs, dtype, stages) for inputs in runs]
-        found = [self._kept(name) for name in keys]
-        missing = [number for number, each in enumerate(found) if each is None]
 
-        def keep(run: int, number: int, name: str, array: Array) -> Array:
-            return _collected(layout, runs[missing[run]], number, name, array)
+        def make(missing: list[int]) -> list[Recording]:
+            fed_runs = [_calls(runs[number]) for number in missing]
+            side = Side(fed_runs, _keeper(layout, runs, missing))
+            return self._run([side], dtype, stages)[0]
 
-        sides = [Side([_calls(runs[number]) for number in missing], keep)] if missing else []
-        (made,) = self._run(sides, dtype, stages) or [[]]
-        for number, recording in zip(missing, made, strict=True):
-            found[number] = recording
-            self._keep(keys[number], recording)
-        return [each for each in found if each is not None]
+        return self._recorded(keys, make)
 
     def _rounded(
         self, layout: Layout, runs: Sequence[Inputs], truths: Sequence[Recording], stages: Stages
@@ -314,9 +302,6 @@ class Reference:
         found = [tuple(filter(None, map(self._kept, names))) for names in keys]
         missing = [number for number, kept in enumerate(found) if len(kept) < len(keys[number])]
 
-        def keep(run: int, number: int, name: str, array: Array) -> Array:
-            return _collected(layout, runs[missing[run]], number, name, array)
-
         joined = [join(runs[n], recurrent=self._recurrent, switch=self._switch) for n in missing]
 
         def keep_error(run: int, number: int, name: str, array: Array) -> Array:
@@ -327,7 +312,7 @@ class Reference:
         chosen = [partial(self._chosen, runs[n], truths[n]) for n in missing]
         one_by_one = [_calls(runs[n], each) for n, each in zip(missing, chosen, strict=True)]
         together_fed = [_joined(*each) for each in zip(joined, chosen, strict=True)]
-        sides = [Side(one_by_one, keep)]
+        sides = [Side(one_by_one, _keeper(layout, runs, missing))]
         # Its noise is wanted by token alone; the first of the joined shows what joining costs.
         sides += [Side(together_fed, keep_error)]
         sides += [Side(together_fed, keep_error, partial(Split, share)) for share in SHARES]
@@ -351,10 +336,26 @@ class Reference:
         """What each side keeps; where there is none nothing is loaded."""
         if not sides:
             return []
-        graph = Layerwise(self._weights, self.task, dtype)
+        graph = self.layerwise(dtype)
         total = graph.layers * len(sides)
         with stages.stage(f"run eager {dtype_name(dtype)}", total, "steps") as advance:
             return graph.run(sides, advance)
+
+    def _recorded(
+        self, keys: Sequence[str], make: Callable[[list[int]], list[Recording]]
+    ) -> list[Recording]:
+        """What was kept under each name, or is made now and kept under it.
+
+        Args:
+            keys: the names.
+            make: the places of names under which nothing was kept -> what belongs there.
+        """
+        found = {place: self._kept(name) for place, name in enumerate(keys)}
+        missing = [place for place, each in found.items() if each is None]
+        for place, recording in zip(missing, make(missing) if missing else [], strict=True):
+            found[place] = recording
+            self._keep(keys[place], recording)
+        return [each for each in found.values() if each is not None]
 
     def _kept(self, name: str) -> Recording | None:
         return self.cache.get(name) if self.cache is not None else None
@@ -436,6 +437,11 @@ def _joined(joined: Joined, chosen: Callable[[int], list[Chosen]]) -> list[Fed]:
     return _calls(joined.inputs, lambda number: joined.chosen(number, chosen))
 
 
-def _collected(layout: Layout, inputs: Inputs, number: int, name: str, array: Array) -> Array:
-    """What is kept of one tensor of one call."""
-    return collect(layout, inputs, main_run(inputs)[number], {name: array})[name]
+def _keeper(layout: Layout, runs: Sequence[Inputs], places: Sequence[int]) -> Keep:
+    """Says what is kept of each tensor of each call where the runs at some places are run."""
+
+    def keep(run: int, number: int, name: str, array: Array) -> Array:
+        inputs = runs[places[run]]
+        return collect(layout, inputs, main_run(inputs)[number], {name: array})[name]
+
+    return keep
