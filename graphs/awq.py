@@ -138,17 +138,13 @@ class Awq(Format):
     def _zero_points(packed: Packed) -> torch.Tensor | None:
         if "qzeros" not in packed.tensors:
             return None
-        zeros = _rows(packed.read("qzeros"))
-        if not packed.settings.symmetric:
-            return zeros
-        if (zeros != 1 << (BITS - 1)).any():
-            raise packed.error(
-                "qzeros",
-                f"holds zero points other than {1 << (BITS - 1)}, and zero_point is false in "
-                "config.json; set it to true, if the checkpoint was quantised so, or download it "
-                "again.",
-            )
-        return None
+        return packed.zero_points(
+            "qzeros",
+            _rows(packed.read("qzeros")),
+            f"holds zero points other than {1 << (BITS - 1)}, and zero_point is false in "
+            "config.json; set it to true, if the checkpoint was quantised so, or download it "
+            "again.",
+        )
 
 
 def _rows(words: torch.Tensor) -> torch.Tensor:

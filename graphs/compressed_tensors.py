@@ -227,15 +227,12 @@ class CompressedTensors(Format):
         else:
             signed = self._spread(packed, role, rows, groups, "I8")
             zeros = _unsigned(packed, role, signed).expand(rows, groups)
-        if not packed.settings.symmetric:
-            return zeros.contiguous()
-        if (zeros != 1 << (bits - 1)).any():
-            raise packed.error(
-                role,
-                "is there and not zero, and the config says that the weights are symmetric; "
-                "download the checkpoint again.",
-            )
-        return None
+        return packed.zero_points(
+            role,
+            zeros,
+            "is there and not zero, and the config says that the weights are symmetric; "
+            "download the checkpoint again.",
+        )
 
 
 def _unsigned(packed: Packed, role: str, given: torch.Tensor) -> torch.Tensor:

@@ -249,16 +249,12 @@ class Gptq(Format):
                 )
             else:
                 stored = stored + 1
-        zeros = stored.T.contiguous()
-        if not packed.settings.symmetric:
-            return zeros
-        if (zeros != 1 << (bits - 1)).any():
-            raise packed.error(
-                "qzeros",
-                f"holds zero points other than {1 << (bits - 1)}, and sym is true in config.json; "
-                "set it to false, if the checkpoint was quantised so, or download it again.",
-            )
-        return None
+        return packed.zero_points(
+            "qzeros",
+            stored.T,
+            f"holds zero points other than {1 << (bits - 1)}, and sym is true in config.json; "
+            "set it to false, if the checkpoint was quantised so, or download it again.",
+        )
 
 
 def _override(pattern: str, changed: Any, usual: Settings) -> Settings | None:

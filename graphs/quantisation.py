@@ -116,6 +116,23 @@ class Packed:
             )
         return self.read(role)
 
+    def zero_points(self, role: str, zeros: torch.Tensor, says: str) -> torch.Tensor | None:
+        """Zero points ``[N, groups]`` as the settings have them; None where all are the middle.
+
+        Args:
+            role: of their tensor.
+            zeros: that it holds, ``[N, groups]``.
+            says: what is wrong where the settings are symmetric, and one is not the middle.
+
+        Raises:
+            CheckpointError: it is so.
+        """
+        if not self.settings.symmetric:
+            return zeros.contiguous()
+        if (zeros != 1 << (self.settings.bits - 1)).any():
+            raise self.error(role, says)
+        return None
+
     @property
     def _groups(self) -> str:
         group = self.settings.group
