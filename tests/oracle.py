@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from conftest import MakeIngot
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from ingot.export.ingot import Manifest
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
@@ -23,6 +24,8 @@ TARGETS = ("onnx", "ort")
 PREFILL, DECODE = 13, 6
 PADDING = (0, 4, 9)
 LIMIT = 1e-4
+# What stays in float32 by the end of its name in transformers: no matrix, or a router's.
+KEPT = ("norm.weight", "bias", "A_log", ".D", "conv1d.weight", "gate.weight", "router.layer.weight")
 
 
 def every_other_is_slow(configs: Iterable[str]) -> list[Any]:
@@ -50,6 +53,29 @@ class Subject:
 def relative_rms(expected: np.ndarray, actual: np.ndarray) -> float:
     difference = actual.astype(np.float64) - expected
     return float(np.sqrt((difference**2).mean() / (expected.astype(np.float64) ** 2).mean()))
+
+
+def logits(ingot: Path) -> np.ndarray:
+    """Of ``tokens``, the padding left out, by the session that a user gets."""
+    session = load(ingot, allow_failed=True)
+    ids, mask = tokens(Manifest.read(ingot).vocab_size)
+    session.reset(len(ids), ids.shape[1])
+    return np.asarray(session.step(ids, mask)[mask != 0])
+
+
+def of_transformers(
+    checkpoint: Path, stored: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> np.ndarray:
+    """The same by transformers in float32, over matrices as ``stored`` makes them but routers'."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    if stored is not None:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and not name.endswith(KEPT):
+                parameter.data = stored(parameter.data)
+    ids, mask = tokens(model.config.vocab_size)
+    with torch.inference_mode():
+        found = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
+    return np.asarray(found.logits.numpy()[mask != 0])
 
 
 def tokens(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,19 +9,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
-from oracle import every_other_is_slow, relative_rms, tokens
+from oracle import every_other_is_slow, logits, of_transformers, relative_rms
 from packed_cases import CASES, GPTQ, Case, with_head
 from packers import Numbers, Quantised, gptq, numbers, quantise
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
-from transformers import AutoModelForCausalLM
 
 from ingot.export.codecs.blocks import Blocks
 from ingot.export.codecs.given import Given, quantization_of
 from ingot.export.ingot import Manifest
 from ingot.export.request import ExportError
 from ingot.graphs.coded import Coded, Form
-from ingot.runtime.loading import load
 
 # By family a way to quantise: of each format one, with and without zero points, of both bits.
 WAYS = {
@@ -30,21 +28,6 @@ WAYS = {
     "mamba2": "int-quantized",
     "olmoe": "awq",
 }
-
-
-def logits(ingot: Path) -> np.ndarray:
-    session = load(ingot, allow_failed=True)
-    ids, mask = tokens(Manifest.read(ingot).vocab_size)
-    session.reset(len(ids), ids.shape[1])
-    return np.asarray(session.step(ids, mask)[mask != 0])
-
-
-def of_transformers(plain: Path) -> np.ndarray:
-    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
-    ids, mask = tokens(model.config.vocab_size)
-    with torch.inference_mode():
-        found = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
-    return np.asarray(found.logits.numpy()[mask != 0])
 
 
 def split(data: np.ndarray, bits: int) -> np.ndarray:

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import onnx
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
-from oracle import relative_rms, tokens
+from oracle import KEPT, logits, of_transformers, relative_rms
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
 from ingot.export.api import export
 from ingot.export.codecs.blocks import Bits, Blocks, Size
-from ingot.export.ingot import GRAPH, WEIGHTS, Manifest
+from ingot.export.ingot import GRAPH, WEIGHTS
 from ingot.export.quantization import BITS
 from ingot.plugins.errors import IngotError
-from ingot.runtime.loading import load
 
 FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
-# What stays in float32 by the end of its name in transformers: no matrix, or a router's.
-KEPT = ("norm.weight", "bias", "A_log", ".D", "conv1d.weight", "gate.weight", "router.layer.weight")
 # Sizes that no block fills: of hidden states, of experts, of vocabularies.
 ODD = {
     "granite": {"hidden_size": 72, "intermediate_size": 90, "vocab_size": 251},
@@ -39,25 +35,15 @@ def blocks(weights: str, size: int, symmetric: bool) -> Blocks:
     return Blocks(cast(Bits, BITS[weights]), cast(Size, size), symmetric)
 
 
-def logits(ingot: Path) -> np.ndarray:
-    session = load(ingot, allow_failed=True)
-    ids, mask = tokens(Manifest.read(ingot).vocab_size)
-    session.reset(len(ids), ids.shape[1])
-    return np.asarray(session.step(ids, mask)[mask != 0])
+def rounded(form: Blocks) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Rounds a matrix, or a stack of them, row by row."""
 
+    def stored(matrix: torch.Tensor) -> torch.Tensor:
+        rows = matrix.numpy().reshape(-1, matrix.shape[-1])
+        wide = form.decode(form.encode(rows), rows.shape[1])
+        return torch.from_numpy(wide.reshape(matrix.shape).copy())
 
-def of_transformers(checkpoint: Path, blocks: Blocks) -> np.ndarray:
-    """The logits of transformers in float32 over matrices that are rounded row by row."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and not name.endswith(KEPT):
-            rows = parameter.detach().numpy().reshape(-1, parameter.shape[-1])
-            wide = blocks.decode(blocks.encode(rows), rows.shape[1])
-            parameter.data = torch.from_numpy(wide.reshape(parameter.shape).copy())
-    ids, mask = tokens(model.config.vocab_size)
-    with torch.inference_mode():
-        found = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
-    return np.asarray(found.logits.numpy()[mask != 0])
+    return stored
 
 
 def operators(ingot: Path) -> set[str]:
@@ -91,7 +77,7 @@ def test_exact_kernels_compute_with_the_rounded_weights(
     for weights, size, symmetric in EXACT[sizes]:
         asked = {"weights": weights, "block": size, "symmetric": symmetric, "accuracy": "exact"}
         ingot = make_ingot(checkpoint, "ort", **asked)
-        expected = of_transformers(checkpoint, blocks(weights, size, symmetric))
+        expected = of_transformers(checkpoint, rounded(blocks(weights, size, symmetric)))
         assert relative_rms(expected, logits(ingot)) < 2e-6, asked
         assert not operators(ingot) & {"MoE", "MoeDispatch", "MoeLinear", "FusedMatMul"}
 
@@ -103,7 +89,7 @@ def test_fast_kernels_differ_by_their_rounding_alone(
     checkpoint = make_checkpoint(family, **(ODD[family] if QUICK[family] == "odd" else {}))
     for weights, size, symmetric in (("int4", 32, False), ("int8", 128, True)):
         ingot = make_ingot(checkpoint, "ort", weights=weights, block=size, symmetric=symmetric)
-        expected = of_transformers(checkpoint, blocks(weights, size, symmetric))
+        expected = of_transformers(checkpoint, rounded(blocks(weights, size, symmetric)))
         assert 1e-4 < relative_rms(expected, logits(ingot)) < 0.1, weights
         assert ("QMoE" in operators(ingot)) == (family in ("olmoe", "jetmoe"))
 
@@ -114,7 +100,7 @@ def test_experts_with_another_activation_are_stored_so_as_well(
 ) -> None:
     checkpoint = make_checkpoint("olmoe", hidden_act=activation, norm_topk_prob=True)
     ingot = make_ingot(checkpoint, "ort", weights="int4", accuracy="exact")
-    expected = of_transformers(checkpoint, Blocks(4, 32))
+    expected = of_transformers(checkpoint, rounded(Blocks(4, 32)))
     assert relative_rms(expected, logits(ingot)) < 2e-6
     assert "QMoE" not in operators(ingot)
 
@@ -125,7 +111,7 @@ def test_the_kernel_takes_the_weights_of_chosen_experts_as_the_config_says(
     for normalised in (True, False):
         checkpoint = make_checkpoint("olmoe", norm_topk_prob=normalised)
         ingot = make_ingot(checkpoint, "ort", weights="int4", accuracy="exact")
-        expected = of_transformers(checkpoint, Blocks(4, 32))
+        expected = of_transformers(checkpoint, rounded(Blocks(4, 32)))
         assert relative_rms(expected, logits(ingot)) < 2e-6
         assert "QMoE" in operators(ingot)
 

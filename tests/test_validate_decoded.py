@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
+from oracle import KEPT
 from proof import stored
 from safetensors.torch import load_file
 
@@ -23,8 +24,6 @@ from ingot.validate.truth.reference import Reference
 from ingot.validate.truth.stored import StoredCheckpoint
 
 FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
-# What stays in float32 by the end of its name in a checkpoint: no matrix, or a router's.
-KEPT = ("norm.weight", "bias", "A_log", ".D", "conv1d.weight", "gate.weight", "router.layer.weight")
 # No block fills a row, nor an expert's rows.
 UNEVEN = {"hidden_size": 72, "intermediate_size": 50, "vocab_size": 251}
 Quantised = Callable[..., tuple[Path, Path]]

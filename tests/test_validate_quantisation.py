@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
+from oracle import KEPT
 from packed_cases import CASES
 from proof import stored
 from safetensors import safe_open
-from test_export_quantise import KEPT
 from traces import Traces
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -10,51 +10,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
-from oracle import relative_rms, tokens
+from oracle import KEPT, logits, of_transformers, relative_rms
 from proof import stored
 from proof.fault import Change
 from safetensors import safe_open
 from traces import Traces
-from transformers import AutoModelForCausalLM
 
 from ingot.export.ingot import WEIGHTS, Manifest
 from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
-from ingot.runtime.loading import load
 from ingot.validate.result import Report
 from ingot.validate.run import examine
 from ingot.validate.truth.inputs import QUICK
 from ingot.validate.truth.reference import Reference
 
 FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
-# What stays in float32 by the end of its name in transformers: no matrix, or a router's.
-KEPT = ("norm.weight", "bias", "A_log", ".D", "conv1d.weight", "gate.weight", "router.layer.weight")
 
 
 def examined(ingot: Path, checkpoint: Path, traces: Traces) -> Report:
     opened = Checkpoint.open(checkpoint)
     reference = Reference.of_ingot(ingot, Manifest.read(ingot), opened)
     return examine(ingot, reference, Stages(), plan=QUICK, capture=traces)
-
-
-def logits(ingot: Path) -> np.ndarray:
-    session = load(ingot, allow_failed=True)
-    ids, mask = tokens(Manifest.read(ingot).vocab_size)
-    session.reset(len(ids), ids.shape[1])
-    return np.asarray(session.step(ids, mask)[mask != 0])
-
-
-def of_transformers(checkpoint: Path, rounded: torch.dtype | None) -> np.ndarray:
-    """The logits of transformers in float32, over matrices that are rounded first."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    if rounded is not None:
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and not name.endswith(KEPT):
-                parameter.data = parameter.data.to(rounded).float()
-    ids, mask = tokens(model.config.vocab_size)
-    with torch.inference_mode():
-        found = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
-    return np.asarray(found.logits.numpy()[mask != 0])
 
 
 def dtypes(ingot: Path) -> dict[str, str]:
@@ -72,7 +48,7 @@ def test_a_half_precision_checkpoint_loses_nothing(
     kept = make_ingot(checkpoint, target, weights="checkpoint")
     sizes = [(ingot / WEIGHTS).stat().st_size for ingot in (whole, kept)]
     assert sizes[1] < 0.6 * sizes[0]
-    assert relative_rms(of_transformers(checkpoint, None), logits(kept)) < 2e-6
+    assert relative_rms(of_transformers(checkpoint), logits(kept)) < 2e-6
     assert relative_rms(logits(whole), logits(kept)) < 2e-6
     report = examined(kept, checkpoint, traces)
     assert (report.verdict, report.failures, report.short) == ("passed", [], ())
@@ -98,9 +74,10 @@ def test_what_is_rounded_is_judged_as_it_is_stored(
     checkpoint = make_checkpoint(family)
     ingot = make_ingot(checkpoint, "ort", weights=weights)
     found = logits(ingot)
-    assert relative_rms(of_transformers(checkpoint, dtype), found) < 2e-6
+    expected = of_transformers(checkpoint, lambda matrix: matrix.to(dtype).float())
+    assert relative_rms(expected, found) < 2e-6
     # Rounding itself is far above that, and is no fault of the kernels.
-    assert relative_rms(of_transformers(checkpoint, None), found) > 1e-4
+    assert relative_rms(of_transformers(checkpoint), found) > 1e-4
     report = examined(ingot, checkpoint, traces)
     assert (report.verdict, report.failures, report.short) == ("passed", [], ())
     assert all(tensor.score is None or tensor.score < 4 for tensor in report.worst.values())
