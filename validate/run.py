@@ -302,7 +302,8 @@ def _activations(target: Target, twin: Target | None) -> Activations | None:
     """What is said of activations that kernels round; None where none does."""
     if not target.rounded:
         return None
-    return Activations(target.rounded, twin is not None, no_twin(target.folder) or "")
+    why = None if twin is not None else no_twin(target.folder)
+    return Activations(target.rounded, twin is not None, why or "")
 
 
 def _observe(one: _Judged, stages: Stages, other: str) -> tuple[Session, list[Fed]]:

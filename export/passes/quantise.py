@@ -17,7 +17,6 @@ from ingot.export.passes.weights import Weight
 
 MICROSOFT = "com.microsoft"
 PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
-OPERATORS = (*PRODUCTS, "Gather")
 
 
 class QuantiseMatrices(GraphPass):
@@ -63,18 +62,16 @@ class QuantiseMatrices(GraphPass):
         weight = value.const_value
         if not isinstance(weight, Weight) or len(weight.shape) != 2 or not is_matrix(value):
             return None
-        uses = [(node, _turned(node)) for node, _ in value.uses()]
+        readers = [node for node, _ in value.uses()]
         blocks = self.coder.format(weight.origins[0].parameter)
         # Two readers that want two layouts would need two tables.
-        known = all(node.op_type in OPERATORS for node, _ in uses)
-        turned = uses[0][1]
-        one = known and all(each == turned for _, each in uses)
-        if blocks is None or turned is None or not one:
+        turned, *others = {_turned(node) for node in readers}
+        if blocks is None or turned is None or others:
             return None
         shape = tuple(weight.shape.numpy())
         count, columns = shape[::-1] if turned else shape
         stored = encode(model, value, self.coder, blocks, turned=turned)
-        for node, _ in uses:
+        for node in readers:
             if node.op_type == "Gather":
                 self._look_up(model, node, stored, columns)
             else:
@@ -121,11 +118,12 @@ def _format(stored: Stored) -> Mapping[str, int]:
 
 
 def _turned(node: ir.Node) -> bool | None:
-    """Whether a product wants its matrix ``[K, N]``; None where it is more than a product."""
-    attributes = node.attributes
-    turned = not attributes.get_int("transB", 0)
+    """Whether a reader wants its matrix ``[K, N]``; None of one that no kernel here stands for."""
     if node.op_type == "Gather":
         return False
-    plain = not attributes.get_int("transA", 0)
+    attributes = node.attributes
+    turned = not attributes.get_int("transB", 0)
+    plain = node.op_type in PRODUCTS
+    plain &= not attributes.get_int("transA", 0)
     plain &= all(attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
     return turned if plain else None
