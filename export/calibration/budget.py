@@ -53,12 +53,6 @@ def raised(
     return tuple(result)
 
 
-def bits_per_weight(formats: Mapping[str, Blocks], shapes: Mapping[str, Shape]) -> float:
-    """What weights take on the mean, scales and zero points included."""
-    total = sum(_bytes(formats[name], shape) for name, shape in shapes.items())
-    return total * 8 / sum(_count(shape) for shape in shapes.values())
-
-
 def _count(shape: Shape) -> int:
     return stack_height(shape) * shape[-2] * shape[-1]
 
