@@ -31,6 +31,7 @@ CARRIED = (
     "ingot/export/external_data.py",
     "ingot/export/ingot.py",
     "ingot/export/ingot_schema.py",
+    "ingot/export/quantization.py",
     "ingot/graphs/__init__.py",
     "ingot/graphs/names.py",
     "ingot/graphs/state.py",
