@@ -22,6 +22,7 @@ from onnxscript import optimizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ingot.export.composites import translated
 from ingot.export.passes.dimensions import NameDimensions
 from ingot.export.passes.functions import AttachFunctionBodies
 from ingot.export.passes.graph_pass import Applied, run
@@ -128,16 +129,7 @@ def capture(
     inputs = _inputs(states)
     exported = _trace(_Traced(model), weights, inputs, states)
     with _quiet():
-        program = torch.onnx.export(
-            exported,
-            dynamo=True,
-            opset_version=OPSET,
-            custom_translation_table=TRANSLATIONS,
-            optimize=False,
-            verbose=False,
-        )
-    assert program is not None
-    result = program.model
+        result: ir.Model = translated(exported, _translate).model
     outputs = list(exported.call_spec.out_spec.context)
     _name_interface(result, [*(WEIGHT_PREFIX + name for name in weights), *inputs], outputs)
     _keep_outputs(result, {main_output, *(state.output for state in states)}, extra_outputs)
@@ -210,6 +202,19 @@ def _trace(
         ),
         strict=False,
     )
+
+
+def _translate(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
+    made = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=OPSET,
+        custom_translation_table=TRANSLATIONS,
+        optimize=False,
+        verbose=False,
+    )
+    assert made is not None
+    return made
 
 
 def _name_interface(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
