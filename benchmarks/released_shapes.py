@@ -131,9 +131,7 @@ def main() -> None:
     found.append(asdict(copied))
     for weights in given.weights:
         options = ["--block", given.block] if weights in ("int4", "int8") else []
-        print(
-            f"\n{weights}\n\n| step | time | largest resident memory |\n|---|---|---|", flush=True
-        )
+        print(f"\n{weights}\n\n{HEADER}", flush=True)
         for each in measured(checkpoint, weights, given.work, options):
             found.append({"weights": weights, **asdict(each)})
             for line in each.printed.splitlines():
