@@ -225,14 +225,15 @@ def test_released_weights_pass_their_validation(released: Path, make_ingot: Make
 
 
 @pytest.mark.slow
-def test_fewer_bits_cost_more(released: Path, fed: tuple[Ids, Floats], tmp_path: Path) -> None:
+def test_fewer_bits_cost_more(
+    released: Path, fed: tuple[Ids, Floats], tmp_path: Path, traces: Traces
+) -> None:
     """Perplexity, divergence and likeliest tokens of the formats, with float32 activations.
 
     Bounds are twice what was measured on this text. The weights are Q4_1 already, and the embedding
     Q8_0, so less of them is lost in bfloat16 and int8 than of others.
     """
     windows, truth = fed
-    traces = Traces()
     scores: dict[str, Scores] = {}
     for chosen in ingots.formats():
         if chosen.name in ("fp32", "bf16", "int8 32 symmetric", "int4 32 asymmetric"):
