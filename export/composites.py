@@ -37,8 +37,8 @@ def translated(
     """
     if any(_changes_its_input(node) for node in program.graph.nodes):
         return translate(program)
-    for node in program.graph.nodes:
-        _rename(node)
+    for node in list(program.graph.nodes):
+        _rename(node, program)
     program.run_decompositions = lambda *_: program
     try:
         return translate(program)
@@ -52,15 +52,20 @@ def _changes_its_input(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _rename(node: Node) -> None:
+def _rename(node: Node, program: ExportedProgram) -> None:
     if node.target in _RENAMED:
         node.target = _RENAMED[node.target]
     elif node.target is aten.to.dtype:
         value, dtype = node.args[:2]
         assert isinstance(value, Node)
-        same = value.meta["val"].dtype == dtype
-        node.target = aten.alias.default if same else aten._to_copy.default
-        node.args, node.kwargs = (value,), {} if same else {"dtype": dtype}
+        if value.meta["val"].dtype == dtype:
+            # Gone before an output's name is given to it, which has to be its source's.
+            node.replace_all_uses_with(value)
+            program.graph_signature.replace_all_uses(node.name, value.name)
+            node.graph.erase_node(node)
+        else:
+            node.target = aten._to_copy.default
+            node.args, node.kwargs = (value,), {"dtype": dtype}
     elif node.target is aten.promote_types.default and not node.users:
         # The tracer notes it of two dtypes, and nothing reads it.
         node.graph.erase_node(node)

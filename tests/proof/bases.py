@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import toy_hybrid
+from packed_cases import CASES
 from safetensors.torch import load_file, save_file
 from traces import Traces
 
@@ -45,6 +46,7 @@ class Base:
         seed: of the weights.
         change: the checkpoint's tensors, in place.
         adapter: writes a LoRA adapter for a checkpoint into a folder.
+        packed: how the checkpoint is quantised, by its name in ``packed_cases.CASES``.
         weights: what matrices are stored in, where that is not the precision.
         more: other fields of the request.
         max_kl: what storing the weights may cost, where random weights make too much of it.
@@ -60,6 +62,7 @@ class Base:
     seed: int = 7
     change: Callable[[Tensors], None] | None = None
     adapter: Callable[[Path, Path], None] | None = None
+    packed: str | None = None
     weights: str | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
     max_kl: float | None = None
@@ -92,6 +95,8 @@ class Kept:
             tensors = load_file(folder / SINGLE)
             base.change(tensors)
             save_file(tensors, folder / SINGLE, {"format": "pt"})
+        if base.packed is not None:
+            return CASES[base.packed](folder, self._place / "packed").packed
         return folder
 
     @cached_property
@@ -120,7 +125,8 @@ class Kept:
         What is stored in whole numbers has a truth of its own, as in a validation. Any other is the
         right ingot's, of which all is computed already.
         """
-        return self._of(ingot) if self.base.weights in BITS else self.reference
+        whole = self.base.weights in BITS or self.base.packed is not None
+        return self._of(ingot) if whole else self.reference
 
     def _of(self, ingot: Path) -> Reference:
         checkpoint = open_checkpoint(self.source, self.adapter)
@@ -182,6 +188,9 @@ def exact(block: int = 32, *, symmetric: bool = True) -> dict[str, Any]:
     return {"block": block, "symmetric": symmetric, "accuracy": "exact"}
 
 
+# Block and zero points are the checkpoint's.
+GIVEN = {"accuracy": "exact"}
+
 BASES = {
     base.name: base
     for base in (
@@ -227,6 +236,8 @@ BASES = {
         ),
         Base("jetmoe int8 ort", "jetmoe", "ort", weights="int8", more=exact()),
         Base("mamba2 int4 ort", "mamba2", "ort", weights="int4", more=exact(64)),
+        Base("olmoe awq ort", "olmoe", "ort", packed="awq", weights="checkpoint", more=GIVEN),
+        Base("granite gptq ort", "granite", "ort", packed="gptq", weights="checkpoint", more=GIVEN),
         Base("hybrid ort", "toy_hybrid", "ort"),
         Base("hybrid onnx", "toy_hybrid", "onnx"),
     )

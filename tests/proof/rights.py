@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from proof.bases import DYNAMIC, NARROW, UNEVEN, Base, Tensors, exact
+from proof.bases import DYNAMIC, GIVEN, NARROW, UNEVEN, Base, Tensors, exact
 
 
 def heavy(tensors: Tensors) -> None:
@@ -172,6 +172,8 @@ right(
     weights="int4",
     more=exact(),
 )
+for _family, _packed in (("granite", "gptq"), ("olmoe", "awq"), ("jetmoe", "pack-quantized")):
+    right("given numbers", _family, packed=_packed, weights="checkpoint", more=GIVEN)
 for _target in ("onnx", "ort"):
     right("a classifier", "jetmoe", _target, task="classify")
     for _name, _change in (

@@ -188,6 +188,7 @@ SWAPPED, HIGH = "its nibbles are swapped", "its zero points are one too high"
 BEFORE = "its scales are of the block before"
 INT4, INT4_ZEROS, INT4_UNEVEN = "olmoe int4 ort", "olmoe int4 zeros ort", "olmoe int4 uneven ort"
 GRANITE, JETMOE, MAMBA2 = "granite int4 zeros ort", "jetmoe int8 ort", "mamba2 int4 ort"
+GIVEN_GRANITE, GIVEN_OLMOE = "granite gptq ort", "olmoe awq ort"
 # Truth and ingot have the same weights, so wrong ones are seen by the comparison of weights alone.
 FAULTS: list[Fault] = [
     _at(INT4, "swapped nibbles", f"{ATTENTION}q_proj.weight", nibbles, SWAPPED),
@@ -276,6 +277,29 @@ FAULTS: list[Fault] = [
     _at(INT4, "one scale is NaN", f"{ATTENTION}o_proj.weight{SCALES}", one_scale(np.nan)),
     _at(INT4_UNEVEN, "one scale is zero", f"lm_head.weight{SCALES}", one_scale(0.0)),
     _at(JETMOE, "int8 that is int4", "layers.1.self_attention.kv_proj.weight", narrowed),
+    _at(GIVEN_GRANITE, "given numbers, swapped", f"{ATTENTION}q_proj.weight", nibbles, SWAPPED),
+    _at(GIVEN_GRANITE, "one given number two off", "layers.1.mlp.up_proj.weight", one_code),
+    _at(
+        GIVEN_GRANITE, "a given scale is zero", f"{ATTENTION}o_proj.weight{SCALES}", one_scale(0.0)
+    ),
+    _at(
+        GIVEN_OLMOE, "given numbers of an expert, swapped", GATE_UP, of_expert(3, nibbles), SWAPPED
+    ),
+    _at(GIVEN_OLMOE, "one given number of an expert two off", DOWN, one_code),
+    _at(
+        GIVEN_OLMOE,
+        "given zero points one too high",
+        f"{ATTENTION}v_proj.weight{ZEROS}",
+        more(1, 4),
+        HIGH,
+    ),
+    _at(
+        GIVEN_OLMOE,
+        "given scales of the block before",
+        f"layers.0.self_attn.q_proj.weight{SCALES}",
+        rolled(1),
+        BEFORE,
+    ),
     _stack(INT4, "two experts", DOWN, exchanged, "its rows are where those of expert"),
     _stack(
         INT4_ZEROS, "experts in the router's order", GATE_UP, turned, "its rows are where those of"
