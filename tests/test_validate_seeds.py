@@ -11,7 +11,7 @@ from ingot.graphs.names import FAMILIES
 from ingot.validate.run import validate_ingot
 from ingot.validate.truth.reference import Reference
 
-SEEDS = 8
+SEEDS = 4
 # bfloat16 has no runtime without a GPU.
 WAYS = {
     "onnx": {"target": "onnx"},
