@@ -22,7 +22,7 @@ from onnxscript import optimizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ingot.export.composites import translated
+from ingot.export.composites import rename_composites, undecomposed
 from ingot.export.passes.dimensions import NameDimensions
 from ingot.export.passes.functions import AttachFunctionBodies
 from ingot.export.passes.graph_pass import Applied, run
@@ -129,7 +129,7 @@ def capture(
     inputs = _inputs(states)
     exported = _trace(_Traced(model), weights, inputs, states)
     with _quiet():
-        result: ir.Model = translated(exported, _translate).model
+        result: ir.Model = to_onnx(exported).model
     outputs = list(exported.call_spec.out_spec.context)
     _name_interface(result, [*(WEIGHT_PREFIX + name for name in weights), *inputs], outputs)
     _keep_outputs(result, {main_output, *(state.output for state in states)}, extra_outputs)
@@ -202,6 +202,21 @@ def _trace(
         ),
         strict=False,
     )
+
+
+def to_onnx(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
+    """A program's ONNX; it is decomposed, which traces it again, only where it must be.
+
+    Args:
+        program: whose composite operators are renamed in place.
+
+    Raises:
+        torch.onnx.OnnxExporterError: it has an operator that is not translated, even decomposed.
+    """
+    if rename_composites(program):
+        with contextlib.suppress(torch.onnx.OnnxExporterError), undecomposed(program):
+            return _translate(program)
+    return _translate(program)
 
 
 def _translate(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:

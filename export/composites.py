@@ -7,7 +7,8 @@ are other operators under another name. A program with anything else is decompos
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.export import ExportedProgram
@@ -21,34 +22,32 @@ _RENAMED = {
 }
 
 
-def translated(
-    program: ExportedProgram, translate: Callable[[ExportedProgram], torch.onnx.ONNXProgram]
-) -> torch.onnx.ONNXProgram:
-    """What ``translate`` makes of ``program``, which it decomposes only where it must.
+def rename_composites(program: ExportedProgram) -> bool:
+    """Name composite operators as they are translated; whether what there is may be translated so.
+
+    It may not where an operator changes its input: only decomposed it is one that makes a new one.
 
     Args:
-        program: of ``torch.export.export``; renamed in place.
-        translate: a call of ``torch.onnx.export``, which calls ``run_decompositions`` of its
-            argument first.
-
-    Raises:
-        torch.onnx.OnnxExporterError: the program has an operator that is not translated, even
-            decomposed.
+        program: of ``torch.export.export``; changed in place.
     """
     if any(_changes_its_input(node) for node in program.graph.nodes):
-        return translate(program)
+        return False
     for node in list(program.graph.nodes):
         _rename(node, program)
+    return True
+
+
+@contextmanager
+def undecomposed(program: ExportedProgram) -> Iterator[None]:
+    """``torch.onnx.export`` of ``program`` translates it as it is."""
     program.run_decompositions = lambda *_: program
     try:
-        return translate(program)
-    except torch.onnx.OnnxExporterError:
+        yield
+    finally:
         del program.run_decompositions
-        return translate(program)
 
 
 def _changes_its_input(node: Node) -> bool:
-    """Only decomposed, such an operator is one that makes a new tensor."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 

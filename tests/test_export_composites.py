@@ -9,11 +9,12 @@ import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
 from onnx.reference import ReferenceEvaluator
+from oracle import every_other_is_slow
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from ingot.export.capture import capture
-from ingot.export.composites import translated
+from ingot.export.capture import capture, to_onnx
+from ingot.graphs.names import FAMILIES
 
 
 class Composites(nn.Module):
@@ -45,12 +46,6 @@ class Unknown(nn.Module):
         return torch.nn.functional.huber_loss(x.flatten(1), y, reduction="none")
 
 
-def to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
-    made = torch.onnx.export(program, dynamo=True, opset_version=23, optimize=False, verbose=False)
-    assert made is not None
-    return made
-
-
 @pytest.mark.parametrize("graph", [Composites, InPlace, Unknown])
 def test_computes_what_pytorch_does(graph: Callable[[], nn.Module]) -> None:
     module = graph().eval()
@@ -59,7 +54,7 @@ def test_computes_what_pytorch_does(graph: Callable[[], nn.Module]) -> None:
     program = torch.export.export(
         module, inputs, dynamic_shapes=({0: Dim.AUTO}, {0: Dim.AUTO}), strict=False
     )
-    made = translated(program, to_onnx).model_proto
+    made = to_onnx(program).model_proto
     more = torch.randn(5, 3, 4), torch.randn(5, 12)
     expected = module(*more)
     expected = expected if isinstance(expected, tuple) else (expected,)
@@ -70,7 +65,7 @@ def test_computes_what_pytorch_does(graph: Callable[[], nn.Module]) -> None:
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["granite", "jetmoe", "mamba2", "olmoe"])
+@pytest.mark.parametrize("family", every_other_is_slow(FAMILIES))
 def test_no_family_is_traced_twice(
     family: str,
     make_checkpoint: MakeCheckpoint,
