@@ -89,7 +89,7 @@ def export(
             ``fp32``. By ``ort`` also ``int8`` and ``int4``,
             whole numbers with a scale a block, for ONNX Runtime's kernels.
         block: of those, how many weights of a row share a scale: 32, 64 or 128; where absent 32,
-            and with ``bits`` 128.
+            and with ``bits`` what pays most for each weight.
         symmetric: of those, whether there are no zero points; where absent True.
         accuracy: of those, and of a checkpoint's own, ``exact``, or ``fast``: products may round
             activations to int8, block by block; where absent ``fast``.
@@ -98,7 +98,7 @@ def export(
         method: with a calibration, ``gptq``, where numbers make up for each other's errors, or
             ``importance``, where large inputs count more; where absent ``gptq``.
         bits: with a calibration and ``int4``, how many a weight may take on the mean, scales
-            included: weights whose rounding costs most at the output get 8.
+            included: weights whose rounding costs most at the output get 8, or smaller blocks.
         preset: with a family name, first make a seeded random checkpoint of this shape: ``tiny``,
             ``small`` or ``full``.
         revision: branch, tag or commit on the hub.

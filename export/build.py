@@ -109,7 +109,15 @@ def build(
         coder = None
         if calibration is not None:
             method = request.method or CALIBRATED[0]
-            recipe, coder = calibrate(recipe, opened, calibration, method, request.bits, stages)
+            recipe, coder = calibrate(
+                recipe,
+                opened,
+                calibration,
+                method,
+                request.bits,
+                stages,
+                any_block=request.block is None,
+            )
         captured = recipe.graph(opened, stages, capture, coder=coder)
         if request.for_tensorrt:
             rows = eligibility(captured.model, precision)

@@ -107,7 +107,7 @@ class LazyGroup(Group):
 @click.option(
     "--block",
     type=click.Choice(BLOCKS),
-    help="Of int8 and int4: how many weights share a scale; default 32, with --bits 128.",
+    help="Of int8 and int4: how many weights share a scale; default 32, with --bits what pays.",
 )
 @click.option(
     "--symmetric/--asymmetric",
@@ -132,7 +132,7 @@ class LazyGroup(Group):
 @click.option(
     "--bits",
     type=float,
-    help="With --calibration and int4: bits a weight, scales included; what matters gets 8.",
+    help="With --calibration and int4: bits a weight, scales included; what matters gets more.",
 )
 @click.option(
     "--builder",

@@ -18,6 +18,7 @@ from onnx_ir.passes.common import NameFixPass
 
 from ingot.export.capture import Captured
 from ingot.export.capture import capture as trace
+from ingot.export.codecs.blocks import Blocks
 from ingot.export.codecs.coder import Coder, Nearest, blocks_of
 from ingot.export.codecs.given import Given, quantization_of
 from ingot.export.ingot_schema import CHECKPOINT
@@ -168,11 +169,11 @@ class Recipe:
         if chosen is None:
             return None
 
-        others = {
-            name: None if bits == UNCHANGED else blocks_of(chosen, bits)
-            for name, bits in chosen.bits.items()
-        }
-        nearest = Nearest(blocks_of(chosen, BITS[self.weights]), others)
+        usual, others = BITS[self.weights], dict[str, Blocks | None]()
+        for name in {**chosen.bits, **chosen.blocks}:
+            bits, size = chosen.bits.get(name, usual), chosen.blocks.get(name)
+            others[name] = None if bits == UNCHANGED else blocks_of(chosen, bits, size)
+        nearest = Nearest(blocks_of(chosen, usual), others)
         return Given(nearest.format, opened.coded) if chosen.method == "given" else nearest
 
     def open(self, checkpoint: Checkpoint) -> Opened:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ingot.export.external_data import GraphError, external_files
-from ingot.export.ingot_schema import FIELDS, OPTIONAL, check
+from ingot.export.ingot_schema import FIELDS, OF_QUANTIZATION, OPTIONAL, check
 from ingot.export.ingot_schema import MODULES as MODULES
 from ingot.export.ingot_schema import SIZES as SIZES
 from ingot.export.ingot_schema import TARGETS as TARGETS
@@ -157,8 +157,9 @@ class Manifest:
         for name in OPTIONAL:
             if not said[name]:
                 del said[name]
-        if self.quantization is not None and not self.quantization.calibration:
-            del said["quantization"]["calibration"]
+        for name in OF_QUANTIZATION if self.quantization is not None else ():
+            if not said["quantization"][name]:
+                del said["quantization"][name]
         text = json.dumps(said, indent=2) + "\n"
         (folder / MANIFEST).write_text(text, encoding="utf-8")
 

@@ -29,6 +29,7 @@ FIELDS = (
 )
 # Of the same version, where they say something.
 OPTIONAL = ("weights", "quantization")
+OF_QUANTIZATION = ("calibration", "blocks")
 Target = Literal["onnx", "ort", "trt", "trt-rtx"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 Verdict = Literal["passed", "passed, in part", "failed", "skipped"]
@@ -126,14 +127,17 @@ def check(held: Mapping[str, Field]) -> None:
 
 def _quantization(field: Field) -> None:
     """How weights are stored in whole numbers."""
-    chosen = field.members(("block", "symmetric", "accuracy", "method", "bits"), ("calibration",))
+    needed = ("block", "symmetric", "accuracy", "method", "bits")
+    chosen = field.members(needed, OF_QUANTIZATION)
     _number_of(chosen["block"], BLOCKS)
     chosen["symmetric"].flag()
     chosen["accuracy"].one_of(ACCURACIES)
     chosen["method"].one_of(METHODS)
-    for name, bits in chosen["bits"].entries(most=MOST_TENSORS).items():
-        Field(name, "a name in quantization.bits").matching(TENSOR, "the name of a tensor")
-        _number_of(bits, (*BITS.values(), UNCHANGED))
+    for of, known in (("bits", (*BITS.values(), UNCHANGED)), ("blocks", BLOCKS)):
+        by_name = chosen[of].entries(most=MOST_TENSORS) if of in chosen else {}
+        for name, number in by_name.items():
+            Field(name, f"a name in quantization.{of}").matching(TENSOR, "the name of a tensor")
+            _number_of(number, known)
     if "calibration" in chosen:
         calibration = chosen["calibration"].members(("sha256", "tokens"), None)
         calibration["sha256"].sha256()

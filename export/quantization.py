@@ -19,18 +19,20 @@ UNCHANGED = 32
 
 @dataclass(frozen=True)
 class Quantization:
-    """What every weight in whole numbers has in common, and which have other numbers of bits.
+    """What every weight in whole numbers has in common, and which have other bits or blocks.
 
     Attributes:
-        block: how many weights of a row share a scale.
+        block: how many weights of a row share a scale, where ``blocks`` has no other number.
         symmetric: whether there are no zero points.
         accuracy: of ``ACCURACIES``.
         method: of ``METHODS``.
         bits: by the name of a parameter, 4, 8, or ``UNCHANGED``, where ``weights`` is not so.
         calibration: the tokens that the numbers were chosen on, ``sha256`` of their file and
             ``tokens``; with a budget also that, and by parameter the ``effects``: the mean KL in
-            nats that storing it in fewer bits costs, of a mixture of experts both stacks together.
-            Empty where none were given.
+            nats that storing it in the fewest bits costs, of a mixture of experts both stacks
+            together. Empty where none were given.
+        blocks: by the name of a parameter, how many of its weights share a scale, where that is not
+            ``block``.
     """
 
     block: int = 32
@@ -39,12 +41,19 @@ class Quantization:
     method: str = "nearest"
     bits: Mapping[str, int] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    blocks: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Every size that blocks may have, the usual one and others."""
+        return tuple(sorted({self.block, *self.blocks.values()}))
 
     def __str__(self) -> str:
         zero_points = "without" if self.symmetric else "with"
         kernels = {"exact": "float32", "fast": "int8"}[self.accuracy]
-        others = f", {len(self.bits)} otherwise" if self.bits else ""
+        blocks = f" ({len(self.blocks)} weights in others)" if self.blocks else ""
+        bits = f" ({len(self.bits)} weights in other bits)" if self.bits else ""
         return (
-            f"blocks of {self.block} {zero_points} zero points, numbers by {self.method}{others}; "
-            f"activations of products in {kernels}"
+            f"blocks of {self.block}{blocks} {zero_points} zero points, "
+            f"numbers by {self.method}{bits}; activations of products in {kernels}"
         )

@@ -36,8 +36,8 @@ WEIGHTS = {
 BUILDERS: tuple[Builder, ...] = get_args(Builder)
 # How numbers are chosen on a calibration.
 CALIBRATED: tuple[Method, ...] = get_args(Method)
-# Of weights with a budget, where none is given: what a smaller block's scales would take is worth
-# more in the bits of those that matter.
+# Of weights with a budget, where none is given: the usual one, in which effects are measured. Each
+# weight may be given smaller ones.
 BLOCK_OF_A_BUDGET = 128
 
 
@@ -78,13 +78,14 @@ class ExportRequest:
         precision: of ``PRECISIONS``; of the weights and activations of a TensorRT target.
         weights: of ``WEIGHTS``; what matrices are stored in where it is not the precision.
         block: of ``export.quantization.BLOCKS``; this and the next two are of weights in whole
-            numbers, and have the values of ``Quantization`` where they are not given (a block
-            of weights with a budget ``BLOCK_OF_A_BUDGET``).
+            numbers, and have the values of ``Quantization`` where they are not given (but with
+            a budget each weight the block that it is worth).
         symmetric: whether they have no zero points.
         accuracy: of ``export.quantization.ACCURACIES``.
         calibration: a file of text or token ids that the numbers are chosen on.
         method: of ``CALIBRATED``, how; ``gptq`` where it is not given.
-        bits: a weight, of int4 scales and zero points included, which some weights get more of.
+        bits: a weight, of int4 scales and zero points included, which some weights get more of,
+            in numbers or, where no block is given, in scales.
         builder: of ``BUILDERS``; of a TensorRT engine.
         limits: sizes of a TensorRT engine's calls.
         embed_plugins: put the plugin library into the engine file.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from conftest import MakeCheckpoint, MakeIngot
 from oracle import relative_rms, tokens
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer
 from torch import nn
 
 from ingot.export.calibration import choose as choose_module
-from ingot.export.calibration.budget import raised
+from ingot.export.calibration import effects as effects_module
 from ingot.export.calibration.choose import choose
 from ingot.export.calibration.effects import effects
 from ingot.export.calibration.moments import Moments
@@ -207,14 +208,49 @@ def test_effects_are_those_of_one_weight_at_a_time(
 
     monkeypatch.setitem(choose_module.METHODS, "importance", plain)
     checkpoint, ids = make_checkpoint(family), sequences()
-    found = effects(opened(checkpoint), nearest, "importance", ids)
+    found = effects(opened(checkpoint), [Blocks(4, 32)], "importance", ids)
     expected = run(eager(checkpoint), ids)
     assert sorted(name for group in found for name in group) == sorted(quantised(eager(checkpoint)))
-    for group, effect in found.items():
+    for group, (effect,) in ((group, each.values()) for group, each in found.items()):
         model = eager(checkpoint)
         store(model, list(group), nearest)
         divergence = (expected.exp() * (expected - run(model, ids))).sum(-1).mean()
         assert effect == pytest.approx(float(divergence), rel=0.02, abs=1e-7), group
+
+
+def test_effects_in_other_formats_follow_from_the_measured_one(
+    trained: Callable[[str], Path], trained_text: str
+) -> None:
+    """Against their own measurements, of a model whose small changes have small effects."""
+    checkpoint = trained("mamba2")
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    ids = np.array(tokenizer.encode(trained_text).ids)[:2048].reshape(-1, 128)
+    formats = (Blocks(4, 128), Blocks(4, 32), Blocks(8, 64))
+    found = effects(opened(checkpoint), formats, "gptq", ids)
+    measured = {each: effects(opened(checkpoint), [each], "gptq", ids) for each in formats[1:]}
+    for group, each in found.items():
+        assert list(each) == list(formats)
+        for blocks in formats[1:]:
+            own = measured[blocks][group][blocks]
+            assert each[blocks] == pytest.approx(own, rel=0.2), (group, blocks)
+        # The bits are worth far more than the blocks.
+        assert each[Blocks(8, 64)] < 0.02 * each[Blocks(4, 32)] < 0.02 * each[Blocks(4, 128)]
+
+
+@pytest.mark.parametrize("family", ["olmoe", "granite"])
+def test_some_rows_and_experts_stand_for_all(
+    family: str, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, ids = make_checkpoint(family), sequences(8)
+    formats = (Blocks(4, 64), Blocks(4, 32))
+    whole = effects(opened(checkpoint), formats, "importance", ids)
+    monkeypatch.setattr(effects_module, "ROWS", 16)
+    monkeypatch.setattr(effects_module, "EXPERTS", 3)
+    some = effects(opened(checkpoint), formats, "importance", ids)
+    for group, (measured, other) in ((group, each.values()) for group, each in whole.items()):
+        assert list(some[group].values()) == pytest.approx([measured, other], rel=0.25), group
+        assert other < measured
+    assert some != whole
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -320,37 +356,6 @@ def test_the_scan_that_is_differentiated_is_the_operator(length: int) -> None:
         np.testing.assert_allclose(own.numpy(), other.numpy(), rtol=0, atol=2e-4)
 
 
-def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
-    """All rows of a stack as those of one matrix."""
-    return math.prod(shape[:-1]), shape[-1]
-
-
-SHAPES = {"a": (64, 256), "b": (128, 128), "c": (4, 64, 256), "d": (4, 64, 128)}
-
-
-def test_a_budget_goes_to_what_loses_most_by_a_byte() -> None:
-    low, high = Blocks(4, 128), Blocks(8, 128)
-    effects_ = {("a",): 0.1, ("b",): 0.3, ("c", "d"): 0.9}
-    sizes = {"a": 16384, "b": 16384, "c": 65536, "d": 32768}
-    total = sum(sizes.values())
-    for budget in np.arange(4.25, 8.3, 0.05):
-        names = raised(effects_, SHAPES, low, high, float(budget))
-        formats = {name: high if name in names else low for name in SHAPES}
-        used = sum(formats[n].nbytes(*_flat(SHAPES[n])) for n in SHAPES) * 8 / total
-        # Four bits more of each weight, over all weights.
-        assert used == pytest.approx(4.25 + 4 * sum(sizes[n] for n in names) / total)
-        assert used <= budget + 1e-9
-        assert ("c" in names) == ("d" in names)
-        left = [n for n in SHAPES if n not in names]
-        if "b" in left:
-            # By a byte b comes first of all: nothing is raised that leaves no room for it alone.
-            assert used + 4 * 16384 / total > budget or not names
-    assert raised(effects_, SHAPES, low, high, 8.25) == ("b", "c", "d", "a")
-    assert raised(effects_, SHAPES, low, high, 4.25) == ()
-    with pytest.raises(ExportError, match=r"--bits 4.2 is less than int4 in blocks of 128 takes"):
-        raised(effects_, SHAPES, low, high, 4.2)
-
-
 def calibration(path: Path, tokenizer: str | None = None) -> Calibration:
     return read_calibration(path, 512, 64, lambda name: path.parent / name, tokenizer)
 
@@ -394,7 +399,7 @@ def test_refuses_what_is_no_calibration(
 
 
 def test_reads_a_text_by_the_tokenizer(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import models, pre_tokenizers
 
     words = {word: number for number, word in enumerate(["<unk>", "to", "be", "or", "not"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

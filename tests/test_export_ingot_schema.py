@@ -552,11 +552,28 @@ def test_reads_how_weights_are_stored_in_whole_numbers(ingot: Path) -> None:
     assert found.quantization is not None and found.quantization.calibration == calibration
     found.write(ingot)
     assert Manifest.read(ingot) == found
+    assert found.quantization.blocks == {} and found.quantization.sizes == (64,)
+    blocks = {"lm_head.weight": 32, "model.embed_tokens.weight": 128}
+    change(ingot, "quantization", {**IN_NUMBERS, "blocks": blocks})
+    found = Manifest.read(ingot)
+    assert found.quantization == Quantization(64, True, blocks=blocks)
+    assert found.quantization.sizes == (32, 64, 128)
+    assert str(found.quantization) == (
+        "blocks of 64 (2 weights in others) without zero points, numbers by nearest; activations "
+        "of products in int8"
+    )
+    found.write(ingot)
+    assert Manifest.read(ingot) == found
 
 
 @pytest.mark.parametrize(
     ("place", "value"),
     [
+        ("blocks", []),
+        ("blocks", {"lm_head.weight": 48}),
+        ("blocks", {"lm_head.weight": True}),
+        ("blocks", {"lm_head.weight": "32"}),
+        ("blocks", {"$(id)": 32}),
         ("calibration", {"tokens": 4096}),
         ("calibration", {"sha256": "a" * 64, "tokens": 0}),
         ("calibration", {"sha256": "x", "tokens": 1}),

@@ -14,11 +14,15 @@ import torch
 from conftest import MakeCheckpoint, MakeIngot
 from oracle import KEPT, logits, of_transformers, relative_rms
 from safetensors import safe_open
+from traces import Traces
 
 from ingot.export.api import export
 from ingot.export.codecs.blocks import Bits, Blocks, Size
+from ingot.export.codecs.coder import Nearest
+from ingot.export.graph import Recipe
 from ingot.export.ingot import GRAPH, WEIGHTS
-from ingot.export.quantization import BITS
+from ingot.export.quantization import BITS, Quantization
+from ingot.graphs.checkpoint import Checkpoint
 from ingot.plugins.errors import IngotError
 
 FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
@@ -179,3 +183,21 @@ def test_refuses_what_does_not_go_together(
     with pytest.raises(IngotError, match=re.escape(message)):
         export(tiny, tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_in_two_sizes_of_blocks_are_taken_apart(tiny: Path, traces: Traces) -> None:
+    recipe = Recipe("ort", "generate", "float32", (), "int4", Quantization())
+    opened = recipe.open(Checkpoint.open(tiny))
+    down = "model.layers.1.mlp.experts.down_proj"
+    formats = Nearest(Blocks(4, 32), {down: Blocks(4, 64)})
+    captured = recipe.graph(opened, capture=traces, coder=formats)
+    nodes = list(captured.model.graph)
+    # The other layer's are alike, and stay together.
+    assert [node.op_type for node in nodes].count("QMoE") == 1
+    sizes = {
+        node.inputs[1].name: node.attributes["block_size"].as_int()
+        for node in nodes
+        if node.op_type == "MatMulNBits" and node.inputs[1] is not None
+    }
+    of_down = {size for name, size in sizes.items() if name and "layers.1.mlp" in name}
+    assert of_down == {32, 64}

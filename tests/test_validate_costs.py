@@ -147,8 +147,11 @@ def test_what_costs_too_much_fails_in_words_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("found", "text"),
     [
-        (Activations(32, True), "and the rest is the same graph without it, held to that of float"),
-        (Activations(64, False, "QMoE rounds"), "nothing to that of float32, for QMoE rounds."),
+        (
+            Activations((32,), True),
+            "and the rest is the same graph without it, held to that of float",
+        ),
+        (Activations((32, 64), False, "QMoE rounds"), "to that of float32, for QMoE rounds."),
     ],
 )
 def test_says_which_proof_there_is_of_kernels_that_round(found: Activations, text: str) -> None:
@@ -156,7 +159,8 @@ def test_says_which_proof_there_is_of_kernels_that_round(found: Activations, tex
     rounded = [replace(t, stage=t.stage + IN_INT8, error=0.01) for t in report.tensors]
     tensors = (*report.tensors, *rounded) if found.twin else tuple(rounded)
     report = replace(report, activations=found, tensors=tensors)
-    assert text in words.scores(report) and f"{found.block} numbers a scale" in words.scores(report)
+    sizes = " or ".join(map(str, found.blocks))
+    assert text in words.scores(report) and f"{sizes} numbers a scale" in words.scores(report)
     assert report.summary()["activations"]["twin"] is found.twin
     assert report.summary()["logits_in_int8_error"] == 0.01
     assert ("logits_error" in report.summary()) is found.twin

@@ -16,6 +16,7 @@ from oracle import relative_rms
 from ingot.export.codecs.blocks import Blocks, Size
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.runtime.onnxruntime_session import open_session
+from ingot.validate.truth import int8
 from ingot.validate.truth.int8 import Int8Activations, rounded_activations
 from ingot.validate.truth.layerwise import Fed, Layerwise, Side
 from ingot.validate.truth.recording import HIDDEN_STATES, ROUTER_LOGITS
@@ -102,13 +103,13 @@ def test_a_layer_rounds_what_it_multiplies_by_matrices_in_blocks(
     graph = Layerwise(checkpoint, "generate", torch.float64)
     ids = np.random.default_rng(1).integers(0, 512, (2, 11))
     plain = states(graph, ids)
-    every = set(checkpoint.entries)
-    rounded = states(graph, ids, lambda: Int8Activations(32, graph.storages(every)))
+    every = dict.fromkeys(checkpoint.entries, 32)
+    rounded = states(graph, ids, lambda: Int8Activations(graph.storages(every)))
     errors = {name: relative_rms(plain[name], rounded[name]) for name in plain}
     last = [name for name in plain if name.startswith(HIDDEN_STATES)][-1]
     assert 1e-3 < errors[last] < 0.2
     # Of matrices none of which is in blocks nothing is rounded.
-    same = states(graph, ids, lambda: Int8Activations(32, graph.storages(set())))
+    same = states(graph, ids, lambda: Int8Activations(graph.storages({})))
     assert all(np.array_equal(plain[name], same[name]) for name in plain)
 
 
@@ -120,9 +121,39 @@ def test_a_router_rounds_nothing(tiny: Path) -> None:
     plain = states(graph, ids)
 
     def error(in_blocks: set[str]) -> float:
-        found = states(graph, ids, lambda: Int8Activations(32, graph.storages(in_blocks)))
+        sizes = dict.fromkeys(in_blocks, 32)
+        found = states(graph, ids, lambda: Int8Activations(graph.storages(sizes)))
         return relative_rms(plain[f"{ROUTER_LOGITS}0"], found[f"{ROUTER_LOGITS}0"])
 
     # The matrix of the first router alone would have its input rounded, were it in blocks.
     assert error({router}) > 1e-3
     assert error({"model.layers.0.mlp.experts.0.up_proj.weight", "lm_head.weight"}) == 0
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32])
+def test_rounds_by_the_block_of_each_matrix(
+    precision: torch.dtype, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(tiny)
+    graph = Layerwise(checkpoint, "generate", precision)
+    sizes = {
+        name: 128 if "q_proj" in name else 64 if "experts" in name else 32
+        for name in checkpoint.entries
+        if not name.endswith("gate.weight")
+    }
+    seen: list[int] = []
+
+    def note(x: torch.Tensor, block: int) -> torch.Tensor:
+        seen.append(block)
+        return rounded_activations(x, block)
+
+    monkeypatch.setattr(int8, "rounded_activations", note)
+    ids = np.random.default_rng(1).integers(0, 512, (2, 11))
+    states(graph, ids, lambda: Int8Activations(graph.storages(sizes)))
+    attention = [128, 32, 32, 32]
+    assert seen[:5] == [*attention, 64] and {*seen} == {32, 64, 128}
+    experts = [at for at, block in enumerate(seen) if block == 64]
+    second = seen.index(128, 1)
+    # Of every expert both products, and then those of the next layer.
+    assert seen[4:second] == [64] * (second - 4) and second > 4 + 2
+    assert seen[second : second + 5] == [*attention, 64] and experts

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from conftest import MakeCheckpoint, MakeIngot
 from proof import stored
@@ -18,6 +19,7 @@ from traces import Traces
 from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
+from ingot.validate.api import validate
 from ingot.validate.identity.contract import check_contract
 from ingot.validate.identity.subject import Subject
 from ingot.validate.identity.weights import check_weights
@@ -166,3 +168,60 @@ def test_the_contract_counts_and_says_how_products_are_computed(
     change(wrong)
     problems = check_contract(subject(wrong, uneven, traces)).problems
     assert any(said in problem for problem in problems), problems
+
+
+@pytest.fixture(scope="module")
+def mixed(
+    trained: Callable[[str], Path], trained_text: str, make_ingot: MakeIngot, tmp_path_factory: Any
+) -> Path:
+    """A trained Mamba2 with the bits and the blocks that a budget chose; read only."""
+    text = tmp_path_factory.mktemp("text") / "a.txt"
+    text.write_text(trained_text)
+    return make_ingot(trained("mamba2"), "ort", weights="int4", bits=4.98, calibration=text)
+
+
+def test_a_budget_chooses_blocks_and_every_weight_has_its_own(
+    mixed: Path, trained: Callable[[str], Path], traces: Traces
+) -> None:
+    manifest = Manifest.read(mixed)
+    said = manifest.quantization
+    assert said is not None and said.block == 128 and {32, 64} & set(said.blocks.values())
+    assert set(said.blocks) <= set(said.calibration["effects"])
+    graph = onnx.load(str(mixed / "model.onnx"), load_external_data=False).graph
+    sizes = {
+        node.input[1]: {each.name: each.i for each in node.attribute}["block_size"]
+        for node in graph.node
+        if node.op_type == "MatMulNBits"
+    }
+    assert sizes == {name: said.blocks.get(name, 128) for name in sizes} and len(sizes) == 5
+    assert checked(mixed, trained("mamba2")).problems == ()
+    assert check_contract(subject(mixed, trained("mamba2"), traces)).problems == ()
+
+
+@pytest.mark.slow
+def test_an_ingot_of_mixed_blocks_passes(mixed: Path, trained: Callable[[str], Path]) -> None:
+    report = validate(mixed, trained("mamba2"))
+    assert report.verdict == "passed"
+    assert report.activations is not None and len(report.activations.blocks) > 1
+
+
+def test_names_a_weight_in_other_blocks_than_its_own(
+    mixed: Path, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    said = Manifest.read(mixed).quantization
+    assert said is not None
+    name, own = next((name, size) for name, size in said.blocks.items() if "embed" not in name)
+    usual = next(name for name in said.calibration["effects"] if name not in said.blocks)
+    for number, (blocks, found, size, wanted) in enumerate(
+        [
+            ({k: v for k, v in said.blocks.items() if k != name}, name, own, 128),
+            ({**said.blocks, name: 96 - own}, name, own, 96 - own),
+            ({**said.blocks, usual: 64}, usual, 128, 64),
+        ]
+    ):
+        wrong = Path(shutil.copytree(mixed, tmp_path / str(number)))
+        stored.field("quantization", "blocks", to=blocks)(wrong)
+        problems = checked(wrong, trained("mamba2")).problems
+        assert len(problems) == 1 and f"{found}: it is stored as int" in problems[0], problems
+        assert f"in blocks of {size} and should be int" in problems[0]
+        assert f"in blocks of {wanted}" in problems[0]

@@ -31,12 +31,12 @@ class Activations:
     """Activations that the kernels of an ingot round to int8, and what was proved in spite of it.
 
     Attributes:
-        block: numbers of a row that share a scale.
+        blocks: numbers of a row that share a scale, each number that some product has.
         twin: whether the same graph without that rounding was held to the noise floor of float32.
         why: it was not, in one sentence without a full stop; empty where it was.
     """
 
-    block: int
+    blocks: tuple[int, ...]
     twin: bool
     why: str = ""
 

@@ -83,10 +83,10 @@ class Target:
         # no part of it.
         self.graph_only = not self.engine and self.manifest.target not in ("onnx", "ort")
         quantization = self.manifest.quantization
-        # Numbers of a row that share a scale, where kernels round activations to int8; 0 where not.
-        self.rounded = 0
+        # Numbers of a row that share a scale, where kernels round activations to int8.
+        self.rounded: tuple[int, ...] = ()
         if quantization is not None and quantization.accuracy == "fast":
-            self.rounded = quantization.block
+            self.rounded = quantization.sizes
         self._exact = False
 
     def twin(self) -> Target | None:
@@ -94,7 +94,7 @@ class Target:
         if not self.rounded or no_twin(self.folder) is not None:
             return None
         result = copy.copy(self)
-        result.rounded, result._exact = 0, True
+        result.rounded, result._exact = (), True
         return result
 
     def delivered(self, threads: int = 0) -> Session:
@@ -185,9 +185,7 @@ def validate_ingot(
         for one in judged:
             found = references
             if one.target.rounded:
-                found = reference.rounding(
-                    target.layout, inputs, references, one.target.rounded, stages
-                )
+                found = reference.rounding(target.layout, inputs, references, stages)
             own, of_forced = found[: len(recorded)], found[len(recorded) :]
             one.judges.append(Judge(reference.routers, Material(target.layout, runs, own)))
             if each == seed:

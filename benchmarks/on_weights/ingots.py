@@ -118,7 +118,7 @@ def at_the_bytes_of(name: str, size: int, like: Path, calibration: Path) -> Form
         elif not tensor.endswith((ZERO_POINTS, SCALES)):
             fixed += entry.end - entry.begin
     # Cut and not rounded, for a byte more would make it another class of size.
-    bits = math.floor(100 * 8 * (size - fixed) / numbers) / 100
+    bits = math.floor(1000 * 8 * (size - fixed) / numbers) / 1000
     options = {"weights": "int4", "bits": bits, "calibration": calibration, **FAST}
     return Format(f"int4 at the bytes of {name}", options)
 

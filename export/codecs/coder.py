@@ -60,6 +60,12 @@ class Nearest:
         return blocks.encode(rows)
 
 
-def blocks_of(chosen: Quantization, bits: int) -> Blocks:
-    """The format of weights of so many bits, as ``ingot.json`` has the rest of it."""
-    return Blocks(cast(Bits, bits), cast(Size, chosen.block), chosen.symmetric)
+def blocks_of(chosen: Quantization, bits: int, size: int | None = None) -> Blocks:
+    """The format of weights of so many bits, as ``ingot.json`` has the rest of it.
+
+    Args:
+        chosen: the rest.
+        bits: of a number.
+        size: of a block, where it is not the usual one.
+    """
+    return Blocks(cast(Bits, bits), cast(Size, size or chosen.block), chosen.symmetric)

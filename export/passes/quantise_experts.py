@@ -122,15 +122,15 @@ class QuantiseExperts(GraphPass):
 def has_no_kernel(coder: Coder, exact: bool, node: ir.Node) -> bool:
     """Whether QMoE cannot run the experts of a MoeDispatch as they are asked for.
 
-    It has SiLU alone, on the CPU wants as many bits of one stack as of the other, and of experts in
-    8 bits rounds the activations at every level (1.31.1).
+    It has SiLU alone, has one size of blocks, on the CPU wants as many bits of one stack as of the
+    other, and of experts in 8 bits rounds the activations at every level (1.31.1).
     """
     if node.attributes["activation"].as_string() != "silu":
         return True
     weights = [value for value in node.inputs[2:] if value is not None]
     formats = [coder.format(_parameter(value)) for value in weights]
-    bits = {None if each is None else each.bits for each in formats}
-    return len(bits) > 1 or (exact and 8 in bits)
+    eight = any(each is not None and each.bits == 8 for each in formats)
+    return len(set(formats)) > 1 or (exact and eight)
 
 
 def _is_moe(node: ir.Node) -> bool:

@@ -62,10 +62,11 @@ class Quantization(Protocol):
     """What ``quantization`` of ``ingot.json`` says.
 
     Attributes:
-        block: numbers of a block.
+        block: numbers of a block, where ``blocks`` has no other number.
         symmetric: whether it has no zero points.
         method: how numbers were chosen.
         bits: of the weights that have others than ``weights`` says, by name.
+        blocks: numbers of a block, of the weights that have others, by name.
     """
 
     @property
@@ -76,6 +77,8 @@ class Quantization(Protocol):
     def method(self) -> str: ...
     @property
     def bits(self) -> Mapping[str, int]: ...
+    @property
+    def blocks(self) -> Mapping[str, int]: ...
 
 
 @dataclass
@@ -220,8 +223,10 @@ class Weights:
         if bits is None or how is None or not self._matrix(name, made) or not read & IN_BLOCKS:
             return None
         one = OF_ONE_EXPERT.fullmatch(name)
-        own = how.bits.get(name, how.bits.get(one["stack"] if one else name, bits))
-        return Format(own, how.block, how.symmetric, how.method) if own in (4, 8) else None
+        stack = one["stack"] if one else name
+        own = how.bits.get(name, how.bits.get(stack, bits))
+        block = how.blocks.get(name, how.blocks.get(stack, how.block))
+        return Format(own, block, how.symmetric, how.method) if own in (4, 8) else None
 
     def _matrix(self, name: str, made: Made) -> bool:
         """Whether it is a matrix, a stack of them or a table, and no router's."""

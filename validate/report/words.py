@@ -125,8 +125,9 @@ def figures(report: Report) -> list[tuple[str, str]]:
 
 def rounded_words(found: Activations) -> str:
     """What was proved of kernels that round activations."""
+    sizes = " or ".join(map(str, found.blocks))
     text = (
-        f"The kernels round activations to int8, {found.block} numbers a scale: what is in int8 is "
+        f"The kernels round activations to int8, {sizes} numbers a scale: what is in int8 is "
         "held to the error that eager PyTorch makes with the same rounding"
     )
     if found.twin:

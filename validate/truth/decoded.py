@@ -123,6 +123,11 @@ class Decoded:
                     self.stored.setdefault(part.name, []).append(Stored(weight, moved))
             at += rows
 
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Numbers of a block, of each tensor; of one that is stored in several the most."""
+        return {name: max(each.weight.size for each in rows) for name, rows in self.stored.items()}
+
     def tensor(self, name: str, otherwise: torch.Tensor | None, row: int | None) -> torch.Tensor:
         """One tensor in float32.
 

@@ -9,7 +9,7 @@ Source: MLAS, QuantizeARow_CompInt8 (onnxruntime/core/mlas/lib/sqnbitgemm*).
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,34 +25,42 @@ class Int8Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which what is multiplied by matrices is rounded to int8 first.
 
     Args:
-        block: numbers of a row that share a scale.
-        exact: the addresses of the storages of matrices whose products round nothing, such as
-            routers.
+        blocks: by the address of a matrix's storage, how many numbers of a row share a scale; 0
+            where its products round nothing, such as a router's.
     """
 
-    def __init__(self, block: int, exact: Collection[int]) -> None:
+    def __init__(self, blocks: Mapping[int, int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._block = block
-        self._exact = exact
+        self._blocks = blocks
+        # Of a matrix that nobody knows again: inside of an operator it may be a copy.
+        self._otherwise = max(blocks.values(), default=0)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function in BODIES:
-            # Inside an expert's matrix may be a copy in another dtype, which nobody knows again.
-            if any(isinstance(each, torch.Tensor) and self._leaves(each) for each in args):
+            tensors = (each for each in args if isinstance(each, torch.Tensor))
+            blocks = [block for each in tensors if (block := self._of(each)) is not None]
+            if 0 in blocks:
                 return function(*args, **(kwargs or {}))
-            with self:
-                return BODIES[function](*args, **(kwargs or {}))
+            # A kernel of experts has one block for all of them.
+            before, self._otherwise = self._otherwise, max(blocks, default=self._otherwise)
+            try:
+                with self:
+                    return BODIES[function](*args, **(kwargs or {}))
+            finally:
+                self._otherwise = before
         if function is LINEAR or (function in PRODUCTS and args[1].dim() == 2):
             x, weight, *others = args
-            if not self._leaves(weight):
-                return function(rounded_activations(x, self._block), weight, *others)
+            known = self._of(weight)
+            block = self._otherwise if known is None else known
+            if block:
+                return function(rounded_activations(x, block), weight, *others)
         return function(*args, **(kwargs or {}))
 
-    def _leaves(self, weight: torch.Tensor) -> bool:
-        """Whether what is multiplied by a matrix is left as it is."""
-        return weight.untyped_storage().data_ptr() in self._exact
+    def _of(self, weight: torch.Tensor) -> int | None:
+        """The block of what is multiplied by a matrix; None of one that is not known."""
+        return self._blocks.get(weight.untyped_storage().data_ptr())
 
 
 def rounded_activations(x: torch.Tensor, block: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ of the vocabulary. The numbers are those of ``validate.truth.eager.EagerSession`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -320,14 +320,20 @@ class Layerwise:
 
     # --- the weights
 
-    def storages(self, without: Collection[str]) -> frozenset[int]:
-        """The addresses of the weights that are loaded and made of other tensors than these."""
-        return frozenset(
-            parameter.untyped_storage().data_ptr()
+    def storages(self, known: Mapping[str, int]) -> dict[int, int]:
+        """What is known of the tensors that the loaded weights are made of, by their addresses.
+
+        Args:
+            known: by the name of a tensor, a number; of any other it is 0, and of a weight that
+                several are in the largest of theirs.
+        """
+        return {
+            parameter.untyped_storage().data_ptr(): max(
+                known.get(part.name, 0) for part in self._weights[name]
+            )
             for name, parameter in self._model.named_parameters()
             if parameter.device.type != "meta"
-            and not any(part.name in without for part in self._weights[name])
-        )
+        }
 
     def _load_small(self) -> None:
         """The weights outside of the layers, but for embedding and head."""

@@ -219,25 +219,25 @@ class Reference:
         layout: Layout,
         runs: Sequence[Inputs],
         references: Sequence[References],
-        block: int,
         stages: Stages,
     ) -> list[References]:
-        """The same truth, beside eager PyTorch that rounds activations to int8.
+        """The same truth, beside eager PyTorch that rounds activations to int8, block by block.
+
+        Blocks are of as many numbers as those of the stored matrix that activations meet.
 
         Args:
             layout: of the outputs.
             runs: as for ``record``.
             references: that ``record`` gave of them.
-            block: numbers of a row of activations that share a scale.
             stages: shows the steps.
         """
         dtype: torch.dtype = getattr(torch, self.precision)
+        blocks = {} if self.stored is None else self.stored.decoded.blocks
+        sizes = ", ".join(map(str, sorted(set(blocks.values()))))
         keys = [
-            self._key(inputs, dtype, stages, replayed=True, activations=f"int8 by {block}")
+            self._key(inputs, dtype, stages, replayed=True, activations=f"int8 by {sizes}")
             for inputs in runs
         ]
-        stored = self.stored
-        in_blocks = {} if stored is None else stored.decoded.stored
 
         def make(missing: list[int]) -> list[Recording]:
             fed_runs = [
@@ -247,7 +247,7 @@ class Reference:
             graph = self.layerwise(dtype)
 
             def order() -> Int8Activations:
-                return Int8Activations(block, graph.storages(in_blocks))
+                return Int8Activations(graph.storages(blocks))
 
             side = Side(fed_runs, _keeper(layout, runs, missing), order)
             what = f"run eager {dtype_name(dtype)} with activations in int8"

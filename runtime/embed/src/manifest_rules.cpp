@@ -310,14 +310,23 @@ void quantization(const Field &chosen) {
         const std::int64_t number = value.whole(0, 128);
         if (std::find(known.begin(), known.end(), number) == known.end()) value.refuse(expected);
     };
-    chosen.only({"block", "symmetric", "accuracy", "method", "bits", "calibration"});
-    number_of(chosen.at("block"), {32, 64, 128}, "one of 32, 64, 128");
+    chosen.only({"block", "symmetric", "accuracy", "method", "bits", "calibration", "blocks"});
+    const auto block = [&](const Field &value) {
+        number_of(value, {32, 64, 128}, "one of 32, 64, 128");
+    };
+    block(chosen.at("block"));
     chosen.at("symmetric").truth();
     chosen.at("accuracy").one_of({"exact", "fast"});
     chosen.at("method").one_of({"nearest", "importance", "gptq", "given"});
     for (const auto &[name, bits] : chosen.at("bits").entries(kMostTensors)) {
         if (!kTensor.spell(name)) damaged(bits.name() + " is not named like a tensor");
         number_of(bits, {4, 8, 32}, "one of 4, 8, 32");
+    }
+    if (chosen.has("blocks")) {
+        for (const auto &[name, size] : chosen.at("blocks").entries(kMostTensors)) {
+            if (!kTensor.spell(name)) damaged(size.name() + " is not named like a tensor");
+            block(size);
+        }
     }
     if (chosen.has("calibration")) {
         const Field calibration = chosen.at("calibration");

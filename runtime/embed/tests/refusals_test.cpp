@@ -457,6 +457,16 @@ TEST_CASE("weights in whole numbers") {
     copy.edit([](json &raw) { raw["quantization"]["calibration"]["tokens"] = 0; });
     CHECK(contains(refusal(copy.path()), "quantization.calibration.tokens is 0"));
     copy.edit([](json &raw) {
+        raw["quantization"]["calibration"]["tokens"] = 1;
+        raw["quantization"]["blocks"] = {{"lm_head.weight", 64}};
+    });
+    CHECK(refusal(copy.path()).empty());
+    copy.edit([](json &raw) { raw["quantization"]["blocks"]["lm_head.weight"] = 48; });
+    CHECK(contains(refusal(copy.path()), "is 48, and must be one of 32, 64, 128"));
+    copy.edit([](json &raw) { raw["quantization"]["blocks"] = {{"$(id)", 64}}; });
+    CHECK(contains(refusal(copy.path()), "is not named like a tensor"));
+    copy.edit([](json &raw) {
+        raw["quantization"].erase("blocks");
         raw["quantization"].erase("calibration");
         raw["target"] = "onnx";
         for (json &state : raw["states"]) state["shared"] = false;

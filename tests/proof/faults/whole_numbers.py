@@ -366,6 +366,12 @@ FAULTS: list[Fault] = [
         "its rows are where those of expert",
     ),
     manifest("blocks of 64", INT4, field("quantization", "block", to=64), "in blocks of 64"),
+    manifest(
+        "one weight in blocks of 64",
+        INT4,
+        field("quantization", "blocks", to={"lm_head.weight": 64}),
+        "in blocks of 64",
+    ),
     manifest("other bits", JETMOE, field("weights", to="int4"), "should be int4"),
     manifest(
         "activations in int8",
