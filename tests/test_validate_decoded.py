@@ -77,6 +77,7 @@ def test_every_tensor_is_read_as_it_is_stored(
     request = {"weights": f"int{bits}", "block": size, "symmetric": symmetric}
     checkpoint, ingot = quantised(family, config, **request)
     read, blocks = stored_checkpoint(checkpoint, ingot), Blocks(bits, size, symmetric)
+    assert read.decoded.blocks == dict.fromkeys(read.decoded.stored, size)
     for name, tensor in load_file(checkpoint / "model.safetensors").items():
         right = tensor
         if tensor.dim() > 1 and not name.endswith(KEPT):

@@ -62,7 +62,7 @@ class Format:
             try:
                 options[name] = json.loads(value)
             except json.JSONDecodeError:
-                options[name] = value
+                options[name] = Path(value) if name == "calibration" else value
         return cls(" ".join(words), options)
 
     @property
