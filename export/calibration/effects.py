@@ -8,10 +8,12 @@ of the model as it is. All of these runs go through a layer together, so each we
 Of the other formats it follows: a small change of a weight costs what its squared error ``(w - v)^T
 H (w - v)`` over its inputs of second moments H is, times something that is the model's and not the
 format's. So an effect is the measured one times how many times as large that error is, of some rows
-of some experts. On the trained checkpoints of ``tests/data`` that is within 8 % of the KL measured
-in the same format for Mamba2, whose measurements are steady. Elsewhere it is steadier than they
-are: one rounding of a weight or another makes a router choose otherwise at some token, and OLMoE's
-measured effects of one weight go up and down by a factor of four from blocks of 128 to 64 to 32.
+of some experts. On the trained checkpoints of ``tests/data``, from int4 in blocks of 128, Mamba2's
+effects in five formats are 0.94 to 1.13 times what this says, Granite's 0.6 to 2.0 times. Where
+routers are it is steadier than measuring again: one rounding or another makes a router choose
+otherwise at some token, and measured effects of one weight of OLMoE's rise from a format to a finer
+one, up to 60-fold. What Mamba2 and Granite are given by it at five budgets is as good, to 1 %, as
+what they are given by a measurement of every format.
 """
 
 from __future__ import annotations
