@@ -149,5 +149,9 @@ def test_small_blocks_fill_what_a_whole_matrix_does_not_fit_in() -> None:
     assert fitted(effects, shapes, 5.0) == dict.fromkeys(effects, Blocks(4, 32))
     assert fitted(effects, shapes, 4.25) == dict.fromkeys(effects, LOW)
     assert fitted(effects, shapes, 8.25) == dict.fromkeys(effects, HIGH)
-    with pytest.raises(ExportError, match=r"--bits 4.2 is less than these weights take at the"):
+    said = r"--bits 4.2 is less than these weights take at the least, 4.250 bits .*; give more\."
+    with pytest.raises(ExportError, match=said):
         fitted(effects, shapes, 4.2)
+    alone = {group: {Blocks(4, 32): each[Blocks(4, 32)]} for group, each in effects.items()}
+    with pytest.raises(ExportError, match=r"5\.000 bits .*; give more, or larger blocks\."):
+        fitted(alone, shapes, 4.9)

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ingot.export.codecs.blocks import Blocks
+from ingot.export.quantization import BLOCKS
 from ingot.export.request import ExportError
 from ingot.graphs.checkpoint import stack_height
 
@@ -54,9 +55,11 @@ def fitted(
     least = sum(min(sizes)[0] for sizes in options.values())
     allowed = int(budget * weights / 8)
     if least > allowed:
+        sizes = {blocks.size for formats in effects.values() for blocks in formats}
         raise ExportError(
             f"--bits {budget:g} is less than these weights take at the least, "
-            f"{least * 8 / weights:.3f} bits each with their scales; give more, or larger blocks."
+            f"{least * 8 / weights:.3f} bits each with their scales; give more"
+            f"{'' if max(BLOCKS) in sizes else ', or larger blocks'}."
         )
     places = _least_cost(list(options.values()), allowed)
     return {
