@@ -8,7 +8,7 @@ TARGET ?= ort
 PRESET ?= tiny
 OUT ?= out/$(notdir $(MODEL))-$(TARGET)
 
-.PHONY: setup export plugins test test-slow gpu gpu-rehearse gpu-kernels gpu-bundle test-gpu triton-test lint format
+.PHONY: setup export plugins cpu test test-slow gpu gpu-rehearse gpu-kernels gpu-bundle test-gpu triton-test lint format
 .PHONY: clean fuzz proof weights
 
 setup: $(VENV)/.installed
@@ -30,7 +30,11 @@ plugins: setup
 	$(BIN)/python -m ingot.plugins.kernels.build
 	$(BIN)/python -m ingot.plugins.tensorrt.build
 
-test: setup
+# The kernels for CPUs, plugins/lib/libingot_cpu.so; what is compiled already is kept in build/cpu.
+cpu: setup
+	$(BIN)/python -m ingot.plugins.cpu.build
+
+test: setup cpu
 	$(BIN)/python -m pytest -m "not slow and not gpu and not triton"
 
 test-slow: setup

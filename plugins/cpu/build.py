@@ -1,0 +1,115 @@
+"""``python -m ingot.plugins.cpu.build``: the kernels for CPUs, ``libingot_cpu.so``.
+
+Highway (portable SIMD with dispatch at run time) comes from Debian's source package, which
+``fetch_debian.sh`` unpacks into ``.tools``. A file is compiled once for all that it includes; what
+was made of it is kept in ``build/cpu``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import click
+
+from ingot.plugins.command_line import Command
+from ingot.plugins.errors import IngotError
+from ingot.plugins.whole import staged_file
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SOURCES = HERE / "src"
+OUT = HERE.parent / "lib" / "libingot_cpu.so"
+OBJECTS = ROOT / "build" / "cpu"
+
+HIGHWAY = ROOT / ".tools" / "highway"
+# What dispatch at run time needs of it; the rest is headers.
+HIGHWAY_FILES = ("targets.cc", "abort.cc", "per_target.cc")
+# Of Highway's instruction sets those that make a difference: VNNI is in AVX3_DL, and products of
+# bfloat16, which AVX3_ZEN4 and AVX3_SPR add, would round activations.
+TARGETS = (
+    "-DHWY_WANT_AVX3_DL=1",
+    "-DHWY_DISABLED_TARGETS=(HWY_SSSE3|HWY_SSE4|HWY_AVX3_ZEN4|HWY_AVX3_SPR|HWY_ALL_SVE)",
+)
+FLAGS = ("-std=c++17", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+
+
+def find_highway() -> Path:
+    """The folder of Highway's sources, fetched where it is not there.
+
+    Raises:
+        IngotError: it cannot be fetched.
+    """
+    found = sorted(HIGHWAY.glob("highway-*"))
+    if not found:
+        fetch: list[str | Path] = [HERE / "fetch_debian.sh", HIGHWAY, "source", "highway"]
+        done = subprocess.run(fetch, capture_output=True, text=True, check=False)
+        found = sorted(HIGHWAY.glob("highway-*"))
+        if done.returncode or not found:
+            raise IngotError(
+                f"Highway's sources could not be fetched: {done.stderr.strip()}; unpack them "
+                f"(https://github.com/google/highway) as {HIGHWAY / 'highway-1.2.0'}."
+            )
+    return found[-1]
+
+
+def build(out: Path = OUT, *, compiler: str = "g++", extra: Sequence[str] = ()) -> None:
+    """Write the shared library ``out``.
+
+    Args:
+        out: its path; it appears whole or not at all.
+        compiler: GCC's or Clang's C++ compiler.
+        extra: flags for compiling and linking.
+
+    Raises:
+        IngotError: no compiler, no Highway, or a file that does not compile.
+    """
+    if shutil.which(compiler) is None:
+        raise IngotError(f"{compiler} is missing; install it (Debian: apt-get install g++).")
+    highway = find_highway()
+    flags = (*FLAGS, *TARGETS, *extra, f"-isystem{highway}", f"-I{SOURCES}")
+    ours = [(path, (*flags, *WARNINGS)) for path in sorted(SOURCES.glob("*.cpp"))]
+    theirs = [(highway / "hwy" / name, flags) for name in HIGHWAY_FILES]
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(lambda each: _object(compiler, *each), [*ours, *theirs]))
+    with staged_file(out) as part:
+        _run([compiler, "-shared", *extra, *objects, "-Wl,--no-undefined", "-lpthread", "-o", part])
+
+
+def _object(compiler: str, source: Path, flags: Sequence[str]) -> Path:
+    """A compiled file, kept by all that went into it."""
+    whole = _run([compiler, *flags, "-E", source])
+    key = hashlib.sha256(whole.encode() + "\0".join([compiler, *flags]).encode()).hexdigest()
+    path = OBJECTS / f"{source.stem}-{key[:24]}.o"
+    if not path.is_file():
+        with staged_file(path) as part:
+            _run([compiler, *flags, "-c", source, "-o", part])
+    return path
+
+
+def _run(command: Sequence[str | Path]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise IngotError(f"{command[0]} failed:\n{done.stderr}")
+    return done.stdout
+
+
+@click.command(cls=Command)
+@click.option("--out", type=click.Path(path_type=Path), default=OUT, help="The library's path.")
+@click.option("--compiler", default="g++", help="A cross compiler, for another processor.")
+@click.option("--flag", "flags", multiple=True, help="One more flag, such as -fsanitize=thread.")
+def main(out: Path, compiler: str, flags: tuple[str, ...]) -> None:
+    """Compile the kernels for CPUs."""
+    build(out, compiler=compiler, extra=flags)
+    click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""``libingot_cpu.so``, the kernels for CPUs, called by ctypes.
+
+The structures mirror those of ``src/ingot_cpu.h``; there it says what their members mean.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_void_p,
+)
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ingot.plugins.cpu.panels import NUMBERS, Bytes, Floats, Format
+from ingot.plugins.errors import IngotError
+
+VERSION = 1
+PATH = Path(__file__).resolve().parents[1] / "lib" / "libingot_cpu.so"
+
+_TASK = CFUNCTYPE(None, c_void_p, c_size_t)
+_RUN = CFUNCTYPE(None, c_void_p, c_size_t, _TASK, c_void_p)
+
+
+class LibraryError(IngotError):
+    """The kernels are not built, or refuse a call."""
+
+
+class _Threads(Structure):
+    _fields_ = (("run", _RUN), ("self", c_void_p))
+
+
+class _Format(Structure):
+    _fields_ = (("numbers", c_int32), ("block", c_int32), ("zero_points", c_int32))
+
+
+class _Linear(Structure):
+    _fields_ = (
+        ("format", _Format),
+        ("round_activations", c_int32),
+        ("tokens", c_int64),
+        ("in_features", c_int64),
+        ("out_features", c_int64),
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+    )
+
+
+class _Embedding(Structure):
+    _fields_ = (
+        ("format", _Format),
+        ("tokens", c_int64),
+        ("in_features", c_int64),
+        ("out_features", c_int64),
+        ("ids", c_void_p),
+        ("weight", c_void_p),
+        ("y", c_void_p),
+    )
+
+
+class CpuLibrary:
+    """The loaded library.
+
+    Args:
+        path: of the shared library.
+        threads: that calls are computed by.
+
+    Raises:
+        LibraryError: missing, another library, or of another version.
+    """
+
+    def __init__(self, path: Path = PATH, threads: int = 1) -> None:
+        if not path.is_file():
+            raise LibraryError(f"{path} is missing; build the CPU kernels with: make cpu")
+        try:
+            self._library = ctypes.CDLL(str(path))
+            version = self._library.ingot_cpu_version()
+        except (OSError, AttributeError) as error:
+            raise LibraryError(f"{path} is not a library of Ingot's kernels: {error}") from error
+        if version != VERSION:
+            raise LibraryError(
+                f"{path} has interface version {version} and this Ingot needs {VERSION}; rebuild "
+                "it with: make cpu"
+            )
+        for name in ("last_error", "targets", "target"):
+            getattr(self._library, f"ingot_cpu_{name}").restype = c_char_p
+        self._library.ingot_cpu_use.argtypes = [c_char_p]
+        self._library.ingot_cpu_weight_bytes.restype = c_size_t
+        self._library.ingot_cpu_weight_bytes.argtypes = [POINTER(_Format), c_int64, c_int64]
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._threads = _Threads(_RUN(self._run), None)
+
+    @property
+    def targets(self) -> list[str]:
+        """The instruction sets that may be used here, the best first."""
+        found: bytes = self._library.ingot_cpu_targets()
+        return found.decode().split(",")
+
+    @property
+    def target(self) -> str:
+        """The one that is used."""
+        found: bytes = self._library.ingot_cpu_target()
+        return found.decode()
+
+    def use(self, target: str) -> None:
+        """Use another one of ``targets``.
+
+        Raises:
+            LibraryError: it is none of them.
+        """
+        self._check(self._library.ingot_cpu_use(target.encode()))
+
+    def weight_bytes(self, form: Format, rows: int, columns: int) -> int:
+        """Of a matrix ``[rows, columns]`` in panels."""
+        size: int = self._library.ingot_cpu_weight_bytes(byref(_format(form)), rows, columns)
+        return size
+
+    def linear(
+        self,
+        form: Format,
+        x: Floats,
+        weight: Bytes,
+        rows: int,
+        bias: Floats | None = None,
+        *,
+        round_activations: bool = False,
+    ) -> Floats:
+        """``x W^T + bias``.
+
+        Args:
+            form: of the weight.
+            x: ``[N, K]``, contiguous.
+            weight: ``[rows, K]`` in panels.
+            rows: outputs.
+            bias: ``[rows]``.
+            round_activations: whether x is rounded to int8.
+
+        Returns:
+            ``[N, rows]``.
+        """
+        y = np.full((len(x), rows), np.nan, np.float32)
+        addresses = (_address(x), _address(weight), _address(bias), _address(y))
+        params = _Linear(_format(form), round_activations, *x.shape, rows, *addresses)
+        self._check(self._library.ingot_cpu_linear(byref(params), byref(self._threads)))
+        return y
+
+    def embedding(
+        self, form: Format, ids: npt.NDArray[np.int64], weight: Bytes, rows: int, columns: int
+    ) -> Floats:
+        """Rows ``[N, columns]`` of a table ``[rows, columns]`` in panels."""
+        y = np.full((len(ids), columns), np.nan, np.float32)
+        params = _Embedding(
+            _format(form), len(ids), columns, rows, *map(_address, (ids, weight, y))
+        )
+        self._check(self._library.ingot_cpu_embedding(byref(params), byref(self._threads)))
+        return y
+
+    def _run(self, _self: Any, count: int, task: Callable[[Any, int], None], data: Any) -> None:
+        if self._pool is None:
+            for index in range(count):
+                task(data, index)
+        else:
+            list(self._pool.map(lambda index: task(data, index), range(count)))
+
+    def _check(self, status: int) -> None:
+        if status:
+            raise LibraryError(self._library.ingot_cpu_last_error().decode())
+
+
+def _format(form: Format) -> _Format:
+    return _Format(NUMBERS[form.numbers], form.block, form.zero_points)
+
+
+def _address(array: npt.NDArray[Any] | None) -> int | None:
+    if array is None:
+        return None
+    assert array.flags.c_contiguous
+    return array.ctypes.data

@@ -1,0 +1,104 @@
+/* The kernels of Ingot's operators for CPUs: a plain C interface.
+ *
+ * Activations, states and sums are float32. Weights lie in panels of sixteen rows, as panels.h and
+ * plugins/cpu/panels.py have them; nothing is copied or repacked, so they may be a mapped file.
+ *
+ * A call is computed by whatever threads the caller lends, in pieces that do not depend on how many
+ * there are; results are equal to the bit for any number of them.
+ *
+ * Every call returns 0, or 1 where it refuses its arguments; ingot_cpu_last_error says why, in the
+ * thread that called.
+ */
+#ifndef INGOT_CPU_H
+#define INGOT_CPU_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define INGOT_CPU_VERSION 1
+
+#if defined(__GNUC__)
+#define INGOT_CPU_API __attribute__((visibility("default")))
+#else
+#define INGOT_CPU_API
+#endif
+
+/* What the numbers of a weight are. */
+typedef enum {
+    INGOT_CPU_FLOAT32 = 0,
+    INGOT_CPU_BFLOAT16 = 1,
+    INGOT_CPU_INT8 = 2,
+    INGOT_CPU_INT4 = 3
+} ingot_cpu_numbers;
+
+/* How a weight is stored. */
+typedef struct {
+    int32_t numbers;     /* of ingot_cpu_numbers */
+    int32_t block;       /* whole numbers of a row that share a scale: 32, 64 or 128; else 0 */
+    int32_t zero_points; /* whether each block has one; else it is the middle of the range */
+} ingot_cpu_format;
+
+/* Threads that a caller lends. run() returns when task(data, 0) ... task(data, count - 1) have, in
+ * any order and at once as it likes. */
+typedef struct {
+    void (*run)(void *self, size_t count, void (*task)(void *data, size_t index), void *data);
+    void *self;
+} ingot_cpu_threads;
+
+/* y = x W^T + bias */
+typedef struct {
+    ingot_cpu_format format;
+    int32_t round_activations; /* whether x may be rounded to int8 a block, with whole numbers */
+    int64_t tokens;            /* N */
+    int64_t in_features;       /* K */
+    int64_t out_features;      /* O */
+    const float *x;            /* [N, K] */
+    const void *weight;        /* [O, K] in panels */
+    const float *bias;         /* [O], or NULL */
+    float *y;                  /* [N, O] */
+} ingot_cpu_linear_params;
+
+/* y[n] = W[ids[n]] */
+typedef struct {
+    ingot_cpu_format format;
+    int64_t tokens;       /* N */
+    int64_t in_features;  /* K, the length of a row */
+    int64_t out_features; /* O, the number of rows */
+    const int64_t *ids;   /* [N], each 0 to O - 1, or -O to -1, which count from the end */
+    const void *weight;   /* [O, K] in panels */
+    float *y;             /* [N, K] */
+} ingot_cpu_embedding_params;
+
+INGOT_CPU_API int ingot_cpu_version(void);
+
+/* Why the last call of this thread was refused; empty where none was. */
+INGOT_CPU_API const char *ingot_cpu_last_error(void);
+
+/* The instruction sets that this library was built for and this processor has, the best first, with
+ * commas between; "reference" is the last, plain loops in float64. */
+INGOT_CPU_API const char *ingot_cpu_targets(void);
+
+/* The one that is used: the best, or what the environment's INGOT_CPU names. */
+INGOT_CPU_API const char *ingot_cpu_target(void);
+
+/* Use another of them from now on. No other call may run meanwhile. */
+INGOT_CPU_API int ingot_cpu_use(const char *target);
+
+/* Bytes of a weight [out_features, in_features] in panels; 0 of a format that there is not. */
+INGOT_CPU_API size_t ingot_cpu_weight_bytes(const ingot_cpu_format *format, int64_t out_features,
+                                            int64_t in_features);
+
+INGOT_CPU_API int ingot_cpu_linear(const ingot_cpu_linear_params *params,
+                                   const ingot_cpu_threads *threads);
+INGOT_CPU_API int ingot_cpu_embedding(const ingot_cpu_embedding_params *params,
+                                      const ingot_cpu_threads *threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,88 @@
+#include "reference.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace ingot::cpu {
+namespace {
+
+template <typename T>
+T read(const uint8_t *from, size_t index) {
+    T value;
+    std::memcpy(&value, from + index * sizeof(T), sizeof(T));
+    return value;
+}
+
+double from_half(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+    return bits >> 15 ? -size : size;
+}
+
+float from_bfloat16(uint16_t bits) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+// x rounded to int8, a block at a time.
+void round_blocks(std::vector<double> &x, size_t block) {
+    for (size_t begin = 0; begin < x.size(); begin += block) {
+        const size_t end = std::min(begin + block, x.size());
+        float most = 0;
+        for (size_t k = begin; k < end; ++k) most = std::max(most, float(std::fabs(x[k])));
+        const float scale = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
+        for (size_t k = begin; k < end; ++k)
+            x[k] = double(std::nearbyint(float(x[k]) * inverse)) * double(scale);
+    }
+}
+
+}  // namespace
+
+std::vector<double> reference_row(const ingot_cpu_format &format, const void *weight, size_t columns,
+                                  size_t row) {
+    const Layout layout(format, columns);
+    const uint8_t *panel = static_cast<const uint8_t *>(weight) + row / kRows * layout.bytes;
+    const size_t lane = row % kRows;
+    std::vector<double> result(columns);
+    for (size_t k = 0; k < columns; ++k) {
+        if (format.numbers == INGOT_CPU_FLOAT32) {
+            result[k] = read<float>(panel, k * kRows + lane);
+        } else if (format.numbers == INGOT_CPU_BFLOAT16) {
+            result[k] = from_bfloat16(read<uint16_t>(panel, (k / 2 * kRows + lane) * 2 + k % 2));
+        } else {
+            const bool four = format.numbers == INGOT_CPU_INT4;
+            const size_t block = k / size_t(format.block), at = k % size_t(format.block);
+            const uint8_t *numbers = panel + layout.numbers + block * layout.block_bytes;
+            const int byte = four ? numbers[(at / 8 * kRows + lane) * 4 + at % 4]
+                                  : numbers[(at / 4 * kRows + lane) * 4 + at % 4];
+            const int number = !four ? byte : at % 8 < 4 ? byte & 15 : byte >> 4;
+            const int zero = format.zero_points ? panel[layout.zeros + block * kRows + lane]
+                                                : (four ? 8 : 128);
+            const double scale = from_half(read<uint16_t>(panel + layout.scales, block * kRows + lane));
+            result[k] = (number - zero) * scale * read<float>(panel, lane);
+        }
+    }
+    return result;
+}
+
+void reference_linear(const ingot_cpu_linear_params &p) {
+    const size_t tokens = size_t(p.tokens), columns = size_t(p.in_features), out = size_t(p.out_features);
+    std::vector<std::vector<double>> x;
+    for (size_t n = 0; n < tokens; ++n) {
+        x.emplace_back(p.x + n * columns, p.x + (n + 1) * columns);
+        if (p.round_activations && is_whole(p.format)) round_blocks(x.back(), size_t(p.format.block));
+    }
+    for (size_t row = 0; row < out; ++row) {
+        const std::vector<double> w = reference_row(p.format, p.weight, columns, row);
+        for (size_t n = 0; n < tokens; ++n) {
+            double sum = p.bias ? p.bias[row] : 0.0;
+            for (size_t k = 0; k < columns; ++k) sum += x[n][k] * w[k];
+            p.y[n * out + row] = float(sum);
+        }
+    }
+}
+
+}  // namespace ingot::cpu

@@ -1,0 +1,17 @@
+// What the kernels compute, in plain loops and float64: what they are compared with, and what runs
+// where INGOT_CPU says "reference".
+#pragma once
+
+#include <vector>
+
+#include "panels.h"
+
+namespace ingot::cpu {
+
+// Row `row` of a weight, [columns].
+std::vector<double> reference_row(const ingot_cpu_format &format, const void *weight, size_t columns,
+                                  size_t row);
+
+void reference_linear(const ingot_cpu_linear_params &params);
+
+}  // namespace ingot::cpu
