@@ -44,6 +44,7 @@ from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.plugins.device import has_gpu
 
 if TYPE_CHECKING:
+    from ingot.plugins.cpu.library import CpuLibrary
     from ingot.plugins.kernels.interpret import InterpretedLibrary
 
 MakeCheckpoint = Callable[..., Path]
@@ -137,6 +138,19 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> InterpretedLibrary:
     with (folder / "kernels.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return InterpretedLibrary(all_forms(), folder / "kernels")
+
+
+@pytest.fixture(scope="session")
+def cpu_library() -> CpuLibrary:
+    """The kernels for CPUs of this tree, built where they are not; read only but for its target."""
+    from ingot.plugins.cpu.build import OBJECTS, OUT, build
+    from ingot.plugins.cpu.library import CpuLibrary
+
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    with (OBJECTS / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build(OUT)
+    return CpuLibrary(OUT)
 
 
 @pytest.fixture(scope="session")

@@ -85,6 +85,7 @@ class CpuLibrary:
     """
 
     def __init__(self, path: Path = PATH, threads: int = 1) -> None:
+        self.path = path
         if not path.is_file():
             raise LibraryError(f"{path} is missing; build the CPU kernels with: make cpu")
         try:
@@ -164,9 +165,8 @@ class CpuLibrary:
     ) -> Floats:
         """Rows ``[N, columns]`` of a table ``[rows, columns]`` in panels."""
         y = np.full((len(ids), columns), np.nan, np.float32)
-        params = _Embedding(
-            _format(form), len(ids), columns, rows, *map(_address, (ids, weight, y))
-        )
+        addresses = (_address(ids), _address(weight), _address(y))
+        params = _Embedding(_format(form), len(ids), columns, rows, *addresses)
         self._check(self._library.ingot_cpu_embedding(byref(params), byref(self._threads)))
         return y
 

@@ -191,7 +191,8 @@ def scales_stored(scales: Floats) -> Floats:
 
 def _halves(scales: Floats) -> tuple[npt.NDArray[np.float16], Floats]:
     """Scales as float16 and a factor for each row."""
-    plain = scales.astype(np.float16)
+    with np.errstate(over="ignore"):
+        plain = scales.astype(np.float16)
     # Those of a checkpoint in half precision are kept to the bit.
     exact = (plain.astype(np.float32) == scales).all(axis=1)
     largest = np.abs(scales).max(axis=1, initial=0)

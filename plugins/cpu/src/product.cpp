@@ -348,18 +348,10 @@ HWY_INLINE void float_tile(const float *x, const float *const (&panels)[kSpan], 
                            size_t out) {
     const F32 d;
     VF sums[kTall][kSpan * kVectors];
-    const bool inside = column0 + kSpan * kRows <= out;
     INGOT_UNROLL
     for (size_t m = 0; m < kTall; ++m)
         INGOT_UNROLL
-        for (size_t v = 0; v < kSpan * kVectors; ++v) {
-            const size_t at = column0 + v * kLanes;
-            const float *from = begin ? bias : y + m * stride;
-            sums[m][v] = !from     ? hn::Zero(d)
-                         : inside  ? hn::LoadU(d, from + at)
-                         : at < out ? hn::LoadN(d, from + at, out - at)
-                                   : hn::Zero(d);
-        }
+        for (size_t v = 0; v < kSpan * kVectors; ++v) sums[m][v] = hn::Zero(d);
     for (size_t k = 0; k < depth; ++k) {
         VF w[kSpan * kVectors];
         INGOT_UNROLL
@@ -375,11 +367,13 @@ HWY_INLINE void float_tile(const float *x, const float *const (&panels)[kSpan], 
                 sums[m][v] = hn::MulAdd(each, w[v], sums[m][v]);
         }
     }
+    // Sums of the columns before are added last: short sums round less.
     INGOT_UNROLL
     for (size_t m = 0; m < kTall; ++m)
         INGOT_UNROLL
         for (size_t v = 0; v < kSpan * kVectors; ++v)
-            store(sums[m][v], y + m * stride, nullptr, column0 + v * kLanes, out);
+            store(sums[m][v], y + m * stride, begin ? bias : y + m * stride, column0 + v * kLanes,
+                  out);
 }
 
 // Calls use(std::integral_constant<size_t, n>()) for the n of 1 to kMost that is given.

@@ -1,0 +1,226 @@
+"""Products with weights in panels, on every instruction set, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ingot.plugins.cpu.library import CpuLibrary, LibraryError
+from ingot.plugins.cpu.panels import (
+    Bytes,
+    Floats,
+    Format,
+    Whole,
+    pack_floats,
+    pack_whole,
+    scales_stored,
+)
+
+FORMATS = (
+    Format("float32"),
+    Format("bfloat16"),
+    *(
+        Format(numbers, block, zero_points)
+        for numbers in ("int8", "int4")
+        for block, zero_points in ((32, False), (32, True), (64, True), (128, False))
+    ),
+)
+TARGETS = ("avx512-vnni", "avx512", "avx2", "sse2", "neon", "neon_without_aes", "reference")
+# Tokens, inputs, outputs: about tiles of rows, panels, groups and blocks, and past them.
+SHAPES = ((1, 32, 16), (1, 7, 5), (2, 100, 33), (3, 64, 40), (4, 300, 100), (5, 129, 17))
+LARGE = ((13, 257, 70), (25, 513, 150), (60, 640, 48))
+
+
+def drawn(form: Format, rows: int, columns: int, seed: int) -> tuple[Bytes, Floats]:
+    """A weight in panels, and what it stands for."""
+    rng = np.random.default_rng(seed)
+    if not form.block:
+        matrix = rng.standard_normal((rows, columns)).astype(np.float32)
+        if form.numbers == "bfloat16":
+            matrix = (matrix.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+        return pack_floats(form, matrix), matrix
+    blocks = -(-columns // form.block)
+    numbers = rng.integers(0, 1 << form.bits, (rows, blocks, form.block), np.uint8)
+    scales = scales_stored((rng.uniform(0.1, 2, (rows, blocks)) / form.middle).astype(np.float32))
+    zeros = rng.integers(0, 1 << form.bits, (rows, blocks), np.uint8)
+    zero = zeros[..., None].astype(int) if form.zero_points else form.middle
+    matrix = ((numbers.astype(int) - zero) * scales[..., None].astype(np.float64)).reshape(rows, -1)
+    # What lies behind the last column has no part in any product.
+    return pack_whole(form, Whole(numbers, scales, zeros if form.zero_points else None)), (
+        matrix[:, :columns].astype(np.float32)
+    )
+
+
+def rounded(x: Floats, block: int) -> npt.NDArray[np.float64]:
+    """x in int8 by blocks, each with the scale of its largest number."""
+    result = np.zeros(x.shape)
+    for begin in range(0, x.shape[1], block):
+        part = x[:, begin : begin + block]
+        most = np.abs(part).max(axis=1, keepdims=True)
+        inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+        whole = np.rint(part * inverse)
+        result[:, begin : begin + block] = whole.astype(np.float64) * (most / np.float32(127))
+    return result
+
+
+def bound(x: npt.NDArray[Any], matrix: Floats) -> npt.NDArray[np.float64]:
+    """What rounding in float32 may amount to: some units of what the sum is made of."""
+    sizes: npt.NDArray[np.float64] = np.abs(x).astype(np.float64) @ np.abs(matrix).T
+    return sizes * 2.0**-21 + 1e-30
+
+
+@pytest.fixture(params=TARGETS)
+def library(request: pytest.FixtureRequest, cpu_library: CpuLibrary) -> Iterator[CpuLibrary]:
+    if request.param not in cpu_library.targets:
+        pytest.skip(f"this processor has no {request.param}")
+    before = cpu_library.target
+    cpu_library.use(request.param)
+    yield cpu_library
+    cpu_library.use(before)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_gives_the_product_of_float64(library: CpuLibrary, form: Format) -> None:
+    for seed, (tokens, columns, rows) in enumerate((*SHAPES, *LARGE)):
+        weight, matrix = drawn(form, rows, columns, seed)
+        rng = np.random.default_rng(100 + seed)
+        x = rng.standard_normal((tokens, columns)).astype(np.float32)
+        bias = rng.standard_normal(rows).astype(np.float32)
+        found = library.linear(form, x, weight, rows, bias)
+        error = np.abs(found - (x.astype(np.float64) @ matrix.T.astype(np.float64) + bias))
+        assert (error <= bound(x, matrix) + np.abs(bias) * 2.0**-20).all(), (tokens, columns, rows)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form.block], ids=str)
+def test_rounds_activations_where_it_may(library: CpuLibrary, form: Format) -> None:
+    for seed, (tokens, columns, rows) in enumerate((*SHAPES, *LARGE)):
+        weight, matrix = drawn(form, rows, columns, seed)
+        x = np.random.default_rng(100 + seed).standard_normal((tokens, columns)).astype(np.float32)
+        x[0, :32] = 0
+        found = library.linear(form, x, weight, rows, round_activations=True)
+        near = rounded(x, form.block)
+        error = np.abs(found - near @ matrix.T.astype(np.float64))
+        assert (error <= bound(near, matrix)).all(), (tokens, columns, rows)
+
+
+def test_floats_are_never_rounded(cpu_library: CpuLibrary) -> None:
+    form = Format("bfloat16")
+    weight, _ = drawn(form, 20, 40, 0)
+    x = np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32)
+    exact = cpu_library.linear(form, x, weight, 20)
+    np.testing.assert_array_equal(
+        cpu_library.linear(form, x, weight, 20, round_activations=True), exact
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(FORMATS),
+    st.integers(0, 30),
+    st.integers(1, 400),
+    st.integers(1, 90),
+    st.booleans(),
+    st.booleans(),
+)
+def test_any_sizes_agree_with_plain_loops(
+    cpu_library: CpuLibrary,
+    form: Format,
+    tokens: int,
+    columns: int,
+    rows: int,
+    biased: bool,
+    round_activations: bool,
+) -> None:
+    weight, matrix = drawn(form, rows, columns, columns)
+    rng = np.random.default_rng(1000 + rows)
+    x = rng.standard_normal((tokens, columns)).astype(np.float32)
+    bias = rng.standard_normal(rows).astype(np.float32) if biased else None
+
+    def product() -> Floats:
+        return cpu_library.linear(form, x, weight, rows, bias, round_activations=round_activations)
+
+    found, target = product(), cpu_library.target
+    cpu_library.use("reference")
+    try:
+        expected = product()
+    finally:
+        cpu_library.use(target)
+    assert found.shape == (tokens, rows)
+    assert (np.abs(found - expected) <= 2 * bound(x, matrix) + 1e-5).all()
+
+
+@pytest.mark.parametrize("round_activations", [False, True])
+@pytest.mark.parametrize("form", FORMATS[::3], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(
+    cpu_library: CpuLibrary, form: Format, round_activations: bool
+) -> None:
+    rows, columns = 700, 513
+    weight, _ = drawn(form, rows, columns, 3)
+    many = CpuLibrary(cpu_library.path, threads=3)
+    for tokens in (1, 3, 40):
+        x = np.random.default_rng(4).standard_normal((tokens, columns)).astype(np.float32)
+        one = cpu_library.linear(form, x, weight, rows, round_activations=round_activations)
+        other = many.linear(form, x, weight, rows, round_activations=round_activations)
+        np.testing.assert_array_equal(other, one)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 33])
+@pytest.mark.parametrize("form", FORMATS[::2], ids=str)
+def test_a_row_is_the_same_in_any_batch_of_its_kind(
+    cpu_library: CpuLibrary, form: Format, tokens: int
+) -> None:
+    """Rows of one batch are computed alike, whatever stands beside them."""
+    weight, _ = drawn(form, 50, 200, 5)
+    x = np.random.default_rng(6).standard_normal((tokens, 200)).astype(np.float32)
+    found = cpu_library.linear(form, x, weight, 50)
+    turned = cpu_library.linear(form, np.ascontiguousarray(x[::-1]), weight, 50)
+    np.testing.assert_array_equal(turned[::-1], found)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_looks_rows_up(cpu_library: CpuLibrary, form: Format) -> None:
+    weight, matrix = drawn(form, 37, 75, 7)
+    ids = np.array([0, 36, 15, 16, -1, -37, 3], np.int64)
+    found = cpu_library.embedding(form, ids, weight, *matrix.shape)
+    np.testing.assert_array_equal(found, matrix[ids])
+
+
+@pytest.mark.parametrize("identity", [37, -38])
+def test_refuses_a_row_that_there_is_not(cpu_library: CpuLibrary, identity: int) -> None:
+    weight, matrix = drawn(FORMATS[0], 37, 75, 7)
+    with pytest.raises(LibraryError, match="no row of the table"):
+        cpu_library.embedding(FORMATS[0], np.array([identity], np.int64), weight, *matrix.shape)
+
+
+def test_counts_the_bytes_that_packing_makes(cpu_library: CpuLibrary) -> None:
+    for form in FORMATS:
+        for rows, columns in ((1, 1), (16, 32), (33, 257)):
+            expected = form.nbytes(rows, columns)
+            assert cpu_library.weight_bytes(form, rows, columns) == expected
+
+
+@pytest.mark.parametrize(
+    ("form", "why"),
+    [
+        (Format("int8", 48), "32, 64 or 128"),
+        (Format("int4", 0), "32, 64 or 128"),
+        (Format("float32", 32), "neither blocks"),
+    ],
+)
+def test_refuses_a_format_that_there_is_not(
+    cpu_library: CpuLibrary, form: Format, why: str
+) -> None:
+    x, weight = np.zeros((1, 32), np.float32), np.zeros(1 << 16, np.uint8)
+    with pytest.raises(LibraryError, match=why):
+        cpu_library.linear(form, x, weight, 16)
+
+
+def test_refuses_an_instruction_set_that_there_is_not(cpu_library: CpuLibrary) -> None:
+    with pytest.raises(LibraryError, match=r'"mmx" .* choose one of .*reference'):
+        cpu_library.use("mmx")
