@@ -8,65 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from cpu_weights import FORMATS, TARGETS, drawn, rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingot.plugins.cpu.library import CpuLibrary, LibraryError
-from ingot.plugins.cpu.panels import (
-    Bytes,
-    Floats,
-    Format,
-    Whole,
-    pack_floats,
-    pack_whole,
-    scales_stored,
-)
+from ingot.plugins.cpu.panels import Floats, Format
 
-FORMATS = (
-    Format("float32"),
-    Format("bfloat16"),
-    *(
-        Format(numbers, block, zero_points)
-        for numbers in ("int8", "int4")
-        for block, zero_points in ((32, False), (32, True), (64, True), (128, False))
-    ),
-)
-TARGETS = ("avx512-vnni", "avx512", "avx2", "sse2", "neon", "neon_without_aes", "reference")
 # Tokens, inputs, outputs: about tiles of rows, panels, groups and blocks, and past them.
 SHAPES = ((1, 32, 16), (1, 7, 5), (2, 100, 33), (3, 64, 40), (4, 300, 100), (5, 129, 17))
 LARGE = ((13, 257, 70), (25, 513, 150), (60, 640, 48))
-
-
-def drawn(form: Format, rows: int, columns: int, seed: int) -> tuple[Bytes, Floats]:
-    """A weight in panels, and what it stands for."""
-    rng = np.random.default_rng(seed)
-    if not form.block:
-        matrix = rng.standard_normal((rows, columns)).astype(np.float32)
-        if form.numbers == "bfloat16":
-            matrix = (matrix.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
-        return pack_floats(form, matrix), matrix
-    blocks = -(-columns // form.block)
-    numbers = rng.integers(0, 1 << form.bits, (rows, blocks, form.block), np.uint8)
-    scales = scales_stored((rng.uniform(0.1, 2, (rows, blocks)) / form.middle).astype(np.float32))
-    zeros = rng.integers(0, 1 << form.bits, (rows, blocks), np.uint8)
-    zero = zeros[..., None].astype(int) if form.zero_points else form.middle
-    matrix = ((numbers.astype(int) - zero) * scales[..., None].astype(np.float64)).reshape(rows, -1)
-    # What lies behind the last column has no part in any product.
-    return pack_whole(form, Whole(numbers, scales, zeros if form.zero_points else None)), (
-        matrix[:, :columns].astype(np.float32)
-    )
-
-
-def rounded(x: Floats, block: int) -> npt.NDArray[np.float64]:
-    """x in int8 by blocks, each with the scale of its largest number."""
-    result = np.zeros(x.shape)
-    for begin in range(0, x.shape[1], block):
-        part = x[:, begin : begin + block]
-        most = np.abs(part).max(axis=1, keepdims=True)
-        inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
-        whole = np.rint(part * inverse)
-        result[:, begin : begin + block] = whole.astype(np.float64) * (most / np.float32(127))
-    return result
 
 
 def bound(x: npt.NDArray[Any], matrix: Floats) -> npt.NDArray[np.float64]:

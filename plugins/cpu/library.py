@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ingot.plugins.activations import ACTIVATIONS
 from ingot.plugins.cpu.panels import NUMBERS, Bytes, Floats, Format
 from ingot.plugins.errors import IngotError
 
@@ -68,6 +69,43 @@ class _Embedding(Structure):
         ("in_features", c_int64),
         ("out_features", c_int64),
         ("ids", c_void_p),
+        ("weight", c_void_p),
+        ("y", c_void_p),
+    )
+
+
+class _MoeDispatch(Structure):
+    _fields_ = (
+        ("gate_up_format", _Format),
+        ("down_format", _Format),
+        ("round_activations", c_int32),
+        ("activation", c_int32),
+        ("normalize", c_int32),
+        ("top_k", c_int32),
+        ("tokens", c_int64),
+        ("hidden", c_int64),
+        ("intermediate", c_int64),
+        ("experts", c_int64),
+        ("x", c_void_p),
+        ("router_logits", c_void_p),
+        ("gate_up", c_void_p),
+        ("down", c_void_p),
+        ("y", c_void_p),
+    )
+
+
+class _MoeLinear(Structure):
+    _fields_ = (
+        ("format", _Format),
+        ("round_activations", c_int32),
+        ("per_choice", c_int32),
+        ("top_k", c_int32),
+        ("tokens", c_int64),
+        ("in_features", c_int64),
+        ("out_features", c_int64),
+        ("experts", c_int64),
+        ("x", c_void_p),
+        ("expert_ids", c_void_p),
         ("weight", c_void_p),
         ("y", c_void_p),
     )
@@ -168,6 +206,94 @@ class CpuLibrary:
         addresses = (_address(ids), _address(weight), _address(y))
         params = _Embedding(_format(form), len(ids), columns, rows, *addresses)
         self._check(self._library.ingot_cpu_embedding(byref(params), byref(self._threads)))
+        return y
+
+    def moe_dispatch(
+        self,
+        forms: tuple[Format, Format],
+        x: Floats,
+        router_logits: Floats,
+        gate_up: Bytes,
+        down: Bytes,
+        intermediate: int,
+        *,
+        top_k: int,
+        normalize: bool,
+        activation: str,
+        round_activations: bool = False,
+    ) -> Floats:
+        """``plugins.moe_dispatch`` in float32.
+
+        Args:
+            forms: of ``gate_up`` and of ``down``.
+            x: ``[N, H]``.
+            router_logits: ``[N, E]``.
+            gate_up: E matrices ``[2I, H]`` in panels.
+            down: E matrices ``[H, I]`` in panels.
+            intermediate: I.
+            top_k: K.
+            normalize: whether the chosen weights are divided by their sum.
+            activation: a key of ``plugins.activations.ACTIVATIONS``.
+            round_activations: whether what is multiplied is rounded to int8.
+
+        Returns:
+            ``[N, H]``.
+        """
+        y = np.full(x.shape, np.nan, np.float32)
+        tensors = (x, router_logits, gate_up, down, y)
+        params = _MoeDispatch(
+            *map(_format, forms),
+            round_activations,
+            ACTIVATIONS[activation].number,
+            normalize,
+            top_k,
+            *x.shape,
+            intermediate,
+            router_logits.shape[1],
+            *(_address(tensor) for tensor in tensors),
+        )
+        self._check(self._library.ingot_cpu_moe_dispatch(byref(params), byref(self._threads)))
+        return y
+
+    def moe_linear(
+        self,
+        form: Format,
+        x: Floats,
+        expert_ids: npt.NDArray[np.int64],
+        weight: Bytes,
+        rows: int,
+        experts: int,
+        *,
+        round_activations: bool = False,
+    ) -> Floats:
+        """``plugins.moe_linear`` in float32.
+
+        Args:
+            form: of the weight.
+            x: ``[N, Kin]``, or ``[N, K, Kin]`` with a row per choice.
+            expert_ids: ``[N, K]``.
+            weight: E matrices ``[rows, Kin]`` in panels.
+            rows: outputs.
+            experts: E.
+            round_activations: whether x is rounded to int8.
+
+        Returns:
+            ``[N, K, rows]``.
+        """
+        y = np.full((*expert_ids.shape, rows), np.nan, np.float32)
+        tensors = (x, expert_ids, weight, y)
+        params = _MoeLinear(
+            _format(form),
+            round_activations,
+            x.ndim == 3,
+            expert_ids.shape[1],
+            expert_ids.shape[0],
+            x.shape[-1],
+            rows,
+            experts,
+            *(_address(tensor) for tensor in tensors),
+        )
+        self._check(self._library.ingot_cpu_moe_linear(byref(params), byref(self._threads)))
         return y
 
     def _run(self, _self: Any, count: int, task: Callable[[Any, int], None], data: Any) -> None:

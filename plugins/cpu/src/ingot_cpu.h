@@ -35,6 +35,15 @@ typedef enum {
     INGOT_CPU_INT4 = 3
 } ingot_cpu_numbers;
 
+/* As ingot_activation of ingot_kernels.h. */
+typedef enum {
+    INGOT_CPU_SILU = 0,
+    INGOT_CPU_GELU = 1,
+    INGOT_CPU_GELU_TANH = 2,
+    INGOT_CPU_RELU = 3,
+    INGOT_CPU_IDENTITY = 4
+} ingot_cpu_activation;
+
 /* How a weight is stored. */
 typedef struct {
     int32_t numbers;     /* of ingot_cpu_numbers */
@@ -73,6 +82,41 @@ typedef struct {
     float *y;             /* [N, K] */
 } ingot_cpu_embedding_params;
 
+/* ingot::MoeDispatch; plugins/moe_dispatch.py has the formula. */
+typedef struct {
+    ingot_cpu_format gate_up_format;
+    ingot_cpu_format down_format;
+    int32_t round_activations;
+    int32_t activation; /* of ingot_cpu_activation */
+    int32_t normalize;  /* whether the chosen weights are divided by their sum */
+    int32_t top_k;      /* K, 1 to E */
+    int64_t tokens;       /* N */
+    int64_t hidden;       /* H */
+    int64_t intermediate; /* I */
+    int64_t experts;      /* E */
+    const float *x;             /* [N, H] */
+    const float *router_logits; /* [N, E] */
+    const void *gate_up;        /* [E] of [2I, H] in panels, gate's rows first */
+    const void *down;           /* [E] of [H, I] in panels */
+    float *y;                   /* [N, H] */
+} ingot_cpu_moe_dispatch_params;
+
+/* ingot::MoeLinear; plugins/moe_linear.py has the formula. */
+typedef struct {
+    ingot_cpu_format format;
+    int32_t round_activations;
+    int32_t per_choice;        /* whether x has a row for each choice */
+    int32_t top_k;             /* K */
+    int64_t tokens;            /* N */
+    int64_t in_features;
+    int64_t out_features;      /* O */
+    int64_t experts;           /* E */
+    const float *x;            /* [N, in_features], per choice [N, K, in_features] */
+    const int64_t *expert_ids; /* [N, K], each 0 to E - 1 */
+    const void *weight;        /* [E] of [O, in_features] in panels */
+    float *y;                  /* [N, K, O] */
+} ingot_cpu_moe_linear_params;
+
 INGOT_CPU_API int ingot_cpu_version(void);
 
 /* Why the last call of this thread was refused; empty where none was. */
@@ -96,6 +140,10 @@ INGOT_CPU_API int ingot_cpu_linear(const ingot_cpu_linear_params *params,
                                    const ingot_cpu_threads *threads);
 INGOT_CPU_API int ingot_cpu_embedding(const ingot_cpu_embedding_params *params,
                                       const ingot_cpu_threads *threads);
+INGOT_CPU_API int ingot_cpu_moe_dispatch(const ingot_cpu_moe_dispatch_params *params,
+                                         const ingot_cpu_threads *threads);
+INGOT_CPU_API int ingot_cpu_moe_linear(const ingot_cpu_moe_linear_params *params,
+                                       const ingot_cpu_threads *threads);
 
 #ifdef __cplusplus
 }

@@ -1,7 +1,6 @@
 // ingot_cpu_linear and ingot_cpu_embedding.
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
 #include "hwy/base.h"
 
@@ -14,10 +13,9 @@ namespace ingot::cpu {
 namespace {
 
 void check_sizes(int64_t tokens, int64_t in_features, int64_t out_features) {
-    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-    require(tokens >= 0 && tokens <= kMost, "tokens are 0 to 2^31 - 1");
-    require(in_features >= 1 && in_features <= kMost, "in_features are 1 to 2^31 - 1");
-    require(out_features >= 1 && out_features <= kMost, "out_features are 1 to 2^31 - 1");
+    check_size("tokens", tokens, 0);
+    check_size("in_features", in_features);
+    check_size("out_features", out_features);
 }
 
 template <typename T>

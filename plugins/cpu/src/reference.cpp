@@ -68,20 +68,35 @@ std::vector<double> reference_row(const ingot_cpu_format &format, const void *we
     return result;
 }
 
-void reference_linear(const ingot_cpu_linear_params &p) {
-    const size_t tokens = size_t(p.tokens), columns = size_t(p.in_features), out = size_t(p.out_features);
-    std::vector<std::vector<double>> x;
-    for (size_t n = 0; n < tokens; ++n) {
-        x.emplace_back(p.x + n * columns, p.x + (n + 1) * columns);
-        if (p.round_activations && is_whole(p.format)) round_blocks(x.back(), size_t(p.format.block));
+std::vector<double> reference_product(const ingot_cpu_format &format, const void *weight,
+                                      std::vector<double> x, size_t rows, bool round_activations) {
+    if (round_activations && is_whole(format)) round_blocks(x, size_t(format.block));
+    std::vector<double> y(rows);
+    for (size_t row = 0; row < rows; ++row) {
+        const std::vector<double> w = reference_row(format, weight, x.size(), row);
+        for (size_t k = 0; k < x.size(); ++k) y[row] += x[k] * w[k];
     }
-    for (size_t row = 0; row < out; ++row) {
-        const std::vector<double> w = reference_row(p.format, p.weight, columns, row);
-        for (size_t n = 0; n < tokens; ++n) {
-            double sum = p.bias ? p.bias[row] : 0.0;
-            for (size_t k = 0; k < columns; ++k) sum += x[n][k] * w[k];
-            p.y[n * out + row] = float(sum);
-        }
+    return y;
+}
+
+double reference_activation(int32_t activation, double x) {
+    switch (activation) {
+        case INGOT_CPU_SILU: return x / (1 + std::exp(-x));
+        case INGOT_CPU_GELU: return x / 2 * (1 + std::erf(x / std::sqrt(2.0)));
+        case INGOT_CPU_GELU_TANH:
+            return x / 2 * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
+        case INGOT_CPU_RELU: return std::max(x, 0.0);
+        default: return x;
+    }
+}
+
+void reference_linear(const ingot_cpu_linear_params &p) {
+    const size_t columns = size_t(p.in_features), out = size_t(p.out_features);
+    for (size_t n = 0; n < size_t(p.tokens); ++n) {
+        const auto y = reference_product(p.format, p.weight, {p.x + n * columns, p.x + (n + 1) * columns}, out,
+                                         p.round_activations);
+        for (size_t row = 0; row < out; ++row)
+            p.y[n * out + row] = float(y[row] + (p.bias ? p.bias[row] : 0.0));
     }
 }
 

@@ -14,4 +14,10 @@ std::vector<double> reference_row(const ingot_cpu_format &format, const void *we
 
 void reference_linear(const ingot_cpu_linear_params &params);
 
+// x [columns] W^T for one weight, [rows]; rounded as round_activations says.
+std::vector<double> reference_product(const ingot_cpu_format &format, const void *weight,
+                                      std::vector<double> x, size_t rows, bool round_activations);
+
+double reference_activation(int32_t activation, double x);
+
 }  // namespace ingot::cpu

@@ -32,4 +32,7 @@ inline void require(bool holds, const char *why) {
 // Raises Refused of a format that there is not.
 void check(const ingot_cpu_format &format);
 
+// Raises Refused of a size that is below `least` or no int32.
+void check_size(const char *name, int64_t size, int64_t least = 1);
+
 }  // namespace ingot::cpu

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cctype>
 #include <cstdlib>
+#include <limits>
 #include <mutex>
 
 #include "hwy/highway.h"
@@ -96,6 +97,12 @@ void check(const ingot_cpu_format &format) {
                 "a block has 32, 64 or 128 numbers");
     else
         require(!format.block && !format.zero_points, "floats have neither blocks nor zero points");
+}
+
+void check_size(const char *name, int64_t size, int64_t least) {
+    if (size < least || size > std::numeric_limits<int32_t>::max())
+        throw Refused(std::string(name) + " is " + std::to_string(size) + "; it may be " +
+                      std::to_string(least) + " to 2147483647");
 }
 
 }  // namespace ingot::cpu
