@@ -30,11 +30,11 @@ plugins: setup
 	$(BIN)/python -m ingot.plugins.kernels.build
 	$(BIN)/python -m ingot.plugins.tensorrt.build
 
-# The kernels for CPUs, plugins/lib/libingot_cpu.so; what is compiled already is kept in build/cpu.
+# The kernels for CPUs, libingot_cpu.so and libingot_ort.so; what is compiled already is kept in build/cpu.
 cpu: setup
 	$(BIN)/python -m ingot.plugins.cpu.build
 
-test: setup cpu
+test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu and not triton"
 
 test-slow: setup

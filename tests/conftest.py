@@ -143,14 +143,21 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> InterpretedLibrary:
 @pytest.fixture(scope="session")
 def cpu_library() -> CpuLibrary:
     """The kernels for CPUs of this tree, built where they are not; read only but for its target."""
-    from ingot.plugins.cpu.build import OBJECTS, OUT, build
+    from ingot.plugins.cpu.build import LIB, OBJECTS, build
     from ingot.plugins.cpu.library import CpuLibrary
+    from ingot.plugins.errors import IngotError
 
     OBJECTS.mkdir(parents=True, exist_ok=True)
     with (OBJECTS / "build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        build(OUT)
-    return CpuLibrary(OUT)
+        try:
+            build(LIB)
+        except IngotError as error:
+            # Headers of another system's packages; `make cpu`, which CI calls, fails where these do.
+            if "could not be fetched" not in str(error):
+                raise
+            pytest.skip(str(error))
+    return CpuLibrary(LIB / "libingot_cpu.so")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
-"""``python -m ingot.plugins.cpu.build``: the kernels for CPUs, ``libingot_cpu.so``.
+"""``python -m ingot.plugins.cpu.build``: the kernels for CPUs.
 
-Highway (portable SIMD with dispatch at run time) comes from Debian's source package, which
-``fetch_debian.sh`` unpacks into ``.tools``. A file is compiled once for all that it includes; what
-was made of it is kept in ``build/cpu``.
+``libingot_cpu.so`` has a plain C interface; ``libingot_ort.so`` has the same kernels as custom
+operators of ONNX Runtime. Highway (portable SIMD with dispatch at run time) and ONNX Runtime's
+headers come from Debian's packages, which ``fetch_debian.sh`` unpacks into ``.tools``. A file is
+compiled once for all that it includes; what was made of it is kept in ``build/cpu``.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ from ingot.plugins.whole import staged_file
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SOURCES = HERE / "src"
-OUT = HERE.parent / "lib" / "libingot_cpu.so"
+OPERATORS = HERE / "ort"
+LIB = HERE.parent / "lib"
+# Each library, and the folders of what it is made of.
+LIBRARIES = {"libingot_cpu.so": (SOURCES,), "libingot_ort.so": (SOURCES, OPERATORS)}
 OBJECTS = ROOT / "build" / "cpu"
 
 HIGHWAY = ROOT / ".tools" / "highway"
+ONNXRUNTIME = ROOT / ".tools" / "onnxruntime"
 # What dispatch at run time needs of it; the rest is headers.
 HIGHWAY_FILES = ("targets.cc", "abort.cc", "per_target.cc")
 # Of Highway's instruction sets those that make a difference: VNNI is in AVX3_DL, and products of
@@ -37,6 +42,7 @@ TARGETS = (
     "-DHWY_DISABLED_TARGETS=(HWY_SSSE3|HWY_SSE4|HWY_AVX3_ZEN4|HWY_AVX3_SPR|HWY_ALL_SVE)",
 )
 FLAGS = ("-std=c++17", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
+LINKING = ("-Wl,--no-undefined", "-lpthread")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 
 
@@ -46,41 +52,61 @@ def find_highway() -> Path:
     Raises:
         IngotError: it cannot be fetched.
     """
-    found = sorted(HIGHWAY.glob("highway-*"))
+    return _fetched(HIGHWAY, "source", "highway", "highway-*/hwy/highway.h").parents[1]
+
+
+def find_onnxruntime() -> Path:
+    """The folder of ONNX Runtime's headers, fetched where it is not there.
+
+    Raises:
+        IngotError: it cannot be fetched.
+    """
+    pattern = "usr/include/onnxruntime/onnxruntime_cxx_api.h"
+    return _fetched(ONNXRUNTIME, "binary", "libonnxruntime-dev", pattern).parent
+
+
+def _fetched(folder: Path, kind: str, package: str, pattern: str) -> Path:
+    found = sorted(folder.glob(pattern))
     if not found:
-        fetch: list[str | Path] = [HERE / "fetch_debian.sh", HIGHWAY, "source", "highway"]
+        fetch: list[str | Path] = [HERE / "fetch_debian.sh", folder, kind, package]
         done = subprocess.run(fetch, capture_output=True, text=True, check=False)
-        found = sorted(HIGHWAY.glob("highway-*"))
+        found = sorted(folder.glob(pattern))
         if done.returncode or not found:
             raise IngotError(
-                f"Highway's sources could not be fetched: {done.stderr.strip()}; unpack them "
-                f"(https://github.com/google/highway) as {HIGHWAY / 'highway-1.2.0'}."
+                f"Debian's {package} could not be fetched: {done.stderr.strip()}; unpack it as "
+                f"{folder / pattern}."
             )
     return found[-1]
 
 
-def build(out: Path = OUT, *, compiler: str = "g++", extra: Sequence[str] = ()) -> None:
-    """Write the shared library ``out``.
+def build(folder: Path = LIB, *, compiler: str = "g++", extra: Sequence[str] = ()) -> None:
+    """Write the shared libraries; each appears whole or not at all.
 
     Args:
-        out: its path; it appears whole or not at all.
+        folder: takes them.
         compiler: GCC's or Clang's C++ compiler.
         extra: flags for compiling and linking.
 
     Raises:
-        IngotError: no compiler, no Highway, or a file that does not compile.
+        IngotError: no compiler, no headers, or a file that does not compile.
     """
     if shutil.which(compiler) is None:
         raise IngotError(f"{compiler} is missing; install it (Debian: apt-get install g++).")
-    highway = find_highway()
+    highway, onnxruntime = find_highway(), find_onnxruntime()
     flags = (*FLAGS, *TARGETS, *extra, f"-isystem{highway}", f"-I{SOURCES}")
-    ours = [(path, (*flags, *WARNINGS)) for path in sorted(SOURCES.glob("*.cpp"))]
-    theirs = [(highway / "hwy" / name, flags) for name in HIGHWAY_FILES]
+    files: dict[Path, Sequence[str]] = {highway / "hwy" / name: flags for name in HIGHWAY_FILES}
+    files |= dict.fromkeys(sorted(SOURCES.glob("*.cpp")), (*flags, *WARNINGS))
+    ort = (*flags, *WARNINGS, f"-isystem{onnxruntime}")
+    files |= dict.fromkeys(sorted(OPERATORS.glob("*.cpp")), ort)
     OBJECTS.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(lambda each: _object(compiler, *each), [*ours, *theirs]))
-    with staged_file(out) as part:
-        _run([compiler, "-shared", *extra, *objects, "-Wl,--no-undefined", "-lpthread", "-o", part])
+        compiled = pool.map(lambda each: _object(compiler, *each), files.items())
+        objects = dict(zip(files, compiled, strict=True))
+    theirs = {highway / "hwy"}
+    for name, folders in LIBRARIES.items():
+        mine = [made for path, made in objects.items() if path.parent in {*folders, *theirs}]
+        with staged_file(folder / name) as part:
+            _run([compiler, "-shared", *extra, *mine, *LINKING, "-o", part])
 
 
 def _object(compiler: str, source: Path, flags: Sequence[str]) -> Path:
@@ -102,13 +128,14 @@ def _run(command: Sequence[str | Path]) -> str:
 
 
 @click.command(cls=Command)
-@click.option("--out", type=click.Path(path_type=Path), default=OUT, help="The library's path.")
+@click.option("--out", type=click.Path(path_type=Path), default=LIB, help="The libraries' folder.")
 @click.option("--compiler", default="g++", help="A cross compiler, for another processor.")
 @click.option("--flag", "flags", multiple=True, help="One more flag, such as -fsanitize=thread.")
 def main(out: Path, compiler: str, flags: tuple[str, ...]) -> None:
     """Compile the kernels for CPUs."""
     build(out, compiler=compiler, extra=flags)
-    click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    for name in LIBRARIES:
+        click.echo(f"{out / name}: {(out / name).stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

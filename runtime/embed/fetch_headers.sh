@@ -28,28 +28,12 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 
 if [ ! -e "$out/.fetched" ]; then
-    # A list of our own: the release with ONNX Runtime's headers is newer than the machine's may be,
-    # and none of its packages may be installed here by accident. The mirror is the machine's.
-    mirror=$(apt-get indextargets --format '$(ORIGIN) $(REPO_URI)' |
-        awk '$1 == "Debian" && $2 !~ /security/ { print $2; exit }')
-    if [ -z "$mirror" ]; then
-        echo "error: no Debian mirror among this machine's apt sources; run apt-get update, or give" \
-            "cmake -DORT_ROOT=... with headers of your own" >&2
-        exit 1
-    fi
-    apt=$(mktemp -d)
-    trap 'rm -rf "$apt"' EXIT
-    mkdir -p "$apt/lists/partial" "$apt/archives/partial" "$apt/deb"
-    keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-    echo "deb [signed-by=$keyring] $mirror trixie main" >"$apt/sources.list"
-    options=(-qq -o "Dir::Etc::sourcelist=$apt/sources.list" -o Dir::Etc::sourceparts=-
-        -o "Dir::State::lists=$apt/lists" -o "Dir::Cache::archives=$apt/archives"
-        -o "Dir::Cache::pkgcache=" -o "Dir::Cache::srcpkgcache=" -o APT::Sandbox::User=root)
-    apt-get "${options[@]}" update
-    (cd "$apt/deb" && apt-get "${options[@]}" download libonnxruntime-dev nlohmann-json3-dev doctest-dev)
+    mkdir -p "$out"
+    unpacked=$(mktemp -d)
+    trap 'rm -rf "$unpacked"' EXIT
+    "$root/plugins/cpu/fetch_debian.sh" "$unpacked" binary libonnxruntime-dev nlohmann-json3-dev doctest-dev
     mkdir -p "$out/include"
-    for package in "$apt"/deb/*.deb; do dpkg -x "$package" "$apt/root"; done
-    cp -r "$apt"/root/usr/include/. "$out/include"
+    cp -r "$unpacked"/usr/include/. "$out/include"
     # Debian's C++ header of ONNX Runtime lies a folder deeper than in Microsoft's own archive.
     if [ -d "$out/include/onnxruntime" ]; then cp -r "$out"/include/onnxruntime/. "$out/include"; fi
     touch "$out/.fetched"

@@ -1,0 +1,310 @@
+// The kernels as ONNX Runtime's custom operators: libingot_ort.so.
+//
+// Of the domain "ingot.cpu", version 1, for weights in panels; what a weight is, attributes say:
+//
+//   Linear       x [..., K], weight, bias [O] (optional) -> y [..., O]
+//   Embedding    ids [...], weight -> y [..., K]
+//   MoeDispatch  x [N, H], router_logits [N, E], gate_up, down -> y [N, H]
+//   MoeLinear    x [N, K] or [N, choices, K], expert_ids [N, choices], weight -> y [N, choices, O]
+//
+// A weight is uint8, of any shape: its bytes have to be those of the sizes that the attributes
+// name. A graph may be anybody's, so every size is held against the tensors before a kernel runs.
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define ORT_API_MANUAL_INIT
+#include "onnxruntime_cxx_api.h"
+#undef ORT_API_MANUAL_INIT
+
+#include "ingot_cpu.h"
+
+namespace {
+
+constexpr const char *kDomain = "ingot.cpu";
+
+[[noreturn]] void refuse(const std::string &why) { throw std::runtime_error(why); }
+
+void require(bool holds, const std::string &why) {
+    if (!holds) refuse(why);
+}
+
+void check(int status) {
+    if (status) refuse(ingot_cpu_last_error());
+}
+
+// The session's own threads.
+struct Threads : ingot_cpu_threads {
+    explicit Threads(Ort::KernelContext &context) {
+        self = &context;
+        run = [](void *self, size_t count, void (*task)(void *, size_t), void *data) {
+            static_cast<Ort::KernelContext *>(self)->ParallelFor(task, count, 0, data);
+        };
+    }
+};
+
+struct Attributes {
+    const Ort::ConstKernelInfo &info;
+
+    int64_t integer(const std::string &name) const { return info.GetAttribute<int64_t>(name.c_str()); }
+
+    // Sizes of a graph may be anything; the product of two has to stay an int64.
+    int64_t size(const std::string &name) const {
+        const int64_t value = integer(name);
+        require(value >= 1 && value <= INT32_MAX, name + " is " + std::to_string(value) + "; it may be 1 to 2147483647");
+        return value;
+    }
+
+    std::string text(const std::string &name) const { return info.GetAttribute<std::string>(name.c_str()); }
+
+    ingot_cpu_format format(const std::string &prefix = "") const {
+        static const char *const kNames[] = {"float32", "bfloat16", "int8", "int4"};
+        const std::string numbers = text(prefix + "numbers");
+        for (int32_t i = 0; i < 4; ++i)
+            if (numbers == kNames[i]) return {i, int32_t(integer(prefix + "block")), integer(prefix + "zero_points") != 0};
+        refuse("there are no weights in \"" + numbers + "\"");
+    }
+
+    int32_t activation() const {
+        static const char *const kNames[] = {"silu", "gelu", "gelu_tanh", "relu", "identity"};
+        const std::string name = text("activation");
+        for (int32_t i = 0; i < 5; ++i)
+            if (name == kNames[i]) return i;
+        refuse("there is no activation \"" + name + "\"");
+    }
+};
+
+std::vector<int64_t> shape_of(const Ort::ConstValue &value) {
+    return value.GetTensorTypeAndShapeInfo().GetShape();
+}
+
+int64_t count_of(const Ort::ConstValue &value) {
+    return int64_t(value.GetTensorTypeAndShapeInfo().GetElementCount());
+}
+
+std::string written(const std::vector<int64_t> &shape) {
+    std::string result = "[";
+    for (size_t i = 0; i < shape.size(); ++i) result += (i ? ", " : "") + std::to_string(shape[i]);
+    return result + "]";
+}
+
+// The bytes of `matrices` weights [rows, columns].
+const void *weight_of(const Ort::ConstValue &value, const char *name, const ingot_cpu_format &format,
+                      int64_t rows, int64_t columns, int64_t matrices = 1) {
+    const size_t bytes = ingot_cpu_weight_bytes(&format, rows, columns);
+    if (!bytes) refuse(ingot_cpu_last_error());
+    const int64_t found = count_of(value);
+    require(found % matrices == 0 && size_t(found / matrices) == bytes,
+            std::string(name) + " has " + std::to_string(found) + " bytes; of " + std::to_string(matrices) +
+                " x [" + std::to_string(rows) + ", " + std::to_string(columns) + "] it would be " +
+                std::to_string(bytes) + " each");
+    return value.GetTensorData<uint8_t>();
+}
+
+struct Type {
+    ONNXTensorElementDataType type;
+    bool optional = false;
+};
+
+constexpr Type kFloat{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT};
+constexpr Type kInt64{ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64};
+constexpr Type kBytes{ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8};
+
+struct Linear {
+    static constexpr const char *kName = "Linear";
+    static constexpr Type kInputs[] = {kFloat, kBytes, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, true}};
+    static constexpr size_t kOutputs = 1;
+
+    explicit Linear(const Attributes &given)
+        : format(given.format()),
+          rounds(given.integer("round_activations") != 0),
+          in(given.size("in_features")),
+          out(given.size("out_features")) {}
+
+    void compute(Ort::KernelContext &context) const {
+        const auto x = context.GetInput(0), weight = context.GetInput(1);
+        auto shape = shape_of(x);
+        require(!shape.empty() && shape.back() == in,
+                "x is " + written(shape) + "; its rows have to have " + std::to_string(in) + " numbers");
+        const float *bias = nullptr;
+        if (context.GetInputCount() > 2 && context.GetInput(2)) {
+            const auto given = context.GetInput(2);
+            require(count_of(given) == out, "bias is " + written(shape_of(given)) + " and has to have " +
+                                                std::to_string(out) + " numbers");
+            bias = given.GetTensorData<float>();
+        }
+        const int64_t tokens = count_of(x) / in;
+        shape.back() = out;
+        const ingot_cpu_linear_params params{
+            format, rounds, tokens, in, out, x.GetTensorData<float>(),
+            weight_of(weight, "the weight", format, out, in), bias,
+            context.GetOutput(0, shape).GetTensorMutableData<float>()};
+        const Threads threads(context);
+        check(ingot_cpu_linear(&params, &threads));
+    }
+
+    ingot_cpu_format format;
+    bool rounds;
+    int64_t in, out;
+};
+
+struct Embedding {
+    static constexpr const char *kName = "Embedding";
+    static constexpr Type kInputs[] = {kInt64, kBytes};
+    static constexpr size_t kOutputs = 1;
+
+    explicit Embedding(const Attributes &given)
+        : format(given.format()), in(given.size("in_features")), out(given.size("out_features")) {}
+
+    void compute(Ort::KernelContext &context) const {
+        const auto ids = context.GetInput(0), weight = context.GetInput(1);
+        auto shape = shape_of(ids);
+        shape.push_back(in);
+        const ingot_cpu_embedding_params params{
+            format, count_of(ids), in, out, ids.GetTensorData<int64_t>(),
+            weight_of(weight, "the table", format, out, in),
+            context.GetOutput(0, shape).GetTensorMutableData<float>()};
+        const Threads threads(context);
+        check(ingot_cpu_embedding(&params, &threads));
+    }
+
+    ingot_cpu_format format;
+    int64_t in, out;
+};
+
+struct MoeDispatch {
+    static constexpr const char *kName = "MoeDispatch";
+    static constexpr Type kInputs[] = {kFloat, kFloat, kBytes, kBytes};
+    static constexpr size_t kOutputs = 1;
+
+    explicit MoeDispatch(const Attributes &given)
+        : gate_up(given.format("gate_up_")),
+          down(given.format("down_")),
+          rounds(given.integer("round_activations") != 0),
+          normalize(given.integer("normalize") != 0),
+          activation(given.activation()),
+          top_k(int32_t(given.size("top_k"))),
+          hidden(given.size("hidden")),
+          intermediate(given.size("intermediate")),
+          experts(given.size("experts")) {
+        require(intermediate <= INT32_MAX / 2, "intermediate is too large");
+    }
+
+    void compute(Ort::KernelContext &context) const {
+        const auto x = context.GetInput(0), logits = context.GetInput(1);
+        const auto shape = shape_of(x), routed = shape_of(logits);
+        require(shape.size() == 2 && shape[1] == hidden, "x is " + written(shape) + "; it is [N, " + std::to_string(hidden) + "]");
+        require(routed == std::vector<int64_t>({shape[0], experts}),
+                "router_logits is " + written(routed) + "; it is [" + std::to_string(shape[0]) + ", " + std::to_string(experts) + "]");
+        const ingot_cpu_moe_dispatch_params params{
+            gate_up, down, rounds, activation, normalize, top_k, shape[0], hidden, intermediate, experts,
+            x.GetTensorData<float>(), logits.GetTensorData<float>(),
+            weight_of(context.GetInput(2), "gate_up", gate_up, 2 * intermediate, hidden, experts),
+            weight_of(context.GetInput(3), "down", down, hidden, intermediate, experts),
+            context.GetOutput(0, shape).GetTensorMutableData<float>()};
+        const Threads threads(context);
+        check(ingot_cpu_moe_dispatch(&params, &threads));
+    }
+
+    ingot_cpu_format gate_up, down;
+    bool rounds, normalize;
+    int32_t activation, top_k;
+    int64_t hidden, intermediate, experts;
+};
+
+struct MoeLinear {
+    static constexpr const char *kName = "MoeLinear";
+    static constexpr Type kInputs[] = {kFloat, kInt64, kBytes};
+    static constexpr size_t kOutputs = 1;
+
+    explicit MoeLinear(const Attributes &given)
+        : format(given.format()),
+          rounds(given.integer("round_activations") != 0),
+          in(given.size("in_features")),
+          out(given.size("out_features")),
+          experts(given.size("experts")) {}
+
+    void compute(Ort::KernelContext &context) const {
+        const auto x = context.GetInput(0), ids = context.GetInput(1);
+        const auto shape = shape_of(x), chosen = shape_of(ids);
+        require(chosen.size() == 2 && chosen[1] >= 1 && chosen[1] <= INT32_MAX,
+                "expert_ids is " + written(chosen) + "; it is [N, K]");
+        const bool per_choice = shape.size() == 3;
+        const std::vector<int64_t> expected =
+            per_choice ? std::vector<int64_t>{chosen[0], chosen[1], in} : std::vector<int64_t>{chosen[0], in};
+        require(shape == expected, "x is " + written(shape) + "; it is " + written(expected));
+        const ingot_cpu_moe_linear_params params{
+            format, rounds, per_choice, int32_t(chosen[1]), chosen[0], in, out, experts, x.GetTensorData<float>(),
+            ids.GetTensorData<int64_t>(), weight_of(context.GetInput(2), "the weight", format, out, in, experts),
+            context.GetOutput(0, {chosen[0], chosen[1], out}).GetTensorMutableData<float>()};
+        const Threads threads(context);
+        check(ingot_cpu_moe_linear(&params, &threads));
+    }
+
+    ingot_cpu_format format;
+    bool rounds;
+    int64_t in, out, experts;
+};
+
+// What ONNX Runtime is given in place of an exception, which must not pass through it.
+template <typename Call>
+OrtStatusPtr answered(const char *name, const Call &call) {
+    try {
+        call();
+        return nullptr;
+    } catch (const std::exception &error) {
+        return Ort::Status((std::string(kDomain) + "::" + name + ": " + error.what()).c_str(), ORT_INVALID_ARGUMENT).release();
+    }
+}
+
+template <typename Operator>
+struct Kernel {
+    Operator op;
+    OrtStatusPtr ComputeV2(OrtKernelContext *given) {
+        return answered(Operator::kName, [&] {
+            Ort::KernelContext context(given);
+            op.compute(context);
+        });
+    }
+};
+
+template <typename Operator>
+struct Custom : Ort::CustomOpBase<Custom<Operator>, Kernel<Operator>, true> {
+    OrtStatusPtr CreateKernelV2(const OrtApi &, const OrtKernelInfo *given, void **kernel) const {
+        return answered(Operator::kName, [&] {
+            const Ort::ConstKernelInfo info(given);
+            *kernel = new Kernel<Operator>{Operator(Attributes{info})};
+        });
+    }
+    const char *GetName() const { return Operator::kName; }
+    size_t GetInputTypeCount() const { return std::size(Operator::kInputs); }
+    ONNXTensorElementDataType GetInputType(size_t index) const { return Operator::kInputs[index].type; }
+    OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
+        return Operator::kInputs[index].optional ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+    }
+    size_t GetOutputTypeCount() const { return Operator::kOutputs; }
+    ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+};
+
+}  // namespace
+
+extern "C" INGOT_CPU_API OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
+    const OrtApi *api = base->GetApi(ORT_API_VERSION);
+    if (!api)
+        return base->GetApi(1)->CreateStatus(ORT_INVALID_ARGUMENT,
+                                             "Ingot's operators need ONNX Runtime 1.21 or later");
+    Ort::InitApi(api);
+    static const Custom<Linear> linear;
+    static const Custom<Embedding> embedding;
+    static const Custom<MoeDispatch> moe_dispatch;
+    static const Custom<MoeLinear> moe_linear;
+    return answered("RegisterCustomOps", [&] {
+        Ort::CustomOpDomain domain(kDomain);
+        for (const OrtCustomOp *op : {static_cast<const OrtCustomOp *>(&linear), static_cast<const OrtCustomOp *>(&embedding),
+                                      static_cast<const OrtCustomOp *>(&moe_dispatch), static_cast<const OrtCustomOp *>(&moe_linear)})
+            domain.Add(op);
+        Ort::UnownedSessionOptions(options).Add(domain);
+        // Sessions that are open keep using it.
+        domain.release();
+    });
+}

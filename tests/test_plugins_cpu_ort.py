@@ -1,0 +1,182 @@
+"""The CPU kernels as ONNX Runtime's operators: the library's own numbers, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.helper as oh
+import pytest
+from cpu_weights import FORMATS, drawn
+
+from ingot.plugins.cpu.library import CpuLibrary
+from ingot.plugins.cpu.panels import Format
+from ingot.runtime.onnxruntime_session import open_session
+from ingot.runtime.session import SessionError
+
+DOMAIN = "ingot.cpu"
+FLOAT, INT64, UINT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.UINT8
+TYPES = {"float32": FLOAT, "int64": INT64, "uint8": UINT8}
+
+
+@pytest.fixture(scope="module")
+def operators(cpu_library: CpuLibrary) -> Path:
+    return cpu_library.path.with_name("libingot_ort.so")
+
+
+def stored(form: Format, prefix: str = "") -> dict[str, Any]:
+    """How a weight is stored, as attributes say it."""
+    return {
+        f"{prefix}numbers": form.numbers,
+        f"{prefix}block": form.block,
+        f"{prefix}zero_points": int(form.zero_points),
+    }
+
+
+def ran(
+    operators: Path,
+    name: str,
+    inputs: dict[str, np.ndarray | None],
+    *,
+    threads: int = 1,
+    **attributes: Any,
+) -> np.ndarray:
+    """What one node makes of its inputs; the bytes of weights are initializers."""
+    given = {key: array for key, array in inputs.items() if array is not None}
+    node = oh.make_node(
+        name, [key if key in given else "" for key in inputs], ["y"], domain=DOMAIN, **attributes
+    )
+    fed = {key: array for key, array in given.items() if array.dtype != np.uint8}
+    graph = oh.make_graph(
+        [node],
+        "one",
+        [oh.make_tensor_value_info(key, TYPES[str(a.dtype)], a.shape) for key, a in fed.items()],
+        [oh.make_tensor_value_info("y", FLOAT, None)],
+        [onnx.numpy_helper.from_array(given[key], key) for key in given if key not in fed],
+    )
+    opsets = [oh.make_opsetid("", 21), oh.make_opsetid(DOMAIN, 1)]
+    model = oh.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = open_session(model.SerializeToString(), threads=threads, libraries=[operators])
+    result: np.ndarray = session.run(None, fed)[0]
+    return result
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_linear_and_embedding_give_the_librarys_bits(
+    cpu_library: CpuLibrary, operators: Path, form: Format
+) -> None:
+    rows, columns = 100, 70
+    weight, _ = drawn(form, rows, columns, 1)
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((2, 5, columns)).astype(np.float32)
+    bias = rng.standard_normal(rows).astype(np.float32)
+    sizes = {"in_features": columns, "out_features": rows, **stored(form)}
+    for threads, given, rounds in ((1, None, 0), (2, bias, 0), (2, None, 1)):
+        inputs: dict[str, np.ndarray | None] = {"x": x, "weight": weight, "bias": given}
+        found = ran(operators, "Linear", inputs, threads=threads, round_activations=rounds, **sizes)
+        flat = x.reshape(-1, columns)
+        expected = cpu_library.linear(
+            form, flat, weight, rows, given, round_activations=bool(rounds)
+        )
+        np.testing.assert_array_equal(found, expected.reshape(2, 5, rows))
+    ids = np.array([[3, 99, 0]])
+    found = ran(operators, "Embedding", {"ids": ids, "weight": weight}, **sizes)
+    expected = cpu_library.embedding(form, ids[0], weight, rows, columns)
+    np.testing.assert_array_equal(found, expected[None])
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_the_experts_give_the_librarys_bits(
+    cpu_library: CpuLibrary, operators: Path, rounds: int
+) -> None:
+    forms, hidden, inner, experts = (Format("int4", 32), Format("int8", 64, True)), 70, 40, 4
+    gate_up = np.stack([drawn(forms[0], 2 * inner, hidden, each)[0] for each in range(experts)])
+    down = np.stack([drawn(forms[1], hidden, inner, each)[0] for each in range(experts)])
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((6, hidden)).astype(np.float32)
+    logits = rng.standard_normal((6, experts)).astype(np.float32)
+    chosen: dict[str, Any] = {"top_k": 2, "normalize": 1, "activation": "gelu_tanh"}
+    found = ran(
+        operators,
+        "MoeDispatch",
+        {"x": x, "router_logits": logits, "gate_up": gate_up, "down": down},
+        threads=2,
+        hidden=hidden,
+        intermediate=inner,
+        experts=experts,
+        round_activations=rounds,
+        **stored(forms[0], "gate_up_"),
+        **stored(forms[1], "down_"),
+        **chosen,
+    )
+    expected = cpu_library.moe_dispatch(
+        forms, x, logits, gate_up, down, inner, round_activations=bool(rounds), **chosen
+    )
+    np.testing.assert_array_equal(found, expected)
+    ids = rng.integers(0, experts, (6, 3))
+    for given in (x, rng.standard_normal((6, 3, hidden)).astype(np.float32)):
+        found = ran(
+            operators,
+            "MoeLinear",
+            {"x": given, "expert_ids": ids, "weight": gate_up},
+            in_features=hidden,
+            out_features=2 * inner,
+            experts=experts,
+            round_activations=rounds,
+            **stored(forms[0]),
+        )
+        expected = cpu_library.moe_linear(
+            forms[0], given, ids, gate_up, 2 * inner, experts, round_activations=bool(rounds)
+        )
+        np.testing.assert_array_equal(found, expected)
+
+
+LINEAR = {"in_features": 32, "out_features": 16, "round_activations": 0}
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"out_features": 17}, "the weight has 2048 bytes"),
+        ({"in_features": 64}, "rows have to have 64 numbers"),
+        ({"in_features": 0}, "in_features is 0"),
+        ({"out_features": 1 << 40}, "out_features is 1099511627776"),
+        ({"numbers": "int3"}, 'no weights in "int3"'),
+        ({"block": 32}, "neither blocks"),
+        ({"numbers": "int8", "block": -32}, "32, 64 or 128"),
+    ],
+)
+def test_a_graph_whose_sizes_are_others_is_refused(
+    operators: Path, changed: dict[str, Any], why: str
+) -> None:
+    """Nothing outside of a tensor is read, whatever attributes say."""
+    weight, _ = drawn(FORMATS[0], 16, 32, 0)
+    attributes = {**LINEAR, **stored(FORMATS[0]), **changed}
+    inputs: dict[str, np.ndarray | None] = {"x": np.zeros((1, 32), np.float32), "weight": weight}
+    with pytest.raises(Exception, match=why):
+        ran(operators, "Linear", inputs, **attributes)
+
+
+def test_an_id_past_the_table_is_refused(operators: Path) -> None:
+    weight, _ = drawn(FORMATS[0], 16, 32, 0)
+    inputs: dict[str, np.ndarray | None] = {"ids": np.array([16]), "weight": weight}
+    attributes = {"in_features": 32, "out_features": 16, **stored(FORMATS[0])}
+    with pytest.raises(Exception, match="no row of the table"):
+        ran(operators, "Embedding", inputs, **attributes)
+
+
+def test_without_the_library_there_is_no_such_operator() -> None:
+    node = oh.make_node("Linear", ["x", "weight"], ["y"], domain=DOMAIN)
+    graph = oh.make_graph(
+        [node],
+        "one",
+        [oh.make_tensor_value_info("x", FLOAT, [1, 32])],
+        [oh.make_tensor_value_info("y", FLOAT, None)],
+        [onnx.numpy_helper.from_array(np.zeros((1, 8), np.uint8), "weight")],
+    )
+    opsets = [oh.make_opsetid("", 21), oh.make_opsetid(DOMAIN, 1)]
+    model = oh.make_model(graph, opset_imports=opsets, ir_version=10)
+    with pytest.raises(SessionError, match=DOMAIN):
+        open_session(model.SerializeToString(), threads=1)
