@@ -153,7 +153,7 @@ def cpu_library() -> CpuLibrary:
         try:
             build(LIB)
         except IngotError as error:
-            # Headers of another system's packages; `make cpu`, which CI calls, fails where these do.
+            # Other systems have no such packages; `make cpu`, which CI calls, fails without.
             if "could not be fetched" not in str(error):
                 raise
             pytest.skip(str(error))

@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,9 +26,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SOURCES = HERE / "src"
 OPERATORS = HERE / "ort"
+CHECK = HERE / "check"
 LIB = HERE.parent / "lib"
 # Each library, and the folders of what it is made of.
 LIBRARIES = {"libingot_cpu.so": (SOURCES,), "libingot_ort.so": (SOURCES, OPERATORS)}
+# The program that runs every kernel on every instruction set.
+PROGRAM = "ingot_cpu_check"
 OBJECTS = ROOT / "build" / "cpu"
 
 HIGHWAY = ROOT / ".tools" / "highway"
@@ -42,7 +45,6 @@ TARGETS = (
     "-DHWY_DISABLED_TARGETS=(HWY_SSSE3|HWY_SSE4|HWY_AVX3_ZEN4|HWY_AVX3_SPR|HWY_ALL_SVE)",
 )
 FLAGS = ("-std=c++17", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
-LINKING = ("-Wl,--no-undefined", "-lpthread")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 
 
@@ -90,23 +92,44 @@ def build(folder: Path = LIB, *, compiler: str = "g++", extra: Sequence[str] = (
     Raises:
         IngotError: no compiler, no headers, or a file that does not compile.
     """
+    objects = _compiled(compiler, extra, (SOURCES, OPERATORS))
+    for name, folders in LIBRARIES.items():
+        made = _of(objects, folders)
+        _link(folder / name, [compiler, "-shared", *extra, *made, "-Wl,--no-undefined"])
+
+
+def build_check(out: Path, *, compiler: str = "g++", extra: Sequence[str] = ()) -> None:
+    """Write the program of ``check/``, which needs no other file; see ``build``."""
+    folders = (SOURCES, CHECK)
+    made = _of(_compiled(compiler, extra, folders), folders)
+    _link(out, [compiler, *extra, *made])
+
+
+def _compiled(compiler: str, extra: Sequence[str], folders: Sequence[Path]) -> dict[Path, Path]:
+    """What was made of each file of ours in these folders, and of Highway's."""
     if shutil.which(compiler) is None:
         raise IngotError(f"{compiler} is missing; install it (Debian: apt-get install g++).")
-    highway, onnxruntime = find_highway(), find_onnxruntime()
+    highway = find_highway()
     flags = (*FLAGS, *TARGETS, *extra, f"-isystem{highway}", f"-I{SOURCES}")
     files: dict[Path, Sequence[str]] = {highway / "hwy" / name: flags for name in HIGHWAY_FILES}
-    files |= dict.fromkeys(sorted(SOURCES.glob("*.cpp")), (*flags, *WARNINGS))
-    ort = (*flags, *WARNINGS, f"-isystem{onnxruntime}")
-    files |= dict.fromkeys(sorted(OPERATORS.glob("*.cpp")), ort)
+    for folder in folders:
+        headers = (f"-isystem{find_onnxruntime()}",) if folder == OPERATORS else ()
+        ours = sorted(folder.glob("*.cpp"))
+        files |= dict.fromkeys(ours, (*flags, *WARNINGS, *headers))
     OBJECTS.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        compiled = pool.map(lambda each: _object(compiler, *each), files.items())
-        objects = dict(zip(files, compiled, strict=True))
-    theirs = {highway / "hwy"}
-    for name, folders in LIBRARIES.items():
-        mine = [made for path, made in objects.items() if path.parent in {*folders, *theirs}]
-        with staged_file(folder / name) as part:
-            _run([compiler, "-shared", *extra, *mine, *LINKING, "-o", part])
+        made = pool.map(lambda each: _object(compiler, *each), files.items())
+        return dict(zip(files, made, strict=True))
+
+
+def _of(objects: Mapping[Path, Path], folders: Sequence[Path]) -> list[Path]:
+    theirs = find_highway() / "hwy"
+    return [made for path, made in objects.items() if path.parent in (*folders, theirs)]
+
+
+def _link(out: Path, command: Sequence[str | Path]) -> None:
+    with staged_file(out) as part:
+        _run([*command, "-pthread", "-o", part])
 
 
 def _object(compiler: str, source: Path, flags: Sequence[str]) -> Path:
@@ -129,12 +152,16 @@ def _run(command: Sequence[str | Path]) -> str:
 
 @click.command(cls=Command)
 @click.option("--out", type=click.Path(path_type=Path), default=LIB, help="The libraries' folder.")
+@click.option("--check", is_flag=True, help=f"Build the program {PROGRAM} in their place.")
 @click.option("--compiler", default="g++", help="A cross compiler, for another processor.")
 @click.option("--flag", "flags", multiple=True, help="One more flag, such as -fsanitize=thread.")
-def main(out: Path, compiler: str, flags: tuple[str, ...]) -> None:
+def main(out: Path, check: bool, compiler: str, flags: tuple[str, ...]) -> None:
     """Compile the kernels for CPUs."""
-    build(out, compiler=compiler, extra=flags)
-    for name in LIBRARIES:
+    if check:
+        build_check(out / PROGRAM, compiler=compiler, extra=flags)
+    else:
+        build(out, compiler=compiler, extra=flags)
+    for name in [PROGRAM] if check else LIBRARIES:
         click.echo(f"{out / name}: {(out / name).stat().st_size / 1e6:.1f} MB")
 
 
