@@ -8,7 +8,7 @@ TARGET ?= ort
 PRESET ?= tiny
 OUT ?= out/$(notdir $(MODEL))-$(TARGET)
 
-.PHONY: setup export plugins cpu test test-slow gpu gpu-rehearse gpu-kernels gpu-bundle test-gpu triton-test lint format
+.PHONY: setup export plugins cpu cpu-test test test-slow gpu gpu-rehearse gpu-kernels gpu-bundle test-gpu triton-test lint format
 .PHONY: clean fuzz proof weights
 
 setup: $(VENV)/.installed
@@ -33,6 +33,21 @@ plugins: setup
 # The kernels for CPUs, libingot_cpu.so and libingot_ort.so; what is compiled already is kept in build/cpu.
 cpu: setup
 	$(BIN)/python -m ingot.plugins.cpu.build
+
+# Every kernel for CPUs on every instruction set that this processor has, under the sanitizers, and on an
+# emulated ARM. -O1 and calls in place of checks inline: compiling would take a quarter of an hour.
+CPU_CHECK = $(BIN)/python -m ingot.plugins.cpu.build --check --flag=-O1
+
+cpu-test: setup
+	plugins/cpu/need.sh qemu-aarch64-static:qemu-user-static aarch64-linux-gnu-g++:g++-aarch64-linux-gnu
+	$(CPU_CHECK) --out build/cpu-address --flag=-fsanitize=address --flag=--param=asan-instrumentation-with-call-threshold=0
+	build/cpu-address/ingot_cpu_check
+	$(CPU_CHECK) --out build/cpu-undefined --flag=-fsanitize=undefined --flag=-fno-sanitize-recover=all
+	build/cpu-undefined/ingot_cpu_check
+	$(CPU_CHECK) --out build/cpu-thread --flag=-fsanitize=thread
+	build/cpu-thread/ingot_cpu_check
+	$(CPU_CHECK) --out build/cpu-arm64 --compiler aarch64-linux-gnu-g++ --flag=-static
+	qemu-aarch64-static build/cpu-arm64/ingot_cpu_check
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu and not triton"

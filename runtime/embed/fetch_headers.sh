@@ -12,20 +12,10 @@ out=${1:-$root/.tools/cpp}
 shift || true
 python=${PYTHON:-$root/.venv/bin/python}
 
-missing=()
-command -v cmake >/dev/null || missing+=(cmake)
-command -v g++ >/dev/null || missing+=(g++)
-[ -e /usr/include/openssl/evp.h ] || missing+=(libssl-dev)
-for tool in "$@"; do command -v "$tool" >/dev/null || missing+=("$tool"); done
-if [ ${#missing[@]} -gt 0 ]; then
-    if [ "$(id -u)" != 0 ] || [ "${INGOT_APT_INSTALL:-}" != yes ]; then
-        echo "error: missing ${missing[*]}; run: sudo apt-get install ${missing[*]}" >&2
-        echo "(as root, INGOT_APT_INSTALL=yes does it on the way)" >&2
-        exit 1
-    fi
-    apt-get update -qq
-    apt-get install -y -qq "${missing[@]}"
-fi
+needed=(cmake:cmake g++:g++)
+[ -e /usr/include/openssl/evp.h ] || needed+=(/usr/include/openssl/evp.h:libssl-dev)
+for tool in "$@"; do needed+=("$tool:$tool"); done
+"$root/plugins/cpu/need.sh" "${needed[@]}"
 
 if [ ! -e "$out/.fetched" ]; then
     mkdir -p "$out"

@@ -217,6 +217,7 @@ HWY_INLINE void rounded_tile(const Product &p, size_t row, const uint8_t *const 
     const F32 d;
     const I32 di;
     const size_t size = size_t(p.format.block), quads = size / 4;
+    const bool zero_points = p.format.zero_points != 0;
     const int8_t *x = p.numbers.get() + row * p.padded;
     const float *x_scales = p.scales.get() + row * p.layout.blocks;
     const int32_t *x_sums = p.sums.get() + row * p.layout.blocks;
@@ -235,11 +236,15 @@ HWY_INLINE void rounded_tile(const Product &p, size_t row, const uint8_t *const 
     for (size_t block = 0; block < p.layout.blocks; ++block) {
         VI part[kTall][kSpan][kVectors];
         INGOT_UNROLL
-        for (auto &each : part)
+        for (size_t m = 0; m < kTall; ++m) {
+            // What the zero point is taken off for, where all numbers have the same.
+            const int32_t sum = x_sums[block * kTall + m];
+            const VI begin = hn::Set(di, zero_points ? 0 : -int32_t(kMiddle<kNumbers>) * sum);
             INGOT_UNROLL
-            for (auto &panel : each)
+            for (size_t s = 0; s < kSpan; ++s)
                 INGOT_UNROLL
-                for (auto &sum : panel) sum = hn::Zero(di);
+                for (size_t v = 0; v < kVectors; ++v) part[m][s][v] = begin;
+        }
         const size_t offset = p.layout.numbers + block * p.layout.block_bytes;
         const int8_t *here = x + block * size * kTall;
         constexpr size_t kQuads = kNumbers == INGOT_CPU_INT4 ? 2 : 1;
@@ -281,8 +286,8 @@ HWY_INLINE void rounded_tile(const Product &p, size_t row, const uint8_t *const 
                 INGOT_UNROLL
                 for (size_t v = 0; v < kVectors; ++v) {
                     // Whole numbers below 2^24, so exact.
-                    const VF whole = hn::NegMulAdd(scales.zero[v], sum,
-                                                   hn::ConvertTo(d, part[m][s][v]));
+                    VF whole = hn::ConvertTo(d, part[m][s][v]);
+                    if (zero_points) whole = hn::NegMulAdd(scales.zero[v], sum, whole);
                     sums[m][s][v] =
                         hn::MulAdd(whole, hn::Mul(scales.scale[v], scale), sums[m][s][v]);
                 }
