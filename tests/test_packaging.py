@@ -29,6 +29,9 @@ LEFT_OUT = {
     for file in (ROOT / "runtime" / "embed" / folder).rglob("*")
     if file.is_file()
 }
+LEFT_OUT |= {
+    f"ingot/plugins/cpu/{name}" for name in ("check/check.cpp", "fetch_debian.sh", "need.sh")
+}
 KERNELS, CANDIDATES = "lib/libingot_kernels.so", "lib/tune/libingot_kernels.so"
 # All that a command needs to answer `--help`.
 LIGHT = ("click", "rich", "pygments", "markdown_it", "mdurl")
