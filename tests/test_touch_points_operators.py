@@ -7,8 +7,8 @@ and the lowerings in export/, which an operator whose node is in the canonical g
 a target has something better for it than its function body. Each of those is written for its own
 sake and may come later.
 
-Kernels for CPUs may come later too. They are counted apart: the interface, the kernel, what calls it
-by ctypes and in ONNX Runtime, and the check.
+Kernels for CPUs may come later too. They are counted apart: the interface, the kernel, what calls
+it by ctypes and in ONNX Runtime, and the check.
 
 CausalConv is no node of the canonical graph, so its lowering for TensorRT is not optional. It took
 eleven files: the seven, its translation in export/capture.py, which is counted here, and
