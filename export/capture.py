@@ -18,7 +18,6 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
-from onnxscript import optimizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -31,6 +30,7 @@ from ingot.export.passes.reshapes import SimplifyReshapes, SizesFromTokens
 from ingot.export.passes.scales import FoldScales, NoteFactors
 from ingot.export.passes.weights import FoldWeightTransposes, WeightsToInitializers
 from ingot.export.request import EXTRA_OUTPUTS
+from ingot.export.simplify import simplify
 from ingot.graphs.layers import Model
 from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL, Dimension, State
 from ingot.plugins import causal_conv, experts
@@ -134,7 +134,7 @@ def capture(
     _name_interface(result, [*(WEIGHT_PREFIX + name for name in weights), *inputs], outputs)
     _keep_outputs(result, {main_output, *(state.output for state in states)}, extra_outputs)
     NoteFactors()(result)
-    optimizer.optimize(result, onnx_shape_inference=False)
+    simplify(result)
     passes = [
         WeightsToInitializers(WEIGHT_PREFIX, read_block),
         FoldWeightTransposes(),

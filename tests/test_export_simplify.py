@@ -1,0 +1,51 @@
+"""What is taken out of a traced graph: what onnxscript's own optimizer takes out, in less time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+from conftest import MakeCheckpoint, MakeIngot
+from onnxscript import optimizer
+
+from ingot.export import simplify as simplified
+from ingot.export.capture import capture
+
+
+def bytes_of(model: ir.Model) -> bytes:
+    return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+@pytest.fixture(scope="module", params=["jetmoe", "granite"])
+def traced(
+    request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
+) -> ir.Model:
+    """A graph as the tracer leaves it."""
+    found: list[ir.Model] = []
+
+    def kept(model: ir.Model) -> None:
+        found.append(model.clone())
+        simplified.simplify(model)
+
+    checkpoint: Path = make_checkpoint(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ingot.export.capture.simplify", kept)
+        make_ingot(checkpoint, "onnx", capture=capture)
+    (model,) = found
+    return model
+
+
+def test_gives_what_the_whole_optimizer_gives(traced: ir.Model) -> None:
+    ours, theirs = traced.clone(), traced.clone()
+    simplified.simplify(ours)
+    optimizer.optimize(theirs, onnx_shape_inference=False)
+    assert len(ours.graph) < len(traced.graph)
+    assert bytes_of(ours) == bytes_of(theirs)
+
+
+@pytest.mark.parametrize("rule", simplified.RULES, ids=lambda rule: str(rule.name))
+def test_no_rule_looks_through_the_whole_graph(rule: Any) -> None:
+    """As those with several outputs do, at every node."""
+    assert rule._matcher.pattern.has_single_output_node
