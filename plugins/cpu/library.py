@@ -6,6 +6,7 @@ The structures mirror those of ``src/ingot_cpu.h``; there it says what their mem
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import (
@@ -14,6 +15,7 @@ from ctypes import (
     Structure,
     byref,
     c_char_p,
+    c_float,
     c_int32,
     c_int64,
     c_size_t,
@@ -108,6 +110,29 @@ class _MoeLinear(Structure):
         ("expert_ids", c_void_p),
         ("weight", c_void_p),
         ("y", c_void_p),
+    )
+
+
+class _Mamba2Scan(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "tokens", "heads", "head_size")),
+        ("groups", c_int64),
+        ("states", c_int64),
+        ("dt_min", c_float),
+        ("dt_max", c_float),
+        *((name, c_void_p) for name in ("x", "dt", "a", "b", "c", "d", "dt_bias")),
+        ("state", c_void_p),
+        ("mask", c_void_p),
+        ("y", c_void_p),
+        ("new_state", c_void_p),
+    )
+
+
+class _CausalConv(Structure):
+    _fields_ = (
+        ("activation", c_int32),
+        *((name, c_int64) for name in ("batch", "tokens", "channels", "width")),
+        *((name, c_void_p) for name in ("x", "state", "weight", "bias", "y", "new_state")),
     )
 
 
@@ -295,6 +320,52 @@ class CpuLibrary:
         )
         self._check(self._library.ingot_cpu_moe_linear(byref(params), byref(self._threads)))
         return y
+
+    def mamba2_scan(
+        self,
+        x: Floats,
+        dt: Floats,
+        a: Floats,
+        b: Floats,
+        c: Floats,
+        d: Floats,
+        dt_bias: Floats,
+        state: Floats,
+        mask: Floats,
+        *,
+        limits: tuple[float, float] = (0.0, math.inf),
+        in_place: bool = False,
+    ) -> tuple[Floats, Floats]:
+        """``ingot::Mamba2Scan``; arguments and results are the operator's, in its shapes.
+
+        ``limits`` are those of a step. With ``in_place`` the new state is written over the old.
+        """
+        y = np.full_like(x, np.nan)
+        new_state = state if in_place else np.full_like(state, np.nan)
+        sizes = (*x.shape, *b.shape[2:])
+        arrays = (x, dt, a, b, c, d, dt_bias, state, mask, y, new_state)
+        params = _Mamba2Scan(*sizes, *limits, *map(_address, arrays))
+        self._check(self._library.ingot_cpu_mamba2_scan(byref(params), byref(self._threads)))
+        return y, new_state
+
+    def causal_conv(
+        self,
+        x: Floats,
+        state: Floats,
+        weight: Floats,
+        bias: Floats | None,
+        activation: str,
+        *,
+        in_place: bool = False,
+    ) -> tuple[Floats, Floats]:
+        """``ingot::CausalConv``; arguments and results as in ``mamba2_scan``."""
+        y = np.full_like(x, np.nan)
+        new_state = state if in_place else np.full_like(state, np.nan)
+        number = ACTIVATIONS[activation].number
+        arrays = (x, state, weight, bias, y, new_state)
+        params = _CausalConv(number, *x.shape, weight.shape[2], *map(_address, arrays))
+        self._check(self._library.ingot_cpu_causal_conv(byref(params), byref(self._threads)))
+        return y, new_state
 
     def _run(self, _self: Any, count: int, task: Callable[[Any, int], None], data: Any) -> None:
         if self._pool is None:

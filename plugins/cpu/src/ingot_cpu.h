@@ -117,6 +117,45 @@ typedef struct {
     float *y;                  /* [N, K, O] */
 } ingot_cpu_moe_linear_params;
 
+/* ingot::Mamba2Scan; plugins/mamba2_scan.py has the formula. A position whose mask is 0 adds nothing
+ * to the state; a call of such positions alone changes no bit of it. */
+typedef struct {
+    int64_t batch;        /* B */
+    int64_t tokens;       /* T */
+    int64_t heads;        /* Hm */
+    int64_t head_size;    /* Pm */
+    int64_t groups;       /* G, of which Hm is a multiple */
+    int64_t states;       /* Ns */
+    float dt_min;
+    float dt_max;         /* at least dt_min; may be infinite */
+    const float *x;       /* [B, T, Hm, Pm] */
+    const float *dt;      /* [B, T, Hm] */
+    const float *a;       /* [Hm], negative */
+    const float *b;       /* [B, T, G, Ns] */
+    const float *c;       /* [B, T, G, Ns] */
+    const float *d;       /* [Hm] */
+    const float *dt_bias; /* [Hm] */
+    const float *state;   /* [B, Hm, Pm, Ns] */
+    const float *mask;    /* [B, T] */
+    float *y;             /* [B, T, Hm, Pm] */
+    float *new_state;     /* [B, Hm, Pm, Ns]; may be state itself */
+} ingot_cpu_mamba2_scan_params;
+
+/* ingot::CausalConv; plugins/causal_conv.py has the formula. */
+typedef struct {
+    int32_t activation;  /* of ingot_cpu_activation */
+    int64_t batch;       /* B */
+    int64_t tokens;      /* T */
+    int64_t channels;    /* C */
+    int64_t width;       /* W */
+    const float *x;      /* [B, T, C] */
+    const float *state;  /* [B, C, W-1] */
+    const float *weight; /* [C, 1, W] */
+    const float *bias;   /* [C], or NULL */
+    float *y;            /* [B, T, C] */
+    float *new_state;    /* [B, C, W-1]; may be state itself */
+} ingot_cpu_causal_conv_params;
+
 INGOT_CPU_API int ingot_cpu_version(void);
 
 /* Why the last call of this thread was refused; empty where none was. */
@@ -144,6 +183,10 @@ INGOT_CPU_API int ingot_cpu_moe_dispatch(const ingot_cpu_moe_dispatch_params *pa
                                          const ingot_cpu_threads *threads);
 INGOT_CPU_API int ingot_cpu_moe_linear(const ingot_cpu_moe_linear_params *params,
                                        const ingot_cpu_threads *threads);
+INGOT_CPU_API int ingot_cpu_mamba2_scan(const ingot_cpu_mamba2_scan_params *params,
+                                        const ingot_cpu_threads *threads);
+INGOT_CPU_API int ingot_cpu_causal_conv(const ingot_cpu_causal_conv_params *params,
+                                        const ingot_cpu_threads *threads);
 
 #ifdef __cplusplus
 }
