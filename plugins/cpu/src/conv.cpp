@@ -81,7 +81,6 @@ HWY_INLINE void tokens_of(const ingot_cpu_causal_conv_params &p, const Piece &pi
         return whole ? hn::LoadU(d, from) : hn::LoadN(d, from, left);
     };
     const auto store = [&](size_t t, V sum) HWY_ATTR {
-        sum = activate(d, p.activation, sum);
         if (whole)
             hn::StoreU(sum, d, y + t * stride + c);
         else
@@ -107,6 +106,23 @@ HWY_INLINE void tokens_of(const ingot_cpu_causal_conv_params &p, const Piece &pi
     }
 }
 
+// The activation of [rows][count] numbers, rows `stride` apart.
+void activated(int32_t activation, float *y, size_t rows, size_t stride, size_t count) {
+    const D d;
+    // Nearly always it is this; without the others in it the loop keeps its constants in registers.
+    const auto each = [&](const auto &of) HWY_ATTR {
+        for (float *row = y; row < y + rows * stride; row += stride) {
+            size_t c = 0;
+            for (; c + kLanes <= count; c += kLanes) hn::StoreU(of(hn::LoadU(d, row + c)), d, row + c);
+            if (c < count) hn::StoreN(of(hn::LoadN(d, row + c, count - c)), d, row + c, count - c);
+        }
+    };
+    if (activation == INGOT_CPU_SILU)
+        each([&](V v) HWY_ATTR { return silu(d, v); });
+    else if (activation != INGOT_CPU_IDENTITY)
+        each([&](V v) HWY_ATTR { return activate(d, activation, v); });
+}
+
 // Channels [first, first + count) of one row.
 void Channels(const ingot_cpu_causal_conv_params &p, size_t row, size_t first, size_t count) {
     const auto tokens = size_t(p.tokens), channels = size_t(p.channels), width = size_t(p.width);
@@ -127,6 +143,7 @@ void Channels(const ingot_cpu_causal_conv_params &p, size_t row, size_t first, s
                 tokens_of<4>(p, piece, x, y, c, begin, end);
             else
                 tokens_of<0>(p, piece, x, y, c, begin, end);
+        activated(p.activation, y + begin * channels, end - begin, channels, count);
     }
     float *to = p.new_state + (row * channels + first) * (width - 1);
     for (size_t w = 0; w + 1 < width; ++w) {
