@@ -100,11 +100,17 @@ void compare(const char *target, const std::string &what, size_t outputs, double
     }
 }
 
-std::string said(const char *name, const ingot_cpu_format &f, std::initializer_list<size_t> sizes) {
+std::string said(const char *name, std::initializer_list<size_t> sizes) {
     std::ostringstream text;
-    text << name << " numbers " << f.numbers << " block " << f.block << " zero points " << f.zero_points << " sizes";
+    text << name << " sizes";
     for (const size_t size : sizes) text << " " << size;
     return text.str();
+}
+
+std::string said(const char *name, const ingot_cpu_format &f, std::initializer_list<size_t> sizes) {
+    std::ostringstream text;
+    text << name << " numbers " << f.numbers << " block " << f.block << " zero points " << f.zero_points;
+    return said(text.str().c_str(), sizes);
 }
 
 void check_linear(const char *target, const ingot_cpu_format &format, int32_t rounds, size_t n, size_t k, size_t o) {
@@ -149,6 +155,36 @@ void check_experts(const char *target, const ingot_cpu_format &format, size_t n,
     });
 }
 
+void check_scan(const char *target, size_t batch, size_t tokens, size_t heads, size_t size, size_t groups, size_t states) {
+    const size_t rows = batch * tokens, outputs = rows * heads * size;
+    const Floats x = floats(outputs), dt = floats(rows * heads, 3), b = floats(rows * groups * states),
+                 c = floats(rows * groups * states, 1 / std::sqrt(float(states))), d = floats(heads), bias = floats(heads, 2),
+                 state = floats(batch * heads * size * states);
+    Floats a = floats(heads, 4), mask(rows, 1);
+    for (float &each : a) each = -std::fabs(each);
+    for (size_t i = 0; i < rows; i += 3) mask[i] = 0;
+    compare(target, said("mamba2_scan", {batch, tokens, heads, size, groups, states}), outputs + state.size(), 1e-5, [&](float *y) {
+        const ingot_cpu_mamba2_scan_params p{
+            int64_t(batch), int64_t(tokens), int64_t(heads), int64_t(size), int64_t(groups), int64_t(states), 0.001f, INFINITY,
+            x.data(), dt.data(), a.data(), b.data(), c.data(), d.data(), bias.data(), state.data(), mask.data(), y, y + outputs};
+        return ingot_cpu_mamba2_scan(&p, &pool);
+    });
+}
+
+void check_conv(const char *target, size_t batch, size_t tokens, size_t channels, size_t width) {
+    const size_t outputs = batch * tokens * channels;
+    const Floats x = floats(outputs), state = floats(batch * channels * (width - 1)), weight = floats(channels * width),
+                 bias = floats(channels);
+    for (const int32_t activation : {INGOT_CPU_SILU, INGOT_CPU_GELU, INGOT_CPU_GELU_TANH, INGOT_CPU_RELU, INGOT_CPU_IDENTITY})
+        compare(target, said("causal_conv", {batch, tokens, channels, width, size_t(activation)}), outputs + state.size(), 1e-5,
+                [&](float *y) {
+                    const ingot_cpu_causal_conv_params p{
+                        activation, int64_t(batch), int64_t(tokens), int64_t(channels), int64_t(width), x.data(), state.data(),
+                        weight.data(), activation % 2 ? bias.data() : nullptr, y, y + outputs};
+                    return ingot_cpu_causal_conv(&p, &pool);
+                });
+}
+
 }  // namespace
 
 int main() {
@@ -162,6 +198,14 @@ int main() {
             check_embedding(target.c_str(), format, 75, 37);
             check_experts(target.c_str(), format, 1, 40, 24, 3, 2);
             check_experts(target.c_str(), format, 9, 70, 33, 4, 3);
+        }
+        check_scan(target.c_str(), 1, 1, 24, 64, 1, 128);
+        check_scan(target.c_str(), 2, 33, 6, 5, 3, 7);
+        check_scan(target.c_str(), 3, 40, 3, 37, 1, 50);
+        check_scan(target.c_str(), 1, 70, 64, 66, 2, 20);
+        for (const size_t width : {1, 2, 3, 4, 7}) {
+            check_conv(target.c_str(), 1, 1, 300, width);
+            check_conv(target.c_str(), 2, 20, 133, width);
         }
         std::printf("%s: %s\n", target.c_str(), failures == before ? "right" : "WRONG");
     }
