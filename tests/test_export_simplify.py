@@ -18,21 +18,29 @@ def bytes_of(model: ir.Model) -> bytes:
     return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
 
-@pytest.fixture(scope="module", params=["jetmoe", "granite"])
+@pytest.fixture(
+    scope="module",
+    params=[("jetmoe", "fp32"), ("granite", "fp32"), ("clipped", "fp16")],
+    ids=lambda param: param[0],
+)
 def traced(
     request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
 ) -> ir.Model:
     """A graph as the tracer leaves it."""
+    kind, precision = request.param
     found: list[ir.Model] = []
 
     def kept(model: ir.Model) -> None:
         found.append(model.clone())
         simplified.simplify(model)
 
-    checkpoint: Path = make_checkpoint(request.param)
+    checkpoint: Path = (
+        make_checkpoint("olmoe", clip_qkv=1e6) if kind == "clipped" else make_checkpoint(kind)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ingot.export.capture.simplify", kept)
-        make_ingot(checkpoint, "onnx", capture=capture)
+        target = "onnx" if precision == "fp32" else "trt"
+        make_ingot(checkpoint, target, capture=capture, precision=precision, builder="none")
     (model,) = found
     return model
 
