@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import onnx.helper as oh
 import pytest
 from cpu_weights import FORMATS, drawn
 
+from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL
 from ingot.plugins.cpu.library import CpuLibrary
 from ingot.plugins.cpu.panels import Format
 from ingot.runtime.onnxruntime_session import open_session
@@ -41,26 +43,32 @@ def ran(
     inputs: dict[str, np.ndarray | None],
     *,
     threads: int = 1,
+    domain: str = DOMAIN,
+    outputs: int = 1,
     **attributes: Any,
-) -> np.ndarray:
+) -> Any:
     """What one node makes of its inputs; the bytes of weights are initializers."""
     given = {key: array for key, array in inputs.items() if array is not None}
     node = oh.make_node(
-        name, [key if key in given else "" for key in inputs], ["y"], domain=DOMAIN, **attributes
+        name,
+        [key if key in given else "" for key in inputs],
+        [f"y{number}" for number in range(outputs)],
+        domain=domain,
+        **attributes,
     )
     fed = {key: array for key, array in given.items() if array.dtype != np.uint8}
     graph = oh.make_graph(
         [node],
         "one",
         [oh.make_tensor_value_info(key, TYPES[str(a.dtype)], a.shape) for key, a in fed.items()],
-        [oh.make_tensor_value_info("y", FLOAT, None)],
+        [oh.make_tensor_value_info(name, FLOAT, None) for name in node.output],
         [onnx.numpy_helper.from_array(given[key], key) for key in given if key not in fed],
     )
-    opsets = [oh.make_opsetid("", 21), oh.make_opsetid(DOMAIN, 1)]
+    opsets = [oh.make_opsetid("", 21), oh.make_opsetid(domain, 1)]
     model = oh.make_model(graph, opset_imports=opsets, ir_version=10)
     session = open_session(model.SerializeToString(), threads=threads, libraries=[operators])
-    result: np.ndarray = session.run(None, fed)[0]
-    return result
+    found = session.run(None, fed)
+    return found[0] if outputs == 1 else found
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -180,3 +188,93 @@ def test_without_the_library_there_is_no_such_operator() -> None:
     model = oh.make_model(graph, opset_imports=opsets, ir_version=10)
     with pytest.raises(SessionError, match=DOMAIN):
         open_session(model.SerializeToString(), threads=1)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "olmoe"])
+def test_a_canonical_graph_takes_the_kernels_that_are_there(
+    operators: Path, ingots: Callable[..., Path], family: str
+) -> None:
+    """The same file as with the function bodies, whether or not an operator of it has a kernel."""
+    path = ingots(family, "onnx") / "model.onnx"
+    plain, ours = (open_session(path, threads=1, libraries=each) for each in ([], [operators]))
+    rng = np.random.default_rng(5)
+    sizes = {BATCH: 2, SEQUENCE: 19, PAST: 0, TOTAL: 19}
+    given: dict[str, np.ndarray] = {}
+    for each in plain.get_inputs():
+        shape = [sizes.get(size, size) for size in each.shape]
+        if each.name == "input_ids":
+            given[each.name] = rng.integers(0, 100, shape)
+        elif each.type == "tensor(int64)":
+            given[each.name] = np.ones(shape, np.int64)
+        else:
+            given[each.name] = rng.standard_normal(shape).astype(np.float32)
+    names = [each.name for each in plain.get_outputs()]
+    expected, found = plain.run(names, given), ours.run(names, given)
+    for name, one, other in zip(names, expected, found, strict=True):
+        assert np.abs(one - other).max() < 2e-5 * np.abs(one).max(), name
+    if family == "mamba2":
+        assert any((one != other).any() for one, other in zip(expected, found, strict=True))
+
+
+def scanned(**changed: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Inputs of a scan: B 2, T 3, Hm 4, Pm 5, G 2, Ns 6."""
+    shapes = {
+        "x": (2, 3, 4, 5),
+        "dt": (2, 3, 4),
+        "A": (4,),
+        "B": (2, 3, 2, 6),
+        "C": (2, 3, 2, 6),
+        "D": (4,),
+        "dt_bias": (4,),
+        "state": (2, 4, 5, 6),
+        "mask": (2, 3),
+        **changed,
+    }
+    rng = np.random.default_rng(6)
+    return {name: rng.uniform(-1, 0, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+SCAN: dict[str, Any] = {"domain": "ingot", "chunk_size": 16, "dt_min": 0.0, "dt_max": 10.0}
+
+
+def test_the_scan_gives_the_librarys_bits(cpu_library: CpuLibrary, operators: Path) -> None:
+    given = scanned()
+    expected = cpu_library.mamba2_scan(*given.values(), limits=(0.0, 10.0))
+    found = ran(operators, "Mamba2Scan", dict(given), threads=2, outputs=2, **SCAN)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"dt": (2, 3, 5)},
+        {"A": (3,)},
+        {"C": (2, 2, 2, 6)},
+        {"D": (5,)},
+        {"state": (2, 4, 6, 5)},
+        {"mask": (2, 4)},
+        {"x": (3, 4, 5)},
+    ],
+    ids=str,
+)
+def test_a_scan_whose_inputs_disagree_is_refused(
+    operators: Path, changed: dict[str, tuple[int, ...]]
+) -> None:
+    with pytest.raises(Exception, match=r"ingot::Mamba2Scan: .* is \["):
+        ran(operators, "Mamba2Scan", dict(scanned(**changed)), outputs=2, **SCAN)
+
+
+def test_the_convolution_gives_the_librarys_bits(cpu_library: CpuLibrary, operators: Path) -> None:
+    rng = np.random.default_rng(7)
+    shapes = {"x": (2, 5, 9), "state": (2, 9, 3), "weight": (9, 1, 4), "bias": (9,)}
+    given = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    chosen: dict[str, Any] = {"domain": "ingot", "activation": "silu"}
+    x, state, weight, bias = given.values()
+    expected = cpu_library.causal_conv(x, state, weight, bias, "silu")
+    found = ran(operators, "CausalConv", dict(given), threads=2, outputs=2, **chosen)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    given["bias"] = given["bias"][1:]
+    with pytest.raises(Exception, match=r"ingot::CausalConv: bias is \[8\]"):
+        ran(operators, "CausalConv", dict(given), outputs=2, **chosen)

@@ -1,6 +1,8 @@
 // The kernels as ONNX Runtime's custom operators: libingot_ort.so.
 //
-// Of the domain "ingot.cpu", version 1, for weights in panels; what a weight is, attributes say:
+// Of the domain "ingot", version 1, what plugins/<operator>.py says, in float32: Mamba2Scan and
+// CausalConv. Of the domain "ingot.cpu", version 1, operators for weights in panels; what a weight
+// is, attributes say:
 //
 //   Linear       x [..., K], weight, bias [O] (optional) -> y [..., O]
 //   Embedding    ids [...], weight -> y [..., K]
@@ -21,7 +23,8 @@
 
 namespace {
 
-constexpr const char *kDomain = "ingot.cpu";
+constexpr const char *kDomain = "ingot";
+constexpr const char *kPanelsDomain = "ingot.cpu";
 
 [[noreturn]] void refuse(const std::string &why) { throw std::runtime_error(why); }
 
@@ -54,6 +57,8 @@ struct Attributes {
         require(value >= 1 && value <= INT32_MAX, name + " is " + std::to_string(value) + "; it may be 1 to 2147483647");
         return value;
     }
+
+    float number(const std::string &name) const { return info.GetAttribute<float>(name.c_str()); }
 
     std::string text(const std::string &name) const { return info.GetAttribute<std::string>(name.c_str()); }
 
@@ -111,7 +116,7 @@ constexpr Type kInt64{ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64};
 constexpr Type kBytes{ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8};
 
 struct Linear {
-    static constexpr const char *kName = "Linear";
+    static constexpr const char *kName = "Linear", *kIn = kPanelsDomain;
     static constexpr Type kInputs[] = {kFloat, kBytes, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, true}};
     static constexpr size_t kOutputs = 1;
 
@@ -149,7 +154,7 @@ struct Linear {
 };
 
 struct Embedding {
-    static constexpr const char *kName = "Embedding";
+    static constexpr const char *kName = "Embedding", *kIn = kPanelsDomain;
     static constexpr Type kInputs[] = {kInt64, kBytes};
     static constexpr size_t kOutputs = 1;
 
@@ -173,7 +178,7 @@ struct Embedding {
 };
 
 struct MoeDispatch {
-    static constexpr const char *kName = "MoeDispatch";
+    static constexpr const char *kName = "MoeDispatch", *kIn = kPanelsDomain;
     static constexpr Type kInputs[] = {kFloat, kFloat, kBytes, kBytes};
     static constexpr size_t kOutputs = 1;
 
@@ -213,7 +218,7 @@ struct MoeDispatch {
 };
 
 struct MoeLinear {
-    static constexpr const char *kName = "MoeLinear";
+    static constexpr const char *kName = "MoeLinear", *kIn = kPanelsDomain;
     static constexpr Type kInputs[] = {kFloat, kInt64, kBytes};
     static constexpr size_t kOutputs = 1;
 
@@ -246,22 +251,106 @@ struct MoeLinear {
     int64_t in, out, experts;
 };
 
+// The floats of a tensor that has to have this shape.
+const float *floats_of(const Ort::ConstValue &value, const char *name, const std::vector<int64_t> &shape) {
+    const auto found = shape_of(value);
+    require(found == shape, std::string(name) + " is " + written(found) + "; by the other inputs it is " + written(shape));
+    return value.GetTensorData<float>();
+}
+
+std::vector<int64_t> shape_of(const Ort::ConstValue &value, const char *name, size_t rank) {
+    auto found = shape_of(value);
+    require(found.size() == rank, std::string(name) + " is " + written(found) + "; it has " + std::to_string(rank) + " dimensions");
+    return found;
+}
+
+struct Mamba2Scan {
+    static constexpr const char *kName = "Mamba2Scan", *kIn = kDomain;
+    static constexpr Type kInputs[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat};
+    static constexpr size_t kOutputs = 2;
+
+    explicit Mamba2Scan(const Attributes &given) : dt_min(given.number("dt_min")), dt_max(given.number("dt_max")) {}
+
+    void compute(Ort::KernelContext &context) const {
+        const auto x = shape_of(context.GetInput(0), "x", 4), b = shape_of(context.GetInput(3), "B", 4);
+        const int64_t batch = x[0], tokens = x[1], heads = x[2], size = x[3], groups = b[2], states = b[3];
+        const std::vector<int64_t> state{batch, heads, size, states};
+        const auto input = [&](size_t index, const char *name, const std::vector<int64_t> &shape) {
+            return floats_of(context.GetInput(index), name, shape);
+        };
+        ingot_cpu_mamba2_scan_params params{};
+        params.batch = batch;
+        params.tokens = tokens;
+        params.heads = heads;
+        params.head_size = size;
+        params.groups = groups;
+        params.states = states;
+        params.dt_min = dt_min;
+        params.dt_max = dt_max;
+        params.x = input(0, "x", x);
+        params.dt = input(1, "dt", {batch, tokens, heads});
+        params.a = input(2, "A", {heads});
+        params.b = input(3, "B", {batch, tokens, groups, states});
+        params.c = input(4, "C", {batch, tokens, groups, states});
+        params.d = input(5, "D", {heads});
+        params.dt_bias = input(6, "dt_bias", {heads});
+        params.state = input(7, "state", state);
+        params.mask = input(8, "mask", {batch, tokens});
+        params.y = context.GetOutput(0, x).GetTensorMutableData<float>();
+        params.new_state = context.GetOutput(1, state).GetTensorMutableData<float>();
+        const Threads threads(context);
+        check(ingot_cpu_mamba2_scan(&params, &threads));
+    }
+
+    float dt_min, dt_max;
+};
+
+struct CausalConv {
+    static constexpr const char *kName = "CausalConv", *kIn = kDomain;
+    static constexpr Type kInputs[] = {kFloat, kFloat, kFloat, kFloat};
+    static constexpr size_t kOutputs = 2;
+
+    explicit CausalConv(const Attributes &given) : activation(given.activation()) {}
+
+    void compute(Ort::KernelContext &context) const {
+        const auto x = shape_of(context.GetInput(0), "x", 3), weight = shape_of(context.GetInput(2), "weight", 3);
+        const int64_t batch = x[0], channels = x[2], width = weight[2];
+        const std::vector<int64_t> state{batch, channels, width - 1};
+        const ingot_cpu_causal_conv_params params{
+            activation, batch, x[1], channels, width, floats_of(context.GetInput(0), "x", x),
+            floats_of(context.GetInput(1), "state", state),
+            floats_of(context.GetInput(2), "weight", {channels, 1, width}),
+            floats_of(context.GetInput(3), "bias", {channels}),
+            context.GetOutput(0, x).GetTensorMutableData<float>(),
+            context.GetOutput(1, state).GetTensorMutableData<float>()};
+        const Threads threads(context);
+        check(ingot_cpu_causal_conv(&params, &threads));
+    }
+
+    int32_t activation;
+};
+
 // What ONNX Runtime is given in place of an exception, which must not pass through it.
 template <typename Call>
-OrtStatusPtr answered(const char *name, const Call &call) {
+OrtStatusPtr answered(const std::string &name, const Call &call) {
     try {
         call();
         return nullptr;
     } catch (const std::exception &error) {
-        return Ort::Status((std::string(kDomain) + "::" + name + ": " + error.what()).c_str(), ORT_INVALID_ARGUMENT).release();
+        return Ort::Status((name + ": " + error.what()).c_str(), ORT_INVALID_ARGUMENT).release();
     }
+}
+
+template <typename Operator>
+std::string full_name() {
+    return std::string(Operator::kIn) + "::" + Operator::kName;
 }
 
 template <typename Operator>
 struct Kernel {
     Operator op;
     OrtStatusPtr ComputeV2(OrtKernelContext *given) {
-        return answered(Operator::kName, [&] {
+        return answered(full_name<Operator>(), [&] {
             Ort::KernelContext context(given);
             op.compute(context);
         });
@@ -271,7 +360,7 @@ struct Kernel {
 template <typename Operator>
 struct Custom : Ort::CustomOpBase<Custom<Operator>, Kernel<Operator>, true> {
     OrtStatusPtr CreateKernelV2(const OrtApi &, const OrtKernelInfo *given, void **kernel) const {
-        return answered(Operator::kName, [&] {
+        return answered(full_name<Operator>(), [&] {
             const Ort::ConstKernelInfo info(given);
             *kernel = new Kernel<Operator>{Operator(Attributes{info})};
         });
@@ -294,17 +383,21 @@ extern "C" INGOT_CPU_API OrtStatus *RegisterCustomOps(OrtSessionOptions *options
         return base->GetApi(1)->CreateStatus(ORT_INVALID_ARGUMENT,
                                              "Ingot's operators need ONNX Runtime 1.21 or later");
     Ort::InitApi(api);
+    static const Custom<Mamba2Scan> mamba2_scan;
+    static const Custom<CausalConv> causal_conv;
     static const Custom<Linear> linear;
     static const Custom<Embedding> embedding;
     static const Custom<MoeDispatch> moe_dispatch;
     static const Custom<MoeLinear> moe_linear;
     return answered("RegisterCustomOps", [&] {
-        Ort::CustomOpDomain domain(kDomain);
-        for (const OrtCustomOp *op : {static_cast<const OrtCustomOp *>(&linear), static_cast<const OrtCustomOp *>(&embedding),
-                                      static_cast<const OrtCustomOp *>(&moe_dispatch), static_cast<const OrtCustomOp *>(&moe_linear)})
-            domain.Add(op);
-        Ort::UnownedSessionOptions(options).Add(domain);
-        // Sessions that are open keep using it.
-        domain.release();
+        const auto add = [&](const char *name, std::initializer_list<const OrtCustomOp *> all) {
+            Ort::CustomOpDomain domain(name);
+            for (const OrtCustomOp *each : all) domain.Add(each);
+            Ort::UnownedSessionOptions(options).Add(domain);
+            // Sessions that are open keep using it.
+            domain.release();
+        };
+        add(kDomain, {&mamba2_scan, &causal_conv});
+        add(kPanelsDomain, {&linear, &embedding, &moe_dispatch, &moe_linear});
     });
 }
