@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from cpu_weights import TARGETS
 from traces import Traces
 
 from ingot.export.build import build
@@ -158,6 +159,17 @@ def cpu_library() -> CpuLibrary:
                 raise
             pytest.skip(str(error))
     return CpuLibrary(LIB / "libingot_cpu.so")
+
+
+@pytest.fixture(params=TARGETS)
+def cpu_kernels(request: pytest.FixtureRequest, cpu_library: CpuLibrary) -> Iterator[CpuLibrary]:
+    """``cpu_library`` on each instruction set in turn that this processor has."""
+    if request.param not in cpu_library.targets:
+        pytest.skip(f"this processor has no {request.param}")
+    before = cpu_library.target
+    cpu_library.use(request.param)
+    yield cpu_library
+    cpu_library.use(before)
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import numpy.typing as npt
 import pytest
 from activations import ACTIVATIONS
-from cpu_weights import TARGETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,16 +15,6 @@ from ingot.plugins.cpu.panels import Floats
 Doubles = npt.NDArray[np.float64]
 # x, state, weight and, or None, bias.
 Arrays = tuple[Floats, Floats, Floats, Floats | None]
-
-
-@pytest.fixture(params=TARGETS)
-def library(request: pytest.FixtureRequest, cpu_library: CpuLibrary) -> Iterator[CpuLibrary]:
-    if request.param not in cpu_library.targets:
-        pytest.skip(f"this processor has no {request.param}")
-    before = cpu_library.target
-    cpu_library.use(request.param)
-    yield cpu_library
-    cpu_library.use(before)
 
 
 def drawn(
@@ -67,7 +54,9 @@ def assert_right(found: tuple[Floats, Floats], arrays: Arrays, activation: str) 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 9])
-def test_gives_the_convolution_of_float64(library: CpuLibrary, width: int, activation: str) -> None:
+def test_gives_the_convolution_of_float64(
+    cpu_kernels: CpuLibrary, width: int, activation: str
+) -> None:
     # About the channels of a vector and of a piece, and the tokens that are computed together.
     for seed, (batch, tokens, channels) in enumerate(
         (
@@ -82,7 +71,7 @@ def test_gives_the_convolution_of_float64(library: CpuLibrary, width: int, activ
         )
     ):
         arrays = drawn(batch, tokens, channels, width, biased=seed % 2 == 0, seed=seed)
-        assert_right(library.causal_conv(*arrays, activation), arrays, activation)
+        assert_right(cpu_kernels.causal_conv(*arrays, activation), arrays, activation)
 
 
 @settings(deadline=None, max_examples=60)
@@ -106,11 +95,11 @@ def test_any_sizes_on_any_instruction_set(
         cpu_library.use(before)
 
 
-def test_silu_is_right_far_from_zero(library: CpuLibrary) -> None:
+def test_silu_is_right_far_from_zero(cpu_kernels: CpuLibrary) -> None:
     values = np.concatenate([np.linspace(-130, 130, 2601), [-3e38, -1e5, 1e5, 3e38]])
     x = values.astype(np.float32).reshape(1, -1, 1)
     one, state = np.ones((1, 1, 1), np.float32), np.zeros((1, 1, 0), np.float32)
-    found = library.causal_conv(x, state, one, None, "silu")[0].ravel()
+    found = cpu_kernels.causal_conv(x, state, one, None, "silu")[0].ravel()
     wide = x.astype(np.float64).ravel()
     expected = wide * np.exp(-np.logaddexp(0, -wide))
     # Below the normal numbers what is left is of no weight.
@@ -137,8 +126,8 @@ def test_threads_and_where_the_state_goes_change_no_bit(
     ("channels", "width", "why"), [(0, 4, "channels is 0"), (3, 0, "width is 0")]
 )
 def test_refuses_sizes_that_are_none(
-    library: CpuLibrary, channels: int, width: int, why: str
+    cpu_kernels: CpuLibrary, channels: int, width: int, why: str
 ) -> None:
     x, weight = np.zeros((1, 2, channels), np.float32), np.zeros((channels, 1, width), np.float32)
     with pytest.raises(LibraryError, match=why):
-        library.causal_conv(x, np.zeros((1, 3, 3), np.float32), weight, None, "silu")
+        cpu_kernels.causal_conv(x, np.zeros((1, 3, 3), np.float32), weight, None, "silu")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from cpu_weights import FORMATS, TARGETS, drawn, rounded
+from cpu_weights import FORMATS, drawn, rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,35 +25,25 @@ def bound(x: npt.NDArray[Any], matrix: Floats) -> npt.NDArray[np.float64]:
     return sizes * 2.0**-21 + 1e-30
 
 
-@pytest.fixture(params=TARGETS)
-def library(request: pytest.FixtureRequest, cpu_library: CpuLibrary) -> Iterator[CpuLibrary]:
-    if request.param not in cpu_library.targets:
-        pytest.skip(f"this processor has no {request.param}")
-    before = cpu_library.target
-    cpu_library.use(request.param)
-    yield cpu_library
-    cpu_library.use(before)
-
-
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_gives_the_product_of_float64(library: CpuLibrary, form: Format) -> None:
+def test_gives_the_product_of_float64(cpu_kernels: CpuLibrary, form: Format) -> None:
     for seed, (tokens, columns, rows) in enumerate((*SHAPES, *LARGE)):
         weight, matrix = drawn(form, rows, columns, seed)
         rng = np.random.default_rng(100 + seed)
         x = rng.standard_normal((tokens, columns)).astype(np.float32)
         bias = rng.standard_normal(rows).astype(np.float32)
-        found = library.linear(form, x, weight, rows, bias)
+        found = cpu_kernels.linear(form, x, weight, rows, bias)
         error = np.abs(found - (x.astype(np.float64) @ matrix.T.astype(np.float64) + bias))
         assert (error <= bound(x, matrix) + np.abs(bias) * 2.0**-20).all(), (tokens, columns, rows)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form.block], ids=str)
-def test_rounds_activations_where_it_may(library: CpuLibrary, form: Format) -> None:
+def test_rounds_activations_where_it_may(cpu_kernels: CpuLibrary, form: Format) -> None:
     for seed, (tokens, columns, rows) in enumerate((*SHAPES, *LARGE)):
         weight, matrix = drawn(form, rows, columns, seed)
         x = np.random.default_rng(100 + seed).standard_normal((tokens, columns)).astype(np.float32)
         x[0, :32] = 0
-        found = library.linear(form, x, weight, rows, round_activations=True)
+        found = cpu_kernels.linear(form, x, weight, rows, round_activations=True)
         near = rounded(x, form.block)
         error = np.abs(found - near @ matrix.T.astype(np.float64))
         assert (error <= bound(near, matrix)).all(), (tokens, columns, rows)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from cpu_weights import FORMATS, TARGETS, drawn, rounded
+from cpu_weights import FORMATS, drawn, rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,16 +17,6 @@ from ingot.plugins.cpu.library import CpuLibrary, LibraryError
 from ingot.plugins.cpu.panels import Bytes, Floats, Format, pack_floats
 
 Doubles = npt.NDArray[np.float64]
-
-
-@pytest.fixture(params=TARGETS)
-def library(request: pytest.FixtureRequest, cpu_library: CpuLibrary) -> Iterator[CpuLibrary]:
-    if request.param not in cpu_library.targets:
-        pytest.skip(f"this processor has no {request.param}")
-    before = cpu_library.target
-    cpu_library.use(request.param)
-    yield cpu_library
-    cpu_library.use(before)
 
 
 def stack(
@@ -69,7 +58,7 @@ def dispatched(
 
 
 def check(
-    library: CpuLibrary,
+    cpu_kernels: CpuLibrary,
     forms: tuple[Format, Format],
     tokens: int,
     hidden: int,
@@ -86,23 +75,23 @@ def check(
     logits = rng.integers(-3, 3, (tokens, experts)).astype(np.float32)
     gate_up, gate_ups = stack(forms[0], experts, 2 * inner, hidden, seed + 1)
     down, downs = stack(forms[1], experts, hidden, inner, seed + 2)
-    found = library.moe_dispatch(forms, x, logits, gate_up, down, inner, **options)
+    found = cpu_kernels.moe_dispatch(forms, x, logits, gate_up, down, inner, **options)
     options = {"round_activations": False, **options}
     expected = dispatched(forms, x, logits, gate_ups, downs, **options)
     assert np.abs(found - expected).max(initial=0) <= close * np.abs(expected).max(initial=1e-9)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_dispatches_as_in_float64(library: CpuLibrary, form: Format) -> None:
+def test_dispatches_as_in_float64(cpu_kernels: CpuLibrary, form: Format) -> None:
     options: dict[str, Any] = {"top_k": 2, "normalize": True, "activation": "silu"}
     for tokens, hidden, inner, experts in ((1, 64, 40, 5), (9, 70, 33, 3)):
-        check(library, (form, form), tokens, hidden, inner, experts, **options)
+        check(cpu_kernels, (form, form), tokens, hidden, inner, experts, **options)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_knows_every_activation(library: CpuLibrary, activation: str) -> None:
+def test_knows_every_activation(cpu_kernels: CpuLibrary, activation: str) -> None:
     form = FORMATS[0]
-    check(library, (form, form), 3, 48, 32, 4, top_k=3, normalize=False, activation=activation)
+    check(cpu_kernels, (form, form), 3, 48, 32, 4, top_k=3, normalize=False, activation=activation)
 
 
 def test_experts_may_have_two_formats(cpu_library: CpuLibrary) -> None:
@@ -111,12 +100,12 @@ def test_experts_may_have_two_formats(cpu_library: CpuLibrary) -> None:
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form.block][::2], ids=str)
-def test_rounds_what_is_multiplied_where_it_may(library: CpuLibrary, form: Format) -> None:
+def test_rounds_what_is_multiplied_where_it_may(cpu_kernels: CpuLibrary, form: Format) -> None:
     # A number between two whole ones may go either way where the product before was rounded.
     options: dict[str, Any] = {"top_k": 2, "normalize": True, "activation": "silu"}
     for tokens in (1, 12):
         check(
-            library,
+            cpu_kernels,
             (form, form),
             tokens,
             64,
@@ -197,7 +186,7 @@ def test_tells_extreme_numbers_of_an_activation(cpu_library: CpuLibrary) -> None
 @pytest.mark.parametrize("per_choice", [False, True])
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_each_choice_has_its_experts_product(
-    library: CpuLibrary, form: Format, per_choice: bool
+    cpu_kernels: CpuLibrary, form: Format, per_choice: bool
 ) -> None:
     for tokens, columns, rows, experts, top_k in ((1, 40, 30, 4, 2), (17, 65, 50, 3, 3)):
         rng = np.random.default_rng(tokens)
@@ -206,7 +195,7 @@ def test_each_choice_has_its_experts_product(
         # An id may stand twice in a row.
         ids = rng.integers(0, experts, (tokens, top_k))
         weight, matrices = stack(form, experts, rows, columns, 5)
-        found = library.moe_linear(form, x, ids, weight, rows, experts)
+        found = cpu_kernels.moe_linear(form, x, ids, weight, rows, experts)
         for n in range(tokens):
             for k in range(top_k):
                 given = (x[n, k] if per_choice else x[n]).astype(np.float64)

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from cpu_weights import TARGETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,16 +34,6 @@ SIZES = (
 TOKENS = (1, 2, 15, 16, 17, 33, 64)
 NO_LIMITS = (0.0, math.inf)
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "state", "mask")
-
-
-@pytest.fixture(params=TARGETS)
-def library(request: pytest.FixtureRequest, cpu_library: CpuLibrary) -> Iterator[CpuLibrary]:
-    if request.param not in cpu_library.targets:
-        pytest.skip(f"this processor has no {request.param}")
-    before = cpu_library.target
-    cpu_library.use(request.param)
-    yield cpu_library
-    cpu_library.use(before)
 
 
 def drawn(
@@ -114,26 +102,26 @@ def assert_near(found: Results, arrays: dict[str, Floats], limits: Any = NO_LIMI
 @pytest.mark.parametrize("padding", ["none", "left", "holes"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_gives_the_recurrence_of_float64(
-    library: CpuLibrary, sizes: tuple[int, int, int, int], padding: str
+    cpu_kernels: CpuLibrary, sizes: tuple[int, int, int, int], padding: str
 ) -> None:
     for seed, tokens in enumerate(TOKENS):
         arrays = drawn(sizes, tokens, padding=padding, seed=seed)
-        assert_near(library.mamba2_scan(*arrays.values()), arrays)
+        assert_near(cpu_kernels.mamba2_scan(*arrays.values()), arrays)
 
 
 @pytest.mark.parametrize("limits", [NO_LIMITS, (0.001, 0.1), (0.5, 100.0)])
 def test_gives_it_of_large_and_of_tiny_steps_and_of_clamped_ones(
-    library: CpuLibrary, limits: tuple[float, float]
+    cpu_kernels: CpuLibrary, limits: tuple[float, float]
 ) -> None:
     """Decays from 1 to numbers that float32 does not have."""
     for tokens in (1, 7, 35):
         arrays = drawn((8, 12, 2, 20), tokens, padding="holes", spread=30.0, seed=tokens)
-        assert_near(library.mamba2_scan(*arrays.values(), limits=limits), arrays, limits)
+        assert_near(cpu_kernels.mamba2_scan(*arrays.values(), limits=limits), arrays, limits)
         arrays["dt"] -= 60
-        assert_near(library.mamba2_scan(*arrays.values(), limits=limits), arrays, limits)
+        assert_near(cpu_kernels.mamba2_scan(*arrays.values(), limits=limits), arrays, limits)
 
 
-def test_softplus_is_right_to_some_units_wherever_it_is_asked(library: CpuLibrary) -> None:
+def test_softplus_is_right_to_some_units_wherever_it_is_asked(cpu_kernels: CpuLibrary) -> None:
     """One token, one number of the state, and all else 1: y is dt'."""
     values = np.concatenate([np.linspace(-87, 100, 4001), [-1e4, 0, 19.999, 20, 20.001, 3e38]])
     heads = len(values)
@@ -141,7 +129,7 @@ def test_softplus_is_right_to_some_units_wherever_it_is_asked(library: CpuLibrar
     for name, value in (("x", 1), ("B", 1), ("C", 1), ("D", 0), ("dt_bias", 0), ("state", 0)):
         arrays[name][:] = value
     arrays["dt"][:] = values
-    found = library.mamba2_scan(*arrays.values())[0].ravel()
+    found = cpu_kernels.mamba2_scan(*arrays.values())[0].ravel()
     expected = np.logaddexp(0, arrays["dt"].astype(np.float64).ravel())
     assert (np.abs(found - expected) <= expected * 2.0**-21 + 1e-44).all()
 
@@ -180,46 +168,46 @@ def test_any_sizes_on_any_instruction_set(
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 70, 200])
-def test_is_as_exact_as_eager(library: CpuLibrary, tokens: int) -> None:
+def test_is_as_exact_as_eager(cpu_kernels: CpuLibrary, tokens: int) -> None:
     arrays = drawn((4, 64, 1, 128), tokens, batch=1, padding="left", seed=tokens)
     expected, _ = recurrence(arrays)
     theirs = mamba2_scan(*map(torch.from_numpy, arrays.values()), 256, *NO_LIMITS)
     for ours, eager, right in zip(
-        library.mamba2_scan(*arrays.values()), theirs, expected, strict=True
+        cpu_kernels.mamba2_scan(*arrays.values()), theirs, expected, strict=True
     ):
         error = np.sqrt(np.square(eager.numpy() - right).mean())
         assert np.sqrt(np.square(ours - right).mean()) <= 1.5 * error
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 16, 33])
-def test_padding_alone_changes_no_bit_of_the_state(library: CpuLibrary, tokens: int) -> None:
+def test_padding_alone_changes_no_bit_of_the_state(cpu_kernels: CpuLibrary, tokens: int) -> None:
     arrays = drawn((3, 10, 1, 19), tokens)
     arrays["mask"][:] = 0
     arrays["state"].flat[::3] = -0.0
-    found = library.mamba2_scan(*arrays.values())[1]
+    found = cpu_kernels.mamba2_scan(*arrays.values())[1]
     assert found.tobytes() == arrays["state"].tobytes()
 
 
 @pytest.mark.parametrize("padding", ["left", "holes"])
-def test_what_padding_holds_reaches_no_token(library: CpuLibrary, padding: str) -> None:
+def test_what_padding_holds_reaches_no_token(cpu_kernels: CpuLibrary, padding: str) -> None:
     for tokens in (5, 37):
         arrays = drawn((4, 9, 2, 21), tokens, batch=3, padding=padding, seed=4)
         is_token = arrays["mask"] == 1
-        y, new_state = library.mamba2_scan(*arrays.values())
+        y, new_state = cpu_kernels.mamba2_scan(*arrays.values())
         for name in ("x", "dt", "B", "C"):
             # Finite, though nearly every product with it is infinite in float32.
             arrays[name][~is_token] = 3e38
-        found_y, found_state = library.mamba2_scan(*arrays.values())
+        found_y, found_state = cpu_kernels.mamba2_scan(*arrays.values())
         np.testing.assert_array_equal(found_y[is_token], y[is_token])
         np.testing.assert_array_equal(found_state, new_state)
 
 
 @pytest.mark.parametrize("name", ["dt", "x", "B"])
-def test_what_is_no_number_stays_none(library: CpuLibrary, name: str) -> None:
+def test_what_is_no_number_stays_none(cpu_kernels: CpuLibrary, name: str) -> None:
     for tokens in (3, 20):
         arrays = drawn((1, 2, 1, 3), tokens, batch=1)
         arrays[name][0, 1] = np.nan
-        y, new_state = library.mamba2_scan(*arrays.values(), limits=(0.001, 0.1))
+        y, new_state = cpu_kernels.mamba2_scan(*arrays.values(), limits=(0.001, 0.1))
         assert np.isnan(y[0, 1:]).all() and np.isnan(new_state).all()
 
 
@@ -250,7 +238,7 @@ def test_threads_and_where_the_state_goes_change_no_bit(
     ],
 )
 def test_refuses_sizes_that_are_none(
-    library: CpuLibrary,
+    cpu_kernels: CpuLibrary,
     sizes: tuple[int, int, int, int],
     limits: tuple[float, float],
     why: str,
@@ -261,4 +249,4 @@ def test_refuses_sizes_that_are_none(
     for name, shape in shapes.items():
         arrays[name] = np.zeros(shape, np.float32)
     with pytest.raises(LibraryError, match=why):
-        library.mamba2_scan(*arrays.values(), limits=limits)
+        cpu_kernels.mamba2_scan(*arrays.values(), limits=limits)
