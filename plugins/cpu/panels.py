@@ -19,8 +19,6 @@ Numbers = Literal["float32", "bfloat16", "int8", "int4"]
 NUMBERS: dict[Numbers, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 ROWS = 16
 LINE = 64
-# The largest float16 whose neighbours are as near as its precision says, and half of it.
-HALF_MOST = 2.0**15
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

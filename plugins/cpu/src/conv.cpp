@@ -205,8 +205,7 @@ using namespace ingot::cpu;
 int ingot_cpu_causal_conv(const ingot_cpu_causal_conv_params *params, const ingot_cpu_threads *threads) {
     return answered([&] {
         const ingot_cpu_causal_conv_params &p = *params;
-        require(p.activation >= INGOT_CPU_SILU && p.activation <= INGOT_CPU_IDENTITY,
-                "there is no such activation");
+        check_activation(p.activation);
         check_size("batch", p.batch, 0);
         check_size("tokens", p.tokens, 0);
         check_size("channels", p.channels);

@@ -1,6 +1,5 @@
 // ingot_cpu_linear and ingot_cpu_embedding.
 #include <algorithm>
-#include <cstring>
 
 #include "hwy/base.h"
 
@@ -16,13 +15,6 @@ void check_sizes(int64_t tokens, int64_t in_features, int64_t out_features) {
     check_size("tokens", tokens, 0);
     check_size("in_features", in_features);
     check_size("out_features", out_features);
-}
-
-template <typename T>
-T read(const uint8_t *from, size_t index) {
-    T value;
-    std::memcpy(&value, from + index * sizeof(T), sizeof(T));
-    return value;
 }
 
 // One row of a table, as floats.
@@ -67,7 +59,7 @@ size_t ingot_cpu_weight_bytes(const ingot_cpu_format *format, int64_t out_featur
     const int refused = answered([&] {
         check(*format);
         check_sizes(0, in_features, out_features);
-        bytes = panels_of(size_t(out_features)) * Layout(*format, size_t(in_features)).bytes;
+        bytes = matrix_bytes(*format, size_t(out_features), size_t(in_features));
     });
     return refused ? 0 : bytes;
 }

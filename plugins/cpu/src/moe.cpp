@@ -2,7 +2,6 @@
 // the products of product.h, so that each expert that is chosen is read once.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "product.h"
 #include "reference.h"
@@ -86,10 +85,6 @@ struct Sorted {
     std::vector<size_t> chosen, choice_of_row, row_of_choice;
 };
 
-size_t stack_bytes(const ingot_cpu_format &format, size_t rows, size_t columns) {
-    return panels_of(rows) * Layout(format, columns).bytes;
-}
-
 // The experts of one token and their weights: softmax over all, then the largest logits; of equal
 // ones the first.
 void route(const float *logits, size_t experts, size_t top_k, bool normalize, int64_t *ids, float *weights) {
@@ -122,8 +117,8 @@ struct Rows {
 
 void reference_dispatch(const ingot_cpu_moe_dispatch_params &p, const int64_t *ids, const float *weights) {
     const size_t hidden = size_t(p.hidden), inner = size_t(p.intermediate), top_k = size_t(p.top_k);
-    const size_t gate_up = stack_bytes(p.gate_up_format, 2 * inner, hidden);
-    const size_t down = stack_bytes(p.down_format, hidden, inner);
+    const size_t gate_up = matrix_bytes(p.gate_up_format, 2 * inner, hidden);
+    const size_t down = matrix_bytes(p.down_format, hidden, inner);
     for (size_t n = 0; n < size_t(p.tokens); ++n) {
         std::vector<double> sum(hidden);
         for (size_t k = 0; k < top_k; ++k) {
@@ -149,7 +144,7 @@ void dispatch(const ingot_cpu_moe_dispatch_params &p, const ingot_cpu_threads &t
     const size_t hidden = size_t(p.hidden), inner = size_t(p.intermediate), top_k = size_t(p.top_k);
     const size_t choices = tokens * top_k;
     const Sorted sorted(ids, choices, size_t(p.experts), p.gate_up,
-                        stack_bytes(p.gate_up_format, 2 * inner, hidden));
+                        matrix_bytes(p.gate_up_format, 2 * inner, hidden));
     const Buffer<float> both(choices * 2 * inner), middle(choices * inner), out(choices * hidden);
     {
         const Product product(p.gate_up_format, hidden, 2 * inner, p.round_activations,
@@ -167,7 +162,7 @@ void dispatch(const ingot_cpu_moe_dispatch_params &p, const ingot_cpu_threads &t
     });
     {
         std::vector<Job> jobs = sorted.jobs;
-        const size_t bytes = stack_bytes(p.down_format, hidden, inner);
+        const size_t bytes = matrix_bytes(p.down_format, hidden, inner);
         for (size_t job = 0; job < jobs.size(); ++job)
             jobs[job].weight = static_cast<const uint8_t *>(p.down) + sorted.chosen[job] * bytes;
         const Product product(p.down_format, inner, hidden, p.round_activations, jobs.data(), jobs.size());
@@ -211,8 +206,7 @@ int ingot_cpu_moe_dispatch(const ingot_cpu_moe_dispatch_params *params, const in
         check_size("hidden", p.hidden);
         check_size("intermediate", p.intermediate);
         check_choice(p.top_k, p.experts);
-        require(p.activation >= INGOT_CPU_SILU && p.activation <= INGOT_CPU_IDENTITY,
-                "there is no such activation");
+        check_activation(p.activation);
         const size_t tokens = size_t(p.tokens), top_k = size_t(p.top_k), experts = size_t(p.experts);
         std::vector<int64_t> ids(tokens * top_k);
         std::vector<float> weights(tokens * top_k);
@@ -241,7 +235,7 @@ int ingot_cpu_moe_linear(const ingot_cpu_moe_linear_params *params, const ingot_
         for (size_t choice = 0; choice < tokens * top_k; ++choice)
             require(p.expert_ids[choice] >= 0 && p.expert_ids[choice] < p.experts,
                     "an expert's id is not 0 to the number of experts less one");
-        const size_t bytes = stack_bytes(p.format, out, columns);
+        const size_t bytes = matrix_bytes(p.format, out, columns);
         const size_t slice = slice_of(tokens, top_k * (columns + 2 * out));
         for (size_t begin = 0; begin < tokens; begin += slice) {
             const size_t choices = std::min(slice, tokens - begin) * top_k;

@@ -22,6 +22,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "ingot_cpu.h"
 
@@ -56,5 +57,17 @@ struct Layout {
     }
     size_t bytes = 0, blocks = 0, block_bytes = 0, scales = 0, zeros = 0, numbers = 0;
 };
+
+inline size_t matrix_bytes(const ingot_cpu_format &format, size_t rows, size_t columns) {
+    return panels_of(rows) * Layout(format, columns).bytes;
+}
+
+// Number `index` of those that begin at `from`, which may lie anywhere.
+template <typename T>
+T read(const uint8_t *from, size_t index) {
+    T value;
+    std::memcpy(&value, from + index * sizeof(T), sizeof(T));
+    return value;
+}
 
 }  // namespace ingot::cpu

@@ -25,11 +25,6 @@ using VF = hn::Vec<F32>;
 using VU = hn::Vec<U32>;
 using VI = hn::Vec<I32>;
 
-// Loops over what lies in registers have no index left when they are compiled.
-#ifndef INGOT_UNROLL
-#define INGOT_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 constexpr size_t kLanes = HWY_MAX_LANES_D(F32);
 // Vectors of a panel's sixteen rows.
 constexpr size_t kVectors = kRows / kLanes;

@@ -7,13 +7,6 @@
 namespace ingot::cpu {
 namespace {
 
-template <typename T>
-T read(const uint8_t *from, size_t index) {
-    T value;
-    std::memcpy(&value, from + index * sizeof(T), sizeof(T));
-    return value;
-}
-
 double from_half(uint16_t bits) {
     const int exponent = bits >> 10 & 31, fraction = bits & 1023;
     const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);

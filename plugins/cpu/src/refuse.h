@@ -32,6 +32,9 @@ inline void require(bool holds, const char *why) {
 // Raises Refused of a format that there is not.
 void check(const ingot_cpu_format &format);
 
+// Raises Refused of an activation that there is not.
+void check_activation(int32_t activation);
+
 // Raises Refused of a size that is below `least` or no int32.
 void check_size(const char *name, int64_t size, int64_t least = 1);
 

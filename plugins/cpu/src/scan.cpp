@@ -75,10 +75,6 @@ using V = hn::Vec<D>;
 using Four = hn::FixedTag<float, 4>;
 using V4 = hn::Vec<Four>;
 
-#ifndef INGOT_UNROLL
-#define INGOT_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 constexpr size_t kLanes = HWY_MAX_LANES_D(D);
 // Vectors of a chunk's tokens.
 constexpr size_t kWide = kChunk / kLanes;

@@ -99,6 +99,11 @@ void check(const ingot_cpu_format &format) {
         require(!format.block && !format.zero_points, "floats have neither blocks nor zero points");
 }
 
+void check_activation(int32_t activation) {
+    require(activation >= INGOT_CPU_SILU && activation <= INGOT_CPU_IDENTITY,
+            "there is no such activation");
+}
+
 void check_size(const char *name, int64_t size, int64_t least) {
     if (size < least || size > std::numeric_limits<int32_t>::max())
         throw Refused(std::string(name) + " is " + std::to_string(size) + "; it may be " +

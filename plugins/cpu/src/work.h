@@ -12,6 +12,9 @@
 
 #include "panels.h"
 
+// Loops over what lies in registers have no index left when they are compiled.
+#define INGOT_UNROLL _Pragma("GCC unroll 16")
+
 namespace ingot::cpu {
 
 // Why a call is refused.
