@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from ingot.export.early import check_max_kl, check_request, find_source
 from ingot.export.ingot import TARGETS, Target
+from ingot.export.ingot_schema import CHECKPOINT, INGOT
+from ingot.export.kernels import chosen
 from ingot.export.progress import Stages
 from ingot.export.quantization import ACCURACIES, BLOCKS
 from ingot.export.request import (
     BUILDERS,
     CALIBRATED,
     EXTRA_OUTPUTS,
+    KERNELS,
     PRECISIONS,
     PRESETS,
     TASKS,
@@ -29,6 +32,7 @@ from ingot.export.request import (
     ExportError,
     ExportRequest,
     ExtraOutput,
+    Kernels,
     Limits,
     Method,
     Precision,
@@ -52,6 +56,7 @@ def export(
     task: Task = "generate",
     precision: Precision | None = None,
     weights: Weights | None = None,
+    kernels: Kernels | None = None,
     block: Block | None = None,
     symmetric: bool | None = None,
     accuracy: Accuracy | None = None,
@@ -86,8 +91,12 @@ def export(
         weights: what matrices are stored in by the targets ``onnx`` and ``ort``, whose arithmetic
             is float32: ``fp32``, ``bf16``, ``fp16``, or ``checkpoint``, each as the checkpoint has
             it, which loses nothing, by ``ort`` also where those are whole numbers; where absent
-            ``fp32``. By ``ort`` also ``int8`` and ``int4``,
-            whole numbers with a scale a block, for ONNX Runtime's kernels.
+            ``fp32``, or with the kernels ``ingot`` ``checkpoint``. By ``ort`` also ``int8`` and
+            ``int4``, whole numbers with a scale a block.
+        kernels: of the target ``ort``, whose run the graph: ``ort`` ONNX Runtime's own,
+            ``ingot`` those of Ingot's, whose library goes into the ingot, ``portable`` what
+            standard operators have, or ``auto``, the fastest of those that are installed; where
+            absent ``ort``, which ONNX Runtime opens without more.
         block: of those, how many weights of a row share a scale: 32, 64 or 128; where absent 32,
             and with ``bits`` what pays most for each weight.
         symmetric: of those, whether there are no zero points; where absent True.
@@ -136,6 +145,7 @@ def export(
         ("task", task, TASKS),
         ("precision", precision, (None, *PRECISIONS)),
         ("format of weights", weights, (None, *WEIGHTS)),
+        ("kernels", kernels, (None, *KERNELS)),
         ("method", method, (None, *CALIBRATED)),
         ("size of a block", block, (None, *BLOCKS)),
         ("accuracy", accuracy, (None, *ACCURACIES)),
@@ -150,6 +160,8 @@ def export(
                 f"{shown(value)} is no {name}; give one of: {', '.join(names)}."
                 f"{f' Did you mean {meant}?' if meant else ''}"
             )
+    whose = chosen(kernels, target, weights)
+    own = whose == INGOT and target == "ort"
     request = ExportRequest(
         model=str(model),
         target=target,
@@ -162,7 +174,8 @@ def export(
         extra_outputs=tuple(dict.fromkeys(extra_outputs)),
         overwrite=overwrite,
         precision=precision or ("bf16" if target.startswith("trt") else "fp32"),
-        weights=weights,
+        weights=weights or (CHECKPOINT if own else None),
+        kernels=whose,
         block=block,
         symmetric=symmetric,
         accuracy=accuracy,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import onnx_ir as ir
@@ -24,7 +25,7 @@ from ingot.export.ingot import (
     Manifest,
     file_infos,
 )
-from ingot.export.ingot_schema import CHECKPOINT
+from ingot.export.ingot_schema import CHECKPOINT, INGOT, LIBRARY
 from ingot.export.manifest import make_manifest
 from ingot.export.progress import Stages
 from ingot.export.request import CALIBRATED, PRECISIONS, ExportError, ExportRequest
@@ -34,6 +35,7 @@ from ingot.export.tokenizer import Find, copy_tokenizer, find_beside, make_token
 from ingot.export.write_weights import weight_bytes, write_weights
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.hub import Source
+from ingot.plugins.cpu.operators import installed
 from ingot.plugins.json_fields import Field, FieldError
 from ingot.plugins.links import require_inside
 from ingot.plugins.whole import keep_apart, staged
@@ -86,6 +88,7 @@ def build(
         request.extra_outputs,
         weights,
         request.quantization,
+        request.kernels,
     )
     opened = recipe.open(checkpoint)
     if request.target == "ort" and request.weights == CHECKPOINT:
@@ -124,6 +127,8 @@ def build(
             stages.table(f"{opened.family.model_type} on TensorRT", rows)
             require(rows)
         known = {WEIGHTS: _write_graph(captured.model, folder, stages, recipe.weights)}
+        if request.kernels == INGOT:
+            copyfile(installed(), folder / LIBRARY)
         copy_tokenizer(beside, tokenizer, folder)
         manifest = make_manifest(recipe, opened, checkpoint, captured, generation)
         if request.for_tensorrt:

@@ -19,6 +19,7 @@ from ingot.export.request import (
     BUILDERS,
     CALIBRATED,
     EXTRA_OUTPUTS,
+    KERNELS,
     PRECISIONS,
     PRESETS,
     TASKS,
@@ -27,6 +28,7 @@ from ingot.export.request import (
     Block,
     Builder,
     ExtraOutput,
+    Kernels,
     Limits,
     Method,
     Precision,
@@ -105,6 +107,12 @@ class LazyGroup(Group):
     help="What matrices are stored in, computed in float32; checkpoint: each as it is there.",
 )
 @click.option(
+    "--kernels",
+    type=click.Choice(KERNELS),
+    help="Of the target ort: ONNX Runtime's, which is the default, Ingot's own, those of standard "
+    "operators alone, or what is fastest here.",
+)
+@click.option(
     "--block",
     type=click.Choice(BLOCKS),
     help="Of int8 and int4: how many weights share a scale; default 32, with --bits what pays.",
@@ -171,6 +179,7 @@ def export_command(
     extra_outputs: tuple[ExtraOutput, ...],
     precision: Precision | None,
     weights: Weights | None,
+    kernels: Kernels | None,
     block: Block | None,
     symmetric: bool | None,
     accuracy: Accuracy | None,
@@ -209,6 +218,7 @@ def export_command(
         task=task,
         precision=precision,
         weights=weights,
+        kernels=kernels,
         block=block,
         symmetric=symmetric,
         accuracy=accuracy,

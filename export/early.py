@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ingot.export.ingot import check_destination
+from ingot.export.ingot_schema import INGOT, ORT, PORTABLE
 from ingot.export.request import PRESETS, ExportError, ExportRequest, Limits
 from ingot.graphs import names
 from ingot.graphs.adapter import read_adapter, refuse_forgotten
@@ -18,6 +19,7 @@ from ingot.graphs.config import MOST_POSITIONS
 from ingot.graphs.folder import Folder, is_folder
 from ingot.graphs.hub import Source, find, resolve_adapter
 from ingot.graphs.names import RELEASED, nearest
+from ingot.plugins.cpu.operators import installed
 from ingot.plugins.errors import IngotError, shown
 
 # Of a preset's weights; a larger seed would give those of its remainder.
@@ -48,6 +50,7 @@ def check_request(request: ExportRequest) -> None:
             f"--weights {request.weights} goes with the target ort, whose runtime has kernels for "
             f"it; {request.target} stores floats: give --weights checkpoint, bf16 or fp16."
         )
+    _check_kernels(request)
     # The numbers of a quantised checkpoint come with a format of their own, and with no kernel.
     own = ("accuracy",) if request.target == "ort" and request.weights == "checkpoint" else ()
     for option in ("block", "symmetric", "accuracy", "calibration"):
@@ -71,6 +74,30 @@ def check_request(request: ExportRequest) -> None:
         from ingot.export.engine import plan_engine
 
         plan_engine(request)
+
+
+def _check_kernels(request: ExportRequest) -> None:
+    """Refuse kernels that the target does not have, or that do not read such weights."""
+    kernels, weights = request.kernels, request.weights
+    if kernels == ORT:
+        return
+    if request.target != "ort":
+        raise ExportError(
+            f"--kernels {kernels} goes with the target ort, and the target is {request.target}; "
+            "leave it out."
+        )
+    if kernels == PORTABLE and request.in_numbers:
+        raise ExportError(
+            f"--kernels portable has standard operators alone, and none of them multiplies by "
+            f"--weights {weights}; give --weights bf16 or fp16, or --kernels ort or ingot."
+        )
+    if kernels == INGOT:
+        installed()
+        if weights == "fp16":
+            raise ExportError(
+                "--kernels ingot has none for --weights fp16; give bf16, which takes as many "
+                "bytes, or checkpoint, which stores float16 as float32, or --kernels ort."
+            )
 
 
 def check_max_kl(max_kl: float | None) -> None:

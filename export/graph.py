@@ -21,17 +21,18 @@ from ingot.export.capture import capture as trace
 from ingot.export.codecs.blocks import Blocks
 from ingot.export.codecs.coder import Coder, Nearest, blocks_of
 from ingot.export.codecs.given import Given, quantization_of
-from ingot.export.ingot_schema import CHECKPOINT
-from ingot.export.lower_ort import lower_ort
+from ingot.export.ingot_schema import CHECKPOINT, INGOT, ORT, PORTABLE
+from ingot.export.lower_ort import lower_ingot, lower_ort, lower_portable
 from ingot.export.lower_trt import lower_trt
 from ingot.export.passes.graph_pass import Applied, run
 from ingot.export.passes.moe_apart import ExpertsApart
+from ingot.export.passes.pack import PackMatrices
 from ingot.export.passes.quantise import QuantiseMatrices
 from ingot.export.passes.quantise_experts import QuantiseExperts, has_no_kernel
 from ingot.export.passes.store import StoreNarrow
 from ingot.export.progress import Stages
 from ingot.export.quantization import BITS, UNCHANGED, Quantization
-from ingot.export.request import ExportError
+from ingot.export.request import ExportError, scales_of
 from ingot.graphs.checkpoint import (
     Checkpoint,
     WeightMap,
@@ -64,12 +65,15 @@ ONNX_NAMES = {
     "float16": "FLOAT16",
     "bfloat16": "BFLOAT16",
 }
-# By target and execution provider; None where the canonical graph is what is delivered.
-LOWERINGS: dict[tuple[str, str], Lowering | None] = {
-    ("onnx", ""): None,
-    ("ort", "cpu"): Lowering("ONNX Runtime", lower_ort),
-    ("trt", ""): Lowering("TensorRT", lower_trt),
-    ("trt-rtx", ""): Lowering("TensorRT", lower_trt),
+# By target, execution provider and whose kernels; None where the canonical graph is what is
+# delivered.
+LOWERINGS: dict[tuple[str, str, str], Lowering | None] = {
+    ("onnx", "", ""): None,
+    ("ort", "cpu", ORT): Lowering("ONNX Runtime", lower_ort),
+    ("ort", "cpu", PORTABLE): Lowering("standard operators", lower_portable),
+    ("ort", "cpu", INGOT): Lowering("Ingot's kernels", lower_ingot),
+    ("trt", "", ""): Lowering("TensorRT", lower_trt),
+    ("trt-rtx", "", ""): Lowering("TensorRT", lower_trt),
 }
 
 
@@ -119,6 +123,7 @@ class Recipe:
         weights: what matrices are stored in, of ``export.ingot_schema.STORED``; the precision where
             it is empty.
         quantization: where that is whole numbers.
+        kernels: of the target ort, whose run it, of ``export.request.KERNELS`` but ``auto``.
     """
 
     target: str
@@ -127,6 +132,7 @@ class Recipe:
     extra_outputs: tuple[str, ...] = ()
     weights: str = ""
     quantization: Quantization | None = None
+    kernels: str = ORT
 
     @property
     def provider(self) -> str:
@@ -158,6 +164,7 @@ class Recipe:
             if _is_matrix(tuple(parameter.shape)) and name not in found
         ]
         weights, chosen = quantization_of(found, plain, accuracy)
+        chosen = replace(chosen, scales=scales_of(self.kernels))
         return replace(self, weights=weights, quantization=chosen)
 
     def coder(self, opened: Opened) -> Coder | None:
@@ -216,6 +223,8 @@ class Recipe:
                 return blocks.bits_per_weight
             if coder is None:
                 dtype = opened.stored(name) if self.weights == CHECKPOINT else self.weights
+                if self.kernels == INGOT and dtype == "float16":
+                    dtype = "float32"
                 narrow: torch.dtype = getattr(torch, dtype)
                 return 8 * min(narrow.itemsize, parameter.element_size())
         return 8 * parameter.element_size()
@@ -248,7 +257,7 @@ class Recipe:
                 extra_outputs=self.extra_outputs,
                 exact_matrices=bool(self.weights),
             )
-        lowering = LOWERINGS[self.target, self.provider]
+        lowering = LOWERINGS[self.target, self.provider, self.kernels if self.provider else ""]
         if lowering is None:
             stored = self._store(captured.model, opened, coder)
             return replace(captured, passes=(*captured.passes, *stored))
@@ -261,13 +270,15 @@ class Recipe:
 
     def _taken_apart(self, model: ir.Model, coder: Coder | None) -> tuple[Applied, ...]:
         """Experts in whole numbers for which ONNX Runtime has no kernel that is asked for."""
-        if self.quantization is None or coder is None:
+        if self.quantization is None or coder is None or self.kernels == INGOT:
             return ()
         exact = self.quantization.accuracy == "exact"
         return run(model, [ExpertsApart(partial(has_no_kernel, coder, exact))])
 
     def _store(self, model: ir.Model, opened: Opened, coder: Coder | None) -> tuple[Applied, ...]:
         """Store the matrices in what is asked for, in whatever layout they have by then."""
+        if self.kernels == INGOT:
+            return self._pack(model, opened, coder)
         if not self.weights:
             return ()
         if self.quantization is not None and coder is not None:
@@ -280,6 +291,15 @@ class Recipe:
         of_checkpoint = self.weights == CHECKPOINT
         dtype_of = _dtype_of(opened.stored if of_checkpoint else lambda _name: self.weights)
         return run(model, [StoreNarrow(dtype_of), NameFixPass()])
+
+    def _pack(self, model: ir.Model, opened: Opened, coder: Coder | None) -> tuple[Applied, ...]:
+        """Store the matrices in panels, whose kernels read each format that they are asked for."""
+        how = self.quantization
+        given = self.weights == CHECKPOINT or (how is not None and how.method == "given")
+        other = self.precision if how is not None or not self.weights else self.weights
+        dtype_of = _dtype_of(opened.stored if given else lambda _name: other)
+        rounds = how is not None and how.accuracy == "fast"
+        return run(model, [PackMatrices(dtype_of, coder, round_activations=rounds), NameFixPass()])
 
 
 def _dtype_of(stored: Callable[[str], str]) -> Callable[[str], ir.DataType]:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ingot.export.external_data import GraphError, external_files
-from ingot.export.ingot_schema import FIELDS, OF_QUANTIZATION, OPTIONAL, check
+from ingot.export.ingot_schema import FIELDS, INGOT, LIBRARY, OF_QUANTIZATION, OPTIONAL, check
 from ingot.export.ingot_schema import MODULES as MODULES
 from ingot.export.ingot_schema import SIZES as SIZES
 from ingot.export.ingot_schema import TARGETS as TARGETS
 from ingot.export.ingot_schema import Target as Target
 from ingot.export.ingot_schema import Verdict as Verdict
-from ingot.export.quantization import Quantization
+from ingot.export.quantization import SCALES, Quantization
 from ingot.graphs.state import State
 from ingot.plugins import whole
 from ingot.plugins.errors import IngotError, shown
@@ -117,6 +117,8 @@ class Manifest:
         weights: what matrices are stored in, of ``export.ingot_schema.STORED``; the precision where
             it is empty.
         quantization: how, where that is whole numbers.
+        kernels: of ``export.ingot_schema.SAID_KERNELS``, whose run an ort ingot; ONNX Runtime's
+            where it is empty.
         tools: package versions the ingot was made with.
         files: every other file of the folder.
         validation: verdict and summary figures.
@@ -144,6 +146,7 @@ class Manifest:
     validation: dict[str, Any] = field(default_factory=dict)
     weights: str = ""
     quantization: Quantization | None = None
+    kernels: str = ""
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -158,7 +161,7 @@ class Manifest:
             if not said[name]:
                 del said[name]
         for name in OF_QUANTIZATION if self.quantization is not None else ():
-            if not said["quantization"][name]:
+            if said["quantization"][name] in ({}, SCALES[0]):
                 del said["quantization"][name]
         text = json.dumps(said, indent=2) + "\n"
         (folder / MANIFEST).write_text(text, encoding="utf-8")
@@ -212,7 +215,9 @@ class Manifest:
     @property
     def loaded(self) -> tuple[str, ...]:
         """The files that a session opens by itself; the weights are those that the graph names."""
-        return (GRAPH,) if self.engine is None else (GRAPH, ENGINE, *self.engine.libraries)
+        if self.engine is not None:
+            return (GRAPH, ENGINE, *self.engine.libraries)
+        return (GRAPH, LIBRARY) if self.kernels == INGOT else (GRAPH,)
 
     def listed(self, folder: Path, name: str) -> Path:
         """The path of a file of the folder that is about to be read.

@@ -12,9 +12,10 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Literal, get_args
 
-from ingot.export.quantization import ACCURACIES, BITS, BLOCKS, METHODS, UNCHANGED
+from ingot.export.quantization import ACCURACIES, BITS, BLOCKS, METHODS, SCALES, UNCHANGED
 from ingot.graphs import names
 from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL
+from ingot.plugins.cpu.operators import LIBRARY as LIBRARY
 from ingot.plugins.json_fields import Field, FieldError, distinct
 
 Shape = tuple[int | str, ...]
@@ -28,8 +29,8 @@ FIELDS = (
     *("weight_bytes", "tools", "labels", "engine", "files", "validation", "schema_version"),
 )
 # Of the same version, where they say something.
-OPTIONAL = ("weights", "quantization")
-OF_QUANTIZATION = ("calibration", "blocks")
+OPTIONAL = ("weights", "quantization", "kernels")
+OF_QUANTIZATION = ("calibration", "blocks", "scales")
 Target = Literal["onnx", "ort", "trt", "trt-rtx"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 Verdict = Literal["passed", "passed, in part", "failed", "skipped"]
@@ -40,6 +41,10 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 # it in, or all in one type, or in whole numbers.
 CHECKPOINT = "checkpoint"
 STORED = (CHECKPOINT, "float16", "bfloat16", *BITS)
+# Whose kernels run a graph of the target ort: ONNX Runtime's, where nothing is said; those of
+# standard operators alone; Ingot's own, which are in a library that lies in the folder.
+ORT, PORTABLE, INGOT = "ort", "portable", "ingot"
+SAID_KERNELS = (PORTABLE, INGOT)
 # Bytes of an element, by the names that inputs, outputs and states have their dtypes under.
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 # Builder of an engine -> the Python package that builds and runs it.
@@ -94,8 +99,13 @@ def check(held: Mapping[str, Field]) -> None:
         held["weights"].refuse(f"of floats, but for the target ort, and the target is {target}")
     if in_numbers != ("quantization" in held):
         raise FieldError("quantization goes with weights in whole numbers, each with the other")
+    kernels = held["kernels"].one_of(SAID_KERNELS) if "kernels" in held else ORT
+    if kernels != ORT and target != "ort":
+        held["kernels"].refuse(f"left out, but for the target ort, and the target is {target}")
+    if kernels == PORTABLE and in_numbers:
+        held["kernels"].refuse("others, for standard operators read no weights in whole numbers")
     if "quantization" in held:
-        _quantization(held["quantization"])
+        _quantization(held["quantization"], SCALES[kernels == INGOT])
     vocab_size = held["vocab_size"].whole(1, MOST_SIZE)
     inputs = _tensors(held["inputs"])
     outputs = _tensors(held["outputs"])
@@ -117,6 +127,10 @@ def check(held: Mapping[str, Field]) -> None:
     if engine is not None and not target.startswith("trt"):
         raise FieldError(f"engine is there and target is {target}, which has none")
     libraries = [] if engine is None else _engine(engine, inputs, files)
+    if kernels == INGOT:
+        libraries.append(LIBRARY)
+        if LIBRARY not in files:
+            raise FieldError(f"kernels is {INGOT} and files lacks {LIBRARY}, which has them")
     for name in files:
         if name.lower().endswith(CODE) and name not in libraries:
             raise FieldError(f"files holds {name}, which is a program; an ingot holds none")
@@ -125,14 +139,19 @@ def check(held: Mapping[str, Field]) -> None:
         validation["verdict"].one_of(VERDICTS)
 
 
-def _quantization(field: Field) -> None:
-    """How weights are stored in whole numbers."""
+def _quantization(field: Field, scales: str) -> None:
+    """How weights are stored in whole numbers; scales are what the kernels read."""
     needed = ("block", "symmetric", "accuracy", "method", "bits")
     chosen = field.members(needed, OF_QUANTIZATION)
     _number_of(chosen["block"], BLOCKS)
     chosen["symmetric"].flag()
     chosen["accuracy"].one_of(ACCURACIES)
     chosen["method"].one_of(METHODS)
+    found = chosen["scales"].one_of(SCALES) if "scales" in chosen else SCALES[0]
+    if found != scales:
+        raise FieldError(
+            f"quantization has scales in {found}, and the kernels of this ingot read {scales}"
+        )
     for of, known in (("bits", (*BITS.values(), UNCHANGED)), ("blocks", BLOCKS)):
         by_name = chosen[of].entries(most=MOST_TENSORS) if of in chosen else {}
         for name, number in by_name.items():

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from ingot.export.capture import OPSET, Captured
 from ingot.export.graph import Opened, Recipe, operators
 from ingot.export.ingot import Manifest, TensorInfo
+from ingot.export.ingot_schema import ORT
 from ingot.export.lower_ort import shares_buffers
 from ingot.export.passes.weights import Weight
 from ingot.export.request import ExportError
@@ -91,6 +92,7 @@ def make_manifest(
         labels=_labels(checkpoint, recipe.task, config),
         weights=recipe.weights,
         quantization=recipe.quantization,
+        kernels="" if recipe.kernels == ORT else recipe.kernels,
     )
 
 
@@ -148,6 +150,7 @@ def _looked_up(value: ir.Value) -> bool:
     return bool(uses) and all(
         (node.op_type == "Gather" and index == 0)
         or (node.op_type == "GatherBlockQuantized" and index != 1)
+        or (node.op_type == "Embedding" and index == 1)
         or (node.op_type == "Reshape" and _looked_up(node.outputs[0]))
         for node, index in uses
     )

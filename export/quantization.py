@@ -9,6 +9,8 @@ from typing import Any
 # ``weights`` of ``ingot.json`` -> bits of a number.
 BITS = {"int4": 4, "int8": 8}
 BLOCKS = (32, 64, 128)
+# What the scale of a block is stored in: for ONNX Runtime's kernels, and for Ingot's own.
+SCALES = ("float32", "float16")
 # Whether kernels may round the activations of a product to int8.
 ACCURACIES = ("exact", "fast")
 # How the numbers were chosen.
@@ -33,6 +35,7 @@ class Quantization:
             together. Empty where none were given.
         blocks: by the name of a parameter, how many of its weights share a scale, where that is not
             ``block``.
+        scales: of ``SCALES``; float16 is times a power of two of its row.
     """
 
     block: int = 32
@@ -42,6 +45,7 @@ class Quantization:
     bits: Mapping[str, int] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     blocks: Mapping[str, int] = field(default_factory=dict)
+    scales: str = SCALES[0]
 
     @property
     def sizes(self) -> tuple[int, ...]:

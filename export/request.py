@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from ingot.export.ingot_schema import CHECKPOINT
-from ingot.export.quantization import BITS, Quantization
+from ingot.export.ingot_schema import CHECKPOINT, INGOT, ORT
+from ingot.export.quantization import BITS, SCALES, Quantization
 from ingot.plugins.errors import IngotError
 
 ExtraOutput = Literal["router_logits", "hidden_states"]
@@ -15,6 +15,7 @@ Task = Literal["generate", "features", "classify"]
 Preset = Literal["tiny", "small", "full"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Weights = Literal["checkpoint", "fp32", "bf16", "fp16", "int8", "int4"]
+Kernels = Literal["ort", "ingot", "portable", "auto"]
 Block = Literal[32, 64, 128]
 Accuracy = Literal["exact", "fast"]
 Method = Literal["gptq", "importance"]
@@ -33,6 +34,9 @@ WEIGHTS = {
     "fp16": "float16",
     **{name: name for name in BITS},
 }
+# Whose kernels run an ort ingot; what is fastest here is known when an export begins.
+KERNELS: tuple[Kernels, ...] = get_args(Kernels)
+AUTO = "auto"
 BUILDERS: tuple[Builder, ...] = get_args(Builder)
 # How numbers are chosen on a calibration.
 CALIBRATED: tuple[Method, ...] = get_args(Method)
@@ -77,6 +81,7 @@ class ExportRequest:
         overwrite: replace an ingot that is at ``out``.
         precision: of ``PRECISIONS``; of the weights and activations of a TensorRT target.
         weights: of ``WEIGHTS``; what matrices are stored in where it is not the precision.
+        kernels: of ``KERNELS``, but for ``auto``; whose run the graph of the target ort.
         block: of ``export.quantization.BLOCKS``; this and the next two are of weights in whole
             numbers, and have the values of ``Quantization`` where they are not given (but with
             a budget each weight the block that it is worth).
@@ -104,6 +109,7 @@ class ExportRequest:
     overwrite: bool = False
     precision: str = "fp32"
     weights: str | None = None
+    kernels: str = ORT
     block: int | None = None
     symmetric: bool | None = None
     accuracy: str | None = None
@@ -131,6 +137,12 @@ class ExportRequest:
         if not self.in_numbers:
             return None
         said = {name: getattr(self, name) for name in ("block", "symmetric", "accuracy")}
+        said["scales"] = scales_of(self.kernels)
         if self.bits is not None and self.block is None:
             said["block"] = BLOCK_OF_A_BUDGET
         return Quantization(**{name: value for name, value in said.items() if value is not None})
+
+
+def scales_of(kernels: str) -> str:
+    """What the scales of blocks are stored in, for some kernels."""
+    return SCALES[kernels == INGOT]

@@ -22,6 +22,7 @@ def load(
     verify: bool = True,
     allow_failed: bool = False,
     graph_only: bool = False,
+    operators: Path | str | None = None,
     advance: Callable[[int], None] = lambda _bytes: None,
 ) -> Session:
     """Open an ingot.
@@ -34,6 +35,9 @@ def load(
             weights are read where they lie, so nobody may write to the folder of an open session.
         allow_failed: open an ingot whose validation failed.
         graph_only: run the graph on ONNX Runtime, also where the ingot holds an engine.
+        operators: of an ingot that runs on Ingot's own kernels, the library that has them, which is
+            a program that you vouch for, such as the one in the folder; by default that of this
+            installation. Either is loaded only where it is the one that the ingot was made with.
         advance: told the bytes compared; gigabytes of weights take a while.
 
     Raises:
@@ -61,7 +65,9 @@ def load(
         )
     from ingot.runtime.ort import OrtSession
 
-    return OrtSession(folder, manifest, threads=count, graph=_graph(folder, manifest, verify))
+    graph = _graph(folder, manifest, verify)
+    library = None if operators is None else Path(operators)
+    return OrtSession(folder, manifest, threads=count, graph=graph, operators=library)
 
 
 def _graph(folder: Path, manifest: Manifest, verify: bool) -> bytes | None:

@@ -16,6 +16,7 @@ from ingot.export.ingot import GRAPH, MANIFEST, Manifest
 from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL, State
 from ingot.plugins.errors import shown
 from ingot.runtime.onnxruntime_session import guarded, open_session, ort_value
+from ingot.runtime.operators import libraries
 from ingot.runtime.session import Floats, Ids, SessionError
 from ingot.runtime.tokens import TokenInputs, no_memory
 
@@ -38,6 +39,7 @@ class OrtSession:
         graph: to run in place of the ingot's own; it finds its weights in the folder.
         taps: outputs of that graph to keep beside those that the manifest names.
         weights: see ``runtime.onnxruntime_session.open_session``.
+        operators: see ``runtime.loading.load``.
 
     Attributes:
         given: inputs of that graph beside those that the manifest names.
@@ -54,6 +56,7 @@ class OrtSession:
         graph: bytes | None = None,
         taps: Sequence[str] = (),
         weights: Mapping[str, Any] | None = None,
+        operators: Path | None = None,
     ) -> None:
         self.manifest = manifest
         self.given: dict[str, Array] = {}
@@ -61,6 +64,7 @@ class OrtSession:
         self.tapped: dict[str, Array] = {}
         self._taps = list(taps)
         name = str(folder / GRAPH)
+        needed = libraries(folder, manifest, operators)
         try:
             self._session = open_session(
                 folder / GRAPH if graph is None else graph,
@@ -68,6 +72,7 @@ class OrtSession:
                 threads=threads,
                 weights_folder=folder,
                 weights=weights,
+                libraries=needed,
             )
         except SessionError as error:
             made_with = manifest.tools.get("onnxruntime", "another version")

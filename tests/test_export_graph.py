@@ -46,10 +46,10 @@ def test_each_target_is_lowered_by_its_own_passes(
         lowered.append(name)
         return (Applied(name),)
 
-    for (name, provider), lowering in LOWERINGS.items():
+    for key, lowering in LOWERINGS.items():
         if lowering is not None:
-            note = partial(note_target, name)
-            monkeypatch.setitem(LOWERINGS, (name, provider), Lowering(lowering.runtime, note))
+            note = partial(note_target, key[0])
+            monkeypatch.setitem(LOWERINGS, key, Lowering(lowering.runtime, note))
     recipe, stages = Recipe(target, "generate", "float32"), Stages()
     captured = recipe.graph(recipe.open(Checkpoint.open(tiny)), stages, Tracer())
     assert isinstance(captured, Captured)

@@ -15,7 +15,6 @@ from ingot.runtime.onnxruntime_session import open_session
 from ingot.validate.identity.weights_blocks import (
     blocked,
     is_side,
-    read_piece,
     stored_rows,
     uses_of,
 )
@@ -81,7 +80,7 @@ def decoded(folder: Path, step: int = 1) -> np.ndarray:
     weight = blocked(Graph.read(folder, "model.onnx"), "w")
     assert weight is not None and weight.matrices == 1
     with Reader() as reader:
-        piece = read_piece(reader, weight, 0, 0, -(-weight.rows // step), step)
+        piece = weight.piece(reader, 0, 0, -(-weight.rows // step), step)
     return piece.decoded()[:, : weight.columns]
 
 

@@ -1,6 +1,6 @@
 """Blocks of whole numbers with a scale each, as ``com.microsoft::MatMulNBits`` reads them.
 
-A row of K weights is cut into blocks of ``size``; each block has one float32 scale and, where it is
+A row of K weights is cut into blocks of ``size``; each block has one scale and, where it is
 asymmetric, a zero point of as many bits as its numbers::
 
     w ~ (q - zero_point) * scale          0 <= q < 2**bits
@@ -9,7 +9,8 @@ Without a zero point it is the middle, ``2**(bits - 1)``. Numbers lie in the ord
 of four bits in a byte, the first in its low half; a row that no whole number of blocks fills is
 filled up with zeros, which a reader cuts off. Zero points lie in the same way, a row at a time.
 
-Scales are those of the least squared error that ``search.py`` finds.
+Scales are those of the least squared error that ``search.py`` finds. They are float32, or what
+Ingot's own kernels have of them: float16 times a power of two of the row.
 
 Source: onnxruntime/docs/ContribOperators.md, MatMulNBits.
 """
@@ -25,10 +26,12 @@ import numpy.typing as npt
 from ingot.export.codecs.search import Floats as Floats
 from ingot.export.codecs.search import search
 from ingot.export.codecs.threads import in_threads
+from ingot.plugins.cpu.panels import Format, scales_stored
 
 Bytes = npt.NDArray[np.uint8]
 Bits = Literal[4, 8]
 Size = Literal[32, 64, 128]
+Scales = Literal["float32", "float16"]
 
 # Weights that are searched at a time by one thread, a few times that in bytes are held of them.
 AT_ONCE = 1 << 15
@@ -62,11 +65,13 @@ class Blocks:
         bits: of a number.
         size: numbers of a block.
         symmetric: whether the zero point is always the middle.
+        scales: what each block's is stored in; float16 is what panels of the CPU kernels have.
     """
 
     bits: Bits
     size: Size
     symmetric: bool = True
+    scales: Scales = "float32"
 
     @property
     def most(self) -> int:
@@ -80,11 +85,25 @@ class Blocks:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of a row that whole blocks fill."""
+        """Of a row that whole blocks fill, less what it has once."""
+        if self.in_panels:
+            return self.bits + (16 + (0 if self.symmetric else 8)) / self.size
         return self.bits + (32 + (0 if self.symmetric else self.bits)) / self.size
+
+    @property
+    def in_panels(self) -> bool:
+        """Whether Ingot's own kernels read it."""
+        return self.scales == "float16"
+
+    @property
+    def form(self) -> Format:
+        """How a panel has it."""
+        return Format("int4" if self.bits == 4 else "int8", self.size, not self.symmetric)
 
     def nbytes(self, rows: int, columns: int) -> int:
         """What a matrix of any size takes."""
+        if self.in_panels:
+            return self.form.nbytes(rows, columns)
         blocks = -(-columns // self.size)
         zero_points = 0 if self.symmetric else -(-blocks * self.bits // 8)
         return rows * (blocks * (self.size * self.bits // 8 + 4) + zero_points)
@@ -109,7 +128,7 @@ class Blocks:
             shape = (-1, count)
             numbers = self._packed_down(found.numbers.astype(np.uint8))
             data[some] = numbers.T.reshape(*data[some].shape)
-            scales[some] = found.scales.reshape(shape)
+            scales[some] = self._stored(found.scales.reshape(shape))
             if zeros is not None and found.zeros is not None:
                 zeros[some] = found.zeros.astype(np.uint8).reshape(shape)
 
@@ -136,22 +155,35 @@ class Blocks:
             zeros = np.full(scales.shape, self.middle, np.uint8)
         return Encoded(
             self._packed(numbers),
-            scales,
+            self._stored(scales),
             None if self.symmetric or zeros is None else self._packed(zeros),
         )
+
+    def unpack(self, encoded: Encoded) -> tuple[Bytes, Bytes | None]:
+        """Numbers ``[N, blocks, size]`` and zero points ``[N, blocks]``, a byte each."""
+        points = encoded.zero_points
+        zeros = None if points is None else self._unpacked(points, encoded.scales.shape[1])
+        return self._unpacked(encoded.data, self.size), zeros
 
     def decode(self, encoded: Encoded, columns: int) -> Floats:
         """The matrix ``[N, columns]`` that a kernel computes with."""
         rows, count, _ = encoded.data.shape
-        numbers = self._unpacked(encoded.data, self.size)
-        if encoded.zero_points is None:
-            zeros: npt.NDArray[Any] = np.full((rows, count), self.middle, np.uint8)
-        else:
-            zeros = self._unpacked(encoded.zero_points, count)
+        numbers, points = self.unpack(encoded)
+        zeros: npt.NDArray[Any] = (
+            np.full((rows, count), self.middle, np.uint8) if points is None else points
+        )
         steps = numbers.astype(np.int16) - zeros[..., None].astype(np.int16)
         wide = steps.astype(np.float32) * encoded.scales[..., None]
         result: Floats = wide.reshape(rows, -1)[:, :columns]
         return result
+
+    def _stored(self, scales: Floats) -> Floats:
+        """Scales ``[N, blocks]`` as they are stored.
+
+        Half a unit of float16 moves the largest of 256 numbers by a sixteenth of a step, so numbers
+        that were chosen before stay as they are.
+        """
+        return scales_stored(scales) if self.in_panels else scales
 
     def _columns(self, rows: Floats) -> Floats:
         """The blocks of some rows, one a column, the last of each row filled up with zeros."""

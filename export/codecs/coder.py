@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
-from ingot.export.codecs.blocks import Bits, Blocks, Encoded, Floats, Size
+from ingot.export.codecs.blocks import Bits, Blocks, Encoded, Floats, Scales, Size
 from ingot.export.quantization import Quantization
 
 
@@ -68,4 +68,9 @@ def blocks_of(chosen: Quantization, bits: int, size: int | None = None) -> Block
         bits: of a number.
         size: of a block, where it is not the usual one.
     """
-    return Blocks(cast(Bits, bits), cast(Size, size or chosen.block), chosen.symmetric)
+    return Blocks(
+        cast(Bits, bits),
+        cast(Size, size or chosen.block),
+        chosen.symmetric,
+        cast(Scales, chosen.scales),
+    )

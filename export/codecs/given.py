@@ -53,7 +53,13 @@ class Given:
             for each in zip(*(_in_blocks(part, blocks) for part in parts), strict=True)
         )
         order = _places(rows, whole, name)
-        return blocks.pack(numbers[order], scales[order], zeros[order])
+        encoded = blocks.pack(numbers[order], scales[order], zeros[order])
+        if not np.array_equal(encoded.scales, scales[order]):
+            raise ExportError(
+                f"{name} has scales that float16 does not hold, which is what --kernels ingot "
+                "reads; give --kernels ort."
+            )
+        return encoded
 
 
 def _in_blocks(part: Coded, blocks: Blocks) -> tuple[Bytes, Floats, Bytes]:

@@ -130,7 +130,15 @@ def _widen_where_read(
 
 
 def _narrowed(read: ReadBlock, dtype: ir.DataType, name: str, block: int) -> np.ndarray:
-    wide = read(block)
+    return narrowed(read(block), dtype, name)
+
+
+def narrowed(wide: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
+    """Numbers of a weight, each rounded to the nearest of a narrower type.
+
+    Raises:
+        PassError: one that is beyond its largest.
+    """
     with np.errstate(over="ignore"):
         narrow = wide.astype(dtype.numpy())
     if not np.isfinite(narrow).all():

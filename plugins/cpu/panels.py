@@ -93,18 +93,38 @@ class Whole(NamedTuple):
 
 def pack_floats(form: Format, matrix: Floats) -> Bytes:
     """``[panels, bytes]`` of a matrix ``[N, K]`` whose numbers the format has."""
-    rows, columns = matrix.shape
-    wide = _up(columns, 32 // form.bits)
-    filled = np.zeros((_up(rows, ROWS), wide), np.float32)
-    filled[:rows, :columns] = matrix
-    panels = filled.reshape(-1, ROWS, wide)
     if form.numbers == "float32":
-        return (
-            np.ascontiguousarray(panels.transpose(0, 2, 1)).view(np.uint8).reshape(len(panels), -1)
-        )
-    high = (panels.view(np.uint32) >> 16).astype(np.uint16)
-    pairs = high.reshape(len(panels), ROWS, wide // 2, 2).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(pairs).view(np.uint8).reshape(len(panels), -1)
+        return pack_float32(matrix)
+    return pack_bfloat16((matrix.view(np.uint32) >> 16).astype(np.uint16))
+
+
+def pack_float32(matrix: Floats) -> Bytes:
+    """``[panels, bytes]`` of a matrix ``[N, K]``."""
+    return _side_by_side(matrix.astype(np.float32, copy=False))
+
+
+def pack_bfloat16(bits: npt.NDArray[np.uint16]) -> Bytes:
+    """``[panels, bytes]`` of the bits of a matrix ``[N, K]``."""
+    rows, columns = bits.shape
+    if columns % 2 or not bits.flags.c_contiguous:
+        pairs = np.zeros((rows, _up(columns, 2)), np.uint16)
+        pairs[:, :columns] = bits
+        bits = pairs
+    return _side_by_side(bits.view(np.uint32))
+
+
+def _side_by_side(matrix: npt.NDArray[Any]) -> Bytes:
+    """``[panels, bytes]`` of rows of four bytes an element, of which sixteen lie side by side."""
+    rows, columns = matrix.shape
+    result = np.empty((-(-rows // ROWS), columns, ROWS), matrix.dtype)
+    whole = rows // ROWS
+    # What is copied stays in a processor's cache, row by row it would not.
+    for panel in range(whole):
+        result[panel] = matrix[panel * ROWS : (panel + 1) * ROWS].T
+    if rows % ROWS:
+        result[whole] = 0
+        result[whole, :, : rows % ROWS] = matrix[whole * ROWS :].T
+    return result.view(np.uint8).reshape(len(result), -1)
 
 
 def unpack_floats(form: Format, data: Bytes, rows: int, columns: int) -> Floats:

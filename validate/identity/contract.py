@@ -24,17 +24,18 @@ from onnx import helper
 from ingot.export.engine import custom_nodes, trtexec_options
 from ingot.export.generation import read_generation
 from ingot.export.ingot import GRAPH, TRTEXEC, Manifest
-from ingot.export.ingot_schema import CHECKPOINT, STORED
+from ingot.export.ingot_schema import CHECKPOINT, INGOT, STORED
 from ingot.export.manifest import make_manifest
 from ingot.export.quantization import BITS
 from ingot.graphs.family import find_family
+from ingot.plugins.cpu.operators import DOMAIN
 from ingot.plugins.errors import IngotError, named, shown
 from ingot.validate.identity.bodies import all_nodes, is_weight
 from ingot.validate.identity.options import options_problem
 from ingot.validate.identity.side_files import side_files
 from ingot.validate.identity.stated import stated
 from ingot.validate.identity.subject import Subject
-from ingot.validate.identity.weights_blocks import is_side, uses_of
+from ingot.validate.identity.weights_blocks import is_packed, is_side
 from ingot.validate.identity.weights_checkpoint import Tensors
 from ingot.validate.identity.weights_graph import Graph
 from ingot.validate.result import Check
@@ -53,8 +54,13 @@ KEYS = ("name", "input")
 SHARING = "GroupQueryAttention"
 # What multiplies by whole numbers, and the level at which it may round activations to int8.
 IN_BLOCKS, ROUNDED = ("MatMulNBits", "QMoE"), 4
+ROUNDS = "round_activations"
 # Inputs of what looks rows of a table up: the table, and its scales and zero points.
-LOOKED_UP = {("Gather", 0), *(("GatherBlockQuantized", place) for place in (0, 2, 3))}
+LOOKED_UP = {
+    ("Gather", 0),
+    ("Embedding", 1),
+    *(("GatherBlockQuantized", place) for place in (0, 2, 3)),
+}
 
 
 def check_contract(subject: Subject) -> Check:
@@ -197,7 +203,7 @@ def _counted(subject: Subject) -> Count:
     def count(tensor: onnx.TensorProto) -> int:
         if tensor.name in graph.weights and is_side(graph, tensor.name):
             return 0
-        in_blocks = tensor.name in graph.weights and uses_of(graph, tensor.name)
+        in_blocks = tensor.name in graph.weights and is_packed(graph, tensor.name)
         made = tensors.make(tensor.name) if in_blocks else None
         return math.prod(tensor.dims if made is None else made.shape)
 
@@ -277,7 +283,7 @@ def _precision(manifest: Manifest, graph: onnx.GraphProto) -> Iterator[str]:
         expected = {"float32" if tensor.name.endswith(kept) else precision}
         # Of which matrices, is for the weights and the graph to say.
         expected |= set(STORED) if _of_checkpoint(manifest) else {manifest.weights}
-        if manifest.weights in BITS:
+        if manifest.weights in BITS or manifest.kernels == INGOT:
             expected.add("uint8")
         if dtype not in expected:
             others.append((dtype, tensor.name))
@@ -316,13 +322,17 @@ def _accuracy(manifest: Manifest, graph: onnx.GraphProto) -> Iterator[str]:
         return
     exact, others, count = manifest.quantization.accuracy == "exact", [], 0
     for node in all_nodes(graph):
-        if node.op_type not in IN_BLOCKS:
-            continue
         given = {each.name: each.i for each in node.attribute}
+        stored = [each.s for each in node.attribute if each.name.endswith("numbers")]
+        in_panels = node.domain == DOMAIN and ROUNDS in given
+        if in_panels and not any(each.startswith(b"int") for each in stored):
+            continue
+        if node.op_type not in IN_BLOCKS and not in_panels:
+            continue
         level, count = given.get("accuracy_level", 0), count + 1
         # Experts of eight bits have no other kernel.
         eight = any(value == 8 for name, value in given.items() if name.endswith("weight_bits"))
-        rounds = level == ROUNDED or (node.op_type == "QMoE" and eight)
+        rounds = bool(given.get(ROUNDS)) or level == ROUNDED or (node.op_type == "QMoE" and eight)
         if rounds == exact:
             others.append(node)
     if others:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ingot.export.capture import Captured
 from ingot.export.graph import Capture, Opened, Recipe
 from ingot.export.ingot import Manifest
+from ingot.export.ingot_schema import ORT
 from ingot.export.progress import Stages
 from ingot.export.request import EXTRA_OUTPUTS
 from ingot.graphs.checkpoint import Checkpoint
@@ -47,6 +48,7 @@ class Subject:
             extra,
             manifest.weights,
             manifest.quantization,
+            manifest.kernels or ORT,
         )
 
     @cached_property

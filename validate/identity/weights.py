@@ -24,9 +24,10 @@ import numpy as np
 
 from ingot.export.progress import Advance
 from ingot.graphs.names import ALIASES, RELEASED
+from ingot.plugins.cpu.operators import DOMAIN as PANELS
 from ingot.plugins.errors import named
 from ingot.validate.identity.subject import Subject
-from ingot.validate.identity.weights_blocks import PLACES, Blocked, blocked, is_side
+from ingot.validate.identity.weights_blocks import PLACES, blocked, is_side
 from ingot.validate.identity.weights_checkpoint import Tensors
 from ingot.validate.identity.weights_compare import BLOCK, Source, compare, shape_in
 from ingot.validate.identity.weights_factors import factors
@@ -43,6 +44,8 @@ from ingot.validate.identity.weights_names import (
     buffer,
     is_embedding,
 )
+from ingot.validate.identity.weights_panels import panels
+from ingot.validate.identity.weights_piece import Numbers
 from ingot.validate.identity.weights_rounding import Format, compare_blocks, filling_is_zero
 from ingot.validate.result import Check
 
@@ -153,19 +156,25 @@ class Weights:
         given = self._format(name, made)
         try:
             layout, in_blocks = self.graph.layout(name), blocked(self.graph, name)
+            in_panels = panels(self.graph, name)
         except LayoutError as error:
             found.wrong(name, operator, str(error))
             return
         if is_embedding(made.parameter) and HEAD not in self.graph.weights:
             found.parameters.add(HEAD)
+        if in_panels is not None and not in_panels.ends_in_zeros(reader):
+            found.wrong(name, operator, "what its last panels are filled up with is not zero")
         if given is not None and in_blocks is not None:
             self._blocks(found, in_blocks, made, layout, given, source, reader, advance)
             return
         if in_blocks is not None or given is not None:
             has = tensor.dtype if in_blocks is None else in_blocks.text
+            has = has if in_panels is None else in_panels.text
             wanted = self._dtype(name, made) if given is None else given.text
             found.wrong(name, operator, f"it is stored as {has} and should be {wanted}")
             return
+        if in_panels is not None:
+            tensor = in_panels.floats()
         dtype = self._dtype(name, made)
         if tensor.dtype != dtype:
             found.wrong(name, operator, f"it is stored as {tensor.dtype} and should be {dtype}")
@@ -185,7 +194,7 @@ class Weights:
     def _blocks(
         self,
         found: Found,
-        weight: Blocked,
+        weight: Numbers,
         made: Made,
         layout: Layout,
         given: Format,
@@ -198,7 +207,7 @@ class Weights:
         if (text := weight.text) != given.text:
             found.wrong(name, operator, f"it is stored as {text} and should be {given.text}")
             given = replace(given, bits=weight.bits, size=weight.size)
-            given = replace(given, symmetric=weight.zero_points is None)
+            given = replace(given, symmetric=not weight.has_zero_points)
         wanted, has = made.matrices, (weight.matrices, weight.rows, weight.columns)
         # What no whole blocks fill is filled up, where a node cannot say how much of it counts.
         most = wanted[0], wanted[1] + 2 * weight.size - 1, weight.blocks * weight.size
@@ -219,8 +228,9 @@ class Weights:
     def _format(self, name: str, made: Made) -> Format | None:
         """How a weight should be stored in blocks; None where it should not be."""
         bits, how = INTEGERS.get(self.stored), self.quantization
-        read = {use.node.op_type for use in self.graph.readers(name)}
-        if bits is None or how is None or not self._matrix(name, made) or not read & IN_BLOCKS:
+        uses = self.graph.readers(name)
+        reads = self._in_panels(name) or any(use.node.op_type in IN_BLOCKS for use in uses)
+        if bits is None or how is None or not self._matrix(name, made) or not reads:
             return None
         one = OF_ONE_EXPERT.fullmatch(name)
         stack = one["stack"] if one else name
@@ -251,7 +261,14 @@ class Weights:
             # What an adapter makes of it is a sum in float32.
             return own
         widest = max((part.tensor.dtype for part in made.parts), key=SIZES.__getitem__)
+        if widest == "F16" and self._in_panels(name):
+            # Which have no half precision, and whose float32 has each of its numbers.
+            return "F32"
         return widest if SIZES[widest] < SIZES["F32"] else own
+
+    def _in_panels(self, name: str) -> bool:
+        """Whether kernels of Ingot's own read a weight."""
+        return any(use.node.domain == PANELS for use in self.graph.readers(name))
 
     def _roles(self, made: Made) -> Iterator[Made]:
         """A weight, and where it is a tied head as well, that head."""

@@ -16,17 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
 from ingot.plugins.errors import named
-from ingot.validate.identity.weights_files import Bits, Floats, Reader, Tensor
+from ingot.validate.identity.weights_files import Bits, Reader, Tensor
 from ingot.validate.identity.weights_graph import Graph, Layout, LayoutError, Use, attribute
+from ingot.validate.identity.weights_panels import panels, use_of
+from ingot.validate.identity.weights_piece import Numbers, Piece
 
-Numbers = npt.NDArray[np.uint8]
+Bytes = npt.NDArray[np.uint8]
 
 MICROSOFT = "com.microsoft"
 
@@ -56,7 +58,7 @@ DEFAULT_BITS = 4
 
 @dataclass(frozen=True)
 class Blocked:
-    """A weight in blocks: a matrix, or a stack of them.
+    """A weight in blocks with tensors of their own for scales; see ``weights_piece.Numbers``.
 
     Attributes:
         codes: its numbers, ``[rows, blocks, size * bits / 8]`` or ``[E, rows, bytes]``.
@@ -101,61 +103,37 @@ class Blocked:
         return tuple(each for each in found if each is not None)
 
     @property
+    def has_zero_points(self) -> bool:
+        """Whether each block has one."""
+        return self.zero_points is not None
+
+    @property
     def text(self) -> str:
         """Its format, in words."""
-        zero_points = "" if self.zero_points is None else " with zero points"
+        zero_points = " with zero points" if self.has_zero_points else ""
         return f"int{self.bits} in blocks of {self.size}{zero_points}"
 
+    def piece(self, reader: Reader, matrix: int, first: int, count: int, step: int = 1) -> Piece:
+        """See ``weights_piece.Numbers``."""
+        span = (count - 1) * step + 1 if count else 0
+        row = matrix * self.rows + first
 
-class Piece(NamedTuple):
-    """Some rows as they are stored.
+        def rows_of(tensor: Tensor, width: int) -> Bits:
+            flat = reader.elements(tensor, row * width, span * width)
+            return flat.reshape(span, width)[::step]
 
-    Attributes:
-        numbers: ``[rows, blocks, size]``.
-        scales: ``[rows, blocks]``.
-        zeros: ``[rows, blocks]``.
-    """
-
-    numbers: npt.NDArray[Any]
-    scales: Floats
-    zeros: npt.NDArray[Any]
-
-    def decoded(self) -> Floats:
-        """What they are, ``[rows, blocks * size]``; NaN or infinite where a scale is."""
-        wide = self.numbers.astype(np.float32)
-        wide -= self.zeros[..., None]
-        with np.errstate(invalid="ignore", over="ignore"):
-            wide *= self.scales[..., None]
-        return wide.reshape(len(wide), -1)
+        width = self.blocks * self.size * self.bits // 8
+        numbers = unpacked(rows_of(self.codes, width), self.bits, self.blocks * self.size)
+        scales = rows_of(self.scales, self.blocks).view(np.float32)
+        if self.zero_points is None:
+            zeros: Bytes = np.full(scales.shape, 1 << (self.bits - 1), np.uint8)
+        else:
+            packed = rows_of(self.zero_points, -(-self.blocks * self.bits // 8))
+            zeros = unpacked(packed, self.bits, self.blocks)
+        return Piece(numbers.reshape(count, self.blocks, self.size), scales, zeros)
 
 
-def read_piece(
-    reader: Reader, weight: Blocked, matrix: int, first: int, count: int, step: int = 1
-) -> Piece:
-    """Rows ``first``, ``first + step`` and so on of one matrix, ``count`` of them.
-
-    Raises:
-        FileFormatError: a file that ends before them.
-    """
-    span = (count - 1) * step + 1 if count else 0
-    row = matrix * weight.rows + first
-
-    def rows_of(tensor: Tensor, width: int) -> Bits:
-        flat = reader.elements(tensor, row * width, span * width)
-        return flat.reshape(span, width)[::step]
-
-    width = weight.blocks * weight.size * weight.bits // 8
-    numbers = unpacked(rows_of(weight.codes, width), weight.bits, weight.blocks * weight.size)
-    scales = rows_of(weight.scales, weight.blocks).view(np.float32)
-    if weight.zero_points is None:
-        zeros: Numbers = np.full(scales.shape, 1 << (weight.bits - 1), np.uint8)
-    else:
-        packed = rows_of(weight.zero_points, -(-weight.blocks * weight.bits // 8))
-        zeros = unpacked(packed, weight.bits, weight.blocks)
-    return Piece(numbers.reshape(count, weight.blocks, weight.size), scales, zeros)
-
-
-def unpacked(data: Bits, bits: int, count: int) -> Numbers:
+def unpacked(data: Bits, bits: int, count: int) -> Bytes:
     """The first ``count`` numbers of each row of bytes ``[rows, bytes]``."""
     if bits == 8:
         return data[:, :count]
@@ -233,7 +211,12 @@ def is_side(graph: Graph, name: str) -> bool:
     )
 
 
-def blocked(graph: Graph, name: str) -> Blocked | None:
+def is_packed(graph: Graph, name: str) -> bool:
+    """Whether a tensor is read as the numbers of a weight that is in blocks, or in panels."""
+    return bool(uses_of(graph, name) or use_of(graph, name))
+
+
+def blocked(graph: Graph, name: str) -> Numbers | None:
     """A weight in blocks by the name of its numbers; None where nothing reads it as such.
 
     Raises:
@@ -241,22 +224,23 @@ def blocked(graph: Graph, name: str) -> Blocked | None:
     """
     uses = uses_of(graph, name)
     if not uses:
-        return None
+        found = panels(graph, name)
+        return found if found is not None and found.whole else None
     if len(uses) < len(graph.readers(name)):
         raise LayoutError("it is read as numbers in blocks, and as something else")
     every = [_blocked(graph, name, node, places) for node, places in uses]
     # What looks rows up hands out what fills their last block as well.
     columns = min(each.columns for each in every)
-    found = {
+    same = {
         replace(each, columns=columns) if each.columns == each.blocks * each.size else each
         for each in every
     }
-    if len(found) > 1:
-        texts = sorted({f"{each.text} ({named(each.scales.name)})" for each in found})
+    if len(same) > 1:
+        texts = sorted({f"{each.text} ({named(each.scales.name)})" for each in same})
         if len(texts) > 1:
             raise LayoutError(f"its readers take it for {' and for '.join(texts)}")
         raise LayoutError("its readers take other zero points, or another number of columns")
-    return found.pop()
+    return same.pop()
 
 
 def _blocked(graph: Graph, name: str, node: onnx.NodeProto, places: Places) -> Blocked:

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ingot.validate.identity.weights_blocks import Blocked, Piece, Rows, read_piece
+from ingot.validate.identity.weights_blocks import Rows
 from ingot.validate.identity.weights_files import Floats, Reader
 from ingot.validate.identity.weights_graph import Layout
+from ingot.validate.identity.weights_piece import Numbers, Piece
 
 # An explanation leaves at most this share of the squared error. Of what is as it should be no other
 # reading has less error at all.
@@ -35,7 +36,7 @@ class Where(NamedTuple):
         begin: number of its first expert.
     """
 
-    weight: Blocked
+    weight: Numbers
     layout: Layout
     rows: Rows
     begin: int
@@ -100,7 +101,7 @@ def _factor(right: Floats, found: Floats) -> float:
 def _others(held: Piece, where: Where, reader: Reader | None) -> Iterator[tuple[str, Piece]]:
     """Other ways to read the same bytes, and other bytes that may belong there."""
     weight, (numbers, scales, zeros) = where.weight, held
-    has_zeros = weight.zero_points is not None
+    has_zeros = weight.has_zero_points
     what = "zero points" if has_zeros else "numbers"
     for more, said in ((1, "high"), (-1, "low")):
         # What is right is one less of a zero point that is too high, and one more of a number's.
@@ -139,14 +140,14 @@ def _of_other_rows(held: Piece, where: Where, reader: Reader) -> Iterator[tuple[
     weight, rows = where.weight, where.rows
     if rows.step == 2:
         begin = rows.first ^ 1
-        other = read_piece(reader, weight, rows.matrix, begin, rows.height, rows.step)
+        other = weight.piece(reader, rows.matrix, begin, rows.height, rows.step)
         yield "gate and up are exchanged", other
     for matrix in range(min(weight.matrices, MOST_EXPERTS)):
         if matrix == rows.matrix:
             continue
-        other = read_piece(reader, weight, matrix, rows.first, rows.height, rows.step)
+        other = weight.piece(reader, matrix, rows.first, rows.height, rows.step)
         place = f"where those of expert {where.expert(matrix)} should be"
         yield f"its rows are {place}", other
         yield f"its scales are {place}", held._replace(scales=other.scales)
-        if weight.zero_points is not None:
+        if weight.has_zero_points:
             yield f"its zero points are {place}", held._replace(zeros=other.zeros)

@@ -70,9 +70,18 @@ class Tensor:
         """Bytes of its elements."""
         return self.size * ITEM_BYTES[self.dtype]
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return ITEM_BYTES[self.dtype]
+
     def held(self) -> bytes:
         """The bytes of one that lies in no file of its own."""
         return self.data
+
+    def part(self, begin: int, length: int) -> bytes:
+        """Some bytes of such a one."""
+        return self.held()[begin : begin + length]
 
 
 class Reader:
@@ -107,7 +116,7 @@ class Reader:
         begin, length = tensor.begin + first * width, count * width
         data: bytes | bytearray
         if tensor.file is None:
-            data = tensor.held()[begin : begin + length]
+            data = tensor.part(begin, length)
         else:
             if tensor.file not in self._open:
                 self._open[tensor.file] = os.open(tensor.file, os.O_RDONLY)

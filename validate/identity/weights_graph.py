@@ -28,7 +28,7 @@ DTYPES: dict[int, str] = {
 # Operators that hand on what they read, element by element in the same order.
 SAME_ORDER = ("Cast", "Identity", "Reshape")
 # Operators that take rows of a table.
-LOOKUPS = ("Gather", "GatherBlockQuantized")
+LOOKUPS = ("Gather", "GatherBlockQuantized", "Embedding")
 # How the values are called that routers choose by.
 ROUTER_LOGITS = "router_logits."
 # Of com.microsoft's operators of experts: where the router's logits are, and which input has which

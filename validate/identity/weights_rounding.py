@@ -22,18 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ingot.export.progress import Advance
-from ingot.validate.identity.weights_blocks import (
-    Blocked,
-    Piece,
-    Rows,
-    read_piece,
-    stored_rows,
-)
+from ingot.validate.identity.weights_blocks import Rows, stored_rows
 from ingot.validate.identity.weights_compare import BLOCK, Source
 from ingot.validate.identity.weights_explained import Where, explained
 from ingot.validate.identity.weights_files import Floats, Reader, Tensor
 from ingot.validate.identity.weights_graph import Layout
 from ingot.validate.identity.weights_names import Made, Part
+from ingot.validate.identity.weights_piece import Numbers, Piece
 
 Doubles = npt.NDArray[np.float64]
 
@@ -177,7 +172,7 @@ class _Chunk:
 
 
 def compare_blocks(
-    weight: Blocked,
+    weight: Numbers,
     made: Made,
     layout: Layout,
     given: Format,
@@ -221,18 +216,18 @@ def compare_blocks(
     return [each for each in found.values() if each.problem]
 
 
-def filling_is_zero(weight: Blocked, made: Made, reader: Reader) -> bool:
+def filling_is_zero(weight: Numbers, made: Made, reader: Reader) -> bool:
     """Whether the rows of each matrix that the checkpoint does not have are zero."""
     height = made.matrices[1]
     for matrix in range(weight.matrices if weight.rows > height else 0):
-        piece = read_piece(reader, weight, matrix, height, weight.rows - height)
+        piece = weight.piece(reader, matrix, height, weight.rows - height)
         if piece.decoded().any():
             return False
     return True
 
 
 def _chunks(
-    weight: Blocked, made: Made, layout: Layout, source: Source, reader: Reader
+    weight: Numbers, made: Made, layout: Layout, source: Source, reader: Reader
 ) -> Iterator[_Chunk]:
     _, height, columns = made.matrices
     most = max(1, BLOCK // (weight.blocks * weight.size))
@@ -249,7 +244,7 @@ def _chunks(
                     row=part.row + begin,
                     rows=count,
                 )
-                piece = read_piece(reader, weight, rows.matrix, first, count, rows.step)
+                piece = weight.piece(reader, rows.matrix, first, count, rows.step)
                 least, high = source.rows(made, own, 0, count, columns)
                 wanted = least if least is high else (least + high) * np.float32(0.5)
                 some = Rows(begin, count, rows.matrix, first, rows.step)

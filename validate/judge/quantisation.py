@@ -119,7 +119,7 @@ def lossy(stored: StoredCheckpoint) -> list[str]:
 def block_formats(stored: StoredCheckpoint) -> dict[str, BlockFormat]:
     """The format of each tensor that is stored in blocks of whole numbers."""
     return {
-        name: BlockFormat(weight.bits, weight.size, weight.zero_points is None)
+        name: BlockFormat(weight.bits, weight.size, not weight.has_zero_points)
         for name, places in stored.decoded.stored.items()
         for weight in (places[0].weight,)
     }

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from ingot.plugins.cpu.operators import DOMAIN, installed
 from ingot.plugins.errors import IngotError
 from ingot.runtime.onnxruntime_session import open_session, ort_value, said
 from ingot.validate.locate.graph import Array, Graph, Values, uses
@@ -73,7 +74,13 @@ class Part:
         widen(model, graph.precision)
         self._session: Any = None
         if values:
-            self._session = open_session(model.SerializeToString(), weights=self._weights)
+            # Only kernels of ours are called so, and only this installation's are run.
+            own = any(each.domain == DOMAIN for each in model.opset_import)
+            self._session = open_session(
+                model.SerializeToString(),
+                weights=self._weights,
+                libraries=[installed()] if own else [],
+            )
 
     def run(self, known: Mapping[str, Array]) -> Values:
         """Every value asked for, by name.

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from ingot.export.ingot import GRAPH, Manifest
 from ingot.graphs.state import State
 from ingot.runtime.onnxruntime_session import open_session
+from ingot.runtime.operators import libraries
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Ids, Session
 from ingot.validate.judge.metrics import relative_error
@@ -155,7 +156,7 @@ class _Plain:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, batch: int, capacity: int) -> None:
-        self._session = open_session(folder / GRAPH)
+        self._session = open_session(folder / GRAPH, libraries=libraries(folder, manifest))
         self._manifest = manifest
         self._taken = {item.name for item in self._session.get_inputs()}
         self._sizes = batch, capacity

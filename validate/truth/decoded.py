@@ -17,17 +17,11 @@ from torch import nn
 
 from ingot.graphs.checkpoint import Part, WeightMap, stack_height
 from ingot.plugins.errors import IngotError, named
-from ingot.validate.identity.weights_blocks import (
-    Blocked,
-    Rows,
-    blocked,
-    read_piece,
-    stored_rows,
-    uses_of,
-)
+from ingot.validate.identity.weights_blocks import Rows, blocked, is_packed, stored_rows
 from ingot.validate.identity.weights_files import Reader, Tensor
 from ingot.validate.identity.weights_graph import Graph, LayoutError
 from ingot.validate.identity.weights_names import OF_ONE_EXPERT
+from ingot.validate.identity.weights_piece import Numbers
 
 # Numbers that are decoded at a time.
 AT_ONCE = 1 << 22
@@ -46,7 +40,7 @@ class Stored:
         rows: of it; ``begin`` counts from the first row of the tensor.
     """
 
-    weight: Blocked
+    weight: Numbers
     rows: Rows
 
 
@@ -78,7 +72,7 @@ class Decoded:
         shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
         decoded = cls()
         for name, weight in graph.weights.items():
-            if weight.external is None or not uses_of(graph, name):
+            if weight.external is None or not is_packed(graph, name):
                 continue
             try:
                 decoded._take(graph, name, weight_map, shapes)
@@ -100,7 +94,7 @@ class Decoded:
         parameter = name if one is None else one["stack"]
         weight = blocked(graph, name)
         if parameter not in weight_map or weight is None:
-            # Of no parameter, which the comparison of weights says.
+            # Of no parameter, which the comparison of weights says, or floats.
             return
         shape = shapes[parameter]
         count, height = stack_height(shape), shape[-2]
@@ -171,13 +165,13 @@ class Decoded:
         return total.hexdigest()
 
 
-def _decode(reader: Reader, weight: Blocked, rows: Rows, out: np.ndarray) -> None:
+def _decode(reader: Reader, weight: Numbers, rows: Rows, out: np.ndarray) -> None:
     """Rows of one matrix into ``out [count, columns]``, some at a time."""
     height = max(1, AT_ONCE // (weight.blocks * weight.size))
     for begin in range(0, rows.height, height):
         count = min(height, rows.height - begin)
         first = rows.first + begin * rows.step
-        piece = read_piece(reader, weight, rows.matrix, first, count, rows.step)
+        piece = weight.piece(reader, rows.matrix, first, count, rows.step)
         out[begin : begin + count] = piece.decoded()[:, : out.shape[1]]
 
 

@@ -19,13 +19,13 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from ingot.plugins.cpu.operators import DOMAIN as PANELS
 from ingot.plugins.operator import DOMAIN
 from ingot.plugins.registry import OPERATORS
+from ingot.validate.truth.probes_panels import PanelExperts, ones, synthetic_experts
 from ingot.validate.truth.probes_quantised import (
-    GATE,
     MICROSOFT,
     PREFIX,
-    UP,
     Format,
     QuantisedExperts,
     is_quantised,
@@ -144,8 +144,8 @@ def insert_probes(model: onnx.ModelProto, routers: Sequence[str]) -> Probes:
 
 
 def _inputs_of(node: onnx.NodeProto) -> tuple[str, ...]:
-    """What the inputs of an operator of ours are called; empty for another."""
-    operator = OPERATORS.get(node.op_type) if node.domain == DOMAIN else None
+    """What the inputs of an operator of ours are called, in panels or not; empty for another."""
+    operator = OPERATORS.get(node.op_type) if node.domain in (DOMAIN, PANELS) else None
     return () if operator is None else tuple(each.name for each in operator.inputs)
 
 
@@ -202,7 +202,7 @@ class _Routes:
             if name in self._routers:
                 return _Route(name, order)
             node = self._producer.get(name)
-            if node is None or node.op_type in PRODUCTS or node.domain == MICROSOFT:
+            if node is None or node.op_type in PRODUCTS or node.domain in (MICROSOFT, PANELS):
                 continue
             if node.op_type == "Slice":
                 order = None if order is None or not self._reverses(node) else -order
@@ -283,6 +283,7 @@ class _Synthetic:
         self._initializers = model.graph.initializer
         self._inputs: dict[int, dict[str, str]] = {}
         self._quantised = QuantisedExperts(model)
+        self._panels = PanelExperts(model)
         self.kept: list[str] = []
 
     def probe(
@@ -298,6 +299,8 @@ class _Synthetic:
         """
         if is_quantised(node):
             return self._quantised.probe(node, logits, experts, output, self.kept)
+        if node.domain == PANELS:
+            return self._panels.probe(node, logits, experts, output, self.kept)
         nodes = [] if experts in self._inputs else self._add(logits, experts)
         inputs = {**self._inputs[experts], "router_logits": logits, "": ""}
         names = [inputs[part] for part in _gated_inputs(node)]
@@ -308,16 +311,9 @@ class _Synthetic:
     def _add(self, logits: str, experts: int) -> list[onnx.NodeProto]:
         """Experts of inner size 1, and their input, a one for each token and expert."""
         prefix = f"{PREFIX}.{experts}"
-        gate_up = np.zeros((experts, 2, experts), np.float32)
-        gate_up[:, 0, 0], gate_up[:, 1, 0] = GATE, UP
-        down = np.eye(experts, dtype=np.float32)[..., None]
         names = {part: f"{prefix}.{part}" for part in ("x", "gate_up", "down")}
-        for part, array in (("gate_up", gate_up), ("down", down)):
+        for part, array in zip(("gate_up", "down"), synthetic_experts(experts), strict=True):
             self._initializers.append(numpy_helper.from_array(array, names[part]))
         self._inputs[experts] = names
         self.kept.append(names["x"])
-        one = numpy_helper.from_array(np.ones(1, np.float32))
-        return [
-            helper.make_node("Shape", [logits], [f"{prefix}.shape"]),
-            helper.make_node("ConstantOfShape", [f"{prefix}.shape"], [names["x"]], value=one),
-        ]
+        return ones(logits, prefix, names["x"])

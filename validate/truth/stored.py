@@ -19,6 +19,7 @@ from ingot.graphs.checkpoint import DTYPES, Checkpoint, parts_of
 from ingot.graphs.family import family_of
 from ingot.graphs.layers import Model
 from ingot.validate.identity.weights_graph import Graph
+from ingot.validate.identity.weights_panels import panels
 from ingot.validate.truth.decoded import Decoded
 from ingot.validate.truth.other_weights import OtherWeights
 
@@ -78,7 +79,9 @@ def as_stored(folder: Path, manifest: Manifest, checkpoint: Checkpoint, model: M
     graph = Graph.read(folder, GRAPH)
     decoded = Decoded.of(folder, graph, weight_map, model)
     for name, weight in graph.weights.items():
-        dtype = DTYPES.get(weight.tensor.dtype)
+        own = panels(graph, name)
+        floats = None if own is None or own.whole else own.floats()
+        dtype = DTYPES.get((floats or weight.tensor).dtype)
         if dtype is None:
             # Bytes of what is in blocks.
             continue

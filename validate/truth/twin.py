@@ -12,10 +12,13 @@ from pathlib import Path
 import onnx
 
 from ingot.export.ingot import GRAPH, Manifest
+from ingot.plugins.cpu.operators import DOMAIN
 from ingot.runtime.ort import OrtSession
 
 MICROSOFT = "com.microsoft"
 LEVEL, EXACT = "accuracy_level", 0
+# The same of Ingot's own kernels, yes or no.
+ROUNDS = "round_activations"
 # Operators that round activations to int8 where their level asks for it.
 ROUNDING = ("MatMulNBits", "QMoE")
 BITS = ("expert_weight_bits", "fc1_expert_weight_bits", "fc2_expert_weight_bits")
@@ -43,10 +46,10 @@ def no_twin(folder: Path) -> str | None:
 def make_exact(model: onnx.ModelProto) -> None:
     """Let every product of a graph leave its activations as they are."""
     for node in model.graph.node:
-        if node.domain == MICROSOFT and node.op_type in ROUNDING:
-            for attribute in node.attribute:
-                if attribute.name == LEVEL:
-                    attribute.i = EXACT
+        rounding = node.domain == MICROSOFT and node.op_type in ROUNDING
+        for attribute in node.attribute if rounding or node.domain == DOMAIN else ():
+            if attribute.name in (LEVEL, ROUNDS):
+                attribute.i = EXACT
 
 
 class ExactSession(OrtSession):
