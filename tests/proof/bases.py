@@ -188,6 +188,8 @@ def exact(block: int = 32, *, symmetric: bool = True) -> dict[str, Any]:
     return {"block": block, "symmetric": symmetric, "accuracy": "exact"}
 
 
+# Kernels of Ingot's own, which read panels.
+OWN = {"kernels": "ingot"}
 # Block and zero points are the checkpoint's.
 GIVEN = {"accuracy": "exact"}
 
@@ -238,6 +240,25 @@ BASES = {
         Base("mamba2 int4 ort", "mamba2", "ort", weights="int4", more=exact(64)),
         Base("olmoe awq ort", "olmoe", "ort", packed="awq", weights="checkpoint", more=GIVEN),
         Base("granite gptq ort", "granite", "ort", packed="gptq", weights="checkpoint", more=GIVEN),
+        Base("granite ingot", "granite", "ort", more=OWN),
+        Base("jetmoe bf16 ingot", "jetmoe", "ort", stored=BF16, weights="checkpoint", more=OWN),
+        Base("mamba2 bf16 ingot", "mamba2", "ort", weights="bf16", more=OWN),
+        Base("olmoe int4 ingot", "olmoe", "ort", weights="int4", more={**exact(), **OWN}),
+        Base(
+            "granite int4 zeros ingot",
+            "granite",
+            "ort",
+            weights="int4",
+            more={**exact(symmetric=False), **OWN},
+        ),
+        Base(
+            "olmoe int8 uneven ingot",
+            "olmoe",
+            "ort",
+            weights="int8",
+            config=UNEVEN,
+            more={**exact(64), **OWN},
+        ),
         Base("hybrid ort", "toy_hybrid", "ort"),
         Base("hybrid onnx", "toy_hybrid", "onnx"),
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from proof.bases import DYNAMIC, GIVEN, NARROW, UNEVEN, Base, Tensors, exact
+from proof.bases import DYNAMIC, GIVEN, NARROW, OWN, UNEVEN, Base, Tensors, exact
 
 
 def heavy(tensors: Tensors) -> None:
@@ -121,6 +121,11 @@ def sized(name: str, family: str, target: str = "ort", /, **config: Any) -> None
     right(name, family, target, config=config)
 
 
+def _own(block: int = 32, *, symmetric: bool = True) -> dict[str, Any]:
+    """A request of whole numbers for exact kernels of Ingot's own."""
+    return {**exact(block, symmetric=symmetric), **OWN}
+
+
 FAMILIES = ("granite", "olmoe", "jetmoe", "mamba2")
 for _family in FAMILIES:
     right("as it is", _family, "onnx")
@@ -151,8 +156,19 @@ for _family in FAMILIES:
     )
     right("int8", _family, weights="int8", stored=torch.bfloat16, more=exact(128))
     right("int8, zero points", _family, weights="int8", more=exact(symmetric=False))
+    right("panels", _family, change=heavy, more=OWN)
+    right("panels, bfloat16 kept", _family, stored=torch.bfloat16, weights="checkpoint", more=OWN)
+    right("panels, int8", _family, weights="int8", change=heavy, more=_own(128, symmetric=False))
+    right("panels, int4", _family, weights="int4", more=_own())
+    right("panels, int8 activations", _family, weights="int8", more={"block": 64, **OWN})
 for _family in ("olmoe", "jetmoe", "granite"):
     right("int4, uneven sizes", _family, weights="int4", config=UNEVEN, more=exact(64))
+    right("panels, int4, uneven sizes", _family, weights="int4", config=UNEVEN, more=_own(64))
+right("panels, tied routers", "olmoe", change=tied_routers(0.0), weights="int4", more=_own())
+right("panels, equal routers", "jetmoe", change=equal_routers, more=OWN)
+right("panels, a classifier", "jetmoe", task="classify", weights="bf16", more=OWN)
+right("panels, given numbers", "olmoe", packed="awq", weights="checkpoint", more={**GIVEN, **OWN})
+right("portable", "jetmoe", stored=torch.bfloat16, weights="bf16", more={"kernels": "portable"})
 right("int4, a classifier", "jetmoe", task="classify", weights="int4", more=exact())
 right("int4, tied routers", "olmoe", change=tied_routers(0.0), weights="int4", more=exact())
 right("int4, near-tied routers", "olmoe", change=tied_routers(2e-7), weights="int4", more=exact())

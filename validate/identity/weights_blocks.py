@@ -107,6 +107,9 @@ class Blocked:
         """Whether each block has one."""
         return self.zero_points is not None
 
+    apart = 1
+    zeros_share = True
+
     @property
     def text(self) -> str:
         """Its format, in words."""

@@ -108,9 +108,10 @@ def _others(held: Piece, where: Where, reader: Reader | None) -> Iterator[tuple[
         moved = zeros + np.int16(-more if has_zeros else more)
         yield f"its {what} are one too {said}", held._replace(zeros=moved)
     if weight.bits == 4:
-        yield "its nibbles are swapped", held._replace(numbers=_pairs(numbers))
-        if has_zeros and zeros.shape[1] % 2 == 0:
-            yield "the nibbles of its zero points are swapped", held._replace(zeros=_pairs(zeros))
+        yield "its nibbles are swapped", held._replace(numbers=_swapped(numbers, weight.apart))
+        if has_zeros and weight.zeros_share and zeros.shape[1] % 2 == 0:
+            swapped = held._replace(zeros=_swapped(zeros, 1))
+            yield "the nibbles of its zero points are swapped", swapped
     if has_zeros:
         middle = np.full_like(zeros, 1 << (weight.bits - 1))
         yield "it was rounded without zero points", held._replace(zeros=middle)
@@ -129,10 +130,10 @@ def _others(held: Piece, where: Where, reader: Reader | None) -> Iterator[tuple[
         yield from _of_other_rows(held, where, reader)
 
 
-def _pairs(numbers: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The last axis with each two numbers exchanged."""
-    pairs = numbers.reshape(*numbers.shape[:-1], -1, 2)
-    return np.ascontiguousarray(pairs[..., ::-1]).reshape(numbers.shape)
+def _swapped(numbers: npt.NDArray[np.uint8], apart: int) -> npt.NDArray[np.uint8]:
+    """The last axis with each two numbers exchanged that are so far apart."""
+    pairs = numbers.reshape(*numbers.shape[:-1], -1, 2, apart)
+    return np.ascontiguousarray(pairs[..., ::-1, :]).reshape(numbers.shape)
 
 
 def _of_other_rows(held: Piece, where: Where, reader: Reader) -> Iterator[tuple[str, Piece]]:

@@ -109,6 +109,9 @@ class Panels:
     def has_zero_points(self) -> bool:
         return self.zeros
 
+    apart = 4
+    zeros_share = False
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.codes,)

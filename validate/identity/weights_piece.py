@@ -86,6 +86,16 @@ class Numbers(Protocol):
         ...
 
     @property
+    def apart(self) -> int:
+        """By how many columns the two numbers of four bits that share a byte are apart."""
+        ...
+
+    @property
+    def zeros_share(self) -> bool:
+        """Whether the zero points of two blocks may share a byte."""
+        ...
+
+    @property
     def text(self) -> str:
         """Its format, in words."""
         ...
