@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,22 @@ import pytest
 import torch
 import toy_hybrid
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import find_family
 from ingot.graphs.merge import open_checkpoint
 from ingot.graphs.names import FAMILIES
 from ingot.graphs.preset import preset_config, write_checkpoint
-from ingot.validate.truth import layerwise
+from ingot.validate.truth import layerwise, stacks
 from ingot.validate.truth.cache import Recording
 from ingot.validate.truth.eager import EagerSession
 from ingot.validate.truth.inputs import make_inputs
 from ingot.validate.truth.layerwise import Array, Fed, Layerwise, Side
+from ingot.validate.truth.orders import BODIES
 from ingot.validate.truth.reference import Reference
 from ingot.validate.truth.replay import Replay
+from ingot.validate.truth.stacks import Stacks
 
 TASKS = [(family, task) for family in FAMILIES for task in find_family(family).tasks]
 PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -238,23 +242,91 @@ def in_bfloat16(folder: Path, out: Path) -> Path:
     return out
 
 
-def test_keeps_a_stack_of_experts_as_it_is_stored(
+class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the dtypes of the stacks that operators are given, and what they widen of them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.stacks: set[torch.dtype] = set()
+        self.widened = 0
+        self._inside = False
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function in BODIES:
+            self.stacks |= {each.dtype for each in args if isinstance(each, torch.nn.Parameter)}
+            self._inside = True
+            with self:
+                result = BODIES[function](*args, **(kwargs or {}))
+            self._inside = False
+            return result
+        if self._inside and function is torch.ops.aten.to.dtype:
+            self.widened += args[0].dtype != args[1] and args[0].ndim == 2
+        return function(*args, **(kwargs or {}))
+
+
+def of_jetmoe(folder: Path, precision: torch.dtype) -> tuple[Widened, Checkpoint, Recording]:
+    """What is widened of a checkpoint in bfloat16, over several runs of two sides; one run."""
+    checkpoint, seen = Checkpoint.open(folder), Widened()
+    graph = Layerwise(checkpoint, "generate", precision)
+    side = Side([calls_of(), calls_of(2)], everything, lambda: seen)
+    (found, _), _ = graph.run([side, side])
+    return seen, checkpoint, found
+
+
+def wide_stack(checkpoint: Checkpoint) -> int:
+    """Bytes of a layer's stacks in float64."""
+    entries = checkpoint.entries.items()
+    names = [name for name, each in entries if ".0." in name and len(each.shape) == 3]
+    return sum(8 * math.prod(checkpoint.entries[name].shape) for name in names)
+
+
+def test_widens_the_experts_of_a_layer_once_for_all_calls(
     checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = Checkpoint.open(in_bfloat16(checkpoints("jetmoe"), tmp_path))
-    graph = Layerwise(checkpoint, "generate", torch.float64)
-    stacks: set[torch.dtype] = set()
+    folder = in_bfloat16(checkpoints("jetmoe"), tmp_path)
+    made: list[Stacks] = []
+    read = Stacks.read
 
-    def keep(_run: int, _number: int, _name: str, array: Array) -> Array:
-        for _name, each in graph._model.named_parameters():
-            if each.dim() == 3 and not each.is_meta:
-                stacks.add(each.dtype)
-        return array
+    def noted(self: Stacks, *arguments: Any) -> torch.Tensor:
+        made.append(self)
+        return read(self, *arguments)
 
-    ((found,),) = graph.run([Side([calls_of()], keep)])
-    assert stacks == {torch.bfloat16}
+    monkeypatch.setattr(Stacks, "read", noted)
+    seen, checkpoint, found = of_jetmoe(folder, torch.float64)
+    assert seen.stacks == {torch.float64}
+    assert seen.widened == 0
+    # Four stacks in each of two layers, in the memory of one layer.
+    assert len(made) == 8
+    assert len({id(each) for each in made}) == 1
+    assert sum(each.nbytes for each in made[0]._held.values()) == wide_stack(checkpoint)
     session = EagerSession(checkpoint, "generate", precision=torch.float64, streamed=False)
     assert_same(found, stepped(session, calls_of()))
+
+
+def test_keeps_stacks_for_which_there_is_no_room_as_they_are_stored(
+    checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = in_bfloat16(checkpoints("jetmoe"), tmp_path)
+    session = EagerSession(
+        Checkpoint.open(folder), "generate", precision=torch.float64, streamed=False
+    )
+    some = {torch.float64, torch.bfloat16}
+    for room, dtypes in ((wide_stack(Checkpoint.open(folder)) - 1, some), (0, {torch.bfloat16})):
+        monkeypatch.setattr(stacks, "MOST_WIDE", room)
+        seen, _, found = of_jetmoe(folder, torch.float64)
+        assert seen.stacks == dtypes
+        assert seen.widened > 0
+        assert_same(found, stepped(session, calls_of()))
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["jetmoe", "olmoe"])
+def test_rounds_experts_to_half_precision_before_it_widens_them(
+    checkpoints: Callable[..., Path], family: str, precision: torch.dtype
+) -> None:
+    assert_like_a_session(Checkpoint.open(checkpoints(family)), "generate", precision, calls_of())
 
 
 @pytest.mark.slow

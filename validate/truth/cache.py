@@ -57,6 +57,7 @@ _CODE = (
     "validate/truth/plain.py",
     "validate/truth/recording.py",
     "validate/truth/replay.py",
+    "validate/truth/stacks.py",
     "validate/truth/stored.py",
 )
 _SUFFIX = ".safetensors"

@@ -54,7 +54,7 @@ class EagerSession:
         self.precision = precision
         weight_map = family.weight_map(self.model, checkpoint, task)
         size = parameter_bytes(self.model)
-        if streamed if streamed is not None else size > min(RESIDENT, _free_memory() / 2):
+        if streamed if streamed is not None else size > min(RESIDENT, free_memory() / 2):
             _stream_weights(self.model, checkpoint, weight_map)
         else:
             load_parameters(self.model, checkpoint, weight_map, advance=advance)
@@ -128,7 +128,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes this process could still take; file caches count as free where Linux says so."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -37,6 +37,7 @@ from ingot.validate.truth.cache import Recording
 from ingot.validate.truth.eager import as_array, dtype_name, fed_by_definition
 from ingot.validate.truth.recording import HIDDEN_STATES, ROUTER_LOGITS
 from ingot.validate.truth.replay import Chosen, Replay
+from ingot.validate.truth.stacks import Stacks
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -171,6 +172,7 @@ class Layerwise:
             ``EagerSession``.
         """
         decoder = self._model.decoder
+        stacks = Stacks(self._checkpoint, self._precision)
         self._load_small()
         # Its rows are of one call of ``run`` alone.
         ids = torch.from_numpy(np.unique(_ids(sides)))
@@ -179,7 +181,7 @@ class Layerwise:
         begun = [self._begin(side, ids, hidden) for side in sides]
         router = 0
         for index, (layer, own) in enumerate(decoder.by_layer()):
-            self._load(layer)
+            self._load(layer, stacks)
             for side, calls in zip(sides, begun, strict=True):
                 with side.order():
                     routers = self._through(layer, calls, side.keep, own, router, ids)
@@ -349,16 +351,17 @@ class Layerwise:
             rows = self._stored(name, self._shapes[name])[ids]
             set_parameter(self._model, name, rows.to(self._precision))
 
-    def _load(self, layer: nn.Module) -> None:
+    def _load(self, layer: nn.Module, stacks: Stacks) -> None:
         """One layer's weights."""
         prefix = self._names[id(layer)] + "."
         for name, parameter in list(layer.named_parameters()):
             parts, dtype = self._weights[prefix + name], self._dtypes[prefix + name]
             shape = tuple(parameter.shape)
             if stack_height(shape) > 1:
-                # The operators widen one expert at a time, so a whole stack need not be wide.
-                dtype = self._narrowest(parts, dtype)
-            set_parameter(layer, name, assemble(self._checkpoint, parts, shape, dtype))
+                value = stacks.read(name, parts, shape, self._narrowest(parts, dtype))
+            else:
+                value = assemble(self._checkpoint, parts, shape, dtype)
+            set_parameter(layer, name, value)
 
     def _narrowest(self, parts: Sequence[Part], dtype: torch.dtype) -> torch.dtype:
         """The dtype that the parts are stored in, where ``dtype`` holds all of it exactly."""
