@@ -19,7 +19,7 @@ what they are given by a measurement of every format.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -42,6 +42,15 @@ from ingot.export.graph import Opened
 
 # Tokens that effects are measured on.
 TOKENS = 2048
+
+# Logits of all runs together. Of a large vocabulary so many take minutes, and more of the time than
+# the layers do; beyond, some of the tokens stand for all at the head, at even distances.
+MOST_LOGITS = 2**33
+# Tokens at the least, of which a mean still tells what a weight is worth.
+LEAST_TOKENS = 512
+# Logits of one run that are looked at together, few enough for their memory to be used again: that
+# of a whole batch would be touched for the first time at every step of the way.
+AT_ONCE = 2**21
 
 # Of each matrix and each stack so many rows and experts say how the errors of formats compare.
 ROWS = 256
@@ -153,21 +162,44 @@ class _Effects:
             if found:
                 self._compare(head, found, lambda each: moments.of(each.name, each.expert))
                 self.runs[head] = [batch.x for batch in self.probes]
-        totals = dict.fromkeys(self.runs, 0.0)
-        for place, batch in enumerate(self.probes):
-            expected = walk.logits(batch.x).double().log_softmax(-1)
-            for group, run in self.runs.items():
+        totals, tokens = dict.fromkeys(self.runs, 0.0), 0
+        for expected, of_runs in self._some_tokens():
+            truth = walk.logits(expected)[0].double().log_softmax(-1)
+            shares = truth.exp()
+            known = float((shares * truth).sum())
+            for group, x in of_runs.items():
                 if group == head:
                     self._put(found)
-                logits = walk.logits(run[place]).double().log_softmax(-1)
+                logits = walk.logits(x)[0].double()
                 if group == head:
                     self._put_back(found)
-                totals[group] += float((expected.exp() * (expected - logits)).sum())
-        tokens = sum(batch.ids.numel() for batch in self.probes)
+                # Of shares p the KL is sum(p log p) - sum(p logits) + logsumexp(logits).
+                told = float((shares * logits).sum() - logits.logsumexp(-1).sum())
+                totals[group] += known - told
+            tokens += len(truth)
         return {
             group: {blocks: times * total / tokens for blocks, times in self.times[group].items()}
             for group, total in totals.items()
         }
+
+    def _some_tokens(self) -> Iterator[tuple[torch.Tensor, dict[tuple[str, ...], torch.Tensor]]]:
+        """What enters the end of the model ``[1, n, H]``, as it is and in each run, in pieces."""
+        vocabulary = self.walk.shape(self.walk.head)[0]
+        total = sum(batch.ids.numel() for batch in self.probes)
+        most = max(LEAST_TOKENS, MOST_LOGITS // (vocabulary * max(1, len(self.runs))))
+        step = -(-total // most)
+        # Odd, so that it meets every place of sequences whose length is a power of two.
+        places = torch.arange(0, total, step if step == 1 else step | 1)
+
+        def taken(run: Run) -> torch.Tensor:
+            return torch.cat([x.flatten(0, 1) for x in run])[None, places]
+
+        expected = taken([batch.x for batch in self.probes])
+        runs = {group: taken(run) for group, run in self.runs.items()}
+        count = max(1, AT_ONCE // vocabulary)
+        for first in range(0, len(places), count):
+            here = slice(first, first + count)
+            yield expected[:, here], {group: x[:, here] for group, x in runs.items()}
 
     def _compare(
         self,
