@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import toy_hybrid
 
@@ -15,23 +16,30 @@ from ingot.export.progress import Stages
 from ingot.export.request import ExportRequest
 from ingot.graphs.names import FAMILIES
 
-# By folder name: family, target and task.
-INGOTS = {
+# By folder name: family, target and what else is asked for.
+INGOTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{
-        f"{family}-{target}": (family, target, "generate")
+        f"{family}-{target}": (family, target, {})
         for family in (*FAMILIES, "toy_hybrid")
         for target in ("onnx", "ort")
     },
-    "jetmoe-classify": ("jetmoe", "ort", "classify"),
-    "olmoe-features": ("olmoe", "ort", "features"),
+    # On Ingot's own kernels, once with scales of whole numbers.
+    **{
+        f"{family}-own": (family, "ort", {"kernels": "ingot", "weights": weights})
+        for family, weights in zip(
+            FAMILIES, ("int4", "checkpoint", "checkpoint", "checkpoint"), strict=True
+        )
+    },
+    "jetmoe-classify": ("jetmoe", "ort", {"task": "classify"}),
+    "olmoe-features": ("olmoe", "ort", {"task": "features"}),
 }
 
 
 def main(folder: Path) -> None:
     with toy_hybrid.registered():
-        for name, (family, target, task) in INGOTS.items():
+        for name, (family, target, more) in INGOTS.items():
             request = ExportRequest(
-                family, target, folder / name, task=task, preset="tiny", overwrite=True
+                family, target, folder / name, preset="tiny", overwrite=True, **more
             )
             build(request, Stages(), None)
             print(folder / name)

@@ -1,8 +1,9 @@
-/* ingot_generate_c INGOT ID [ID ...]: 16 greedy tokens after one prompt, from C. */
+/* ingot_generate_c INGOT [--operators FILE] ID [ID ...]: 16 greedy tokens after one prompt, from C. */
 #include <ingot.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 static int print(void *user, const int64_t *tokens, int64_t prompts) {
     (void)user;
@@ -12,25 +13,32 @@ static int print(void *user, const int64_t *tokens, int64_t prompts) {
 }
 
 int main(int count, char **words) {
-    if (count < 3) {
-        fprintf(stderr, "usage: ingot_generate_c INGOT ID [ID ...]\n");
+    ingot_open_options opened = ingot_open_defaults();
+    int first = 2;
+    if (count > 3 && strcmp(words[2], "--operators") == 0) {
+        opened.operators = words[3];
+        first = 4;
+    }
+    if (count <= first) {
+        fprintf(stderr, "usage: ingot_generate_c INGOT [--operators FILE] ID [ID ...]\n");
         return 2;
     }
-    const int64_t length = count - 2;
+    const int64_t length = count - first;
     int64_t *prompt = malloc((size_t)length * sizeof *prompt);
     if (prompt == NULL) return 1;
     for (int64_t n = 0; n < length; ++n) {
         char *end = NULL;
-        prompt[n] = strtoll(words[n + 2], &end, 10);
-        if (end == words[n + 2] || *end != '\0') {
-            fprintf(stderr, "error: '%s' is no token id; give whole numbers.\n", words[n + 2]);
+        const char *word = words[n + first];
+        prompt[n] = strtoll(word, &end, 10);
+        if (end == word || *end != '\0') {
+            fprintf(stderr, "error: '%s' is no token id; give whole numbers.\n", word);
             free(prompt);
             return 2;
         }
     }
 
     ingot_session *session = NULL;
-    ingot_session_status status = ingot_session_open(words[1], NULL, &session);
+    ingot_session_status status = ingot_session_open(words[1], &opened, &session);
     if (status == INGOT_SESSION_OK) {
         ingot_generate_options options = ingot_generate_defaults();
         options.max_new_tokens = 16;

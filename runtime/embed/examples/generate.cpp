@@ -23,7 +23,9 @@ constexpr const char *kUsage =
     "  --threads N          0 lets the runtime choose (0)\n"
     "  --no-verify          check file sizes only, not their SHA-256\n"
     "  --allow-failed       run an ingot that failed its validation\n"
-    "  --graph-only         run the graph on ONNX Runtime, also where there is an engine\n";
+    "  --graph-only         run the graph on ONNX Runtime, also where there is an engine\n"
+    "  --operators FILE     of an ingot on Ingot's own kernels the library that has them: a program\n"
+    "                       that you vouch for\n";
 
 // What the command line asks for.
 struct Arguments {
@@ -95,6 +97,8 @@ Arguments parse(const std::vector<std::string> &words) {
             result.open.allow_failed = true;
         } else if (name == "--graph-only") {
             result.open.graph_only = true;
+        } else if (name == "--operators") {
+            result.open.operators = value();
         } else if (name.rfind("--", 0) == 0 || !result.folder.empty()) {
             throw ingot::Error("'" + name + "' is not an option of this program; see --help.");
         } else {

@@ -30,6 +30,9 @@ typedef struct ingot_open_options {
     int32_t verify;       /* 1: compare the SHA-256 of every file; 0: sizes only */
     int32_t allow_failed; /* 1: open an ingot whose validation failed */
     int32_t graph_only;   /* 1: run the graph on ONNX Runtime, also where there is an engine */
+    /* Of an ingot that runs on Ingot's own kernels, the library that has them: a program that you vouch
+     * for, loaded only where it is the one that the ingot was made with. NULL names none. */
+    const char *operators;
 } ingot_open_options;
 
 /* Begin from ingot_generate_defaults(). */

@@ -29,8 +29,17 @@ class Backend {
     virtual bool one_by_one() const { return false; }
 };
 
+// The library of kernels that a graph needs beside ONNX Runtime, as an absolute path; empty where it
+// needs none. `named` is the one that the caller vouches for.
+//
+// Throws Error: none is named, or one that is not what the ingot was made with.
+std::filesystem::path operators_for(const std::filesystem::path &folder, const Manifest &manifest,
+                                    const std::filesystem::path &named);
+
+// `operators` is loaded before the graph, where it is not empty.
 std::unique_ptr<Backend> open_onnxruntime(const std::filesystem::path &folder,
-                                          const Manifest &manifest, int threads);
+                                          const Manifest &manifest, int threads,
+                                          const std::filesystem::path &operators);
 
 // `hashed` says that the folder's files were found to be the manifest's just before.
 std::unique_ptr<Backend> open_tensorrt(const std::filesystem::path &folder, const Manifest &manifest,

@@ -70,7 +70,7 @@ extern "C" {
 
 const char *ingot_session_error(void) { return last_error; }
 
-ingot_open_options ingot_open_defaults(void) { return {0, 1, 0, 0}; }
+ingot_open_options ingot_open_defaults(void) { return {0, 1, 0, 0, nullptr}; }
 
 ingot_generate_options ingot_generate_defaults(void) { return {64, 0.0, 0, 1.0, 0, nullptr, 0}; }
 
@@ -86,6 +86,7 @@ ingot_session_status ingot_session_open(const char *folder, const ingot_open_opt
         made.verify = given.verify != 0;
         made.allow_failed = given.allow_failed != 0;
         made.graph_only = given.graph_only != 0;
+        if (given.operators != nullptr) made.operators = given.operators;
         *session = new ingot_session{ingot::Session(folder, made)};
     });
 }

@@ -242,10 +242,12 @@ void check_tensors(const Manifest &manifest) {
     }
 }
 
-// One name is one file on every system, and none but the engine's libraries is a program.
+// One name is one file on every system, and none but the engine's libraries and that of the kernels
+// is a program.
 void check_names(const Manifest &manifest) {
-    const std::vector<std::string> no_names;
-    const auto &libraries = manifest.engine ? manifest.engine->libraries : no_names;
+    std::vector<std::string> libraries;
+    if (manifest.engine) libraries = manifest.engine->libraries;
+    if (manifest.kernels == "ingot") libraries.push_back(kOperators);
     std::set<std::string> seen;
     for (const auto &[name, info] : manifest.files) {
         std::string lower = name;
@@ -270,6 +272,7 @@ void check_names(const Manifest &manifest) {
 // Everything that is opened is listed, so that its size and hash are compared before.
 void check_listed(const Manifest &manifest) {
     std::set<std::string> opened{kGraph};
+    if (manifest.kernels == "ingot") opened.insert(kOperators);
     if (manifest.engine) {
         opened.insert(kEngine);
         opened.insert(manifest.engine->libraries.begin(), manifest.engine->libraries.end());
@@ -303,14 +306,15 @@ void check_notes(const Field &raw) {
     raw.at("weight_bytes").whole(0, kMostBytes);
 }
 
-// How weights are stored in whole numbers. The graph's operators have it as attributes.
-void quantization(const Field &chosen) {
+// How weights are stored in whole numbers, with scales that the kernels read. The graph's operators
+// have it as attributes.
+void quantization(const Field &chosen, const std::string &scales) {
     const auto number_of = [](const Field &value, std::initializer_list<std::int64_t> known,
                               const char *expected) {
         const std::int64_t number = value.whole(0, 128);
         if (std::find(known.begin(), known.end(), number) == known.end()) value.refuse(expected);
     };
-    chosen.only({"block", "symmetric", "accuracy", "method", "bits", "calibration", "blocks"});
+    chosen.only({"block", "symmetric", "accuracy", "method", "bits", "calibration", "blocks", "scales"});
     const auto block = [&](const Field &value) {
         number_of(value, {32, 64, 128}, "one of 32, 64, 128");
     };
@@ -318,6 +322,11 @@ void quantization(const Field &chosen) {
     chosen.at("symmetric").truth();
     chosen.at("accuracy").one_of({"exact", "fast"});
     chosen.at("method").one_of({"nearest", "importance", "gptq", "given"});
+    const std::string found =
+        chosen.has("scales") ? chosen.at("scales").one_of({"float32", "float16"}) : "float32";
+    if (found != scales) {
+        damaged("quantization has scales in " + found + ", and the kernels of this ingot read " + scales);
+    }
     for (const auto &[name, bits] : chosen.at("bits").entries(kMostTensors)) {
         if (!kTensor.spell(name)) damaged(bits.name() + " is not named like a tensor");
         number_of(bits, {4, 8, 32}, "one of 4, 8, 32");
@@ -348,7 +357,7 @@ Manifest manifest(const Field &raw) {
               "labels",        "engine",
               "files",         "validation",
               "schema_version", "weights",
-              "quantization"});
+              "quantization",  "kernels"});
     // Any architecture: the graph is all that a session knows of it.
     result.model_type = raw.at("model_type").matching(kPackage, "the name of an architecture");
     result.task = raw.at("task").one_of({"generate", "features", "classify"});
@@ -371,7 +380,19 @@ Manifest manifest(const Field &raw) {
     if (raw.has("quantization") != in_numbers) {
         damaged("quantization goes with weights in whole numbers, each with the other");
     }
-    if (in_numbers) quantization(raw.at("quantization"));
+    if (raw.has("kernels")) {
+        const Field kernels = raw.at("kernels");
+        result.kernels = kernels.one_of({"portable", "ingot"});
+        if (result.target != "ort") {
+            kernels.refuse("left out, but for the target ort, and the target is " + result.target);
+        }
+        if (result.kernels == "portable" && in_numbers) {
+            kernels.refuse("others, for standard operators read no weights in whole numbers");
+        }
+    }
+    if (in_numbers) {
+        quantization(raw.at("quantization"), result.kernels == "ingot" ? "float16" : "float32");
+    }
     result.main_output = tensor_name(raw.at("main_output"));
     result.inputs = tensors(raw.at("inputs"));
     result.outputs = tensors(raw.at("outputs"));

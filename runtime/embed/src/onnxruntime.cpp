@@ -100,12 +100,14 @@ void read(const Ort::Value &value, std::size_t begin, std::size_t count, float *
 
 // The graph and its weights. ONNX Runtime's own session has no state, and runs for several threads.
 struct Model {
-    Model(const fs::path &folder, const Manifest &given, int threads) : manifest(given) {
+    Model(const fs::path &folder, const Manifest &given, int threads, const fs::path &operators)
+        : manifest(given) {
         Ort::SessionOptions options;
         options.SetIntraOpNumThreads(threads);
         // Warnings about unused constants of the function bodies are of no use to a user.
         options.SetLogSeverityLevel(3);
         check_external_files(folder / kGraph, manifest);
+        if (!operators.empty()) options.RegisterCustomOpsLibrary(operators.c_str());
         session = Ort::Session(env, (folder / kGraph).c_str(), options);
         for (const TensorInfo &input : manifest.inputs) inputs.insert(input.name);
         for (const StateInfo &state : manifest.states) {
@@ -331,14 +333,14 @@ class Guarded final : public Backend {
 }  // namespace
 
 std::unique_ptr<Backend> open_onnxruntime(const fs::path &folder, const Manifest &manifest,
-                                          int threads) {
+                                          int threads, const fs::path &operators) {
     const std::string version = OrtGetApiBase()->GetVersionString();
     if (OrtGetApiBase()->GetApi(ORT_API_VERSION) == nullptr) {
         throw Error("ONNX Runtime " + version + " is installed and this library needs 1." +
                     std::to_string(ORT_API_VERSION) + " or later; put a later libonnxruntime.so first.");
     }
     try {
-        auto model = std::make_shared<Model>(folder, manifest, threads);
+        auto model = std::make_shared<Model>(folder, manifest, threads, operators);
         return std::make_unique<Guarded>(std::make_unique<OrtBackend>(std::move(model)));
     } catch (const Ort::Exception &error) {
         const auto made = manifest.tools.find("onnxruntime");

@@ -29,7 +29,8 @@ std::unique_ptr<Backend> open(const fs::path &folder, const Manifest &manifest,
                     " holds a bfloat16 graph and no engine, and ONNX Runtime's CPU provider computes "
                     "no bfloat16; export with --precision fp32 to run it here.");
     }
-    return open_onnxruntime(folder, manifest, options.threads);
+    return open_onnxruntime(folder, manifest, options.threads,
+                            operators_for(folder, manifest, options.operators));
 }
 
 }  // namespace

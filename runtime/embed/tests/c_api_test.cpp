@@ -56,6 +56,19 @@ TEST_CASE("a folder is refused with a message") {
     ingot_session_close(session);
 }
 
+TEST_CASE("a library of operators is named") {
+    const std::string folder = tiny("mamba2-own").string();
+    ingot_session *session = nullptr;
+    CHECK(ingot_session_open(folder.c_str(), nullptr, &session) == INGOT_SESSION_REFUSED);
+    CHECK(contains(message(), "no library that has them is named"));
+    ingot_open_options options = ingot_open_defaults();
+    CHECK(options.operators == nullptr);
+    const std::string library = folder + "/libingot_ort.so";
+    options.operators = library.c_str();
+    CHECK(ingot_session_open(folder.c_str(), &options, &session) == INGOT_SESSION_OK);
+    ingot_session_close(session);
+}
+
 TEST_CASE("each thread has its own message") {
     ingot_session *session = nullptr;
     CHECK(ingot_session_open("/here", nullptr, &session) == INGOT_SESSION_REFUSED);

@@ -17,6 +17,12 @@ fs::path tiny(const std::string &name) {
     return path;
 }
 
+ingot::Options vouched(const fs::path &folder) {
+    ingot::Options options;
+    options.operators = folder / ingot::kOperators;
+    return options;
+}
+
 std::string text_of(const fs::path &file) {
     std::ifstream in(file, std::ios::binary);
     return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};

@@ -11,6 +11,9 @@
 // One of the tiny ingots, such as "olmoe-ort"; read only.
 std::filesystem::path tiny(const std::string &name);
 
+// Options that name the library of operators which lies in a folder.
+ingot::Options vouched(const std::filesystem::path &folder);
+
 std::string text_of(const std::filesystem::path &file);
 void write_text(const std::filesystem::path &file, const std::string &text);
 

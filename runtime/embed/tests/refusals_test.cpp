@@ -474,6 +474,109 @@ TEST_CASE("weights in whole numbers") {
     CHECK(contains(refusal(copy.path()), "weights is \"int4\", and must be of floats"));
 }
 
+TEST_CASE("whose kernels run a graph") {
+    const Copy copy("olmoe-ort");
+    copy.edit([](json &raw) { raw["kernels"] = "portable"; });
+    CHECK(refusal(copy.path()).empty());
+    for (const json &value : {json("ort"), json(""), json(nullptr), json(1), json::array({"ingot"})}) {
+        CAPTURE(value.dump());
+        copy.edit([&](json &raw) { raw["kernels"] = value; });
+        CHECK(contains(refusal(copy.path()), "kernels is "));
+    }
+    copy.edit([](json &raw) {
+        raw["kernels"] = "portable";
+        raw["weights"] = "int8";
+        raw["quantization"] = {{"block", 64},
+                               {"symmetric", true},
+                               {"accuracy", "exact"},
+                               {"method", "nearest"},
+                               {"bits", json::object()}};
+    });
+    CHECK(contains(refusal(copy.path()), "standard operators read no weights in whole numbers"));
+    copy.edit([](json &raw) { raw["kernels"] = "ingot"; });
+    CHECK(contains(refusal(copy.path()),
+                   "scales in float32, and the kernels of this ingot read float16"));
+    copy.edit([](json &raw) { raw["quantization"]["scales"] = "float16"; });
+    CHECK(contains(refusal(copy.path()), "files lacks libingot_ort.so"));
+    copy.edit([](json &raw) { raw.erase("kernels"); });
+    CHECK(contains(refusal(copy.path()),
+                   "scales in float16, and the kernels of this ingot read float32"));
+    for (const json &scales : {json("bfloat16"), json(16), json(nullptr)}) {
+        copy.edit([&](json &raw) { raw["quantization"]["scales"] = scales; });
+        CHECK(contains(refusal(copy.path()), "quantization.scales is "));
+    }
+    copy.edit([](json &raw) { raw["quantization"]["scales"] = "float32"; });
+    CHECK(refusal(copy.path()).empty());
+    copy.edit([](json &raw) {
+        raw.erase("quantization");
+        raw.erase("weights");
+        raw["kernels"] = "ingot";
+        raw["target"] = "onnx";
+        for (json &state : raw["states"]) state["shared"] = false;
+    });
+    CHECK(contains(refusal(copy.path()), "must be left out, but for the target ort"));
+    copy.edit([](json &raw) { raw.erase("kernels"); });
+    copy.put("libingot_ort.so", "code");
+    CHECK(contains(refusal(copy.path()), "files holds libingot_ort.so, which is a program"));
+}
+
+TEST_CASE("a library of operators that nobody vouches for, or another one") {
+    const Copy copy("olmoe-own");
+    const fs::path library = copy.path() / "libingot_ort.so";
+    const auto check = [&](const std::string &message, const std::string &part) {
+        CHECK(contains(message, part));
+        CHECK(contains(message, "; name " + library.string() + " as the library of operators if you "));
+        CHECK(contains(message, "or the one that `make cpu` builds of the Ingot that it was made with, "));
+        CHECK(contains(message, "or export it again with --kernels ort."));
+        CHECK(is_sentence(message));
+    };
+    ingot::Options options = vouched(copy.path());
+    CHECK(refusal(copy.path(), options).empty());
+    // What lies in the folder is not loaded for lying there, whatever is verified.
+    for (const bool verify : {true, false}) {
+        ingot::Options none;
+        none.verify = verify;
+        check(refusal(copy.path(), none), "no library that has them is named");
+    }
+    // By a name without a folder, which the system would look for elsewhere.
+    const fs::path before = fs::current_path();
+    fs::current_path(copy.path());
+    options.operators = "libingot_ort.so";
+    CHECK(refusal(copy.path(), options).empty());
+    fs::current_path(before);
+    check(refusal(copy.path(), options), "libingot_ort.so is missing");
+    options.operators = copy.path();
+    check(refusal(copy.path(), options), "is missing");
+
+    const Copy other("mamba2-own");
+    std::string changed = text_of(library);
+    changed[changed.size() / 2] = static_cast<char>(changed[changed.size() / 2] ^ 1);
+    write_text(other.path() / "changed.so", changed);
+    for (const bool verify : {true, false}) {
+        options.verify = verify;
+        options.operators = other.path() / "changed.so";
+        check(refusal(copy.path(), options), "was validated with another library of kernels than");
+    }
+    // Exchanged in the folder it is another one too, also where hashes are not compared.
+    write_text(library, changed);
+    options.operators = library;
+    check(refusal(copy.path(), options), "was validated with another library of kernels than");
+    options.verify = true;
+    CHECK(contains(refusal(copy.path(), options), "is not the file that was validated"));
+    // And with its hash it is its maker's, whom the one that is vouched for does not fit.
+    copy.put("libingot_ort.so", changed);
+    options.operators = other.path() / "libingot_ort.so";
+    check(refusal(copy.path(), options), "was validated with another library of kernels than");
+}
+
+TEST_CASE("a library that is none is refused by ONNX Runtime") {
+    const Copy copy("olmoe-own");
+    copy.put("libingot_ort.so", "code");
+    const std::string message = refusal(copy.path(), vouched(copy.path()));
+    CHECK(contains(message, "cannot load"));
+    CHECK(is_sentence(message));
+}
+
 #ifndef INGOT_FAKE_VERSION
 TEST_CASE("an engine, where the library was built without TensorRT") {
     const Copy copy("olmoe-ort");

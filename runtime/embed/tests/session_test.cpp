@@ -14,7 +14,10 @@ using ingot::Session;
 
 const std::vector<std::string> kAll = {
     "olmoe-ort",    "olmoe-onnx", "jetmoe-ort",  "jetmoe-onnx",    "granite-ort",
-    "granite-onnx", "mamba2-ort", "mamba2-onnx", "toy_hybrid-ort", "toy_hybrid-onnx"};
+    "granite-onnx", "mamba2-ort", "mamba2-onnx", "toy_hybrid-ort", "toy_hybrid-onnx",
+    "olmoe-own",    "jetmoe-own", "granite-own", "mamba2-own"};
+
+Session opened(const std::string &name) { return Session(tiny(name), vouched(tiny(name))); }
 
 Ids some_ids(std::size_t count) {
     Ids result;
@@ -105,7 +108,7 @@ TEST_CASE("sizes that no memory holds") {
 TEST_CASE("tokens fed in pieces give the logits of all at once") {
     for (const std::string &name : kAll) {
         CAPTURE(name);
-        Session session(tiny(name));
+        Session session = opened(name);
         // Two rows, the second padded by three on the left.
         Ids ids = some_ids(20), mask(20, 1);
         std::fill(mask.begin() + 10, mask.begin() + 13, 0);
@@ -136,7 +139,7 @@ TEST_CASE("tokens fed in pieces give the logits of all at once") {
 TEST_CASE("a padded row computes what it computes alone") {
     for (const std::string &name : kAll) {
         CAPTURE(name);
-        Session session(tiny(name));
+        Session session = opened(name);
         const Ids ids = {5, 6, 7, 8, 0, 0, 9, 11}, mask = {1, 1, 1, 1, 0, 0, 1, 1};
         session.reset(2, 8);
         std::vector<float> both = last_logits(session.step(ids, mask, 2, 4));
@@ -151,7 +154,7 @@ TEST_CASE("padding behind a row's first token, where a state is recurrent") {
     const Ids six = {5, 6, 7, 8, 9, 11};
     for (const std::string &name : kAll) {
         CAPTURE(name);
-        Session session(tiny(name));
+        Session session = opened(name);
         const bool recurrent = name.rfind("mamba2", 0) == 0 || name.rfind("toy_hybrid", 0) == 0;
         const auto message = [&](const Ids &mask) {
             return refusal([&] { session.step(six, mask, 2, 3); });
@@ -182,7 +185,7 @@ TEST_CASE("padding behind a row's first token, where a state is recurrent") {
 TEST_CASE("padding before the first token, over two calls, changes nothing") {
     for (const std::string &name : kAll) {
         CAPTURE(name);
-        Session session(tiny(name));
+        Session session = opened(name);
         session.reset(1, 9);
         const Ids zeros = {0, 0, 0}, ids = {0, 9, 11}, mask = {0, 1, 1}, ones = {1, 1};
         session.step(zeros, zeros, 1, 3);
@@ -278,12 +281,12 @@ TEST_CASE("forks share the weights and nothing else") {
         CAPTURE(name);
         const std::vector<Ids> prompts = {{5, 6}, {411}, {9, 8, 207}, {300}};
         std::vector<Ids> expected;
-        Session alone(tiny(name));
+        Session alone = opened(name);
         for (const Ids &prompt : prompts) expected.push_back(alone.generate({prompt})[0]);
 
         std::vector<Session> forks;
         {
-            Session first(tiny(name));
+            Session first = opened(name);
             first.reset(1, 3);
             const Ids ids = {3, 4, 5}, ones = {1, 1, 1};
             first.step(ids, ones, 1, 3);

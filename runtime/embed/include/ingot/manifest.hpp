@@ -16,6 +16,8 @@ constexpr std::int64_t kSchemaVersion = 1;
 constexpr const char *kManifest = "ingot.json";
 constexpr const char *kGraph = "model.onnx";
 constexpr const char *kEngine = "model.engine";
+// Ingot's own kernels, in an ingot that runs on them.
+constexpr const char *kOperators = "libingot_ort.so";
 
 // One dimension: a size, or a name such as "batch" where the size is not fixed.
 struct Dimension {
@@ -91,6 +93,7 @@ struct INGOT_API Manifest {
     std::optional<EngineInfo> engine;
     std::map<std::string, FileInfo> files;
     std::string verdict;  // "passed", "passed, in part", "failed" or "skipped"
+    std::string kernels;  // that run an ort ingot: portable or ingot; ONNX Runtime's where it is empty
 
     // Reads and checks ingot.json. Throws Error: no manifest, a damaged one, another schema version.
     static Manifest read(const std::filesystem::path &folder);

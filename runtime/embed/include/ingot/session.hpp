@@ -26,6 +26,10 @@ struct Options {
     bool verify = true;         // compare the SHA-256 of every file, not only sizes
     bool allow_failed = false;  // open an ingot whose validation failed
     bool graph_only = false;    // run the graph on ONNX Runtime, also where there is an engine
+    // Of an ingot that runs on Ingot's own kernels, the library that has them: a program that you
+    // vouch for, which is loaded only where it is the one that the ingot was made with. The one that
+    // lies in the folder is never loaded unless it is named here.
+    std::filesystem::path operators;
 };
 
 // Token ids or mask values of the caller, [B, T]; not copied.
