@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ingot.export.external_data import GraphError, external_files
-from ingot.export.ingot_schema import FIELDS, INGOT, LIBRARY, OF_QUANTIZATION, OPTIONAL, check
+from ingot.export.ingot_schema import FIELDS, OF_QUANTIZATION, OPTIONAL, ORT, PORTABLE, check
+from ingot.export.ingot_schema import INGOT as INGOT
+from ingot.export.ingot_schema import LIBRARY as LIBRARY
 from ingot.export.ingot_schema import MODULES as MODULES
 from ingot.export.ingot_schema import SIZES as SIZES
 from ingot.export.ingot_schema import TARGETS as TARGETS
@@ -44,6 +46,9 @@ SIDE_FILES = (
     "merges.txt",
     "vocab.*",
 )
+
+# Whose kernels run an ort ingot, for people.
+_KERNELS = {ORT: "ONNX Runtime's", PORTABLE: "standard operators alone", INGOT: "Ingot's own"}
 
 
 class ManifestError(IngotError):
@@ -153,6 +158,16 @@ class Manifest:
     def verdict(self) -> Verdict:
         value: Verdict = self.validation.get("verdict", "skipped")
         return value
+
+    @property
+    def run_by(self) -> str:
+        """Whose kernels run it, and from which library; empty where the target has no choice."""
+        if self.target != "ort":
+            return ""
+        whose = _KERNELS[self.kernels or ORT]
+        if self.kernels != INGOT:
+            return whose
+        return f"{whose}, in {LIBRARY} with the SHA-256 {self.files[LIBRARY].sha256}"
 
     def write(self, folder: Path) -> None:
         """Write ``ingot.json`` into a folder."""

@@ -36,6 +36,8 @@ def print_summary(out: Path, checkpoint: Path, manifest: Manifest, stages: Stage
     if manifest.quantization is not None:
         said += f", {manifest.quantization}"
     table.add_row("weights", f"{manifest.weight_bytes:,} bytes, {said}")
+    if manifest.run_by:
+        table.add_row("kernels", manifest.run_by)
     if manifest.engine is not None:
         for row in _engine_rows(manifest.engine):
             table.add_row(*row)

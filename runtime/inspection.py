@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from ingot.export.ingot import SIZES, WEIGHTS, Manifest
+from ingot.export.ingot import INGOT, SIZES, WEIGHTS, Manifest
 from ingot.graphs.state import State
 from ingot.plugins.command_line import Command, console
 from ingot.plugins.errors import IngotError
@@ -35,6 +35,8 @@ _IN_GRAPH = {
     "GroupQueryAttention": "ONNX Runtime's kernel, for Attention and its caches",
 }
 _PLUGIN = "TensorRT plugin"
+# What an ingot's own kernels compute, which is no function body then.
+_OWN = dict.fromkeys(("Linear", "Embedding", *OPERATORS), "Ingot's own kernel")
 _DTYPE = re.compile("[A-Z0-9_]{1,16}")
 
 
@@ -87,6 +89,7 @@ class Inspection:
         model_type: as are target, task, precision, verdict and source those of the manifest.
         stored: what matrices are stored in, where that is not the precision.
         quantization: how, where that is whole numbers.
+        kernels: whose run it, and from which library; empty where the target has no choice.
         operators: every operator of the graph, those inside of branches and loops as well, and how
             often it is there.
         lowered: of the operators that are not ONNX's own, what runs each.
@@ -114,6 +117,7 @@ class Inspection:
     precision: str
     stored: str
     quantization: str | None
+    kernels: str
     verdict: str
     source: dict[str, Any]
     operators: dict[str, int]
@@ -153,12 +157,15 @@ def inspect(folder: Path) -> Inspection:
     engine = manifest.engine
     plugins = engine.plugins if engine is not None else {}
     operators: dict[str, int] = manifest.graph["operators"]
-    # Floats that are stored narrower are widened when a session loads them.
+    own = manifest.kernels == INGOT
+    # Floats that are stored narrower are widened when a session loads them, but for kernels that
+    # read them as they are.
     stored_width = manifest.weight_bytes / manifest.parameters
-    widened = manifest.weights and manifest.quantization is None
+    widened = manifest.weights and manifest.quantization is None and not own
     width = SIZES[manifest.precision] if widened else stored_width
     unread = round(manifest.graph["unread_bytes"] * width / stored_width)
     states = tuple(_by_kind(manifest.states))
+    run = _IN_GRAPH | _OWN if own else _IN_GRAPH
     return Inspection(
         path=str(folder),
         model_type=manifest.model_type,
@@ -167,13 +174,12 @@ def inspect(folder: Path) -> Inspection:
         precision=manifest.precision,
         stored=manifest.weights,
         quantization=None if manifest.quantization is None else str(manifest.quantization),
+        kernels=manifest.run_by,
         verdict=manifest.verdict,
         source=manifest.source,
         operators=operators,
         lowered={
-            name: _PLUGIN if name in plugins else _IN_GRAPH[name]
-            for name in operators
-            if name in _IN_GRAPH
+            name: _PLUGIN if name in plugins else run[name] for name in operators if name in run
         },
         passes=tuple(_passes(manifest.graph.get("lowering"))),
         parameters=manifest.parameters,
@@ -313,6 +319,8 @@ def _rows(found: Inspection) -> Iterable[tuple[str, str]]:
     if found.quantization is not None:
         stored += f", {found.quantization}"
     yield "parameters", f"{found.parameters:,}, {found.weight_bytes:,} bytes{stored}"
+    if found.kernels:
+        yield "kernels", found.kernels
     yield "active per token", f"{found.active_parameters:,} ({share:.0%})"
     total = sum(found.operators.values())
     most_first = sorted(found.operators.items(), key=lambda item: (-item[1], item[0]))

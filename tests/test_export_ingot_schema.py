@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from ingot.export.external_data import GraphError, external_files
-from ingot.export.ingot import GRAPH, MANIFEST, WEIGHTS, Manifest, ManifestError
+from ingot.export.ingot import GRAPH, LIBRARY, MANIFEST, WEIGHTS, Manifest, ManifestError
 from ingot.export.ingot_schema import SIZES, TASKS
 from ingot.export.quantization import Quantization
 from ingot.export.request import TASKS as REQUESTED
@@ -170,6 +170,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("weights", ["bfloat16"], "weights"),
     ("weights", "int4", "quantization goes with weights"),
     ("quantization", {}, "quantization goes with weights"),
+    ("kernels", "ort", "kernels"),
+    ("kernels", "", "kernels"),
+    ("kernels", None, "kernels"),
+    ("kernels", ["ingot"], "kernels"),
+    ("kernels", "ingot", "files lacks libingot_ort.so"),
     ("schema_version", True, "schema version True"),
     ("schema_version", 1.0, "schema version 1.0"),
 ]
@@ -588,6 +593,10 @@ def test_reads_how_weights_are_stored_in_whole_numbers(ingot: Path) -> None:
         ("bits/lm_head.weight", 5),
         ("bits/$(id)", 8),
         ("groups", 1),
+        ("scales", "float16"),
+        ("scales", "bfloat16"),
+        ("scales", 16),
+        ("scales", None),
     ],
 )
 def test_refuses_another_way_to_store_whole_numbers(ingot: Path, place: str, value: Any) -> None:
@@ -603,4 +612,57 @@ def test_whole_numbers_are_of_onnx_runtime(ingot: Path) -> None:
     change(ingot, "quantization", IN_NUMBERS)
     change(ingot, "target", "onnx")
     with pytest.raises(ManifestError, match="weights"):
+        Manifest.read(ingot)
+
+
+def on_own_kernels(ingot: Path) -> None:
+    """What a manifest says of Ingot's own kernels, whose library is a stand-in here."""
+    (ingot / LIBRARY).write_bytes(b"program")
+    listed(ingot, LIBRARY)
+    change(ingot, "kernels", "ingot")
+
+
+def test_reads_whose_kernels_run_a_graph(ingot: Path) -> None:
+    assert Manifest.read(ingot).kernels == "" and Manifest.read(ingot).run_by == "ONNX Runtime's"
+    change(ingot, "kernels", "portable")
+    found = Manifest.read(ingot)
+    assert found.run_by == "standard operators alone" and LIBRARY not in found.loaded
+    on_own_kernels(ingot)
+    found = Manifest.read(ingot)
+    assert found.run_by == f"Ingot's own, in {LIBRARY} with the SHA-256 {sha256(ingot / LIBRARY)}"
+    assert LIBRARY in found.loaded
+    found.write(ingot)
+    assert Manifest.read(ingot) == found
+    change(ingot, "kernels", ...)
+    with pytest.raises(ManifestError, match=f"files holds {LIBRARY}, which is a program"):
+        Manifest.read(ingot)
+
+
+def test_own_kernels_have_scales_of_half_the_size(ingot: Path) -> None:
+    on_own_kernels(ingot)
+    change(ingot, "weights", "int4")
+    change(ingot, "quantization", IN_NUMBERS)
+    with pytest.raises(ManifestError, match=r"scales in float32, and the kernels .* float16"):
+        Manifest.read(ingot)
+    change(ingot, "quantization/scales", "float16")
+    found = Manifest.read(ingot)
+    assert found.quantization is not None and found.quantization.scales == "float16"
+    found.write(ingot)
+    assert Manifest.read(ingot) == found
+
+
+@pytest.mark.parametrize("kernels", ["portable", "ingot"])
+def test_kernels_are_of_the_target_ort(ingot: Path, kernels: str) -> None:
+    on_own_kernels(ingot)
+    change(ingot, "kernels", kernels)
+    change(ingot, "target", "onnx")
+    with pytest.raises(ManifestError, match=r"kernels is .* left out, but for the target ort"):
+        Manifest.read(ingot)
+
+
+def test_standard_operators_read_no_whole_numbers(ingot: Path) -> None:
+    change(ingot, "kernels", "portable")
+    change(ingot, "weights", "int8")
+    change(ingot, "quantization", IN_NUMBERS)
+    with pytest.raises(ManifestError, match="read no weights in whole numbers"):
         Manifest.read(ingot)

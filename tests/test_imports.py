@@ -23,6 +23,7 @@ MANIFEST_READS = (
     "ingot.export.quantization",
     "ingot.graphs.names",
     "ingot.graphs.state",
+    "ingot.plugins.cpu.operators",
     "ingot.plugins.errors",
     "ingot.plugins.json_fields",
     "ingot.plugins.json_file",
@@ -63,6 +64,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ingot.runtime": (
         "ingot.graphs.state",
         "ingot.plugins.command_line",
+        "ingot.plugins.cpu.operators",
         "ingot.plugins.device",
         "ingot.plugins.errors",
         "ingot.plugins.json_fields",
