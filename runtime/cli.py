@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ingot.export.ingot import Manifest
+from ingot.export.ingot import LIBRARY, Manifest
 from ingot.plugins.command_line import Command, Group, console, note
 from ingot.plugins.errors import IngotError, shown
 from ingot.runtime.chat import chat_text
@@ -42,7 +42,21 @@ def _one_of(**given: tuple[str, ...]) -> None:
         raise IngotError(f"give one of {names}; it may be repeated, for a batch.")
 
 
-def _load(folder: Path, threads: int, *, verify: bool, allow_failed: bool) -> Session:
+_operators = click.option(
+    "--operators",
+    type=click.Path(path_type=Path),
+    help=f"{LIBRARY} of Ingot's own kernels, a program that you vouch for.",
+)
+
+
+def _load(
+    folder: Path,
+    threads: int,
+    operators: Path | None,
+    *,
+    verify: bool = True,
+    allow_failed: bool = False,
+) -> Session:
     """``load`` with a progress bar over the hashes, on a terminal."""
     from rich.progress import Progress
 
@@ -58,6 +72,7 @@ def _load(folder: Path, threads: int, *, verify: bool, allow_failed: bool) -> Se
             threads=threads,
             verify=verify,
             allow_failed=allow_failed,
+            operators=operators,
             advance=lambda done: bar.advance(task, done),
         )
 
@@ -76,6 +91,7 @@ def _load(folder: Path, threads: int, *, verify: bool, allow_failed: bool) -> Se
 @click.option("--threads", default=0, show_default=True, help="0 lets the runtime choose.")
 @click.option("--no-verify", is_flag=True, help="Check file sizes only, not their SHA-256.")
 @click.option("--allow-failed", is_flag=True, help="Run an ingot that failed its validation.")
+@_operators
 def generate_command(
     ingot: Path,
     prompt: tuple[str, ...],
@@ -90,6 +106,7 @@ def generate_command(
     threads: int,
     no_verify: bool,
     allow_failed: bool,
+    operators: Path | None,
 ) -> None:
     """Generate from an ingot folder; tokens appear as they are made."""
     from ingot.runtime.generate import Sampling
@@ -97,7 +114,7 @@ def generate_command(
     sampling = Sampling(temperature, top_k, top_p, seed)
     _one_of(prompt=prompt, prompt_ids=prompt_ids, chat=chat)
     prompts = [_ids(text) for text in prompt_ids]
-    session = _load(ingot, threads, verify=not no_verify, allow_failed=allow_failed)
+    session = _load(ingot, threads, operators, verify=not no_verify, allow_failed=allow_failed)
     tokenizer = None if prompt_ids else load_tokenizer(ingot)
     if tokenizer is not None:
         # A template writes the special tokens itself.
@@ -156,6 +173,7 @@ def _stream(
 @click.option("--threads", default=0, show_default=True, help="0 lets the runtime choose.")
 @click.option("--no-verify", is_flag=True, help="Check file sizes only, not their SHA-256.")
 @click.option("--allow-failed", is_flag=True, help="Run an ingot that failed its validation.")
+@_operators
 def classify_command(
     ingot: Path,
     prompt: tuple[str, ...],
@@ -163,13 +181,14 @@ def classify_command(
     threads: int,
     no_verify: bool,
     allow_failed: bool,
+    operators: Path | None,
 ) -> None:
     """Class scores of an ingot exported with --task classify: a line for each prompt."""
     from ingot.runtime.classify import classify, probabilities
 
     _one_of(prompt=prompt, prompt_ids=prompt_ids)
     prompts = [_ids(text) for text in prompt_ids]
-    session = _load(ingot, threads, verify=not no_verify, allow_failed=allow_failed)
+    session = _load(ingot, threads, operators, verify=not no_verify, allow_failed=allow_failed)
     if prompt:
         tokenizer = load_tokenizer(ingot)
         prompts = [encode_text(tokenizer, text) for text in prompt]
@@ -190,8 +209,14 @@ def classify_command(
 )
 @click.option("--repetitions", default=20, show_default=True, type=click.IntRange(1))
 @click.option("--threads", default=0, show_default=True, help="0 lets the runtime choose.")
+@_operators
 def bench_command(
-    ingot: Path, batches: tuple[int, ...], lengths: tuple[int, ...], repetitions: int, threads: int
+    ingot: Path,
+    batches: tuple[int, ...],
+    lengths: tuple[int, ...],
+    repetitions: int,
+    threads: int,
+    operators: Path | None,
 ) -> None:
     """Measure prefill and decode at several lengths and batch sizes."""
     from rich.progress import Progress
@@ -206,7 +231,7 @@ def bench_command(
         title_justify="left",
     )
     errors = console(stderr=True)
-    session = _load(ingot, threads, verify=True, allow_failed=False)
+    session = _load(ingot, threads, operators)
     lengths = lengths or usual_lengths(session, repetitions)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("measuring", total=2 * len(batches) * len(lengths))

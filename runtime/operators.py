@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ingot.export.ingot import Manifest
-from ingot.export.ingot_schema import INGOT
-from ingot.plugins.cpu.operators import INSTALLED, LIBRARY
+from ingot.export.ingot import INGOT, LIBRARY, Manifest
+from ingot.plugins.cpu.operators import INSTALLED, OperatorsError
 from ingot.plugins.whole import sha256
-from ingot.runtime.session import SessionError
 
 
 def libraries(folder: Path, manifest: Manifest, named: Path | None = None) -> tuple[Path, ...]:
@@ -25,26 +23,31 @@ def libraries(folder: Path, manifest: Manifest, named: Path | None = None) -> tu
         named: a library that the user vouches for; None for this installation's.
 
     Raises:
-        SessionError: it is not there, or not the one that the ingot was validated with.
+        OperatorsError: it is not there, or not the one that the ingot was validated with.
     """
     if manifest.kernels != INGOT:
         return ()
-    library = INSTALLED if named is None else named
+    # A name without a folder would be looked for where the system keeps libraries.
+    library = INSTALLED if named is None else named.absolute()
     inside = folder / LIBRARY
     ways = (
         f"give --operators {inside} if you would run a program of whoever made it, install the "
         "Ingot that it was made with and `make cpu` there, or export it again with --kernels ort"
     )
-    if not library.is_file():
-        raise SessionError(
-            f"{folder} runs on Ingot's own kernels, and {library} is missing: {ways}."
-        )
     try:
+        if not library.is_file():
+            raise OperatorsError(
+                f"{folder} runs on Ingot's own kernels, and {library} is missing: {ways}."
+            )
+        # Compared whatever is verified of the folder: this one is run.
         same = sha256(library) == manifest.files[LIBRARY].sha256
     except OSError as error:
-        raise SessionError(f"{library} cannot be read: {error.strerror or error}.") from error
+        why = error.strerror or error
+        raise OperatorsError(
+            f"{folder} runs on Ingot's own kernels, and {library} cannot be read ({why}): {ways}."
+        ) from error
     if not same:
-        raise SessionError(
+        raise OperatorsError(
             f"{folder} was validated with another library of kernels than {library}: {ways}."
         )
     return (library,)
