@@ -10,15 +10,19 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toy_hybrid
 from conftest import MakeCheckpoint, MakeIngot
+from test_export_ingot_schema import DATA as SCHEMA_1
+from test_export_ingot_schema import IN_NUMBERS, REFUSED, change, listed
 
-from ingot.export.ingot import MANIFEST
+from ingot.export.ingot import LIBRARY, MANIFEST, Manifest, ManifestError
+from ingot.plugins.cpu.library import CpuLibrary
+from ingot.plugins.cpu.operators import INSTALLED
 from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
 from ingot.runtime.session import Session
@@ -94,6 +98,17 @@ def test_generates_the_same_whatever_weights_are_stored_in(
     assert _cpp(ingot, PROMPTS, "--max-new-tokens", NEW) == _python(load(ingot), PROMPTS)
 
 
+@pytest.mark.parametrize("weights", ["checkpoint", "bf16", "int8", "int4"])
+def test_generates_on_ingots_own_kernels_what_python_does(
+    checkpoint: Path, weights: str, make_ingot: MakeIngot, cpu_library: CpuLibrary
+) -> None:
+    ingot = make_ingot(checkpoint, "ort", kernels="ingot", weights=weights)
+    library = INSTALLED if weights == "int4" else ingot / LIBRARY
+    more = ("--max-new-tokens", NEW, "--operators", library)
+    assert _cpp(ingot, PROMPTS, *more) == _python(load(ingot), PROMPTS)
+    assert "no library that has them is named" in _refused(ingot, "--prompt-ids", 1)
+
+
 def test_stops_where_python_does(tiny_ort: Path) -> None:
     session = load(tiny_ort)
     stop = _python(session, PROMPTS)[0][5]
@@ -153,6 +168,59 @@ def test_refuses_what_python_refuses(
 
 
 @pytest.mark.parametrize(
+    ("place", "value", "named"), REFUSED, ids=[f"{each[0]}-{n}" for n, each in enumerate(REFUSED)]
+)
+def test_refuses_every_field_that_python_refuses(
+    place: str, value: Any, named: str, tmp_path: Path
+) -> None:
+    ingot = Path(shutil.copytree(SCHEMA_1 / "granite-ort", tmp_path / "ingot"))
+    assert _cpp(ingot, [[1]], "--max-new-tokens", 1)
+    change(ingot, place, value)
+    if (place, value) == ("model_type", "gpt2"):
+        # Any architecture: the graph is all that a C++ session knows of it.
+        assert _cpp(ingot, [[1]], "--max-new-tokens", 1)
+    else:
+        assert "ingot.json" in _refused(ingot, "--prompt-ids", 1)
+
+
+@pytest.mark.parametrize("kernels", ["portable", "ingot", None])
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", None])
+@pytest.mark.parametrize("scales", ["float16", "float32", "int8", None])
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("target", ["ort", "onnx"])
+def test_has_pythons_verdict_on_kernels_and_what_goes_with_them(
+    kernels: str | None,
+    weights: str | None,
+    scales: str | None,
+    library: bool,
+    target: str,
+    tmp_path: Path,
+) -> None:
+    ingot = Path(shutil.copytree(SCHEMA_1 / "mamba2-onnx", tmp_path / "ingot"))
+    said = IN_NUMBERS if weights == "int8" else None
+    said = said and ({**said, "scales": scales} if scales else said)
+    for place, value in {
+        "kernels": kernels,
+        "weights": weights,
+        "quantization": said,
+        "target": target,
+    }.items():
+        if value is not None:
+            change(ingot, place, value)
+    if library:
+        (ingot / LIBRARY).write_bytes(b"program")
+        listed(ingot, LIBRARY)
+    done = _run(ingot, "--prompt-ids", 1, "--max-new-tokens", 1)
+    try:
+        runs = Manifest.read(ingot).kernels != "ingot"
+    except ManifestError:
+        assert "ingot.json is damaged (" in done.stderr
+    else:
+        assert done.returncode == (0 if runs else 2)
+        assert runs or "no library that has them is named" in done.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--prompt-ids", "1,512"], "token id 512 is outside the vocabulary of 512"),
@@ -162,6 +230,7 @@ def test_refuses_what_python_refuses(
         (["--prompt-ids", "99999999999999999999"], "is not a number that fits"),
         (["--prompt-ids", "1", "--temperature", "nan"], "temperature is nan"),
         (["--prompt-ids"], "--prompt-ids needs a value"),
+        (["--prompt-ids", "1", "--operators"], "--operators needs a value"),
         (["--prompt-id", "1"], "'--prompt-id' is not an option"),
         ([], "at least one --prompt-ids"),
     ],
@@ -188,6 +257,22 @@ def test_the_c_example_generates_the_same(tiny_ort: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     expected = _python(load(tiny_ort), PROMPTS[:1])[0]
     assert [int(word) for word in done.stdout.split()] == expected[:16]
+
+
+def test_the_c_example_takes_a_library_by_name(
+    ingots: Callable[..., Path], cpu_library: CpuLibrary
+) -> None:
+    ingot = ingots("mamba2", kernels="ingot", weights="checkpoint")
+    ids = list(map(str, PROMPTS[0]))
+    command = [str(BUILD / "ingot_generate_c"), str(ingot)]
+    done = subprocess.run([*command, *ids], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "no library that has them is named" in done.stderr
+    command += ["--operators", str(ingot / LIBRARY)]
+    done = subprocess.run([*command, *ids], capture_output=True, text=True, check=True, timeout=300)
+    expected = _python(load(ingot), PROMPTS[:1])[0]
+    assert [int(word) for word in done.stdout.split()] == expected[:16]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("usage: ")
 
 
 def test_the_c_example_refuses_what_is_no_id(tiny_ort: Path) -> None:
