@@ -25,6 +25,7 @@ from ingot.export.composites import rename_composites, undecomposed
 from ingot.export.passes.dimensions import NameDimensions
 from ingot.export.passes.functions import AttachFunctionBodies
 from ingot.export.passes.graph_pass import Applied, run
+from ingot.export.passes.logits_to_keep import KeepLastLogits
 from ingot.export.passes.metadata import DropTracerMetadata
 from ingot.export.passes.reshapes import SimplifyReshapes, SizesFromTokens
 from ingot.export.passes.scales import FoldScales, NoteFactors
@@ -142,6 +143,7 @@ def capture(
         NameDimensions(inputs),
         SimplifyReshapes(),
         SizesFromTokens(("input_ids", "attention_mask")),
+        *([KeepLastLogits(model.head_table)] if model.head_table else []),
         RemoveUnusedNodesPass(),
         AttachFunctionBodies(),
         DropTracerMetadata(),

@@ -37,12 +37,15 @@ def read_generation(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, An
         end = given["eos_token_id"]
         eos = end if isinstance(end, list) else [end]
     pad = given.get("pad_token_id", pad)
+    switch = config.facts.switch_length
     return {
         # Each once: some files repeat one, and a manifest is read with limits.
         "eos_token_ids": list(dict.fromkeys(eos)),
         # Padding is masked, so any id of the vocabulary serves where the model has none.
         "pad_token_id": max(pad, 0),
         "context_length": config.facts.context_length,
+        # Pieces of a longer prompt do not compute what the whole does; most models have none.
+        **({} if switch is None else {"switch_length": switch}),
     }
 
 

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from ingot.export.quantization import ACCURACIES, BITS, BLOCKS, METHODS, SCALES, UNCHANGED
 from ingot.graphs import names
-from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL
+from ingot.graphs.state import BATCH, KEPT, LOGITS_TO_KEEP, PAST, SEQUENCE, TOTAL
 from ingot.plugins.cpu.operators import LIBRARY as LIBRARY
 from ingot.plugins.json_fields import Field, FieldError, distinct
 
@@ -56,6 +56,7 @@ TOKEN_INPUTS: dict[str, tuple[Shape, ...]] = {
     "input_ids": ((BATCH, SEQUENCE),),
     "attention_mask": ((BATCH, SEQUENCE), (BATCH, TOTAL)),
     "position_ids": ((BATCH, SEQUENCE),),
+    LOGITS_TO_KEEP: ((1,),),
 }
 
 # Far above any model, and far below where arithmetic or a loop over them would be a risk.
@@ -111,8 +112,14 @@ def check(held: Mapping[str, Field]) -> None:
     outputs = _tensors(held["outputs"])
     states = _states(held["states"], inputs, outputs, buffers=target == "ort")
     _token_inputs(inputs, states)
+    if LOGITS_TO_KEEP in inputs and (task != "generate" or target not in ("onnx", "ort")):
+        raise FieldError(
+            f"inputs holds {LOGITS_TO_KEEP}, which is for --task generate and the targets onnx and "
+            "ort"
+        )
     labels = [each.text() for each in held["labels"].elements(most=MOST_LABELS)]
-    _main_output(held["main_output"], outputs, task, vocab_size, len(labels))
+    rows = _rows(task, inputs)
+    _main_output(held["main_output"], outputs, task, rows, vocab_size, len(labels))
     _source(held["source"])
     _generation(held["generation"], vocab_size)
     _graph(held["graph"])
@@ -244,7 +251,7 @@ def _token_inputs(inputs: Tensors, states: Collection[str]) -> None:
         if name not in inputs:
             raise FieldError(f"inputs lacks {name}")
     for name, (dtype, shape) in inputs.items():
-        if name in states:
+        if name in states and name != LOGITS_TO_KEEP:
             continue
         if name not in TOKEN_INPUTS:
             raise FieldError(f"inputs holds {name}, which is neither of the tokens nor a state")
@@ -253,10 +260,18 @@ def _token_inputs(inputs: Tensors, states: Collection[str]) -> None:
             raise FieldError(f"{name} of inputs must be int64 {expected}")
 
 
-def _main_output(field: Field, outputs: Tensors, task: str, vocab_size: int, labels: int) -> None:
+def _rows(task: str, inputs: Tensors) -> Shape:
+    """The main output's dimensions but for its width."""
+    if task == "classify":
+        return (BATCH,)
+    return (BATCH, KEPT if LOGITS_TO_KEEP in inputs else SEQUENCE)
+
+
+def _main_output(
+    field: Field, outputs: Tensors, task: str, rows: Shape, vocab_size: int, labels: int
+) -> None:
     name = field.one_of(outputs)
     dtype, shape = outputs[name]
-    rows: Shape = (BATCH,) if task == "classify" else (BATCH, SEQUENCE)
     width = {"generate": vocab_size, "classify": labels}.get(task)
     fits = shape[:-1] == rows and isinstance(shape[-1], int) and shape[-1] > 0
     if dtype not in PRECISIONS or not fits or width not in (None, shape[-1]):
@@ -289,6 +304,8 @@ def _generation(field: Field, vocab_size: int) -> None:
     generation["pad_token_id"].whole(0, vocab_size - 1)
     if generation["context_length"].value is not None:
         generation["context_length"].whole(1, MOST_SIZE)
+    if "switch_length" in generation:
+        generation["switch_length"].whole(1, MOST_SIZE)
 
 
 def _graph(field: Field) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
+from ingot.export.passes.all_logits import AllLogits
 from ingot.export.passes.attention_matmuls import AttentionToMatMuls
 from ingot.export.passes.causal_conv import CausalConvToOperator
 from ingot.export.passes.functions import AttachFunctionBodies
@@ -25,6 +26,7 @@ def lower_trt(model: ir.Model) -> tuple[Applied, ...]:
         What each pass did.
     """
     passes = [
+        AllLogits(),
         CausalConvToOperator(),
         AttentionToMatMuls(),
         RemoveUnusedNodesPass(),

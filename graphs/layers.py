@@ -63,8 +63,9 @@ class ModelOutput(NamedTuple):
     """What every graph returns.
 
     Attributes:
-        main: ``logits [B, T, V]``, ``last_hidden_state [B, T, H]`` of a bare model, or
-            ``logits [B, num_labels]`` of a classifier.
+        main: ``logits [B, T, V]``, or of the last tokens alone where so many were asked for;
+            ``last_hidden_state [B, T, H]`` of a bare model, or ``logits [B, num_labels]`` of a
+            classifier.
         present: the new states, in the order of the model's ``states``.
         router_logits: per router ``[B*T, E]`` float32.
         hidden_states: each ``[B, T, H]``, as transformers orders them: the embedding, every layer's
@@ -281,10 +282,24 @@ class CausalLM(Model):
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
         past: tuple[torch.Tensor, ...],
+        logits_to_keep: int = 0,
     ) -> ModelOutput:
-        """As the bare model's ``forward``, with logits for every new token."""
+        """As the bare model's ``forward``, with logits for the new tokens.
+
+        Args:
+            input_ids: see ``Model.forward``, as for the others.
+            logits_to_keep: how many of the last columns have logits, ``[B, min(K, T), V]``; 0 for
+                all. States and hidden states are those of all tokens either way.
+
+        Raises:
+            ValueError: another number of states, or a negative number of columns.
+        """
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep is {logits_to_keep}; it must be 0 (all) or more.")
         out: ModelOutput = self.decoder(input_ids, attention_mask, position_ids, past)
-        return out._replace(main=self.head(out.main, attention_mask))
+        # Before the product, whose result is the largest tensor of a call.
+        kept = out.main[:, -logits_to_keep:] if logits_to_keep else out.main
+        return out._replace(main=self.head(kept, attention_mask))
 
 
 class RMSNorm(nn.Module):

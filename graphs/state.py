@@ -13,6 +13,8 @@ from typing import Literal
 
 Kind = Literal["key", "value", "conv", "ssm"]
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
+# The input by which a call asks for the logits of its last tokens alone, and how many there are.
+LOGITS_TO_KEEP, KEPT = "logits_to_keep", "kept_sequence"
 Dimension = int | str
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ingot.export.ingot import GRAPH, MANIFEST, Manifest
-from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL, State
+from ingot.graphs.state import BATCH, LOGITS_TO_KEEP, PAST, SEQUENCE, TOTAL, State
 from ingot.plugins.errors import shown
 from ingot.runtime.onnxruntime_session import guarded, open_session, ort_value
 from ingot.runtime.operators import libraries
 from ingot.runtime.session import Floats, Ids, SessionError
-from ingot.runtime.tokens import TokenInputs, no_memory
+from ingot.runtime.tokens import TokenInputs, no_memory, rows_kept
 
 Array = npt.NDArray[Any]
 
@@ -78,7 +78,10 @@ class OrtSession:
             made_with = manifest.tools.get("onnxruntime", "another version")
             sentence = str(error).replace(name, f"{name} (made with {made_with})", 1)
             raise SessionError(sentence) from error
-        has = {item.name for item in (*self._session.get_inputs(), *self._session.get_outputs())}
+        # What may be left out, such as `logits_to_keep`, is no input to ONNX Runtime.
+        optional = self._session.get_overridable_initializers()
+        tensors = (*self._session.get_inputs(), *optional, *self._session.get_outputs())
+        has = {item.name for item in tensors}
         named = {manifest.main_output, *(item.name for item in manifest.inputs)}
         missing = sorted((named | {state.output for state in manifest.states}) - has)
         if missing:
@@ -131,30 +134,34 @@ class OrtSession:
         twin.reset(1, 0)
         return twin
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
         """See ``Session.step``."""
         with self._tokens.call, guarded():
             self._tokens.check(input_ids, attention_mask)
+            batch, tokens = input_ids.shape
+            kept = rows_kept(self.manifest.task, tokens, logits_to_keep)
             self._tokens.changes += 1
             self._tokens.lost = True
-            batch, tokens = input_ids.shape
             # GroupQueryAttention refuses several rows of several tokens after a past.
             shared = any(state.shared for state in self.manifest.states)
             if self._tokens.seen and tokens > 1 and batch > 1 and shared:
-                pieces = [
-                    self._run(input_ids[:, t : t + 1], attention_mask[:, t : t + 1])
-                    for t in range(tokens)
-                ]
+                pieces = []
+                for t in range(tokens):
+                    piece = self._run(input_ids[:, t : t + 1], attention_mask[:, t : t + 1], 1)
+                    pieces += [piece] if t >= tokens - kept else []
                 output: Floats = np.concatenate(pieces, axis=1)
             else:
-                output = self._run(input_ids, attention_mask)
+                output = self._run(input_ids, attention_mask, kept)
             self._tokens.lost = False
         return output
 
-    def _run(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def _run(self, input_ids: Ids, attention_mask: Ids, kept: int) -> Floats:
         (batch, tokens), seen = input_ids.shape, self._tokens.seen
         sizes = {BATCH: batch, SEQUENCE: tokens, PAST: seen, TOTAL: seen + tokens}
         feeds = self._tokens.append(input_ids, attention_mask)
+        # All of them are what the graph gives by itself.
+        if kept < tokens:
+            feeds[LOGITS_TO_KEEP] = np.array([kept], dtype=np.int64)
         self.fed = {name: array for name, array in feeds.items() if name in self._inputs}
         binding = self._session.io_binding()
         held = {name: ort_value(array) for name, array in {**self.fed, **self.given}.items()}
@@ -172,7 +179,8 @@ class OrtSession:
         self._session.run_with_iobinding(binding)
         names = [main, *(state.output for state in self.manifest.states), *self._taps]
         results = dict(zip(names, binding.get_outputs(), strict=True))
-        _expect(main, self._main_shape(batch, tokens), results[main])
+        rows = kept if LOGITS_TO_KEEP in self._inputs else tokens
+        _expect(main, self._main_shape(batch, rows), results[main])
         for state in self.manifest.states:
             if not state.shared:
                 shape = (sizes[d] if isinstance(d, str) else d for d in state.output_shape)
@@ -180,13 +188,14 @@ class OrtSession:
                 self._state[state.input] = results[state.output]
         self.tapped = {name: results[name].numpy() for name in self._taps}
         output: Floats = results[main].numpy().astype(np.float32, copy=False)
-        return output
+        # A copy, so that the others' memory goes.
+        return output[:, rows - kept :].copy() if kept < rows else output
 
-    def _main_shape(self, batch: int, tokens: int) -> tuple[int | None, ...]:
+    def _main_shape(self, batch: int, rows: int) -> tuple[int | None, ...]:
         """What the task says of the main output; None for a size that it leaves open."""
         if self.manifest.task == "classify":
             return batch, len(self.manifest.labels)
-        return batch, tokens, self.manifest.vocab_size if self.manifest.task == "generate" else None
+        return batch, rows, self.manifest.vocab_size if self.manifest.task == "generate" else None
 
     def state(self) -> dict[str, Floats]:
         """See ``Session.state``."""

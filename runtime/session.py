@@ -47,21 +47,25 @@ class Session(Protocol):
                 or no memory. The session takes no step until a reset that succeeds.
         """
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
         """Feed T new tokens of every sequence; without state, each call stands alone.
 
         Args:
             input_ids: ``[B, T]``.
             attention_mask: ``[B, T]``, 1 for tokens, 0 for padding, which stands anywhere where
                 all states grow, and before the first token of its row where one is recurrent.
+            logits_to_keep: of how many of the last columns the logits are wanted; 0 for all. A
+                graph with an input of that name computes no others; of another, such as an
+                engine, they are cut.
 
         Returns:
-            The main output: ``logits [B, T, V]``, ``last_hidden_state [B, T, H]``, or of a
-            classifier ``logits [B, num_labels]``.
+            The main output: ``logits [B, T, V]``, or ``[B, min(K, T), V]`` of the last K;
+            ``last_hidden_state [B, T, H]``, or of a classifier ``logits [B, num_labels]``.
 
         Raises:
             SessionError: another batch, ids outside the vocabulary, padding that the state does
-                not take, no room left, or a call in another thread that is not done.
+                not take, no room left, a ``logits_to_keep`` that is no number or of an ingot that
+                does not generate, or a call in another thread that is not done.
         """
 
     def state(self) -> dict[str, Floats]:

@@ -62,6 +62,25 @@ def token_ids(given: Any, what: str) -> list[int]:
     return [number for number in ids if number is not None]
 
 
+def rows_kept(task: str, tokens: int, logits_to_keep: Any) -> int:
+    """Of how many of the last T columns the main output is wanted, all of them for 0.
+
+    Raises:
+        SessionError: what is no number of columns, or a task whose outputs are not one a token.
+    """
+    count = whole(logits_to_keep)
+    if count is None or count < 0:
+        raise SessionError(
+            f"logits_to_keep is {shown(logits_to_keep)}; it must be a whole number, 0 for all."
+        )
+    if count and task != "generate":
+        raise SessionError(
+            f"logits_to_keep is {count}, and the ingot was exported for the task {task!r}, which "
+            "has no logits of each token; leave it out."
+        )
+    return min(count, tokens) or tokens
+
+
 def no_memory(states: Sequence[State], batch: int, capacity: int) -> SessionError:
     """The refusal of a ``reset`` whose states do not fit into memory."""
     size = sum(SIZES[state.dtype] * math.prod(state.shape(batch, capacity)) for state in states)

@@ -22,7 +22,7 @@ from ingot.plugins.library import PLUGINS
 from ingot.plugins.whole import sha256
 from ingot.runtime.cuda_runtime import Device
 from ingot.runtime.session import Floats, Ids, SessionError
-from ingot.runtime.tokens import TokenInputs
+from ingot.runtime.tokens import TokenInputs, rows_kept
 
 # The buffer that contexts compute in; no tensor has a space in its name.
 ACTIVATIONS = "context memory"
@@ -268,15 +268,17 @@ class TrtSession:
             _, graph = self._graphs.popitem()
             self._memory.destroy(graph)
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        """See ``Session.step``."""
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
+        """See ``Session.step``; an engine computes the logits of all tokens."""
         with self._tokens.call:
             self._tokens.check(input_ids, attention_mask)
+            tokens = input_ids.shape[1]
+            kept = rows_kept(self.manifest.task, tokens, logits_to_keep)
             self._tokens.changes += 1
             self._tokens.lost = True
             output = self._step(input_ids, attention_mask)
             self._tokens.lost = False
-        return output
+        return output[:, tokens - kept :].copy() if kept < tokens else output
 
     def _step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         seen = self._tokens.seen

@@ -24,6 +24,7 @@ from ingot.export.ingot import (
     file_infos,
 )
 from ingot.export.request import Limits
+from ingot.graphs.state import KEPT, LOGITS_TO_KEEP, SEQUENCE
 from ingot.plugins.whole import sha256
 
 
@@ -50,10 +51,19 @@ def with_engine(ingot: Path, out: Path) -> Path:
 
 
 def as_lowered(ingot: Path) -> Path:
-    """Let ``ingot.json`` say that the graph is one for TensorRT, whose states share no buffer."""
+    """Let ``ingot.json`` say that the graph is one for TensorRT.
+
+    The states of such a one share no buffer, and it has the logits of all tokens.
+    """
     manifest = Manifest.read(ingot)
     states = tuple(replace(state, shared=False) for state in manifest.states)
-    replace(manifest, target="trt", states=states).write(ingot)
+    inputs = tuple(each for each in manifest.inputs if each.name != LOGITS_TO_KEEP)
+    outputs = tuple(
+        replace(each, shape=tuple(SEQUENCE if size == KEPT else size for size in each.shape))
+        for each in manifest.outputs
+    )
+    changed = replace(manifest, target="trt", states=states, inputs=inputs, outputs=outputs)
+    changed.write(ingot)
     return ingot
 
 

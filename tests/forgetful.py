@@ -19,12 +19,12 @@ class Forgetful:
     def reset(self, batch: int, capacity: int) -> None:
         self.inner.reset(batch, capacity)
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
         self.inner._past = tuple(
             torch.zeros_like(state) if index == self.index else state
             for index, state in enumerate(self.inner._past)
         )
-        return self.inner.step(input_ids, attention_mask)
+        return self.inner.step(input_ids, attention_mask, logits_to_keep)
 
     def state(self) -> dict[str, Floats]:
         return self.inner.state()

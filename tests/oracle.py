@@ -211,3 +211,30 @@ def check_padding_anywhere(subject: Subject, way: str) -> None:
     for row, real in enumerate(mask != 0):
         expected = subject.oracle(torch.from_numpy(ids[row : row + 1, real])).logits.numpy()[0]
         assert relative_rms(expected, together[row, real]) < LIMIT, row
+
+
+@torch.no_grad()
+def check_last_logits(subject: Subject, way: str) -> None:
+    """Of the last tokens alone, after a prompt and after a turn of several, as transformers has."""
+    if subject.name == "rope dynamic":
+        pytest.skip("dynamic frequencies depend on the longest row of the batch, by definition")
+    ids, mask = tokens(512)
+    session = subject.sessions[way]
+    for kept in (1, 3):
+        session.reset(*ids.shape)
+        ends = (PREFILL, PREFILL + DECODE)
+        parts = [slice(0, ends[0]), slice(*ends)]
+        found = [session.step(ids[:, part], mask[:, part], kept) for part in parts]
+        for end, logits in zip(ends, found, strict=True):
+            assert logits.shape == (len(ids), kept, 512)
+            for row, padding in enumerate(PADDING):
+                alone = torch.from_numpy(ids[row : row + 1, padding:end])
+                expected = subject.oracle(alone, logits_to_keep=kept).logits.numpy()
+                assert relative_rms(expected[0], logits[row]) < LIMIT
+        # Of no more than there are.
+        assert session_of_one(session).step(ids[:1, :2], mask[:1, :2], 5).shape == (1, 2, 512)
+
+
+def session_of_one(session: Session | EagerSession) -> Session | EagerSession:
+    session.reset(1, 2)
+    return session

@@ -129,7 +129,7 @@ class Played:
             return self.forced
         return self.runs.get(self._run, self.table)
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
         self._seen = np.concatenate((self._seen, input_ids), axis=1)
         table = self._playing()
         self.tapped = {
@@ -138,7 +138,7 @@ class Played:
             if name.startswith(("router_logits.", "hidden_states."))
         }
         main: Floats = table["logits"][input_ids]
-        return main[:, -1] if self.classifier else main
+        return main[:, -1] if self.classifier else main[:, -logits_to_keep:]
 
     def state(self) -> dict[str, Floats]:
         if self.classifier:

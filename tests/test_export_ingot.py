@@ -199,8 +199,9 @@ def test_refuses_a_target_it_cannot_run(ingot: Path) -> None:
         load(ingot)
 
 
-def test_refuses_a_graph_in_bfloat16(tiny_onnx: Path, tmp_path: Path) -> None:
-    ingot = copied(tiny_onnx, tmp_path / "ingot", target="trt", precision="bfloat16")
+def test_refuses_a_graph_in_bfloat16(ingots: Callable[..., Path], tmp_path: Path) -> None:
+    lowered = ingots("olmoe", "trt", builder="none")
+    ingot = copied(lowered, tmp_path / "ingot", precision="bfloat16")
     with pytest.raises(SessionError, match=r"computes no bfloat16; export with --precision fp32"):
         load(ingot)
 

@@ -20,6 +20,7 @@ from oracle import (
     Subject,
     check_cached_decode,
     check_greedy_generation,
+    check_last_logits,
     check_logits_and_caches,
     check_padded_batch,
     check_padding_anywhere,
@@ -80,6 +81,11 @@ def test_cached_decode_equals_full_prefill(subject: Subject, way: str) -> None:
 @pytest.mark.parametrize("way", TARGETS)
 def test_greedy_generation_is_identical(subject: Subject, way: str) -> None:
     check_greedy_generation(subject, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_last_logits_alone_equal_transformers(subject: Subject, way: str) -> None:
+    check_last_logits(subject, way)
 
 
 @pytest.mark.parametrize("way", WAYS)

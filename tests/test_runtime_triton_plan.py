@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import MakeIngot
-from damage import copied
+from damage import as_lowered, copied
 from test_runtime_classify import checkpoint as classifier
 from triton_ingots import parsed, with_engine
 
@@ -72,8 +72,7 @@ def _failed(ingot: Path, folder: Path) -> Path:
 def test_refuses_an_ingot_that_does_not_fit_and_leaves_nothing(
     ingots: Callable[..., Path], tiny_onnx: Path, tmp_path: Path
 ) -> None:
-    graph_only = Path(shutil.copytree(tiny_onnx, tmp_path / "graph"))
-    replace(Manifest.read(graph_only), target="trt").write(graph_only)
+    graph_only = as_lowered(Path(shutil.copytree(tiny_onnx, tmp_path / "graph")))
     features = ingots("olmoe", task="features")
     damaged = Path(shutil.copytree(tiny_onnx, tmp_path / "damaged"))
     (damaged / "weights.safetensors").write_bytes(b"no")

@@ -165,7 +165,7 @@ class Recurrent:
         self.hidden = np.zeros((batch, 6))
         self.left = capacity
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
         assert input_ids.dtype == attention_mask.dtype == np.int64 and attention_mask.all()
         assert input_ids.shape == attention_mask.shape and input_ids.shape[1] <= self.left
         self.calls.append(input_ids.shape)

@@ -250,8 +250,8 @@ class Disturbed(TappedSession):
 
     off = 0.0
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        main = super().step(input_ids, attention_mask)
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
+        main = super().step(input_ids, attention_mask, logits_to_keep)
         state = self.tapped["hidden_states.2"][0, 5]
         error = np.random.default_rng(0).standard_normal(state.shape)
         scale = np.sqrt(np.mean(np.square(state)) / np.mean(np.square(error)))

@@ -121,8 +121,8 @@ def rounded(value: onnxruntime.OrtValue) -> onnxruntime.OrtValue:
 
 
 class KeepsAStateInBfloat16(OrtSession):
-    def _run(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        result = super()._run(input_ids, attention_mask)
+    def _run(self, input_ids: Ids, attention_mask: Ids, kept: int) -> Floats:
+        result = super()._run(input_ids, attention_mask, kept)
         self.round()
         return result
 
@@ -135,15 +135,15 @@ class KeepsAStateInBfloat16(OrtSession):
 class FeedsAStateInBfloat16(KeepsAStateInBfloat16):
     """Handed out in full, and rounded on the way into the next call."""
 
-    def _run(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def _run(self, input_ids: Ids, attention_mask: Ids, kept: int) -> Floats:
         if self._tokens.seen:
             self.round()
-        return OrtSession._run(self, input_ids, attention_mask)
+        return OrtSession._run(self, input_ids, attention_mask, kept)
 
 
 class SwapsRows(OrtSession):
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        return super().step(input_ids, attention_mask)[::-1]
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
+        return super().step(input_ids, attention_mask, logits_to_keep)[::-1]
 
 
 class SwapsRowsOfStates(OrtSession):
@@ -163,14 +163,16 @@ class AddsAState(OrtSession):
 
 
 class TurnsNanInDecode(OrtSession):
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        logits = super().step(input_ids, attention_mask)
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
+        logits = super().step(input_ids, attention_mask, logits_to_keep)
         return logits if input_ids.shape[1] > 1 else logits * np.float32(np.nan)
 
 
 class WidensItsOutput(OrtSession):
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        return cast(Floats, super().step(input_ids, attention_mask).astype(np.float64))
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
+        return cast(
+            Floats, super().step(input_ids, attention_mask, logits_to_keep).astype(np.float64)
+        )
 
 
 class WidensAState(OrtSession):
@@ -182,8 +184,8 @@ class WidensAState(OrtSession):
 class HasOneBuffer(OrtSession):
     """For all calls whose output has one shape."""
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        main = super().step(input_ids, attention_mask)
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
+        main = super().step(input_ids, attention_mask, logits_to_keep)
         self.buffers = getattr(self, "buffers", {})
         kept = self.buffers.setdefault(main.shape, main)
         kept[...] = main
@@ -205,10 +207,11 @@ class ScramblesPadding(OrtSession):
         super().reset(batch, capacity)
         self.mask: Ids = np.zeros((batch, 0), np.int64)
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
         self.mask = np.concatenate((self.mask, attention_mask), axis=1)
-        logits = super().step(input_ids, attention_mask)
-        return np.where(attention_mask[..., None] == 0, np.float32(np.nan), logits)
+        logits = super().step(input_ids, attention_mask, logits_to_keep)
+        padding = attention_mask[:, -logits_to_keep:, None] == 0
+        return np.where(padding, np.float32(np.nan), logits)
 
     def state(self) -> dict[str, Floats]:
         padding = self.mask[:, None, :, None] == 0
@@ -228,9 +231,9 @@ class Wrapped:
     def reset(self, batch: int, capacity: int) -> None:
         self.inner.reset(batch, capacity)
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
         mask = np.ones_like(attention_mask) if self.every_token else attention_mask
-        return self.inner.step(input_ids, mask)
+        return self.inner.step(input_ids, mask, logits_to_keep)
 
     def state(self) -> dict[str, Floats]:
         return self.inner.state()

@@ -116,8 +116,8 @@ def test_validation_passes_a_copy_of_the_checkpoint(
 class ScalesAState(Forgetful):
     """One that hands out a state 0.1 % too large."""
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        return self.inner.step(input_ids, attention_mask)
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
+        return self.inner.step(input_ids, attention_mask, logits_to_keep)
 
     def state(self) -> dict[str, Floats]:
         found = self.inner.state()

@@ -295,21 +295,21 @@ class Faulty:
     def reset(self, batch: int, capacity: int) -> None:
         self.inner.reset(batch, capacity)
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        return self.inner.step(input_ids, attention_mask)
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
+        return self.inner.step(input_ids, attention_mask, logits_to_keep)
 
     def state(self) -> dict[str, Floats]:
         return self.inner.state()
 
 
 class IgnoresPadding(Faulty):
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        return self.inner.step(input_ids, np.ones_like(attention_mask))
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
+        return self.inner.step(input_ids, np.ones_like(attention_mask), logits_to_keep)
 
 
 class SwapsRows(Faulty):
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        return self.inner.step(input_ids, attention_mask)[::-1]
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
+        return self.inner.step(input_ids, attention_mask, logits_to_keep)[::-1]
 
 
 class DropsAState(Faulty):
@@ -324,8 +324,8 @@ class ScalesAState(Faulty):
 
 
 class TurnsNanLate(Faulty):
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        logits = self.inner.step(input_ids, attention_mask)
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
+        logits = self.inner.step(input_ids, attention_mask, logits_to_keep)
         return logits if input_ids.shape[1] > 1 else logits * np.float32(np.nan)
 
 
@@ -337,11 +337,11 @@ class ForgetsAtASplit(Faulty):
         self.size = batch, capacity
         self.seen = 0
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
         if self.seen and input_ids.shape[1] > 1:
             self.inner.reset(*self.size)
         self.seen += input_ids.shape[1]
-        return self.inner.step(input_ids, attention_mask)
+        return self.inner.step(input_ids, attention_mask, logits_to_keep)
 
 
 class ScramblesPadding(Faulty):
@@ -351,9 +351,9 @@ class ScramblesPadding(Faulty):
         super().reset(batch, capacity)
         self.mask: Ids = np.zeros((batch, 0), np.int64)
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
         self.mask = np.concatenate((self.mask, attention_mask), axis=1)
-        logits = self.inner.step(input_ids, attention_mask)
+        logits = self.inner.step(input_ids, attention_mask, logits_to_keep)
         return np.where(attention_mask[..., None] == 0, np.float32(np.nan), logits)
 
     def state(self) -> dict[str, Floats]:

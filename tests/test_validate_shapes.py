@@ -54,10 +54,10 @@ class Session(Played):
         self.turns: list[int] = []
         self.padded = np.zeros(batch, np.bool_)
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
         self.seen = np.concatenate((self.seen, attention_mask), axis=1)
         self.turns.append(input_ids.shape[1])
-        main = super().step(input_ids, attention_mask)
+        main = super().step(input_ids, attention_mask, logits_to_keep)
         # As good as the end of each row, wherever padding stands.
         if self.classifier:
             last = attention_mask.shape[1] - 1 - attention_mask[:, ::-1].argmax(1)
@@ -218,9 +218,9 @@ def test_a_fault_that_flips_hide_shows_with_the_truths_experts() -> None:
     flipped[ROUTERS[0]][:, [1, 2]] = 3.4, 3.6
 
     class Flips(Session):
-        def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
             self.table, self.forced = flipped, own
-            return super().step(input_ids, attention_mask)
+            return super().step(input_ids, attention_mask, logits_to_keep)
 
     for wrong, expected in (
         (right, set()),
@@ -254,8 +254,8 @@ def test_a_fault_that_flips_hide_shows_with_the_truths_experts() -> None:
 class Races(Session):
     """One number of one call in five is off by an ulp."""
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        main = super().step(input_ids, attention_mask).copy()
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
+        main = super().step(input_ids, attention_mask, logits_to_keep).copy()
         self.count = getattr(self, "count", 0) + 1
         if self.count == 7:
             main[0, -1, 0] = np.nextafter(main[0, -1, 0], np.float32(9))
@@ -279,8 +279,8 @@ def test_equal_calls_that_differ_in_one_bit_fail() -> None:
 class OneBuffer(Session):
     """Hands out the same array from each call of one shape."""
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        main = super().step(input_ids, attention_mask)
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
+        main = super().step(input_ids, attention_mask, logits_to_keep)
         self.buffers = getattr(self, "buffers", {})
         kept = self.buffers.setdefault(main.shape, main)
         kept[...] = main
@@ -326,10 +326,10 @@ class RefusesAfterItsFork(Forks):
         self.forked = True
         return super().fork()
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
         if self.forked and input_ids.shape[1] == 1:
             raise SessionError("input_ids [3, 1] must be [1, tokens].")
-        return super().step(input_ids, attention_mask)
+        return super().step(input_ids, attention_mask, logits_to_keep)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from damage import as_lowered
 from google.protobuf import text_format
 
 from ingot.export.engine import profiles
@@ -23,7 +24,7 @@ model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
 def with_engine(source: Path, folder: Path, **changes: Any) -> Path:
     """An ingot that says it holds a TensorRT engine; the engine itself is a stand-in."""
-    ingot = Path(shutil.copytree(source, folder))
+    ingot = as_lowered(Path(shutil.copytree(source, folder)))
     manifest = Manifest.read(ingot)
     (ingot / ENGINE).write_bytes(b"engine")
     libraries = changes.setdefault("libraries", (PLUGINS,))
@@ -39,13 +40,8 @@ def with_engine(source: Path, folder: Path, **changes: Any) -> Path:
         embedded=False,
         profiles=profiles(manifest.inputs, manifest.states, Limits(4, 256, 64)),
     )
-    changed = replace(
-        manifest,
-        target="trt",
-        engine=replace(engine, **changes),
-        states=tuple(replace(state, shared=False) for state in manifest.states),
-    )
-    replace(changed, files=file_infos(ingot, {})).write(ingot)
+    changed = replace(manifest, engine=replace(engine, **changes), files=file_infos(ingot, {}))
+    changed.write(ingot)
     return ingot
 
 

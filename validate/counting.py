@@ -122,9 +122,9 @@ class Recorder:
         self._turns: tuple[int, ...] = ()
         self.session.reset(batch, capacity)
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
         """See ``runtime.session.Session.step``."""
-        main = self.session.step(input_ids, attention_mask)
+        main = self.session.step(input_ids, attention_mask, logits_to_keep)
         self.handed = main
         call = Fed(input_ids, attention_mask, self._past, self._turns, self.purpose)
         self.calls.append(call)

@@ -72,11 +72,13 @@ class EagerSession:
         )
 
     @torch.inference_mode()
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
         """See ``runtime.session.Session.step``."""
         feeds = self._feeds(input_ids, attention_mask)
         tensors = {name: torch.from_numpy(array.copy()) for name, array in feeds.items()}
-        out: ModelOutput = self.model(**tensors, past=self._past)
+        # Models without a head do not know it.
+        asked = {"logits_to_keep": logits_to_keep} if logits_to_keep else {}
+        out: ModelOutput = self.model(**tensors, past=self._past, **asked)
         self._past = out.present
         self.tapped = {
             f"{name}.{index}": as_array(tensor)

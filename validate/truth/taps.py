@@ -77,11 +77,11 @@ class TappedSession(OrtSession):
             raise ValueError(f"{len(chosen)} choices for {len(self.routers)} routers")
         self._forced = chosen
 
-    def step(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
         """See ``runtime.session.Session.step``."""
         self._pieces: list[dict[str, Array]] = []
         self._begin, self._batch = 0, len(input_ids)
-        main = super().step(input_ids, attention_mask)
+        main = super().step(input_ids, attention_mask, logits_to_keep)
         by_token = (ROUTER_LOGITS, CHOSEN_EXPERTS)
         self.tapped = {}
         for name in self._pieces[0]:
@@ -90,11 +90,11 @@ class TappedSession(OrtSession):
             self.tapped[name] = array.reshape(-1, array.shape[-1]) if flat else array
         return main
 
-    def _run(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+    def _run(self, input_ids: Ids, attention_mask: Ids, kept: int) -> Floats:
         # A step may take several, a token each.
         tokens = input_ids.shape[1]
         self.given = self._given(slice(self._begin, self._begin + tokens))
-        main = super()._run(input_ids, attention_mask)
+        main = super()._run(input_ids, attention_mask, kept)
         self._begin += tokens
         taps: dict[str, Array] = {n: self.tapped[n].astype(np.float32) for n in self._named}
         for name in self.routers:

@@ -185,6 +185,9 @@ Generation generation(const Field &value, std::int64_t vocab_size) {
     result.pad_token_id = value.at("pad_token_id").whole(0, vocab_size - 1);
     const Field longest = value.at("context_length");
     if (!longest.null()) result.context_length = longest.whole(1, kMostSize);
+    if (value.has("switch_length")) {
+        result.switch_length = value.at("switch_length").whole(1, kMostSize);
+    }
     return result;
 }
 
@@ -212,6 +215,16 @@ void check_tensors(const Manifest &manifest) {
         if (find(manifest.inputs, name) == nullptr) damaged(std::string("inputs lacks ") + name);
     }
     for (const TensorInfo &input : manifest.inputs) {
+        if (input.name == kLogitsToKeep) {
+            if (manifest.task != "generate" || (manifest.target != "onnx" && manifest.target != "ort")) {
+                damaged("inputs has " + input.name +
+                        ", which is for the task generate and the targets onnx and ort");
+            }
+            if (input.dtype != "int64" || !is(input.shape, {}, 1)) {
+                damaged(input.name + " is not of int64 and of one number");
+            }
+            continue;
+        }
         if (state_inputs.count(input.name) > 0) continue;
         const bool mask = input.name == "attention_mask";
         if (!mask && input.name != "input_ids" && input.name != "position_ids") {
@@ -230,8 +243,10 @@ void check_tensors(const Manifest &manifest) {
     const std::int64_t width = classify   ? labels
                                : features ? (main->shape.empty() ? 0 : main->shape.back().size)
                                           : manifest.vocab_size;
-    const std::vector<std::string> sizes = classify ? std::vector<std::string>{"batch"}
-                                                    : std::vector<std::string>{"batch", "sequence"};
+    const bool some = find(manifest.inputs, kLogitsToKeep) != nullptr;
+    const std::vector<std::string> sizes =
+        classify ? std::vector<std::string>{"batch"}
+                 : std::vector<std::string>{"batch", some ? "kept_sequence" : "sequence"};
     if (main->dtype == "int64" || state_outputs.count(main->name) > 0 || width < 1 ||
         !is(main->shape, sizes, width)) {
         damaged(main->name + " is not of a floating-point type and of the shape that " +

@@ -43,9 +43,9 @@ def after(change: After) -> Patch:
     """What a run gives or leaves is something else."""
     right = OrtSession._run
 
-    def run(self: OrtSession, input_ids: Any, attention_mask: Any) -> Any:
+    def run(self: OrtSession, input_ids: Any, attention_mask: Any, kept: int) -> Any:
         seen = self._tokens.seen
-        output = right(self, input_ids, attention_mask)
+        output = right(self, input_ids, attention_mask, kept)
         return change(self, seen, output)
 
     return lambda patch: patch.setattr(OrtSession, "_run", run)
@@ -196,11 +196,11 @@ def pieces_reversed(patch: pytest.MonkeyPatch) -> None:
     """Several rows of several tokens after a past are fed from the last token to the first."""
     right = OrtSession.step
 
-    def step(self: OrtSession, input_ids: Any, attention_mask: Any) -> Any:
+    def step(self: OrtSession, input_ids: Any, attention_mask: Any, *kept: int) -> Any:
         later = self._tokens.seen and input_ids.shape[1] > 1 and input_ids.shape[0] > 1
         if later and any(state.shared for state in self.manifest.states):
             input_ids = input_ids[:, ::-1].copy()
-        return right(self, input_ids, attention_mask)
+        return right(self, input_ids, attention_mask, *kept)
 
     patch.setattr(OrtSession, "step", step)
 

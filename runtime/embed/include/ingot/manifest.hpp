@@ -18,6 +18,8 @@ constexpr const char *kGraph = "model.onnx";
 constexpr const char *kEngine = "model.engine";
 // Ingot's own kernels, in an ingot that runs on them.
 constexpr const char *kOperators = "libingot_ort.so";
+// The input [1] by which a call asks a graph for the logits of its last tokens alone; 0 is for all.
+constexpr const char *kLogitsToKeep = "logits_to_keep";
 
 // One dimension: a size, or a name such as "batch" where the size is not fixed.
 struct Dimension {
@@ -75,6 +77,8 @@ struct Generation {
     std::vector<std::int64_t> eos_token_ids;
     std::int64_t pad_token_id = 0;
     std::optional<std::int64_t> context_length;  // none where the state has a fixed size
+    // Pieces of a prompt of more tokens do not compute what the whole does; none for most models.
+    std::optional<std::int64_t> switch_length;
 };
 
 struct INGOT_API Manifest {
