@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ingot.runtime.prompt import pieces
 from ingot.runtime.session import Ids, Session, SessionError
 
 # Calls before the measured ones: the first allocates, and a second one settles.
@@ -53,6 +54,8 @@ def bench(
 ) -> Iterator[Speed]:
     """Measure every batch and length: a prefill of the length, then decode steps behind it.
 
+    Both as ``generate`` has them: a prompt's last logits alone, and a long one in pieces.
+
     Raises:
         SessionError: no generating ingot, or more tokens than its context.
     """
@@ -78,23 +81,23 @@ def bench(
 
 def _prefill(session: Session, ids: Ids, capacity: int, repetitions: int) -> Speed:
     times = []
-    mask = np.ones_like(ids)
+    parts = [ids[:, part] for part in pieces(session.manifest, len(ids), ids.shape[1])]
     for _ in range(WARM_UP + repetitions):
         session.reset(len(ids), capacity)
-        times.append(_seconds(session, ids, mask))
+        times.append(_seconds(session, parts))
     return _speed("prefill", ids.shape[1], ids.size, len(ids), times[WARM_UP:])
 
 
 def _decode(session: Session, ids: Ids, length: int) -> Speed:
     """The state is that of the last prefill."""
-    mask = np.ones((len(ids), 1), dtype=np.int64)
-    times = [_seconds(session, ids[:, at : at + 1], mask) for at in range(length, ids.shape[1])]
+    times = [_seconds(session, [ids[:, at : at + 1]]) for at in range(length, ids.shape[1])]
     return _speed("decode", length, len(ids), len(ids), times[WARM_UP:])
 
 
-def _seconds(session: Session, ids: Ids, mask: Ids) -> float:
+def _seconds(session: Session, parts: list[Ids]) -> float:
     begin = time.perf_counter()
-    session.step(ids, mask)
+    for ids in parts:
+        session.step(ids, np.ones_like(ids), 1)
     return time.perf_counter() - begin
 
 

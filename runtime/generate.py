@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ingot.plugins.errors import shown
 from ingot.runtime.loading import load
+from ingot.runtime.prompt import PREFILL_CHUNK, chunk_of, pieces
 from ingot.runtime.session import Floats, Ids, Session, SessionError
 from ingot.runtime.tokens import items, token_ids, whole
 
@@ -122,8 +123,13 @@ def generate(
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> Iterator[list[int | None]]:
     """Generate for all prompts together.
+
+    A prompt's memory beside its states is that of ``prefill_chunk`` tokens, since only the last
+    token's logits are computed and a long prompt is fed in pieces; of several prompts over shared
+    buffers, and where the model turns all positions with the length of a call, that of the whole.
 
     Args:
         ingot: a session of a ``generate`` ingot, whose state is reset; or the ingot's folder, which
@@ -133,6 +139,7 @@ def generate(
         max_new_tokens: at most so many for each prompt.
         sampling: greedy where absent.
         stop_ids: ids that end a sequence; the ingot's ``eos_token_id`` where absent.
+        prefill_chunk: tokens of a prompt that are fed at once; 0 for all of them.
 
     Yields:
         per step, each prompt's new token, or None where that prompt has ended. The id that ends a
@@ -153,6 +160,7 @@ def generate(
     count = whole(max_new_tokens)
     if count is None or count < 1:
         raise SessionError(f"max_new_tokens is {shown(max_new_tokens)}; it must be at least 1.")
+    chunk = chunk_of(prefill_chunk)
     sampling = Sampling() if sampling is None else sampling
     if not isinstance(sampling, Sampling):
         raise SessionError(f"sampling is {shown(sampling)}; it must be a Sampling, or left out.")
@@ -172,19 +180,22 @@ def generate(
     session.reset(len(ids), ids.shape[1] + count)
     random = np.random.default_rng(sampling.seed)
     running = np.ones(len(ids), dtype=bool)
+    parts = pieces(manifest, len(ids), ids.shape[1], chunk)
     for _ in range(count):
-        _check_own(session, changes)
-        logits = session.step(ids, mask)[:, -1]
-        changes += 1
-        # Again, since another thread may have come in between.
-        _check_own(session, changes)
-        chosen = choose(logits, sampling, random)
+        for part in parts:
+            _check_own(session, changes)
+            logits = session.step(ids[:, part], mask[:, part], 1)
+            changes += 1
+            # Again, since another thread may have come in between.
+            _check_own(session, changes)
+        chosen = choose(logits[:, -1], sampling, random)
         yield [int(token) if on else None for token, on in zip(chosen, running, strict=True)]
         running &= [token not in stops for token in chosen.tolist()]
         if not running.any():
             return
         ids = chosen[:, None]
         mask = np.ones_like(ids)
+        parts = (slice(0, 1),)
 
 
 def _check_own(session: Session, changes: int) -> None:

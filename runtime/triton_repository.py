@@ -46,6 +46,7 @@ CARRIED = (
     "ingot/runtime/loading.py",
     "ingot/runtime/onnxruntime_session.py",
     "ingot/runtime/ort.py",
+    "ingot/runtime/prompt.py",
     "ingot/runtime/session.py",
     "ingot/runtime/tokens.py",
     "ingot/runtime/triton_model.py",

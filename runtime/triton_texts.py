@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ingot.export.ingot import SIZES, Manifest
-from ingot.graphs.state import State
+from ingot.graphs.state import BATCH, KEPT, LOGITS_TO_KEEP, SEQUENCE, State
 from ingot.plugins.errors import install_hint
+from ingot.runtime.prompt import pieces
 from ingot.runtime.triton_escapes import FILTERS, one_line
 from ingot.runtime.triton_plan import CONFIG, PLUGINS, TYPES, Plan, TritonError, growth
 
@@ -65,7 +66,8 @@ def context(plan: Plan, manifest: Manifest) -> dict[str, Any]:
                 "warm": _dims(tensor.shape, 1),
             }
             for tensor in getattr(manifest, kind)
-            if tensor.name not in state_names
+            # Triton's clients get all logits: a batch's rows could each ask for others.
+            if tensor.name not in {*state_names, LOGITS_TO_KEEP}
         ]
 
     return {
@@ -113,10 +115,14 @@ def _host(name: str) -> str:
 def memory_gib(plan: Plan, manifest: Manifest) -> tuple[int, int]:
     """What the pod asks for of the host's memory, and what it is limited to, in whole GiB."""
     settings = plan.settings
-    sequences = settings.streams * plan.generate
-    sequences += max(settings.max_batch, settings.streams) * plan.graph
+    streams = settings.streams * plan.generate
+    of_graph = max(settings.max_batch, settings.streams) * plan.graph
+    sequences = streams + of_graph
 
-    most = {"batch": sequences, "sequence": settings.capacity}
+    # A stream's prompt comes in pieces, where its ingot takes them.
+    (piece, *_) = pieces(manifest, 1, settings.capacity)
+    tokens = streams * piece.stop + of_graph * settings.capacity
+    most = {BATCH: tokens, SEQUENCE: 1, KEPT: 1}
     # The server's own, and CUDA's contexts in its processes.
     asked = 2**29 if manifest.engine is None else 2**31
     asked += manifest.weight_bytes * len(plan.models)
@@ -131,9 +137,9 @@ def memory_gib(plan: Plan, manifest: Manifest) -> tuple[int, int]:
         if each.name == manifest.main_output
     )
     asked += states
-    # A step may have the states before it and behind it. Prompts as long as the capacity have the
-    # logits of all their tokens, and as much again for what the graph computes on the way to them,
-    # or for the message that Triton copies them into. 1 GiB is /dev/shm.
+    # A step may have the states before it and behind it. Of prompts as long as the capacity the
+    # graph by itself gives the logits of all tokens, and Triton copies them into a message; what a
+    # graph computes on the way is as much again, of a stream for one piece. 1 GiB is /dev/shm.
     limit = asked + states + 2 * logits + 2**30
     return math.ceil(asked / 2**30), math.ceil(limit / 2**30)
 
