@@ -23,8 +23,10 @@ from ingot.validate.identity.weights_graph import Graph, LayoutError
 from ingot.validate.identity.weights_names import OF_ONE_EXPERT
 from ingot.validate.identity.weights_piece import Numbers
 
-# Numbers that are decoded at a time.
-AT_ONCE = 1 << 22
+# Numbers that are decoded at a time: few enough for what comes on the way to stay in a cache.
+AT_ONCE = 1 << 18
+# Elements that are hashed at a time.
+HASHED = 1 << 22
 
 
 class DecodedError(IngotError):
@@ -195,8 +197,8 @@ def _by_matrix(at: int, rows: int, height: int) -> Iterator[tuple[int, int, int,
 
 
 def _pieces(reader: Reader, tensor: Tensor) -> Iterator[bytes]:
-    for first in range(0, tensor.size, AT_ONCE):
-        yield reader.elements(tensor, first, min(AT_ONCE, tensor.size - first)).tobytes()
+    for first in range(0, tensor.size, HASHED):
+        yield reader.elements(tensor, first, min(HASHED, tensor.size - first)).tobytes()
 
 
 def _rows(shape: Sequence[int]) -> int:

@@ -15,6 +15,9 @@ import torch
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.validate.truth.other_weights import OtherWeights
 
+# Numbers that are rounded at a time: few enough for what comes on the way to stay in a cache.
+AT_ONCE = 1 << 15
+
 
 @dataclass(frozen=True)
 class BlockFormat:
@@ -73,7 +76,18 @@ def plainly_rounded(weights: torch.Tensor, form: BlockFormat) -> torch.Tensor:
         float32 of the same shape.
     """
     columns = weights.shape[-1]
-    wide = torch.nn.functional.pad(weights.float(), (0, -columns % form.block))
+    rows = weights.reshape(-1, columns)
+    result = torch.empty(rows.shape, dtype=torch.float32)
+    count = max(1, AT_ONCE // max(1, columns))
+    for first in range(0, len(rows), count):
+        result[first : first + count] = _rounded(rows[first : first + count], form)
+    return result.reshape(weights.shape)
+
+
+def _rounded(rows: torch.Tensor, form: BlockFormat) -> torch.Tensor:
+    """Some rows ``[n, K]``."""
+    columns = rows.shape[-1]
+    wide = torch.nn.functional.pad(rows.float(), (0, -columns % form.block))
     blocks = wide.reshape(-1, form.block)
     most = (1 << form.bits) - 1
     if form.symmetric:
@@ -87,7 +101,7 @@ def plainly_rounded(weights: torch.Tensor, form: BlockFormat) -> torch.Tensor:
         scale = (high - low) / most
         zero = (-low / _divisor(scale)).round()
     numbers = ((blocks / _divisor(scale)).round() + zero).clamp(0, most)
-    return ((numbers - zero) * scale).reshape(wide.shape)[..., :columns].contiguous()
+    return ((numbers - zero) * scale).reshape(wide.shape)[:, :columns]
 
 
 def _divisor(scale: torch.Tensor) -> torch.Tensor:
