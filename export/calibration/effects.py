@@ -40,14 +40,12 @@ from ingot.export.codecs.blocks import Blocks, Floats
 from ingot.export.codecs.coder import Nearest
 from ingot.export.graph import Opened
 
-# Tokens that effects are measured on.
+# Tokens that effects are measured on, and those of which a mean still tells what a weight is worth.
 TOKENS = 2048
-
-# Logits of all runs together. Of a large vocabulary so many take minutes, and more of the time than
-# the layers do; beyond, some of the tokens stand for all at the head, at even distances.
-MOST_LOGITS = 2**33
-# Tokens at the least, of which a mean still tells what a weight is worth.
 LEAST_TOKENS = 512
+# Products of all runs with weights; where they would be more, fewer tokens are taken. So many take
+# a core some three minutes. For SmolLM2-135M's 211 weights it is a quarter of all tokens' products.
+MOST_PRODUCTS = 2**43
 # Logits of one run that are looked at together, few enough for their memory to be used again: that
 # of a whole batch would be touched for the first time at every step of the way.
 AT_ONCE = 2**21
@@ -105,9 +103,7 @@ class _Effects:
 
     def measure(self, sequences: npt.NDArray[np.int64], advance: Advance) -> Effects:
         walk = self.walk
-        # Some from everywhere, for a file may change its kind on the way.
-        step = max(1, sequences.size // TOKENS)
-        some = sequences[::step]
+        some = self._some(sequences)
         walk.load(walk.tables)
         batches, self.probes = list(walk.begin(sequences)), list(walk.begin(some))
         for name in walk.tables:
@@ -125,6 +121,17 @@ class _Effects:
         result = self._at_head(batches)
         advance(1)
         return result
+
+    def _some(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The begin of some sequences, from everywhere: a file may change its kind on the way."""
+        some = sequences[:: max(1, sequences.size // TOKENS)]
+        matrices = {n: p.numel() for n, p in self.walk.model.named_parameters() if p.dim() > 1}
+        head = matrices[self.walk.head]
+        layers = sum(size for name, size in matrices.items() if name not in self.walk.tables)
+        # A weight's run goes through the layers behind it, which are half of them on the mean.
+        each = len(matrices) * (head + (layers - head * (not self.walk.tied)) // 2)
+        most = max(LEAST_TOKENS, MOST_PRODUCTS // each)
+        return some[:, : -(-most // len(some))]
 
     def _layer(self, number: int, batches: Sequence[Batch]) -> None:
         walk = self.walk
@@ -163,7 +170,7 @@ class _Effects:
                 self._compare(head, found, lambda each: moments.of(each.name, each.expert))
                 self.runs[head] = [batch.x for batch in self.probes]
         totals, tokens = dict.fromkeys(self.runs, 0.0), 0
-        for expected, of_runs in self._some_tokens():
+        for expected, of_runs in self._pieces():
             truth = walk.logits(expected)[0].double().log_softmax(-1)
             shares = truth.exp()
             known = float((shares * truth).sum())
@@ -182,24 +189,16 @@ class _Effects:
             for group, total in totals.items()
         }
 
-    def _some_tokens(self) -> Iterator[tuple[torch.Tensor, dict[tuple[str, ...], torch.Tensor]]]:
-        """What enters the end of the model ``[1, n, H]``, as it is and in each run, in pieces."""
-        vocabulary = self.walk.shape(self.walk.head)[0]
-        total = sum(batch.ids.numel() for batch in self.probes)
-        most = max(LEAST_TOKENS, MOST_LOGITS // (vocabulary * max(1, len(self.runs))))
-        step = -(-total // most)
-        # Odd, so that it meets every place of sequences whose length is a power of two.
-        places = torch.arange(0, total, step if step == 1 else step | 1)
-
-        def taken(run: Run) -> torch.Tensor:
-            return torch.cat([x.flatten(0, 1) for x in run])[None, places]
-
-        expected = taken([batch.x for batch in self.probes])
-        runs = {group: taken(run) for group, run in self.runs.items()}
-        count = max(1, AT_ONCE // vocabulary)
-        for first in range(0, len(places), count):
-            here = slice(first, first + count)
-            yield expected[:, here], {group: x[:, here] for group, x in runs.items()}
+    def _pieces(self) -> Iterator[tuple[torch.Tensor, dict[tuple[str, ...], torch.Tensor]]]:
+        """What enters the end of the model ``[1, n, H]``, as it is and in each run."""
+        count = max(1, AT_ONCE // self.walk.shape(self.walk.head)[0])
+        for place, batch in enumerate(self.probes):
+            for first in range(0, batch.ids.numel(), count):
+                here = slice(first, first + count)
+                runs = {
+                    group: run[place].flatten(0, 1)[None, here] for group, run in self.runs.items()
+                }
+                yield batch.x.flatten(0, 1)[None, here], runs
 
     def _compare(
         self,
