@@ -390,14 +390,17 @@ extern "C" INGOT_CPU_API OrtStatus *RegisterCustomOps(OrtSessionOptions *options
     static const Custom<MoeDispatch> moe_dispatch;
     static const Custom<MoeLinear> moe_linear;
     return answered("RegisterCustomOps", [&] {
-        const auto add = [&](const char *name, std::initializer_list<const OrtCustomOp *> all) {
+        const auto with = [](const char *name, std::initializer_list<const OrtCustomOp *> all) {
             Ort::CustomOpDomain domain(name);
             for (const OrtCustomOp *each : all) domain.Add(each);
-            Ort::UnownedSessionOptions(options).Add(domain);
-            // Sessions that are open keep using it.
-            domain.release();
+            return domain;
         };
-        add(kDomain, {&mamba2_scan, &causal_conv});
-        add(kPanelsDomain, {&linear, &embedding, &moe_dispatch, &moe_linear});
+        // As long as the library is loaded, as the operators are: sessions that are open use both.
+        static const Ort::CustomOpDomain canonical = with(kDomain, {&mamba2_scan, &causal_conv});
+        static const Ort::CustomOpDomain panels =
+            with(kPanelsDomain, {&linear, &embedding, &moe_dispatch, &moe_linear});
+        Ort::UnownedSessionOptions given(options);
+        given.Add(canonical);
+        given.Add(panels);
     });
 }
