@@ -205,6 +205,12 @@ def ingots(make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot) -> Callable[.
 
 
 @pytest.fixture(scope="session")
+def own_kernels(ingots: Callable[..., Path], cpu_library: CpuLibrary) -> Path:
+    """A tiny ``ort`` ingot of Mamba2 on Ingot's own kernels, this tree's; read only."""
+    return ingots("mamba2", kernels="ingot", weights="checkpoint")
+
+
+@pytest.fixture(scope="session")
 def repository(tiny_ort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository for Triton of ``tiny_ort``, which it calls ``m``; read only."""
     from ingot.runtime.triton_plan import Settings

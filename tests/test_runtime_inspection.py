@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from conftest import MakeCheckpoint, MakeIngot
 from damage import copied
 
-from ingot.export.ingot import GRAPH, WEIGHTS, Manifest
+from ingot.export.ingot import GRAPH, LIBRARY, WEIGHTS, Manifest
 from ingot.export.progress import Stages
 from ingot.export.summary import print_summary
 from ingot.runtime.inspection import States, _rows, inspect, inspect_command
@@ -147,6 +147,33 @@ def test_shows_and_prints_json(tiny_ort: Path) -> None:
         name: {"bytes": info.bytes, "sha256": info.sha256}
         for name, info in Manifest.read(tiny_ort).files.items()
     }
+
+
+def test_says_whose_kernels_run_it(
+    own_kernels: Path,
+    tiny_ort: Path,
+    tiny_onnx: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = inspect(own_kernels)
+    library = Manifest.read(own_kernels).files[LIBRARY].sha256
+    said = f"Ingot's own, in {LIBRARY} with the SHA-256 {library}"
+    assert ("kernels", said) in list(_rows(found)) and found.kernels == said
+    assert found.lowered == dict.fromkeys(
+        ("Embedding", "Linear", "CausalConv", "Mamba2Scan"), "Ingot's own kernel"
+    )
+    # They read weights as they are stored, which others widen as they load them.
+    half = found.weight_bytes // 2
+    stored = copied(own_kernels, tmp_path / "ingot", weights="bfloat16", weight_bytes=half)
+    assert inspect(stored).active_bytes == half
+    assert ("kernels", "ONNX Runtime's") in list(_rows(inspect(tiny_ort)))
+    assert "kernels" not in dict(_rows(inspect(tiny_onnx)))
+    stages = Stages()
+    with stages.stage("all"):
+        pass
+    print_summary(own_kernels, own_kernels, Manifest.read(own_kernels), stages)
+    assert library in "".join(re.findall("[0-9a-f]+", capsys.readouterr().out))
 
 
 def test_shows_a_cache_whose_length_nothing_limits(tiny_ort: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from click.testing import CliRunner
 from conftest import MakeIngot
 
 from ingot.export.ingot import LIBRARY, MANIFEST, Manifest, ManifestError
-from ingot.plugins.cpu.library import CpuLibrary
 from ingot.plugins.cpu.operators import INSTALLED, OperatorsError
 from ingot.plugins.whole import sha256
 from ingot.runtime import operators
@@ -24,26 +22,18 @@ from ingot.runtime.loading import load
 from ingot.runtime.operators import libraries
 from ingot.runtime.session import SessionError
 
-OWN: dict[str, Any] = {"kernels": "ingot", "weights": "checkpoint"}
-
-
-@pytest.fixture(scope="module")
-def own(ingots: Callable[..., Path], cpu_library: CpuLibrary) -> Path:
-    """An ingot on Ingot's own kernels; read only."""
-    return ingots("mamba2", **OWN)
-
 
 @pytest.fixture
-def elsewhere(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def elsewhere(own_kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it, on a machine whose Ingot has no such library."""
     monkeypatch.setattr(operators, "INSTALLED", tmp_path / "none" / LIBRARY)
-    return Path(shutil.copytree(own, tmp_path / "ingot"))
+    return Path(shutil.copytree(own_kernels, tmp_path / "ingot"))
 
 
 @pytest.fixture
-def another(own: Path, tmp_path: Path) -> Path:
+def another(own_kernels: Path, tmp_path: Path) -> Path:
     """The library with one bit changed."""
-    content = bytearray((own / LIBRARY).read_bytes())
+    content = bytearray((own_kernels / LIBRARY).read_bytes())
     content[len(content) // 2] ^= 1
     path = tmp_path / "another.so"
     path.write_bytes(content)
@@ -78,10 +68,10 @@ def check_sentence(sentence: str, ingot: Path) -> None:
     assert "or export it again with --kernels ort" in sentence
 
 
-def test_takes_that_of_the_installation(own: Path) -> None:
-    manifest = Manifest.read(own)
-    assert libraries(own, manifest) == (INSTALLED,)
-    assert len(tokens(own)) == 4
+def test_takes_that_of_the_installation(own_kernels: Path) -> None:
+    manifest = Manifest.read(own_kernels)
+    assert libraries(own_kernels, manifest) == (INSTALLED,)
+    assert len(tokens(own_kernels)) == 4
 
 
 def test_an_ingot_on_other_kernels_needs_none(tiny_ort: Path, another: Path) -> None:
@@ -107,14 +97,14 @@ def test_refuses_another_version_installed(
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_takes_one_that_is_named_where_it_is_the_same(
-    own: Path, elsewhere: Path, another: Path, tmp_path: Path, verify: bool
+    own_kernels: Path, elsewhere: Path, another: Path, tmp_path: Path, verify: bool
 ) -> None:
-    expected = tokens(own)
-    copy = shutil.copyfile(own / LIBRARY, tmp_path / "same.so")
+    expected = tokens(own_kernels, operators=INSTALLED)
+    copy = shutil.copyfile(own_kernels / LIBRARY, tmp_path / "same.so")
     for named in (elsewhere / LIBRARY, str(elsewhere / LIBRARY), copy):
         assert tokens(elsewhere, operators=named, verify=verify) == expected
     # In the place of the installed one, which would do.
-    sentence = refused(own, operators=another, verify=verify)
+    sentence = refused(own_kernels, operators=another, verify=verify)
     assert f"another library of kernels than {another}" in sentence
     for missing in (tmp_path / "gone.so", tmp_path):
         assert f"{missing} is missing" in refused(elsewhere, operators=missing)
@@ -143,10 +133,10 @@ def test_says_that_one_cannot_be_read(elsewhere: Path, monkeypatch: pytest.Monke
 
 
 def test_a_program_in_the_folder_runs_for_those_who_name_it_alone(
-    own: Path, tmp_path: Path
+    own_kernels: Path, tmp_path: Path
 ) -> None:
     """Its maker lists it, so nothing of the folder is found to be changed."""
-    ingot = Path(shutil.copytree(own, tmp_path / "ingot"))
+    ingot = Path(shutil.copytree(own_kernels, tmp_path / "ingot"))
     mark, source = tmp_path / "ran", tmp_path / "program.c"
     source.write_text(
         "#include <stdio.h>\n"
@@ -179,18 +169,18 @@ def test_an_ingot_that_failed_says_so_first(elsewhere: Path) -> None:
     assert len(tokens(elsewhere, allow_failed=True, operators=elsewhere / LIBRARY)) == 4
 
 
-def test_forks_run_on_the_same(own: Path) -> None:
-    session = load(own, operators=own / LIBRARY)
+def test_forks_run_on_the_same(own_kernels: Path) -> None:
+    session = load(own_kernels, operators=own_kernels / LIBRARY)
     steps = list(generate(session.fork(), [[5, 6]], max_new_tokens=4))
     del session
-    assert [list(step) for step in steps] == tokens(own)
+    assert [list(step) for step in steps] == tokens(own_kernels)
 
 
 @pytest.mark.parametrize("command", ["generate", "classify", "bench"])
 def test_commands_take_one_by_name(elsewhere: Path, make_ingot: MakeIngot, command: str) -> None:
     ingot, more = elsewhere, ["--prompt-ids", "5,6"]
     if command == "classify":
-        ingot = make_ingot(Path("jetmoe"), "ort", task="classify", preset="tiny", **OWN)
+        ingot = make_ingot(Path("jetmoe"), "ort", task="classify", preset="tiny", kernels="ingot")
     elif command == "bench":
         more = ["--batch", "1", "--length", "4", "--repetitions", "2"]
     arguments = [command, str(ingot), *more]
