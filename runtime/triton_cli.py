@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ingot.export.ingot import LIBRARY
 from ingot.plugins.command_line import Command, told
 from ingot.runtime.triton_lint import lint
 from ingot.runtime.triton_plan import MOST_CAPACITY, Settings, TritonError
@@ -25,6 +26,11 @@ from ingot.runtime.triton_repository import write_repository
     help=f"Most tokens of a sequence; by default the model's context, at most {MOST_CAPACITY}.",
 )
 @click.option("--max-batch", default=Settings.max_batch, show_default=True, help="Of the graph.")
+@click.option(
+    "--operators",
+    type=click.Path(path_type=Path),
+    help=f"{LIBRARY} of Ingot's own kernels, a program that you vouch for; it is served with.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a repository that is at --out.")
 @click.option(
     "--check", type=click.Path(path_type=Path), help="Check this repository, and make none."
@@ -37,6 +43,7 @@ def triton_command(
     threads: int,
     capacity: int,
     max_batch: int,
+    operators: Path | None,
     overwrite: bool,
     check: Path | None,
 ) -> None:
@@ -53,7 +60,7 @@ def triton_command(
     if ingot is None or out is None:
         raise TritonError("give an INGOT and --out REPO, or --check REPO.")
     settings = Settings(name, streams, threads, capacity, max_batch)
-    plan = write_repository(ingot, out, settings, overwrite=overwrite)
+    plan = write_repository(ingot, out, settings, overwrite=overwrite, operators=operators)
     with told(out):
         click.echo(f"{out}: {', '.join(plan.models)}")
         if plan.why:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ingot.export.ingot import ENGINE, GRAPH, MANIFEST, Manifest
+from ingot.export.ingot import ENGINE, GRAPH, INGOT, LIBRARY, MANIFEST, Manifest
 from ingot.plugins.errors import IngotError, install_hint, shown
 from ingot.plugins.json_fields import Field, FieldError, safe
 from ingot.plugins.json_file import JsonError, read_json
@@ -58,7 +58,7 @@ def lint(repository: Path) -> list[str]:
                 f"{name}/{CONFIG} names the model {shown(config.name)}, and not {name!r}."
             )
         found = (
-            _generate(folder, config)
+            _generate(folder, config, manifest)
             if config.backend == "python"
             else _graph(folder, config, manifest)
         )
@@ -190,7 +190,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _generate(folder: Path, config: Any) -> Iterator[str]:
+def _generate(folder: Path, config: Any, manifest: Manifest | None) -> Iterator[str]:
     """The Python model's."""
     if not config.model_transaction_policy.decoupled:
         yield "model_transaction_policy.decoupled must be true, for a response for each token."
@@ -207,8 +207,24 @@ def _generate(folder: Path, config: Any) -> Iterator[str]:
     place = settings.get("ingot")
     if place is None or not _is_file(folder / place / MANIFEST):
         yield f"the parameter ingot is {shown(place)}, where no ingot lies."
+    if manifest is not None and manifest.kernels == INGOT:
+        yield from _operators(folder, settings.get("operators"), manifest)
     if not (folder / "1" / "model.py").is_file():
         yield "1/model.py is missing."
+
+
+def _operators(folder: Path, library: str | None, manifest: Manifest) -> Iterator[str]:
+    """The library of kernels that the Python model loads."""
+    if library is None or not _is_file(folder / library):
+        yield f"the parameter operators is {shown(library)}, where no {LIBRARY} lies."
+        return
+    try:
+        same = sha256(folder / library) == manifest.files[LIBRARY].sha256
+    except OSError as error:
+        yield f"{safe(library)} cannot be read: {error.strerror or error}."
+        return
+    if not same:
+        yield f"{safe(library)} is not the {LIBRARY} that the ingot was made with."
 
 
 def _graph(folder: Path, config: Any, manifest: Manifest | None) -> Iterator[str]:

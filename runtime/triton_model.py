@@ -71,8 +71,13 @@ class TritonPythonModel:
         streams = int(settings["streams"])
         self._capacity = int(settings["capacity"])
         self._new_tokens = int(settings["max_new_tokens"])
+        operators = settings.get("operators")
         session = load(
-            folder, threads=int(settings["threads"]), verify=settings["verify"] == "true"
+            folder,
+            threads=int(settings["threads"]),
+            verify=settings["verify"] == "true",
+            # Whoever wrote the repository vouched for it.
+            operators=None if operators is None else home / operators,
         )
         if session.manifest.task != "generate":
             raise SessionError(f"{folder} was not exported with --task generate.")

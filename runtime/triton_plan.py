@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ingot.export.ingot import EngineInfo, Manifest
+from ingot.export.ingot import INGOT, EngineInfo, Manifest
 from ingot.graphs.state import State
 from ingot.plugins import library
 from ingot.plugins.errors import IngotError, shown
@@ -107,6 +107,13 @@ def make_plan(folder: Path, manifest: Manifest, settings: Settings) -> Plan:
                 "make plugins and export again."
             )
         graph, why = _triton_runs(engine)
+    if manifest.kernels == INGOT:
+        # A repository does not know where it will lie.
+        graph = False
+        why = (
+            "the graph needs a library of operators, which Triton's ONNX Runtime backend takes by "
+            "an absolute path alone; one exported with --kernels ort needs none"
+        )
     generate = manifest.task == "generate"
     if not graph and not generate:
         raise TritonError(

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from ingot.export.ingot import MANIFEST, Manifest
+from ingot.export.ingot import LIBRARY, MANIFEST, Manifest
 from ingot.plugins.links import require_inside
 from ingot.plugins.registry import OPERATORS
 from ingot.plugins.whole import WriteError, check_destination, keep_apart, sha256, staged
+from ingot.runtime.operators import libraries
 from ingot.runtime.triton_plan import RECORD, SCHEMA_VERSION, Plan, Settings, TritonError, make_plan
 from ingot.runtime.triton_texts import rendered
 
@@ -36,6 +37,8 @@ CARRIED = (
     "ingot/graphs/names.py",
     "ingot/graphs/state.py",
     "ingot/plugins/__init__.py",
+    "ingot/plugins/cpu/__init__.py",
+    "ingot/plugins/cpu/operators.py",
     "ingot/plugins/errors.py",
     "ingot/plugins/json_fields.py",
     "ingot/plugins/json_file.py",
@@ -45,6 +48,7 @@ CARRIED = (
     "ingot/runtime/generate.py",
     "ingot/runtime/loading.py",
     "ingot/runtime/onnxruntime_session.py",
+    "ingot/runtime/operators.py",
     "ingot/runtime/ort.py",
     "ingot/runtime/prompt.py",
     "ingot/runtime/session.py",
@@ -87,6 +91,7 @@ def write_repository(
     settings: Settings,
     *,
     overwrite: bool = False,
+    operators: Path | None = None,
     advance: Callable[[int], None] = lambda _bytes: None,
 ) -> Plan:
     """Write the whole repository, or nothing.
@@ -96,6 +101,8 @@ def write_repository(
         out: the repository.
         settings: what the user chooses.
         overwrite: replace a repository that is there.
+        operators: of an ingot on Ingot's own kernels, the library that has them, which the server
+            will run: see ``runtime.operators``.
         advance: told the bytes compared.
 
     Raises:
@@ -104,12 +111,16 @@ def write_repository(
     check_out(ingot, out, overwrite)
     manifest = Manifest.read(ingot)
     plan = make_plan(ingot, manifest, settings)
+    vouched = libraries(ingot, manifest, operators)
     manifest.check_files(ingot, advance=advance)
     with staged(out, replace=overwrite) as stage:
         place = ingot_place(plan)
         for file in (MANIFEST, *manifest.files):
             (stage / place / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(require_inside(ingot, file), stage / place / file)
+        # In place of the ingot's own, which is to be the same: it is run because of who vouches.
+        for library in vouched:
+            shutil.copyfile(library, stage / place / LIBRARY)
         for path, text in rendered(plan, manifest).items():
             (stage / path).parent.mkdir(parents=True, exist_ok=True)
             (stage / path).write_text(text, encoding="utf-8")

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ingot.export.ingot import SIZES, Manifest
+from ingot.export.ingot import INGOT, LIBRARY, SIZES, Manifest
 from ingot.graphs.state import BATCH, KEPT, LOGITS_TO_KEEP, SEQUENCE, State
 from ingot.plugins.errors import install_hint
 from ingot.runtime.prompt import pieces
@@ -84,6 +84,7 @@ def context(plan: Plan, manifest: Manifest) -> dict[str, Any]:
         "vocab_size": manifest.vocab_size,
         "main_output": manifest.main_output,
         "ingot": f"../{settings.name}/1" if plan.graph else "ingot",
+        "operators": f"ingot/{LIBRARY}" if manifest.kernels == INGOT else "",
         "inputs": tensors("inputs"),
         "outputs": tensors("outputs"),
         "states": [_state(state, settings.capacity) for state in manifest.states],

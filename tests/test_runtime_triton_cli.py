@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from ingot.export.cli import main as ingot_command
-from ingot.export.ingot import GRAPH
+from ingot.export.ingot import GRAPH, LIBRARY
+from ingot.runtime import operators
 from ingot.runtime.cli import main as runtime_command
 
 # On a machine that only runs the tests of GPUs it may be missing.
@@ -39,3 +40,19 @@ def test_makes_and_checks_a_repository_by_its_command(
     )
     for arguments in ([], [str(tiny_ort)], [str(tiny_ort), "--check", str(out)]):
         assert run.invoke(group, ["triton", *arguments]).exit_code == 2
+
+
+def test_takes_a_library_of_operators_by_name(
+    own_kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "INSTALLED", tmp_path / "none.so")
+    run = CliRunner()
+    arguments = ["triton", str(own_kernels), "--out", str(tmp_path / "r"), "--name", "m"]
+    without = run.invoke(runtime_command, arguments)
+    assert without.exit_code == 2
+    assert f"give --operators {own_kernels / LIBRARY} if you would run" in without.stderr
+    assert not (tmp_path / "r").exists()
+    named = ["--operators", str(own_kernels / LIBRARY)]
+    made = run.invoke(runtime_command, [*arguments, *named])
+    assert made.exit_code == 0, made.output
+    assert "m_generate" in made.stdout and "one model only: the graph needs" in made.stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from triton_ingots import parsed, with_engine
 
-from ingot.export.ingot import ENGINE, GRAPH
+from ingot.export.ingot import ENGINE, GRAPH, LIBRARY
 from ingot.runtime.triton_lint import lint
 from ingot.runtime.triton_plan import PLUGINS, RECORD, Settings, TritonError
 from ingot.runtime.triton_repository import write_repository
@@ -119,6 +119,28 @@ def test_finds_a_file_that_is_gone_or_changed(
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     assert any(sentence in problem for problem in lint(copied)), lint(copied)
+
+
+def test_finds_kernels_that_are_gone_or_others(own_kernels: Path, tmp_path: Path) -> None:
+    write_repository(own_kernels, tmp_path / "r", Settings(name="m"))
+    library = tmp_path / "r" / "m_generate" / "ingot" / LIBRARY
+    right = library.read_bytes()
+    library.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    assert any(f"{LIBRARY} is not the file that was validated" in p for p in lint(tmp_path / "r"))
+    assert any(
+        f"is not the {LIBRARY} that the ingot was made with" in p for p in lint(tmp_path / "r")
+    )
+    library.unlink()
+    assert any(f"where no {LIBRARY} lies" in p for p in lint(tmp_path / "r"))
+    library.write_bytes(right)
+    assert lint(tmp_path / "r") == []
+    _edit(tmp_path / "r", "m_generate/config.pbtxt", f"ingot/{LIBRARY}", f"1/{LIBRARY}")
+    (problem,) = lint(tmp_path / "r")
+    assert f"the parameter operators is '1/{LIBRARY}', where no {LIBRARY} lies." in problem
+    _edit(tmp_path / "r", "m_generate/config.pbtxt", '"operators"', '"operator"')
+    assert any("the parameter operators is None" in p for p in lint(tmp_path / "r"))
+    (library.parent.parent / "1" / LIBRARY).write_bytes(right)
+    assert any(f"1/{LIBRARY} was not written here" in p for p in lint(tmp_path / "r"))
 
 
 def test_finds_an_engine_or_a_plugin_that_changed(tiny_onnx: Path, tmp_path: Path) -> None:

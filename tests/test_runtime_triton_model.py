@@ -18,9 +18,10 @@ import onnxruntime
 import pytest
 from triton_ingots import parsed
 
-from ingot.export.ingot import GRAPH
+from ingot.export.ingot import GRAPH, LIBRARY
 from ingot.graphs.names import FAMILIES
 from ingot.plugins.errors import IngotError
+from ingot.runtime import operators
 from ingot.runtime.generate import Sampling, generate
 from ingot.runtime.loading import load
 from ingot.runtime.session import SessionError
@@ -184,6 +185,28 @@ def test_streams_one_token_a_response(
     # By default 64 tokens, or as many as there is room for.
     assert len(_ask(model, input_ids=PROMPT).tokens) == 64
     assert len(_ask(model, input_ids=[1] * 510).tokens) == 2
+
+
+def test_streams_from_ingots_own_kernels(
+    started: Callable[..., Any],
+    own_kernels: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = _solo(own_kernels, PROMPT, 16)
+    write_repository(own_kernels, tmp_path / "r", Settings(name="m", streams=2))
+    # Where a server runs, no Ingot is installed.
+    monkeypatch.setattr(operators, "INSTALLED", tmp_path / "none.so")
+    model = started(tmp_path / "r")
+    assert _ask(model, input_ids=PROMPT, max_new_tokens=16).tokens == expected
+    library = tmp_path / "r" / "m_generate" / "ingot" / LIBRARY
+    content = library.read_bytes()
+    # Another file: the one that was there is mapped by the model that runs.
+    library.unlink()
+    library.write_bytes(content[:-1] + b"?")
+    # Also where the operator of the server has hashes left out.
+    with pytest.raises(IngotError, match="another library of kernels"):
+        started(tmp_path / "r", verify="false")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -43,6 +43,19 @@ def test_leaves_out_a_graph_that_tritons_backend_cannot_run(
     assert lint(tmp_path / "r") == []
 
 
+def test_serves_ingots_own_kernels_by_the_python_model_alone(
+    own_kernels: Path, make_ingot: MakeIngot, tmp_path: Path
+) -> None:
+    plan = write_repository(own_kernels, tmp_path / "r", Settings(name="m"))
+    assert plan.models == ["m_generate"] and "needs a library of operators" in plan.why
+    assert plan.why in (tmp_path / "r" / "README.md").read_text()
+    assert not (tmp_path / "r" / "m").exists()
+    assert lint(tmp_path / "r") == []
+    ingot = make_ingot(classifier(tmp_path / "checkpoint"), "ort", task="classify", kernels="ingot")
+    with pytest.raises(TritonError, match=r"only its graph could be served.*--kernels ort"):
+        write_repository(ingot, tmp_path / "c", Settings())
+
+
 def test_serves_features_and_classes_by_the_graph_alone(
     ingots: Callable[..., Path], make_ingot: MakeIngot, tmp_path: Path
 ) -> None:

@@ -13,8 +13,9 @@ import pytest
 from test_imports import imported
 from triton_ingots import parsed
 
-from ingot.export.ingot import MANIFEST, Manifest, file_infos
-from ingot.runtime import triton_repository
+from ingot.export.ingot import LIBRARY, MANIFEST, Manifest, file_infos
+from ingot.plugins.errors import IngotError
+from ingot.runtime import operators, triton_repository
 from ingot.runtime.triton_lint import lint
 from ingot.runtime.triton_plan import Settings, TritonError
 from ingot.runtime.triton_repository import CARRIED, CARRIED_FOR_ENGINES, write_repository
@@ -99,16 +100,53 @@ print(json.dumps([
 """
 
 
-def test_carries_all_the_code_it_needs(copied: Path) -> None:
-    home = copied / "m_generate"
+def opened_by_itself(home: Path) -> set[Path]:
+    """The files of ours that a Python model has imported when it is ready, with nothing else."""
     config = parsed(home / "config.pbtxt")
     parameters = {k: {"string_value": v.string_value} for k, v in config.parameters.items()}
     text = json.dumps({"parameters": parameters})
     command = [sys.executable, "-I", "-c", ISOLATED, str(home), text]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
-    files = {Path(file) for file in json.loads(done.stdout.splitlines()[-1])}
-    assert files == {home / "1" / file for file in CARRIED}
+    return {Path(file) for file in json.loads(done.stdout.splitlines()[-1])}
+
+
+def test_carries_all_the_code_it_needs(copied: Path) -> None:
+    home = copied / "m_generate"
+    assert opened_by_itself(home) == {home / "1" / file for file in CARRIED}
+
+
+def test_serves_the_library_of_whoever_makes_it(
+    own_kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in the ingot is its maker's, and is the same or nothing is written."""
+    out = tmp_path / "r"
+    write_repository(own_kernels, out, Settings(name="m"))
+    written = out / "m_generate" / "ingot" / LIBRARY
+    assert written.read_bytes() == (own_kernels / LIBRARY).read_bytes()
+    assert list(out.rglob(LIBRARY)) == [written]
+    config = parsed(out / "m_generate" / "config.pbtxt").parameters
+    assert (out / "m_generate" / config["operators"].string_value) == written
+    assert LIBRARY in (out / "README.md").read_text()
+    # Here there is none, or another one.
+    monkeypatch.setattr(operators, "INSTALLED", tmp_path / "none.so")
+    for content in (None, b"another"):
+        if content is not None:
+            (tmp_path / "none.so").write_bytes(content)
+        with pytest.raises(
+            IngotError, match=r"give --operators .*, install .*, or export it again"
+        ):
+            write_repository(own_kernels, tmp_path / "s", Settings(name="m"))
+    named = own_kernels / LIBRARY
+    write_repository(own_kernels, tmp_path / "s", Settings(name="m"), operators=named)
+    assert lint(tmp_path / "s") == []
+
+
+def test_opens_ingots_own_kernels_with_what_it_carries(own_kernels: Path, tmp_path: Path) -> None:
+    write_repository(own_kernels, tmp_path / "r", Settings(name="m", streams=2, threads=1))
+    assert opened_by_itself(tmp_path / "r" / "m_generate") == {
+        tmp_path / "r" / "m_generate" / "1" / file for file in CARRIED
+    }
 
 
 def test_an_engines_code_needs_no_pytorch(tmp_path: Path) -> None:
