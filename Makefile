@@ -150,7 +150,8 @@ cpp: cpp-headers
 # The seeded tiny ingots that its tests open, made again where what exports them has changed.
 cpp-ingots: build/cpp-ingots/.made
 
-build/cpp-ingots/.made: tests/make_ingots.py tests/toy_hybrid.py $(wildcard export/*.py export/passes/*.py graphs/*.py plugins/*.py) | setup
+build/cpp-ingots/.made: tests/make_ingots.py tests/toy_hybrid.py $(wildcard export/*.py export/passes/*.py graphs/*.py plugins/*.py) \
+		$(wildcard plugins/cpu/*.py plugins/cpu/src/* plugins/cpu/ort/*) | setup cpu
 	PYTHONPATH=. $(BIN)/python tests/make_ingots.py build/cpp-ingots
 	touch $@
 
@@ -184,3 +185,4 @@ cpp-valgrind: cpp cpp-ingots
 	$(MEMCHECK) build/cpp/ingot_generate build/cpp-ingots/olmoe-ort --prompt-ids 17,300,5 --prompt-ids 4 --max-new-tokens 3
 	$(MEMCHECK) build/cpp/ingot_generate build/cpp-ingots/mamba2-ort --prompt-ids 17,300,5 --max-new-tokens 3 --temperature 1
 	$(MEMCHECK) build/cpp/ingot_generate_c build/cpp-ingots/granite-onnx 17 300 5
+	$(MEMCHECK) build/cpp/ingot_generate_c build/cpp-ingots/olmoe-own --operators build/cpp-ingots/olmoe-own/libingot_ort.so 17 300 5
