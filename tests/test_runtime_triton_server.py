@@ -19,6 +19,7 @@ from conftest import MakeCheckpoint, MakeIngot
 from triton_server import Server
 
 from ingot.graphs.names import FAMILIES
+from ingot.plugins.cpu.library import CpuLibrary
 from ingot.runtime.generate import Sampling, generate
 from ingot.runtime.loading import load
 from ingot.runtime.triton_plan import Settings
@@ -183,6 +184,18 @@ def single(
     yield from _served(ingots("mamba2"), tmp_path_factory.mktemp("single"), streams=1)
 
 
+@pytest.fixture(scope="module")
+def own(
+    make_checkpoint: MakeCheckpoint,
+    make_ingot: MakeIngot,
+    cpu_library: CpuLibrary,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Served]:
+    """OLMoE on Ingot's own kernels, whose library the server loads."""
+    ingot = make_ingot(make_checkpoint("olmoe"), "ort", kernels="ingot", weights="int4")
+    yield from _served(ingot, tmp_path_factory.mktemp("own"), streams=3)
+
+
 def _all(served: Served, prompts: list[list[int]], **values: Any) -> list[Answer]:
     """The answers to prompts sent at the same time, each over a stream of its own."""
     start = threading.Barrier(len(prompts))
@@ -214,6 +227,12 @@ def test_streams_three_prompts_at_once_as_each_alone(family: Served) -> None:
     steps = generate(load(family.ingot), PROMPTS, max_new_tokens=NEW)
     together = [list(row) for row in zip(*steps, strict=True)]
     assert [answer.tokens for answer in answers] == together
+
+
+def test_streams_from_ingots_own_kernels(own: Served) -> None:
+    answers = _all(own, PROMPTS, max_new_tokens=NEW)
+    assert [answer.error for answer in answers] == [""] * 3
+    assert [answer.tokens for answer in answers] == [own.solo(prompt) for prompt in PROMPTS]
 
 
 def test_samples_and_stops_as_the_session_does(family: Served) -> None:
