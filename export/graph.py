@@ -24,6 +24,7 @@ from ingot.export.codecs.given import Given, quantization_of
 from ingot.export.ingot_schema import CHECKPOINT, INGOT, ORT, PORTABLE
 from ingot.export.lower_ort import lower_ingot, lower_ort, lower_portable
 from ingot.export.lower_trt import lower_trt
+from ingot.export.passes.fuse import FuseLinears, FuseMlps, FuseResiduals
 from ingot.export.passes.graph_pass import Applied, run
 from ingot.export.passes.moe_apart import ExpertsApart
 from ingot.export.passes.pack import PackMatrices
@@ -299,7 +300,14 @@ class Recipe:
         other = self.precision if how is not None or not self.weights else self.weights
         dtype_of = _dtype_of(opened.stored if given else lambda _name: other)
         rounds = how is not None and how.accuracy == "fast"
-        return run(model, [PackMatrices(dtype_of, coder, round_activations=rounds), NameFixPass()])
+        passes = [
+            PackMatrices(dtype_of, coder, round_activations=rounds),
+            FuseMlps(),
+            FuseResiduals(),
+            FuseLinears(),
+            NameFixPass(),
+        ]
+        return run(model, passes)
 
 
 def _dtype_of(stored: Callable[[str], str]) -> Callable[[str], ir.DataType]:

@@ -15,6 +15,7 @@ from ingot.export.passes.functions import AttachFunctionBodies
 from ingot.export.passes.graph_pass import Applied, run
 from ingot.export.passes.moe import MoeDispatchToMoE
 from ingot.export.passes.moe_linear import MoeLinearToMatMuls
+from ingot.export.passes.rotary import RotationToOperator
 from ingot.export.passes.scan import Mamba2ScanToLinearAttention
 from ingot.export.passes.tied import TiedHeadToFusedMatMul
 
@@ -37,6 +38,7 @@ def lower_ingot(model: ir.Model) -> tuple[Applied, ...]:
     passes = [
         CausalConvToOperator(),
         AttentionToGroupQueryAttention(),
+        RotationToOperator(),
         TiedHeadToFusedMatMul(),
         RemoveUnusedNodesPass(),
         AttachFunctionBodies(),
@@ -57,6 +59,7 @@ def lower_ort(model: ir.Model) -> tuple[Applied, ...]:
         Mamba2ScanToLinearAttention(),
         CausalConvToBlocked(),
         AttentionToGroupQueryAttention(),
+        RotationToOperator(),
         TiedHeadToFusedMatMul(),
         RemoveUnusedNodesPass(),
         NameFixPass(),

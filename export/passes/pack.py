@@ -137,6 +137,8 @@ class PackMatrices(GraphPass):
             sizes |= {"experts": stack[0]} if stack else {}
             sizes |= _stored(form)
         kind, inputs = _kernel(node)
+        if kind == "Linear":
+            sizes["scale"] = 1.0
         if kind != "Embedding":
             whole = form.block or any(each.block for each, _ in others)
             sizes["round_activations"] = int(self.round_activations and bool(whole))

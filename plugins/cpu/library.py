@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import (
     CFUNCTYPE,
@@ -50,16 +50,38 @@ class _Format(Structure):
     _fields_ = (("numbers", c_int32), ("block", c_int32), ("zero_points", c_int32))
 
 
+class _Output(Structure):
+    _fields_ = (
+        ("out_features", c_int64),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("residual", c_void_p),
+        ("scale", c_float),
+        ("y", c_void_p),
+    )
+
+
 class _Linear(Structure):
     _fields_ = (
         ("format", _Format),
         ("round_activations", c_int32),
+        ("count", c_int32),
         ("tokens", c_int64),
         ("in_features", c_int64),
-        ("out_features", c_int64),
         ("x", c_void_p),
-        ("weight", c_void_p),
-        ("bias", c_void_p),
+        ("outputs", POINTER(_Output)),
+    )
+
+
+class _Mlp(Structure):
+    _fields_ = (
+        ("gate_up_format", _Format),
+        ("down_format", _Format),
+        ("round_activations", c_int32),
+        ("activation", c_int32),
+        *((name, c_int64) for name in ("tokens", "hidden", "intermediate")),
+        *((name, c_void_p) for name in ("x", "gate", "up", "down", "residual")),
+        ("scale", c_float),
         ("y", c_void_p),
     )
 
@@ -201,10 +223,12 @@ class CpuLibrary:
         weight: Bytes,
         rows: int,
         bias: Floats | None = None,
+        residual: Floats | None = None,
         *,
+        scale: float = 1.0,
         round_activations: bool = False,
     ) -> Floats:
-        """``x W^T + bias``.
+        """``residual + scale * (x W^T + bias)``, or without a residual ``x W^T + bias``.
 
         Args:
             form: of the weight.
@@ -212,15 +236,93 @@ class CpuLibrary:
             weight: ``[rows, K]`` in panels.
             rows: outputs.
             bias: ``[rows]``.
+            residual: ``[N, rows]``.
+            scale: of what is added to it.
             round_activations: whether x is rounded to int8.
 
         Returns:
             ``[N, rows]``.
         """
         y = np.full((len(x), rows), np.nan, np.float32)
-        addresses = (_address(x), _address(weight), _address(bias), _address(y))
-        params = _Linear(_format(form), round_activations, *x.shape, rows, *addresses)
+        given = (_address(weight), _address(bias), _address(residual), scale, _address(y))
+        self._linear(form, x, [_Output(rows, *given)], round_activations)
+        return y
+
+    def linears(
+        self,
+        form: Format,
+        x: Floats,
+        weights: Sequence[tuple[Bytes, int]],
+        *,
+        round_activations: bool = False,
+    ) -> list[Floats]:
+        """``x W^T`` of several weights.
+
+        Args:
+            form: of all of them.
+            x: ``[N, K]``, contiguous.
+            weights: each in panels, and its rows.
+            round_activations: whether x is rounded to int8.
+
+        Returns:
+            ``[N, rows]`` of each.
+        """
+        results = [np.full((len(x), rows), np.nan, np.float32) for _, rows in weights]
+        outputs = [
+            _Output(rows, _address(weight), None, None, 1.0, _address(y))
+            for (weight, rows), y in zip(weights, results, strict=True)
+        ]
+        self._linear(form, x, outputs, round_activations)
+        return results
+
+    def _linear(self, form: Format, x: Floats, outputs: list[_Output], rounds: bool) -> None:
+        held = (_Output * len(outputs))(*outputs)
+        params = _Linear(_format(form), rounds, len(outputs), *x.shape, _address(x), held)
         self._check(self._library.ingot_cpu_linear(byref(params), byref(self._threads)))
+
+    def mlp(
+        self,
+        forms: tuple[Format, Format],
+        x: Floats,
+        gate: Bytes,
+        up: Bytes,
+        down: Bytes,
+        intermediate: int,
+        residual: Floats | None = None,
+        *,
+        activation: str,
+        scale: float = 1.0,
+        round_activations: bool = False,
+    ) -> Floats:
+        """``residual + scale * (activation(x G^T) * (x U^T)) D^T``; the first may be missing.
+
+        Args:
+            forms: of ``gate`` and ``up``, and of ``down``.
+            x: ``[N, H]``, contiguous.
+            gate: ``[I, H]`` in panels.
+            up: ``[I, H]`` in panels.
+            down: ``[H, I]`` in panels.
+            intermediate: I.
+            residual: ``[N, H]``.
+            activation: a key of ``plugins.activations.ACTIVATIONS``.
+            scale: of what is added to the residual.
+            round_activations: whether what is multiplied is rounded to int8.
+
+        Returns:
+            ``[N, H]``.
+        """
+        y = np.full(x.shape, np.nan, np.float32)
+        params = _Mlp(
+            *map(_format, forms),
+            round_activations,
+            ACTIVATIONS[activation].number,
+            *x.shape,
+            intermediate,
+            *(_address(tensor) for tensor in (x, gate, up, down, residual)),
+            scale,
+            _address(y),
+        )
+        self._check(self._library.ingot_cpu_mlp(byref(params), byref(self._threads)))
         return y
 
     def embedding(

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 from onnx import numpy_helper
 
+from ingot.plugins.cpu.operators import DOMAIN as PANELS
 from ingot.validate.identity.weights_files import Tensor
 
 # Of the tensors that may be weights; by onnx.proto.
@@ -208,6 +209,9 @@ class Graph:
         A bias may be added before, and casts may stand between, or a cut of what rows of a table
         are filled up with.
         """
+        made = self.producers.get(value)
+        if made is not None and made.domain == PANELS and _scaled(made):
+            return True
         for use in self.readers(value):
             node = use.node
             other = [name for index, name in enumerate(node.input) if index != use.index]
@@ -217,6 +221,11 @@ class Graph:
             if added or (node.op_type == "Slice" and use.index == 0):
                 return self.multiplied(node.output[0])
         return False
+
+
+def _scaled(node: onnx.NodeProto) -> bool:
+    """Whether an operator multiplies what it computes by a number before it adds it."""
+    return any(each.name == "scale" and each.f != 1.0 for each in node.attribute)
 
 
 def attribute(node: onnx.NodeProto, name: str, default: int) -> int:

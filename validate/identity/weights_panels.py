@@ -51,10 +51,18 @@ class Place(NamedTuple):
     stack: str
     rows: tuple[str, int]
     columns: str
+    # Whether there is one such weight for each of that attribute's numbers, one behind the other.
+    each: bool = False
 
 
 PLACES: dict[str, tuple[Place, ...]] = {
     "Linear": (Place(1, "", "", ("out_features", 1), "in_features"),),
+    "Linears": (Place(1, "", "", ("out_features", 1), "in_features", each=True),),
+    "Mlp": (
+        Place(1, "gate_up_", "", ("intermediate", 1), "hidden"),
+        Place(2, "gate_up_", "", ("intermediate", 1), "hidden"),
+        Place(3, "down_", "", ("hidden", 1), "intermediate"),
+    ),
     "Embedding": (Place(1, "", "", ("out_features", 1), "in_features"),),
     "MoeLinear": (Place(2, "", "experts", ("out_features", 1), "in_features"),),
     "MoeDispatch": (
@@ -264,7 +272,12 @@ def _place(use: Use) -> Place | None:
     if use.node.domain != DOMAIN:
         return None
     places = PLACES.get(use.node.op_type, ())
-    return next((each for each in places if each.input == use.index), None)
+    for place in places:
+        if place.each and use.index >= place.input:
+            return place._replace(input=use.index)
+        if place.input == use.index:
+            return place
+    return None
 
 
 def panels(graph: Graph, name: str) -> Panels | None:
@@ -290,7 +303,11 @@ def _panels(codes: Tensor, node: onnx.NodeProto, place: Place) -> Panels:
     size = attribute(node, f"{place.prefix}block", 0)
     zeros = attribute(node, f"{place.prefix}zero_points", 0)
     matrices = attribute(node, place.stack, 0) if place.stack else 1
-    rows = attribute(node, place.rows[0], 0) * place.rows[1]
+    name, times = place.rows
+    rows = attribute(node, name, 0) * times
+    if place.each:
+        every = next((list(each.ints) for each in node.attribute if each.name == name), [])
+        rows = every[place.input - 1] if place.input <= len(every) else 0
     columns = attribute(node, place.columns, 0)
     whole = numbers in WHOLE
     fits = size >= 8 and size % 8 == 0 if whole else numbers in FLOATS and not size and not zeros

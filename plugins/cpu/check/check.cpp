@@ -117,7 +117,8 @@ void check_linear(const char *target, const ingot_cpu_format &format, int32_t ro
     const Floats x = floats(n * k), bias = floats(o);
     const auto w = weight(format, o, k);
     compare(target, said("linear", format, {n, k, o, size_t(rounds)}), n * o, 2e-6 * std::sqrt(double(k)), [&](float *y) {
-        const ingot_cpu_linear_params p{format, rounds, int64_t(n), int64_t(k), int64_t(o), x.data(), w.data(), bias.data(), y};
+        const ingot_cpu_linear_output to{int64_t(o), w.data(), bias.data(), nullptr, 1, y};
+        const ingot_cpu_linear_params p{format, rounds, 1, int64_t(n), int64_t(k), x.data(), &to};
         return ingot_cpu_linear(&p, &pool);
     });
 }

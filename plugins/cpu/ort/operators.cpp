@@ -4,7 +4,9 @@
 // CausalConv. Of the domain "ingot.cpu", version 1, operators for weights in panels; what a weight
 // is, attributes say:
 //
-//   Linear       x [..., K], weight, bias [O] (optional) -> y [..., O]
+//   Linear       x [..., K], weight, bias [O], residual [..., O] (both optional) -> y [..., O]
+//   Linears      x [..., K], weights -> y [..., O] of each
+//   Mlp          x [..., H], gate, up, down, residual [..., H] (optional) -> y [..., H]
 //   Embedding    ids [...], weight -> y [..., K]
 //   MoeDispatch  x [N, H], router_logits [N, E], gate_up, down -> y [N, H]
 //   MoeLinear    x [N, K] or [N, choices, K], expert_ids [N, choices], weight -> y [N, choices, O]
@@ -70,6 +72,13 @@ struct Attributes {
         refuse("there are no weights in \"" + numbers + "\"");
     }
 
+    // Of each of some weights.
+    std::vector<int64_t> sizes(const std::string &name) const {
+        const auto values = info.GetAttributes<int64_t>(name.c_str());
+        for (const int64_t value : values) require(value >= 1 && value <= INT32_MAX, name + " has a size that is not 1 to 2147483647");
+        return values;
+    }
+
     int32_t activation() const {
         static const char *const kNames[] = {"silu", "gelu", "gelu_tanh", "relu", "identity"};
         const std::string name = text("activation");
@@ -109,54 +118,142 @@ const void *weight_of(const Ort::ConstValue &value, const char *name, const ingo
 struct Type {
     ONNXTensorElementDataType type;
     bool optional = false;
+    bool variadic = false;
 };
 
 constexpr Type kFloat{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT};
 constexpr Type kInt64{ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64};
 constexpr Type kBytes{ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8};
+constexpr Type kPerhaps{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, true};
+
+// The last size of x is this; the shape of what a weight of `out` rows makes of it.
+std::vector<int64_t> shape_behind(const Ort::ConstValue &x, int64_t in, int64_t out) {
+    auto shape = shape_of(x);
+    require(!shape.empty() && shape.back() == in,
+            "x is " + written(shape) + "; its rows have to have " + std::to_string(in) + " numbers");
+    shape.back() = out;
+    return shape;
+}
+
+// An input that may be missing.
+Ort::ConstValue optional_input(const Ort::KernelContext &context, size_t index) {
+    return context.GetInputCount() > index ? context.GetInput(index) : Ort::ConstValue{};
+}
+
+// What is added to a result of this shape; null where nothing is.
+const float *residual_of(const Ort::ConstValue &given, const std::vector<int64_t> &shape) {
+    if (!given) return nullptr;
+    require(shape_of(given) == shape, "residual is " + written(shape_of(given)) + " and has to be " + written(shape));
+    return given.GetTensorData<float>();
+}
 
 struct Linear {
     static constexpr const char *kName = "Linear", *kIn = kPanelsDomain;
-    static constexpr Type kInputs[] = {kFloat, kBytes, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, true}};
-    static constexpr size_t kOutputs = 1;
+    static constexpr Type kInputs[] = {kFloat, kBytes, kPerhaps, kPerhaps};
+    static constexpr Type kOutputs[] = {kFloat};
 
     explicit Linear(const Attributes &given)
         : format(given.format()),
           rounds(given.integer("round_activations") != 0),
+          scale(given.number("scale")),
           in(given.size("in_features")),
           out(given.size("out_features")) {}
 
     void compute(Ort::KernelContext &context) const {
         const auto x = context.GetInput(0), weight = context.GetInput(1);
-        auto shape = shape_of(x);
-        require(!shape.empty() && shape.back() == in,
-                "x is " + written(shape) + "; its rows have to have " + std::to_string(in) + " numbers");
+        const auto shape = shape_behind(x, in, out);
         const float *bias = nullptr;
-        if (context.GetInputCount() > 2 && context.GetInput(2)) {
-            const auto given = context.GetInput(2);
+        if (const auto given = optional_input(context, 2)) {
             require(count_of(given) == out, "bias is " + written(shape_of(given)) + " and has to have " +
                                                 std::to_string(out) + " numbers");
             bias = given.GetTensorData<float>();
         }
-        const int64_t tokens = count_of(x) / in;
-        shape.back() = out;
-        const ingot_cpu_linear_params params{
-            format, rounds, tokens, in, out, x.GetTensorData<float>(),
-            weight_of(weight, "the weight", format, out, in), bias,
+        const ingot_cpu_linear_output output{
+            out, weight_of(weight, "the weight", format, out, in), bias,
+            residual_of(optional_input(context, 3), shape), scale,
             context.GetOutput(0, shape).GetTensorMutableData<float>()};
+        const ingot_cpu_linear_params params{format, rounds, 1, count_of(x) / in, in, x.GetTensorData<float>(), &output};
         const Threads threads(context);
         check(ingot_cpu_linear(&params, &threads));
     }
 
     ingot_cpu_format format;
     bool rounds;
+    float scale;
     int64_t in, out;
+};
+
+struct Linears {
+    static constexpr const char *kName = "Linears", *kIn = kPanelsDomain;
+    static constexpr Type kInputs[] = {kFloat, {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, false, true}};
+    static constexpr Type kOutputs[] = {{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, false, true}};
+
+    explicit Linears(const Attributes &given)
+        : format(given.format()),
+          rounds(given.integer("round_activations") != 0),
+          in(given.size("in_features")),
+          out(given.sizes("out_features")) {}
+
+    void compute(Ort::KernelContext &context) const {
+        const auto x = context.GetInput(0);
+        require(context.GetInputCount() == out.size() + 1 && context.GetOutputCount() == out.size(),
+                "there is a weight and an output for each of out_features");
+        std::vector<ingot_cpu_linear_output> outputs;
+        for (size_t i = 0; i < out.size(); ++i)
+            outputs.push_back({out[i], weight_of(context.GetInput(i + 1), "a weight", format, out[i], in), nullptr,
+                               nullptr, 1,
+                               context.GetOutput(i, shape_behind(x, in, out[i])).GetTensorMutableData<float>()});
+        const ingot_cpu_linear_params params{format, rounds, int32_t(out.size()), count_of(x) / in, in,
+                                             x.GetTensorData<float>(), outputs.data()};
+        const Threads threads(context);
+        check(ingot_cpu_linear(&params, &threads));
+    }
+
+    ingot_cpu_format format;
+    bool rounds;
+    int64_t in;
+    std::vector<int64_t> out;
+};
+
+struct Mlp {
+    static constexpr const char *kName = "Mlp", *kIn = kPanelsDomain;
+    static constexpr Type kInputs[] = {kFloat, kBytes, kBytes, kBytes, kPerhaps};
+    static constexpr Type kOutputs[] = {kFloat};
+
+    explicit Mlp(const Attributes &given)
+        : gate_up(given.format("gate_up_")),
+          down(given.format("down_")),
+          rounds(given.integer("round_activations") != 0),
+          activation(given.activation()),
+          scale(given.number("scale")),
+          hidden(given.size("hidden")),
+          intermediate(given.size("intermediate")) {}
+
+    void compute(Ort::KernelContext &context) const {
+        const auto x = context.GetInput(0);
+        const auto shape = shape_behind(x, hidden, hidden);
+        const ingot_cpu_mlp_params params{
+            gate_up, down, rounds, activation, count_of(x) / hidden, hidden, intermediate, x.GetTensorData<float>(),
+            weight_of(context.GetInput(1), "gate", gate_up, intermediate, hidden),
+            weight_of(context.GetInput(2), "up", gate_up, intermediate, hidden),
+            weight_of(context.GetInput(3), "down", down, hidden, intermediate),
+            residual_of(optional_input(context, 4), shape), scale,
+            context.GetOutput(0, shape).GetTensorMutableData<float>()};
+        const Threads threads(context);
+        check(ingot_cpu_mlp(&params, &threads));
+    }
+
+    ingot_cpu_format gate_up, down;
+    bool rounds;
+    int32_t activation;
+    float scale;
+    int64_t hidden, intermediate;
 };
 
 struct Embedding {
     static constexpr const char *kName = "Embedding", *kIn = kPanelsDomain;
     static constexpr Type kInputs[] = {kInt64, kBytes};
-    static constexpr size_t kOutputs = 1;
+    static constexpr Type kOutputs[] = {kFloat};
 
     explicit Embedding(const Attributes &given)
         : format(given.format()), in(given.size("in_features")), out(given.size("out_features")) {}
@@ -180,7 +277,7 @@ struct Embedding {
 struct MoeDispatch {
     static constexpr const char *kName = "MoeDispatch", *kIn = kPanelsDomain;
     static constexpr Type kInputs[] = {kFloat, kFloat, kBytes, kBytes};
-    static constexpr size_t kOutputs = 1;
+    static constexpr Type kOutputs[] = {kFloat};
 
     explicit MoeDispatch(const Attributes &given)
         : gate_up(given.format("gate_up_")),
@@ -220,7 +317,7 @@ struct MoeDispatch {
 struct MoeLinear {
     static constexpr const char *kName = "MoeLinear", *kIn = kPanelsDomain;
     static constexpr Type kInputs[] = {kFloat, kInt64, kBytes};
-    static constexpr size_t kOutputs = 1;
+    static constexpr Type kOutputs[] = {kFloat};
 
     explicit MoeLinear(const Attributes &given)
         : format(given.format()),
@@ -267,7 +364,7 @@ std::vector<int64_t> shape_of(const Ort::ConstValue &value, const char *name, si
 struct Mamba2Scan {
     static constexpr const char *kName = "Mamba2Scan", *kIn = kDomain;
     static constexpr Type kInputs[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat};
-    static constexpr size_t kOutputs = 2;
+    static constexpr Type kOutputs[] = {kFloat, kFloat};
 
     explicit Mamba2Scan(const Attributes &given) : dt_min(given.number("dt_min")), dt_max(given.number("dt_max")) {}
 
@@ -308,7 +405,7 @@ struct Mamba2Scan {
 struct CausalConv {
     static constexpr const char *kName = "CausalConv", *kIn = kDomain;
     static constexpr Type kInputs[] = {kFloat, kFloat, kFloat, kFloat};
-    static constexpr size_t kOutputs = 2;
+    static constexpr Type kOutputs[] = {kFloat, kFloat};
 
     explicit CausalConv(const Attributes &given) : activation(given.activation()) {}
 
@@ -369,10 +466,16 @@ struct Custom : Ort::CustomOpBase<Custom<Operator>, Kernel<Operator>, true> {
     size_t GetInputTypeCount() const { return std::size(Operator::kInputs); }
     ONNXTensorElementDataType GetInputType(size_t index) const { return Operator::kInputs[index].type; }
     OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
-        return Operator::kInputs[index].optional ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+        return characteristic(Operator::kInputs[index]);
     }
-    size_t GetOutputTypeCount() const { return Operator::kOutputs; }
-    ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+    size_t GetOutputTypeCount() const { return std::size(Operator::kOutputs); }
+    ONNXTensorElementDataType GetOutputType(size_t index) const { return Operator::kOutputs[index].type; }
+    OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
+        return characteristic(Operator::kOutputs[index]);
+    }
+    static OrtCustomOpInputOutputCharacteristic characteristic(const Type &of) {
+        return of.variadic ? INPUT_OUTPUT_VARIADIC : of.optional ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+    }
 };
 
 }  // namespace
@@ -386,6 +489,8 @@ extern "C" INGOT_CPU_API OrtStatus *RegisterCustomOps(OrtSessionOptions *options
     static const Custom<Mamba2Scan> mamba2_scan;
     static const Custom<CausalConv> causal_conv;
     static const Custom<Linear> linear;
+    static const Custom<Linears> linears;
+    static const Custom<Mlp> mlp;
     static const Custom<Embedding> embedding;
     static const Custom<MoeDispatch> moe_dispatch;
     static const Custom<MoeLinear> moe_linear;
@@ -398,7 +503,7 @@ extern "C" INGOT_CPU_API OrtStatus *RegisterCustomOps(OrtSessionOptions *options
         // As long as the library is loaded, as the operators are: sessions that are open use both.
         static const Ort::CustomOpDomain canonical = with(kDomain, {&mamba2_scan, &causal_conv});
         static const Ort::CustomOpDomain panels =
-            with(kPanelsDomain, {&linear, &embedding, &moe_dispatch, &moe_linear});
+            with(kPanelsDomain, {&linear, &linears, &mlp, &embedding, &moe_dispatch, &moe_linear});
         Ort::UnownedSessionOptions given(options);
         given.Add(canonical);
         given.Add(panels);

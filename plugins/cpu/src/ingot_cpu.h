@@ -58,18 +58,44 @@ typedef struct {
     void *self;
 } ingot_cpu_threads;
 
-/* y = x W^T + bias */
+/* One of the weights that x is multiplied by: y = residual + scale * (x W^T + bias) */
 typedef struct {
-    ingot_cpu_format format;
+    int64_t out_features;  /* O */
+    const void *weight;    /* [O, K] in panels */
+    const float *bias;     /* [O], or NULL */
+    const float *residual; /* [N, O] apart from y, or NULL: then scale is not read */
+    float scale;
+    float *y;              /* [N, O] */
+} ingot_cpu_linear_output;
+
+/* Linear layers that read the same x */
+typedef struct {
+    ingot_cpu_format format;   /* of all weights */
     int32_t round_activations; /* whether x may be rounded to int8 a block, with whole numbers */
+    int32_t count;             /* of outputs */
     int64_t tokens;            /* N */
     int64_t in_features;       /* K */
-    int64_t out_features;      /* O */
     const float *x;            /* [N, K] */
-    const void *weight;        /* [O, K] in panels */
-    const float *bias;         /* [O], or NULL */
-    float *y;                  /* [N, O] */
+    const ingot_cpu_linear_output *outputs;
 } ingot_cpu_linear_params;
+
+/* A gated MLP: y = residual + scale * (activation(x G^T) * (x U^T)) D^T */
+typedef struct {
+    ingot_cpu_format gate_up_format;
+    ingot_cpu_format down_format;
+    int32_t round_activations;
+    int32_t activation;    /* of ingot_cpu_activation */
+    int64_t tokens;        /* N */
+    int64_t hidden;        /* H */
+    int64_t intermediate;  /* I */
+    const float *x;        /* [N, H] */
+    const void *gate;      /* [I, H] in panels */
+    const void *up;        /* [I, H] in panels */
+    const void *down;      /* [H, I] in panels */
+    const float *residual; /* [N, H] apart from y, or NULL: then scale is not read */
+    float scale;
+    float *y;              /* [N, H] */
+} ingot_cpu_mlp_params;
 
 /* y[n] = W[ids[n]] */
 typedef struct {
@@ -177,6 +203,7 @@ INGOT_CPU_API size_t ingot_cpu_weight_bytes(const ingot_cpu_format *format, int6
 
 INGOT_CPU_API int ingot_cpu_linear(const ingot_cpu_linear_params *params,
                                    const ingot_cpu_threads *threads);
+INGOT_CPU_API int ingot_cpu_mlp(const ingot_cpu_mlp_params *params, const ingot_cpu_threads *threads);
 INGOT_CPU_API int ingot_cpu_embedding(const ingot_cpu_embedding_params *params,
                                       const ingot_cpu_threads *threads);
 INGOT_CPU_API int ingot_cpu_moe_dispatch(const ingot_cpu_moe_dispatch_params *params,

@@ -17,6 +17,9 @@ void check_sizes(int64_t tokens, int64_t in_features, int64_t out_features) {
     check_size("out_features", out_features);
 }
 
+// What x is multiplied by in one call.
+constexpr int32_t kMostOutputs = 64;
+
 // One row of a table, as floats.
 void look_up(const ingot_cpu_format &format, const Layout &layout, const uint8_t *table, size_t row,
              size_t columns, float *y) {
@@ -68,12 +71,19 @@ int ingot_cpu_linear(const ingot_cpu_linear_params *params, const ingot_cpu_thre
     return answered([&] {
         const ingot_cpu_linear_params &p = *params;
         check(p.format);
-        check_sizes(p.tokens, p.in_features, p.out_features);
+        require(p.count >= 1 && p.count <= kMostOutputs, "a call has 1 to 64 weights");
+        for (int32_t i = 0; i < p.count; ++i) check_sizes(p.tokens, p.in_features, p.outputs[i].out_features);
         if (!p.tokens) return;
         if (use_reference()) return reference_linear(p);
-        const Job job{static_cast<const uint8_t *>(p.weight), 0, size_t(p.tokens)};
-        const Product product(p.format, size_t(p.in_features), size_t(p.out_features),
-                              p.round_activations, &job, 1);
+        std::vector<Target> targets;
+        for (int32_t i = 0; i < p.count; ++i) {
+            const ingot_cpu_linear_output &each = p.outputs[i];
+            targets.push_back({size_t(each.out_features), each.y, each.bias, each.residual, each.scale});
+        }
+        std::vector<Job> jobs;
+        for (int32_t i = 0; i < p.count; ++i)
+            jobs.push_back({static_cast<const uint8_t *>(p.outputs[i].weight), 0, size_t(p.tokens), &targets[size_t(i)]});
+        const Product product(p.format, size_t(p.in_features), p.round_activations, jobs.data(), jobs.size());
         product.pack(
             *threads,
             [](const void *self, size_t row) {
@@ -81,7 +91,7 @@ int ingot_cpu_linear(const ingot_cpu_linear_params *params, const ingot_cpu_thre
                 return given.x + row * size_t(given.in_features);
             },
             &p);
-        product.multiply(*threads, p.y, p.bias);
+        product.multiply(*threads);
     });
 }
 

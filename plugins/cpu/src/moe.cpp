@@ -1,5 +1,6 @@
 // ingot_cpu_moe_dispatch and ingot_cpu_moe_linear: the rows of each expert, side by side, through
-// the products of product.h, so that each expert that is chosen is read once.
+// the products of product.h, so that each expert that is chosen is read once. And ingot_cpu_mlp, of
+// which all tokens have the one expert.
 #include <algorithm>
 #include <cmath>
 
@@ -63,14 +64,15 @@ constexpr size_t kSliceFloats = size_t(16) << 20;
 
 // What each row of a slice is for, sorted by expert: jobs for the experts that have any.
 struct Sorted {
-    Sorted(const int64_t *ids, size_t choices, size_t experts, const void *weight, size_t bytes) {
+    Sorted(const int64_t *ids, size_t choices, size_t experts, const void *weight, size_t bytes,
+           const Target *target) {
         std::vector<size_t> counts(experts);
         for (size_t choice = 0; choice < choices; ++choice) ++counts[size_t(ids[choice])];
         std::vector<size_t> next(experts);
         for (size_t expert = 0, first = 0; expert < experts; first += counts[expert++]) {
             next[expert] = first;
             if (counts[expert])
-                jobs.push_back({static_cast<const uint8_t *>(weight) + expert * bytes, first, counts[expert]});
+                jobs.push_back({static_cast<const uint8_t *>(weight) + expert * bytes, first, counts[expert], target});
             if (counts[expert]) chosen.push_back(expert);
         }
         choice_of_row.resize(choices);
@@ -138,37 +140,75 @@ void reference_dispatch(const ingot_cpu_moe_dispatch_params &p, const int64_t *i
     }
 }
 
+// Where rows of gate and of up are: both [rows], so many floats from one row to the next.
+struct Both {
+    const float *gate, *up;
+    size_t stride;
+};
+
+// middle[row] = activation(gate[row]) * up[row], each `inner` floats.
+void gate_rows(const ingot_cpu_threads &threads, const Both &both, size_t rows, size_t inner,
+               int32_t activation, float *middle) {
+    const auto gate = HWY_DYNAMIC_POINTER(Gate);
+    const size_t pieces = rows * inner < (1 << 15) ? 1 : std::min<size_t>(rows, 64);
+    run(threads, pieces, [&](size_t piece) {
+        for (size_t row = rows * piece / pieces; row < rows * (piece + 1) / pieces; ++row)
+            gate(both.gate + row * both.stride, both.up + row * both.stride, inner, activation,
+                 middle + row * inner);
+    });
+}
+
+// A slice of the tokens.
+void mlp(const ingot_cpu_mlp_params &p, const ingot_cpu_threads &threads, size_t begin, size_t tokens) {
+    const size_t hidden = size_t(p.hidden), inner = size_t(p.intermediate);
+    const Buffer<float> gate(tokens * inner), up(tokens * inner);
+    {
+        const Target to_gate{inner, gate.get(), nullptr, nullptr, 1}, to_up{inner, up.get(), nullptr, nullptr, 1};
+        const Job jobs[] = {{static_cast<const uint8_t *>(p.gate), 0, tokens, &to_gate},
+                            {static_cast<const uint8_t *>(p.up), 0, tokens, &to_up}};
+        const Product product(p.gate_up_format, hidden, p.round_activations, jobs, 2);
+        const Rows rows{p.x + begin * hidden, hidden, 1, nullptr};
+        product.pack(threads, Rows::of, &rows);
+        product.multiply(threads);
+    }
+    gate_rows(threads, {gate.get(), up.get(), inner}, tokens, inner, p.activation, gate.get());
+    const float *residual = p.residual ? p.residual + begin * hidden : nullptr;
+    const Target target{hidden, p.y + begin * hidden, nullptr, residual, p.scale};
+    const Job job{static_cast<const uint8_t *>(p.down), 0, tokens, &target};
+    const Product product(p.down_format, inner, p.round_activations, &job, 1);
+    const Rows rows{gate.get(), inner, 1, nullptr};
+    product.pack(threads, Rows::of, &rows);
+    product.multiply(threads);
+}
+
 // A slice of the tokens.
 void dispatch(const ingot_cpu_moe_dispatch_params &p, const ingot_cpu_threads &threads, size_t begin,
               size_t tokens, const int64_t *ids, const float *weights) {
     const size_t hidden = size_t(p.hidden), inner = size_t(p.intermediate), top_k = size_t(p.top_k);
     const size_t choices = tokens * top_k;
-    const Sorted sorted(ids, choices, size_t(p.experts), p.gate_up,
-                        matrix_bytes(p.gate_up_format, 2 * inner, hidden));
     const Buffer<float> both(choices * 2 * inner), middle(choices * inner), out(choices * hidden);
+    const Target to_both{2 * inner, both.get(), nullptr, nullptr, 1}, to_out{hidden, out.get(), nullptr, nullptr, 1};
+    const Sorted sorted(ids, choices, size_t(p.experts), p.gate_up,
+                        matrix_bytes(p.gate_up_format, 2 * inner, hidden), &to_both);
     {
-        const Product product(p.gate_up_format, hidden, 2 * inner, p.round_activations,
-                              sorted.jobs.data(), sorted.jobs.size());
+        const Product product(p.gate_up_format, hidden, p.round_activations, sorted.jobs.data(),
+                              sorted.jobs.size());
         const Rows rows{p.x + begin * hidden, hidden, top_k, sorted.choice_of_row.data()};
         product.pack(threads, Rows::of, &rows);
-        product.multiply(threads, both.get(), nullptr);
+        product.multiply(threads);
     }
-    const auto gate = HWY_DYNAMIC_POINTER(Gate);
-    const size_t pieces = choices * inner < (1 << 15) ? 1 : std::min<size_t>(choices, 64);
-    run(threads, pieces, [&](size_t piece) {
-        for (size_t row = choices * piece / pieces; row < choices * (piece + 1) / pieces; ++row)
-            gate(both.get() + row * 2 * inner, both.get() + (row * 2 + 1) * inner, inner, p.activation,
-                 middle.get() + row * inner);
-    });
+    gate_rows(threads, {both.get(), both.get() + inner, 2 * inner}, choices, inner, p.activation, middle.get());
     {
         std::vector<Job> jobs = sorted.jobs;
         const size_t bytes = matrix_bytes(p.down_format, hidden, inner);
-        for (size_t job = 0; job < jobs.size(); ++job)
+        for (size_t job = 0; job < jobs.size(); ++job) {
             jobs[job].weight = static_cast<const uint8_t *>(p.down) + sorted.chosen[job] * bytes;
-        const Product product(p.down_format, inner, hidden, p.round_activations, jobs.data(), jobs.size());
+            jobs[job].target = &to_out;
+        }
+        const Product product(p.down_format, inner, p.round_activations, jobs.data(), jobs.size());
         const Rows rows{middle.get(), inner, 1, nullptr};
         product.pack(threads, Rows::of, &rows);
-        product.multiply(threads, out.get(), nullptr);
+        product.multiply(threads);
     }
     const auto combine = HWY_DYNAMIC_POINTER(Combine);
     const size_t parts = choices * hidden < (1 << 15) ? 1 : std::min<size_t>(tokens, 64);
@@ -221,6 +261,22 @@ int ingot_cpu_moe_dispatch(const ingot_cpu_moe_dispatch_params *params, const in
     });
 }
 
+int ingot_cpu_mlp(const ingot_cpu_mlp_params *params, const ingot_cpu_threads *threads) {
+    return answered([&] {
+        const ingot_cpu_mlp_params &p = *params;
+        check(p.gate_up_format);
+        check(p.down_format);
+        check_size("tokens", p.tokens, 0);
+        check_size("hidden", p.hidden);
+        check_size("intermediate", p.intermediate);
+        check_activation(p.activation);
+        if (use_reference()) return reference_mlp(p);
+        const size_t tokens = size_t(p.tokens), slice = slice_of(tokens, size_t(2 * p.intermediate));
+        for (size_t begin = 0; begin < tokens; begin += slice)
+            mlp(p, *threads, begin, std::min(slice, tokens - begin));
+    });
+}
+
 int ingot_cpu_moe_linear(const ingot_cpu_moe_linear_params *params, const ingot_cpu_threads *threads) {
     return answered([&] {
         const ingot_cpu_moe_linear_params &p = *params;
@@ -241,7 +297,9 @@ int ingot_cpu_moe_linear(const ingot_cpu_moe_linear_params *params, const ingot_
             const size_t choices = std::min(slice, tokens - begin) * top_k;
             const int64_t *ids = p.expert_ids + begin * top_k;
             float *y = p.y + begin * top_k * out;
-            const Sorted sorted(ids, choices, size_t(p.experts), p.weight, bytes);
+            const Buffer<float> found(use_reference() ? 0 : choices * out);
+            const Target target{out, found.get(), nullptr, nullptr, 1};
+            const Sorted sorted(ids, choices, size_t(p.experts), p.weight, bytes, &target);
             const Rows rows{p.x + begin * (p.per_choice ? top_k : 1) * columns, columns,
                             p.per_choice ? 1 : top_k, sorted.choice_of_row.data()};
             if (use_reference()) {
@@ -255,11 +313,10 @@ int ingot_cpu_moe_linear(const ingot_cpu_moe_linear_params *params, const ingot_
                 }
                 continue;
             }
-            const Product product(p.format, columns, out, p.round_activations, sorted.jobs.data(),
+            const Product product(p.format, columns, p.round_activations, sorted.jobs.data(),
                                   sorted.jobs.size());
             product.pack(*threads, Rows::of, &rows);
-            const Buffer<float> found(choices * out);
-            product.multiply(*threads, found.get(), nullptr);
+            product.multiply(*threads);
             for (size_t choice = 0; choice < choices; ++choice)
                 std::copy_n(found.get() + sorted.row_of_choice[choice] * out, out, y + choice * out);
         }

@@ -97,21 +97,49 @@ HWY_INLINE void each_column(VU group, const Use &use) {
     }
 }
 
-HWY_INLINE void store(VF sum, float *y, const float *bias, size_t column, size_t out) {
-    const F32 d;
-    if (column + kLanes <= out) {
-        if (bias) sum = hn::Add(sum, hn::LoadU(d, bias + column));
-        hn::StoreU(sum, d, y + column);
-    } else if (column < out) {
-        if (bias) sum = hn::Add(sum, hn::LoadN(d, bias + column, out - column));
-        hn::StoreN(sum, d, y + column, out - column);
+// Where the sums of a tile go: columns from `column` on, of rows from `row` on.
+struct Ends {
+    Ends(const Target &target, size_t row, size_t column)
+        : y(target.y + row * target.out),
+          bias(target.bias),
+          residual(target.residual ? target.residual + row * target.out : nullptr),
+          scale(target.scale),
+          column(column),
+          out(target.out) {}
+
+    // Sums of row m, of the vector at `at`.
+    HWY_INLINE void store(VF sum, size_t m, size_t at) const { store(sum, m, at, bias, residual); }
+
+    // The same of a part of the columns of x: y has the sums of those before but of the first.
+    HWY_INLINE void store_part(VF sum, size_t m, size_t at, bool first, bool last) const {
+        store(sum, m, at, first ? bias : y + m * out, last ? residual : nullptr);
     }
-}
+
+   private:
+    HWY_INLINE void store(VF sum, size_t m, size_t at, const float *add, const float *rest) const {
+        const F32 d;
+        const size_t here = column + at;
+        if (here + kLanes <= out) {
+            if (add) sum = hn::Add(sum, hn::LoadU(d, add + here));
+            if (rest) sum = hn::MulAdd(sum, hn::Set(d, scale), hn::LoadU(d, rest + m * out + here));
+            hn::StoreU(sum, d, y + m * out + here);
+        } else if (here < out) {
+            const size_t left = out - here;
+            if (add) sum = hn::Add(sum, hn::LoadN(d, add + here, left));
+            if (rest) sum = hn::MulAdd(sum, hn::Set(d, scale), hn::LoadN(d, rest + m * out + here, left));
+            hn::StoreN(sum, d, y + m * out + here, left);
+        }
+    }
+
+    float *y;
+    const float *bias, *residual;
+    float scale;
+    size_t column, out;
+};
 
 // Few rows, float32 and bfloat16: one panel, its sums in registers to the end.
 template <int kNumbers, size_t kTall>
-HWY_INLINE void few_floats(const Product &p, const float *x, const uint8_t *panel, float *y,
-                           const float *bias, size_t column0) {
+HWY_INLINE void few_floats(const Product &p, const float *x, const uint8_t *panel, const Ends &to) {
     // Sums beside each other, since one chain of additions would wait for itself.
     constexpr size_t kChains = kTall * kVectors >= 8 ? 1 : 8 / (kTall * kVectors);
     constexpr size_t kStep = kGroup<kNumbers>;
@@ -148,14 +176,13 @@ HWY_INLINE void few_floats(const Product &p, const float *x, const uint8_t *pane
             VF sum = sums[0][m][v];
             INGOT_UNROLL
             for (size_t chain = 1; chain < kChains; ++chain) sum = hn::Add(sum, sums[chain][m][v]);
-            store(sum, y + m * p.out, bias, column0 + v * kLanes, p.out);
+            to.store(sum, m, v * kLanes);
         }
 }
 
 // Few rows, whole numbers.
 template <int kNumbers, size_t kTall>
-HWY_INLINE void few_whole(const Product &p, const float *x, const uint8_t *panel, float *y,
-                          const float *bias, size_t column0) {
+HWY_INLINE void few_whole(const Product &p, const float *x, const uint8_t *panel, const Ends &to) {
     constexpr size_t kStep = kGroup<kNumbers>;
     const F32 d;
     VF sums[kTall][kVectors];
@@ -201,14 +228,14 @@ HWY_INLINE void few_whole(const Product &p, const float *x, const uint8_t *panel
         INGOT_UNROLL
         for (size_t v = 0; v < kVectors; ++v) {
             const VF factor = hn::LoadU(d, reinterpret_cast<const float *>(panel) + v * kLanes);
-            store(hn::Mul(sums[m][v], factor), y + m * p.out, bias, column0 + v * kLanes, p.out);
+            to.store(hn::Mul(sums[m][v], factor), m, v * kLanes);
         }
 }
 
 // A tile of sums: kTall rows of rounded x by kSpan panels.
 template <int kNumbers, size_t kTall, size_t kSpan>
 HWY_INLINE void rounded_tile(const Product &p, size_t row, const uint8_t *const (&panels)[kSpan],
-                             float *y, const float *bias, size_t column0) {
+                             const Ends &to) {
     const F32 d;
     const I32 di;
     const size_t size = size_t(p.format.block), quads = size / 4;
@@ -296,8 +323,7 @@ HWY_INLINE void rounded_tile(const Product &p, size_t row, const uint8_t *const 
             const VF factor = hn::LoadU(d, reinterpret_cast<const float *>(panels[s]) + v * kLanes);
             INGOT_UNROLL
             for (size_t m = 0; m < kTall; ++m)
-                store(hn::Mul(sums[m][s][v], factor), y + m * p.out, bias,
-                      column0 + s * kRows + v * kLanes, p.out);
+                to.store(hn::Mul(sums[m][s][v], factor), m, s * kRows + v * kLanes);
         }
 }
 
@@ -344,8 +370,7 @@ HWY_INLINE void decode(const Product &p, const uint8_t *panel, size_t from, size
 // A tile of sums: kTall rows of x by kSpan panels of floats, over `depth` columns.
 template <size_t kTall, size_t kSpan>
 HWY_INLINE void float_tile(const float *x, const float *const (&panels)[kSpan], size_t depth,
-                           bool begin, float *y, size_t stride, const float *bias, size_t column0,
-                           size_t out) {
+                           bool begin, bool end, const Ends &to) {
     const F32 d;
     VF sums[kTall][kSpan * kVectors];
     INGOT_UNROLL
@@ -372,8 +397,7 @@ HWY_INLINE void float_tile(const float *x, const float *const (&panels)[kSpan], 
     for (size_t m = 0; m < kTall; ++m)
         INGOT_UNROLL
         for (size_t v = 0; v < kSpan * kVectors; ++v)
-            store(sums[m][v], y + m * stride, begin ? bias : y + m * stride, column0 + v * kLanes,
-                  out);
+            to.store_part(sums[m][v], m, v * kLanes, begin, end);
 }
 
 // Calls use(std::integral_constant<size_t, n>()) for the n of 1 to kMost that is given.
@@ -384,40 +408,39 @@ HWY_INLINE void with_rows(size_t rows, const Use &use) {
 }
 
 template <int kNumbers>
-HWY_NOINLINE void few(const Product &p, const Job &job, size_t begin, size_t end, float *y, const float *bias) {
+HWY_NOINLINE void few(const Product &p, const Job &job, size_t begin, size_t end) {
     const float *x = p.x.get() + job.first * p.padded;
     for (size_t panel = begin; panel < end; ++panel)
         with_rows<kFewRows>(job.rows, [&](auto tall) HWY_ATTR {
             const uint8_t *weight = job.weight + panel * p.layout.bytes;
-            float *to = y + job.first * p.out;
+            const Ends to(*job.target, job.first, panel * kRows);
             if constexpr (kNumbers < INGOT_CPU_INT8)
-                few_floats<kNumbers, tall()>(p, x, weight, to, bias, panel * kRows);
+                few_floats<kNumbers, tall()>(p, x, weight, to);
             else
-                few_whole<kNumbers, tall()>(p, x, weight, to, bias, panel * kRows);
+                few_whole<kNumbers, tall()>(p, x, weight, to);
         });
 }
 
 template <int kNumbers>
-HWY_NOINLINE void rounded(const Product &p, const Job &job, size_t begin, size_t end, float *y, const float *bias) {
+HWY_NOINLINE void rounded(const Product &p, const Job &job, size_t begin, size_t end) {
     const Tiles tiles(job.rows, kRoundedRows);
     for (size_t panel = begin; panel < end; panel += kPanels)
         for (size_t tile = 0; tile < tiles.count; ++tile) {
             const size_t row = job.first + tiles.begin(tile);
             const size_t rows = tiles.begin(tile + 1) - tiles.begin(tile);
             const uint8_t *weight = job.weight + panel * p.layout.bytes;
+            const Ends to(*job.target, row, panel * kRows);
             with_rows<kRoundedRows>(rows, [&](auto tall) HWY_ATTR {
                 if (kPanels == 1 || panel + 1 == end)
-                    rounded_tile<kNumbers, tall(), 1>(p, row, {weight}, y + row * p.out, bias,
-                                                      panel * kRows);
+                    rounded_tile<kNumbers, tall(), 1>(p, row, {weight}, to);
                 else if constexpr (kPanels == 2)
-                    rounded_tile<kNumbers, tall(), 2>(p, row, {weight, weight + p.layout.bytes},
-                                                      y + row * p.out, bias, panel * kRows);
+                    rounded_tile<kNumbers, tall(), 2>(p, row, {weight, weight + p.layout.bytes}, to);
             });
         }
 }
 
 template <int kNumbers>
-HWY_NOINLINE void many(const Product &p, const Job &job, size_t begin, size_t end, float *y, const float *bias) {
+HWY_NOINLINE void many(const Product &p, const Job &job, size_t begin, size_t end) {
     const Tiles tiles(job.rows, kTileRows);
     const Buffer<float> decoded(kNumbers == INGOT_CPU_FLOAT32 ? 0 : kAbreast * kDepth * kRows);
     for (size_t first = begin; first < end; first += kAbreast) {
@@ -438,15 +461,16 @@ HWY_NOINLINE void many(const Product &p, const Job &job, size_t begin, size_t en
                 const size_t row = job.first + tiles.begin(tile);
                 const size_t rows = tiles.begin(tile + 1) - tiles.begin(tile);
                 const float *x = p.x.get() + row * p.padded + from * rows;
-                float *to = y + row * p.out;
+                const bool ends = from + depth == p.padded;
                 with_rows<kTileRows>(rows, [&](auto tall) HWY_ATTR {
-                    for (size_t panel = first; panel < last; panel += kPanels)
+                    for (size_t panel = first; panel < last; panel += kPanels) {
+                        const Ends to(*job.target, row, panel * kRows);
                         if (kPanels == 1 || panel + 1 == last)
-                            float_tile<tall(), 1>(x, {floats(panel)}, depth, !from, to, p.out, bias,
-                                                  panel * kRows, p.out);
+                            float_tile<tall(), 1>(x, {floats(panel)}, depth, !from, ends, to);
                         else if constexpr (kPanels == 2)
                             float_tile<tall(), 2>(x, {floats(panel), floats(panel + 1)}, depth,
-                                                  !from, to, p.out, bias, panel * kRows, p.out);
+                                                  !from, ends, to);
+                    }
                 });
             }
         }
@@ -454,21 +478,19 @@ HWY_NOINLINE void many(const Product &p, const Job &job, size_t begin, size_t en
 }
 
 template <int kNumbers>
-void columns_of(const Product &p, const Job &job, size_t begin, size_t end, float *y,
-                const float *bias) {
+void columns_of(const Product &p, const Job &job, size_t begin, size_t end) {
     if constexpr (kNumbers >= INGOT_CPU_INT8)
-        if (p.rounded) return rounded<kNumbers>(p, job, begin, end, y, bias);
-    if (job.rows <= kFewRows && job.rows <= kTileRows) return few<kNumbers>(p, job, begin, end, y, bias);
-    many<kNumbers>(p, job, begin, end, y, bias);
+        if (p.rounded) return rounded<kNumbers>(p, job, begin, end);
+    if (job.rows <= kFewRows && job.rows <= kTileRows) return few<kNumbers>(p, job, begin, end);
+    many<kNumbers>(p, job, begin, end);
 }
 
-void Columns(const Product &p, const Job &job, size_t begin, size_t end, float *y,
-             const float *bias) {
+void Columns(const Product &p, const Job &job, size_t begin, size_t end) {
     switch (p.format.numbers) {
-        case INGOT_CPU_FLOAT32: return columns_of<INGOT_CPU_FLOAT32>(p, job, begin, end, y, bias);
-        case INGOT_CPU_BFLOAT16: return columns_of<INGOT_CPU_BFLOAT16>(p, job, begin, end, y, bias);
-        case INGOT_CPU_INT8: return columns_of<INGOT_CPU_INT8>(p, job, begin, end, y, bias);
-        default: return columns_of<INGOT_CPU_INT4>(p, job, begin, end, y, bias);
+        case INGOT_CPU_FLOAT32: return columns_of<INGOT_CPU_FLOAT32>(p, job, begin, end);
+        case INGOT_CPU_BFLOAT16: return columns_of<INGOT_CPU_BFLOAT16>(p, job, begin, end);
+        case INGOT_CPU_INT8: return columns_of<INGOT_CPU_INT8>(p, job, begin, end);
+        default: return columns_of<INGOT_CPU_INT4>(p, job, begin, end);
     }
 }
 
@@ -548,17 +570,16 @@ size_t padded_columns(const ingot_cpu_format &format, size_t columns) {
 
 size_t rows_of(const Job *jobs, size_t count) {
     size_t rows = 0;
-    for (size_t job = 0; job < count; ++job) rows += jobs[job].rows;
+    for (size_t job = 0; job < count; ++job) rows = std::max(rows, jobs[job].first + jobs[job].rows);
     return rows;
 }
 }  // namespace
 
-Product::Product(const ingot_cpu_format &format, size_t columns, size_t out, bool rounded,
-                 const Job *jobs, size_t count)
+Product::Product(const ingot_cpu_format &format, size_t columns, bool rounded, const Job *jobs,
+                 size_t count)
     : format(format),
       layout(format, columns),
       columns(columns),
-      out(out),
       padded(padded_columns(format, columns)),
       rounded(rounded && is_whole(format)),
       jobs(jobs),
@@ -576,6 +597,7 @@ void Product::pack(const ingot_cpu_threads &threads, Row row, const void *self) 
     };
     std::vector<Tile> all;
     for (size_t job = 0; job < count; ++job) {
+        if (job && jobs[job].first == jobs[job - 1].first) continue;
         const Tiles tiles(jobs[job].rows, tile_rows);
         for (size_t tile = 0; tile < tiles.count; ++tile)
             all.push_back({jobs[job].first + tiles.begin(tile),
@@ -593,15 +615,15 @@ void Product::pack(const ingot_cpu_threads &threads, Row row, const void *self) 
     });
 }
 
-void Product::multiply(const ingot_cpu_threads &threads, float *y, const float *bias) const {
+void Product::multiply(const ingot_cpu_threads &threads) const {
     struct Piece {
         const Job *job;
         size_t begin, end;
     };
     std::vector<Piece> all;
-    const size_t panels = panels_of(out);
     for (size_t job = 0; job < count; ++job) {
         if (!jobs[job].rows) continue;
+        const size_t panels = panels_of(jobs[job].target->out);
         const size_t most = std::max<size_t>(1, panels * layout.bytes / kPieceBytes);
         const size_t pieces = std::min({most, kMostPieces, (panels + 1) / 2});
         for (size_t piece = 0; piece < pieces; ++piece)
@@ -610,7 +632,7 @@ void Product::multiply(const ingot_cpu_threads &threads, float *y, const float *
     const auto columns = HWY_DYNAMIC_POINTER(Columns);
     run(threads, all.size(), [&](size_t piece) {
         const Piece &each = all[piece];
-        columns(*this, *each.job, each.begin, each.end, y, bias);
+        columns(*this, *each.job, each.begin, each.end);
     });
 }
 

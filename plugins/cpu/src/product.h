@@ -1,19 +1,29 @@
 // Products of activations with weights in panels, for the operators that are made of them.
 //
-// A product is jobs, each with some rows of x and a weight of its own: a linear layer has one, a
-// mixture of experts one an expert. All weights have one format and one shape. First pack() lays the
-// rows of all jobs side by side in tiles, as the kernels read them; then columns() computes a range
-// of panels for all rows of one job. Both can be called for different pieces at once.
+// A product is jobs, each with some rows of x and a weight of its own: a linear layer has one, layers
+// that read the same x one each, a mixture of experts one an expert. All weights have one format and
+// the same columns. First pack() lays the rows of all jobs side by side in tiles, as the kernels read
+// them; then multiply() computes the panels of all of them, in pieces.
 #pragma once
 
 #include "work.h"
 
 namespace ingot::cpu {
 
+// Where products go: y = residual + scale * (x W^T + bias), for all rows of a product.
+struct Target {
+    size_t out;
+    float *y;               // [rows, out]
+    const float *bias;      // [out], or null
+    const float *residual;  // [rows, out] apart from y, or null: then scale is not read
+    float scale;
+};
+
 struct Job {
     const uint8_t *weight;
     size_t first;  // of the rows of all jobs
-    size_t rows;
+    size_t rows;   // jobs one behind the other may have the same
+    const Target *target;
 };
 
 class Product {
@@ -22,17 +32,16 @@ class Product {
     using Row = const float *(*)(const void *self, size_t row);
 
     // rounded: whether x is rounded to int8, which takes whole numbers.
-    Product(const ingot_cpu_format &format, size_t columns, size_t out, bool rounded,
-            const Job *jobs, size_t count);
+    Product(const ingot_cpu_format &format, size_t columns, bool rounded, const Job *jobs,
+            size_t count);
 
     void pack(const ingot_cpu_threads &threads, Row row, const void *self) const;
 
-    // y: [all rows, out]; bias: [out] or null, of a job's weight.
-    void multiply(const ingot_cpu_threads &threads, float *y, const float *bias) const;
+    void multiply(const ingot_cpu_threads &threads) const;
 
     ingot_cpu_format format;
     Layout layout;
-    size_t columns, out;
+    size_t columns;
     size_t padded;  // columns with those that fill up the last block
     bool rounded;
     const Job *jobs;

@@ -84,12 +84,31 @@ double reference_activation(int32_t activation, double x) {
 }
 
 void reference_linear(const ingot_cpu_linear_params &p) {
-    const size_t columns = size_t(p.in_features), out = size_t(p.out_features);
+    const size_t columns = size_t(p.in_features);
+    for (int32_t i = 0; i < p.count; ++i) {
+        const ingot_cpu_linear_output &to = p.outputs[i];
+        const size_t out = size_t(to.out_features);
+        for (size_t n = 0; n < size_t(p.tokens); ++n) {
+            const auto y = reference_product(p.format, to.weight, {p.x + n * columns, p.x + (n + 1) * columns},
+                                             out, p.round_activations);
+            for (size_t row = 0; row < out; ++row) {
+                const double sum = y[row] + (to.bias ? to.bias[row] : 0.0);
+                to.y[n * out + row] = float(to.residual ? to.residual[n * out + row] + to.scale * sum : sum);
+            }
+        }
+    }
+}
+
+void reference_mlp(const ingot_cpu_mlp_params &p) {
+    const size_t hidden = size_t(p.hidden), inner = size_t(p.intermediate);
     for (size_t n = 0; n < size_t(p.tokens); ++n) {
-        const auto y = reference_product(p.format, p.weight, {p.x + n * columns, p.x + (n + 1) * columns}, out,
-                                         p.round_activations);
-        for (size_t row = 0; row < out; ++row)
-            p.y[n * out + row] = float(y[row] + (p.bias ? p.bias[row] : 0.0));
+        const std::vector<double> x(p.x + n * hidden, p.x + (n + 1) * hidden);
+        std::vector<double> h = reference_product(p.gate_up_format, p.gate, x, inner, p.round_activations);
+        const auto up = reference_product(p.gate_up_format, p.up, x, inner, p.round_activations);
+        for (size_t i = 0; i < inner; ++i) h[i] = reference_activation(p.activation, h[i]) * up[i];
+        const auto y = reference_product(p.down_format, p.down, h, hidden, p.round_activations);
+        for (size_t i = 0; i < hidden; ++i)
+            p.y[n * hidden + i] = float(p.residual ? p.residual[n * hidden + i] + p.scale * y[i] : y[i]);
     }
 }
 

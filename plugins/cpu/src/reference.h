@@ -13,6 +13,7 @@ std::vector<double> reference_row(const ingot_cpu_format &format, const void *we
                                   size_t row);
 
 void reference_linear(const ingot_cpu_linear_params &params);
+void reference_mlp(const ingot_cpu_mlp_params &params);
 
 // x [columns] W^T for one weight, [rows]; rounded as round_activations says.
 std::vector<double> reference_product(const ingot_cpu_format &format, const void *weight,
