@@ -38,7 +38,15 @@ def bindings(source: Path) -> Any:
 class Model:
     """A GGUF file that is loaded, and the state of one sequence."""
 
-    def __init__(self, api: Any, file: str, room: int, threads: int) -> None:
+    def __init__(self, api: Any, file: str, room: int, threads: int, *, exact: bool = True) -> None:
+        """Args:
+        api: the bindings.
+        file: a GGUF.
+        room: tokens of the sequence.
+        threads: of every call.
+        exact: a whole sequence in one call, over a cache in float32, which the default of float16
+            adds errors to; False leaves llama.cpp the choices that make it fast.
+        """
         self.api, self.file, self.room = api, file, room
         model_options = api.llama_model_default_params()
         model_options.n_gpu_layers = 0
@@ -46,11 +54,12 @@ class Model:
         if not self.model:
             raise SystemExit(f"{file} is not loaded")
         options = api.llama_context_default_params()
-        # One call takes a whole window. Its cache would be float16, which has errors of its own.
-        options.n_ctx = options.n_batch = options.n_ubatch = room
+        options.n_ctx = options.n_batch = room
         options.n_threads = options.n_threads_batch = threads
-        options.type_k = options.type_v = api.GGML_TYPE_F32
-        options.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if exact:
+            options.n_ubatch = room
+            options.type_k = options.type_v = api.GGML_TYPE_F32
+            options.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = api.llama_init_from_model(self.model, options)
         if not self.context:
             raise SystemExit(f"{file} gets no context of {room} tokens")
