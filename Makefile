@@ -9,7 +9,7 @@ PRESET ?= tiny
 OUT ?= out/$(notdir $(MODEL))-$(TARGET)
 
 .PHONY: setup export plugins cpu cpu-test test test-slow gpu gpu-rehearse gpu-kernels gpu-bundle test-gpu triton-test lint format
-.PHONY: clean fuzz proof weights
+.PHONY: clean fuzz proof weights peers
 
 setup: $(VENV)/.installed
 
@@ -79,6 +79,11 @@ WEIGHTS_OUT ?= benchmarks/results/weights.json
 
 weights: setup
 	$(BIN)/python benchmarks/weights.py --out $(WEIGHTS_OUT) $(WEIGHTS_ARGS)
+
+# Ingot beside other programs on the same checkpoints, into docs/performance.md; on a quiet machine, 1 to 2 hours.
+# Installs each program in an environment of its own; everything that is made stays in build/peers.
+peers: setup
+	$(BIN)/python benchmarks/peers.py $(PEERS_ARGS)
 
 # Everything a GPU is to prove and measure. On the GPU machine itself, with its own python3 and PyTorch:
 # no .venv, no network; `make gpu-bundle` elsewhere makes what to bring. GPU_ARGS="--only models" and such.

@@ -1,0 +1,54 @@
+"""OpenVINO, of a model that optimum-intel exports and quantises."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.on_peers import environments
+from benchmarks.on_peers.models import Model
+from benchmarks.on_peers.program import WORKERS, Format, Made, run_logged
+from ingot.plugins.whole import staged
+
+# Without these it computes in bfloat16 where the processor can, and keeps its cache in int8.
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+
+
+@dataclass
+class OpenVino:
+    """``Program`` of OpenVINO.
+
+    Attributes:
+        work: where its environment and its files are kept.
+    """
+
+    work: Path
+    name: str = "openvino"
+    formats: tuple[Format, ...] = (
+        Format("float32", {"bits": None, "run": EXACT}, exact=True),
+        Format("int8", {"bits": 8, "run": {}}),
+        Format("int4", {"bits": 4, "run": {}}),
+    )
+    python: Path = Path()
+
+    def prepare(self) -> None:
+        self.python = environments.prepare(
+            self.name, self.work, self.work / "logs" / f"{self.name}-install.txt"
+        )
+
+    def make(self, model: Model, chosen: Format) -> Made:
+        out = self.work / self.name / model.family / chosen.folder
+        if not out.is_dir():
+            log = self.work / "logs" / f"{self.name}-{model.family}-{chosen.folder}.txt"
+            with staged(out, replace=False) as made:
+                asked = {"checkpoint": str(model.checkpoint), "out": str(made)}
+                asked["bits"] = chosen.options["bits"]
+                run_logged([self.python, WORKERS / "export_openvino.py", json.dumps(asked)], log)
+        given = {"options": chosen.options["run"]}
+        graph, weights = (out / f"openvino_model.{end}" for end in ("xml", "bin"))
+        return Made(graph, (weights,), "run_openvino.py", self.python, given)
+
+    def versions(self) -> dict[str, str]:
+        found = environments.versions(self.name, self.work)
+        return {name: found[name] for name in ("openvino", "optimum-intel") if name in found}

@@ -1,0 +1,1 @@
+"""What runs in the environments of the programs that are compared, each in a process of its own."""
