@@ -35,10 +35,11 @@ import click  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks.on_peers import ceilings, environments, section, shares  # noqa: E402
-from benchmarks.on_peers.genai import Genai, Mobius  # noqa: E402
+from benchmarks.on_peers.genai import Genai  # noqa: E402
 from benchmarks.on_peers.ingots import NAME as OURS  # noqa: E402
 from benchmarks.on_peers.ingots import Ingots  # noqa: E402
 from benchmarks.on_peers.llama import Llama  # noqa: E402
+from benchmarks.on_peers.mobius import Mobius  # noqa: E402
 from benchmarks.on_peers.models import FAMILIES, Model  # noqa: E402
 from benchmarks.on_peers.openvino import OpenVino  # noqa: E402
 from benchmarks.on_peers.program import Format, Made, PeerError, Program, measured  # noqa: E402
@@ -391,7 +392,7 @@ def main(
             write_whole(out, json.dumps(everything, indent=1) + "\n")
     except IngotError as error:
         raise click.ClickException(str(error)) from error
-    samples.forget()
+    samples.forget([CEILINGS, *(row.key for row in rows)])
 
 
 def destinations(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from benchmarks.on_peers.program import Format, Made, PeerError, refusal
 from benchmarks.on_peers.samples import Samples
 from benchmarks.on_peers.table import Row
 from benchmarks.on_peers.transformers import Transformers
-from benchmarks.on_peers.workers import measure
+from benchmarks.on_peers.workers import measure, run_onnx
 from ingot.graphs.family import active_parameters, find_family
 from ingot.graphs.preset import tensors
 from ingot.plugins.errors import IngotError
@@ -228,8 +229,16 @@ def test_samples_go_on_where_a_run_of_the_same_settings_was_cut(tmp_path: Path) 
     Samples.open(path, {"prompt": 512}).add("granite/ingot/fp32", {"decode": 1.0})
     assert Samples.open(path, {"prompt": 512}).of("granite/ingot/fp32") == [{"decode": 1.0}]
     assert Samples.open(path, {"prompt": 32}).of("granite/ingot/fp32") == []
-    Samples.open(path, {"prompt": 512}).forget()
-    assert Samples.open(path, {"prompt": 512}).rows == {}
+
+
+def test_a_run_forgets_its_own_samples_and_keeps_those_of_a_cut_one(tmp_path: Path) -> None:
+    samples = Samples.open(tmp_path / "samples.json", {})
+    for key in ("granite/ingot/fp32", "olmoe/ingot/fp32"):
+        samples.add(key, {"decode": 1.0})
+    samples.forget(["granite/ingot/fp32", "ceilings"])
+    assert list(Samples.open(samples.path, {}).rows) == ["olmoe/ingot/fp32"]
+    samples.forget(["olmoe/ingot/fp32"])
+    assert not samples.path.exists()
 
 
 def test_the_divergence_is_of_the_worse_position() -> None:
@@ -267,7 +276,19 @@ def test_a_worker_feeds_the_same_tokens_to_a_prompt_and_one_by_one() -> None:
 
 def test_a_rate_is_of_the_median_of_enough_runs() -> None:
     times = iter([1.0, 4.0, 2.0, 99.0])
-    assert measure.rate(8, 7.0, lambda: next(times)) == 4.0
+    assert measure.rate(8, 7.0, 5.0, lambda: next(times)) == 4.0
+
+
+def test_a_run_that_takes_long_is_not_repeated() -> None:
+    times: Iterator[float] = iter([])
+    assert measure.rate(32, 1.0, 16.0, lambda: next(times)) == 2.0
+
+
+def test_states_of_a_graph_are_empty_at_first_and_found_again_among_its_outputs() -> None:
+    assert run_onnx.empty(["batch", 4, "past_sequence_len", 64]) == [1, 4, 0, 64]
+    assert run_onnx.empty(["batch", 24, 128, 64]) == [1, 24, 128, 64]
+    assert run_onnx.present("past_key_values.3.key") == "present.3.key"
+    assert run_onnx.present("past_states.0.conv_state") == "present.0.conv_state"
 
 
 class Fake:

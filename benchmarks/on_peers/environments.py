@@ -22,7 +22,6 @@ PINNED: dict[str, tuple[str, ...]] = {
     ),
     "mobius": (
         "mobius-onnx==0.1.0",
-        "onnxruntime-genai==0.18.0",
         "onnxruntime==1.31.1",
         "onnx==1.23.2",
         "onnx-ir==1.1.0",

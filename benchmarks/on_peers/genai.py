@@ -1,4 +1,4 @@
-"""onnxruntime-genai: by its own model builder, and over what mobius exports."""
+"""onnxruntime-genai, with its own model builder."""
 
 from __future__ import annotations
 
@@ -49,37 +49,3 @@ class Genai:
     def versions(self) -> dict[str, str]:
         found = environments.versions(self.name, self.work)
         return {name: found[name] for name in ("onnxruntime-genai", "onnxruntime") if name in found}
-
-
-@dataclass
-class Mobius:
-    """``Program`` of mobius, whose graphs onnxruntime-genai runs.
-
-    Attributes:
-        work: where its environment and its files are kept.
-    """
-
-    work: Path
-    name: str = "mobius"
-    # It quantises nothing itself.
-    formats: tuple[Format, ...] = (Format("f32", exact=True),)
-    python: Path = Path()
-
-    def prepare(self) -> None:
-        self.python = environments.prepare(
-            self.name, self.work, self.work / "logs" / f"{self.name}-install.txt"
-        )
-
-    def make(self, model: Model, chosen: Format) -> Made:
-        out = self.work / self.name / model.family / chosen.folder
-        if not out.is_dir():
-            log = self.work / "logs" / f"{self.name}-{model.family}-{chosen.folder}.txt"
-            with staged(out, replace=False) as made:
-                build = [self.python, "-m", "mobius", "build", "--ep", "cpu"]
-                how = ["--runtime", "ort-genai", "--dtype", chosen.name]
-                run_logged([*build, *how, "--config", model.checkpoint, made], log)
-        return Made(out, tuple(out.glob("*.onnx.data")), WORKER, self.python)
-
-    def versions(self) -> dict[str, str]:
-        found = environments.versions(self.name, self.work)
-        return {name: found[name] for name in ("mobius-onnx", "onnxruntime-genai") if name in found}

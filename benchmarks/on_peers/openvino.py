@@ -26,7 +26,9 @@ class OpenVino:
     work: Path
     name: str = "openvino"
     formats: tuple[Format, ...] = (
+        # Both store the checkpoint's bfloat16.
         Format("float32", {"bits": None, "run": EXACT}, exact=True),
+        Format("bfloat16", {"bits": None, "run": {}}),
         Format("int8", {"bits": 8, "run": {}}),
         Format("int4", {"bits": 4, "run": {}}),
     )
@@ -38,12 +40,13 @@ class OpenVino:
         )
 
     def make(self, model: Model, chosen: Format) -> Made:
-        out = self.work / self.name / model.family / chosen.folder
+        bits = chosen.options["bits"]
+        stored = "whole" if bits is None else f"int{bits}"
+        out = self.work / self.name / model.family / stored
         if not out.is_dir():
-            log = self.work / "logs" / f"{self.name}-{model.family}-{chosen.folder}.txt"
+            log = self.work / "logs" / f"{self.name}-{model.family}-{stored}.txt"
             with staged(out, replace=False) as made:
-                asked = {"checkpoint": str(model.checkpoint), "out": str(made)}
-                asked["bits"] = chosen.options["bits"]
+                asked = {"checkpoint": str(model.checkpoint), "out": str(made), "bits": bits}
                 run_logged([self.python, WORKERS / "export_openvino.py", json.dumps(asked)], log)
         given = {"options": chosen.options["run"]}
         graph, weights = (out / f"openvino_model.{end}" for end in ("xml", "bin"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,16 @@ class Samples:
 
     def add(self, key: str, sample: Sample) -> None:
         self.rows.setdefault(key, []).append(sample)
-        write_whole(self.path, json.dumps({"settings": self.settings, "rows": self.rows}))
+        self._write()
 
-    def forget(self) -> None:
-        """After a whole run: the next one measures all anew."""
-        self.path.unlink(missing_ok=True)
+    def forget(self, keys: Iterable[str]) -> None:
+        """After a run: the next one measures these anew, and a cut one keeps its others."""
+        for key in keys:
+            self.rows.pop(key, None)
+        if self.rows:
+            self._write()
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        write_whole(self.path, json.dumps({"settings": self.settings, "rows": self.rows}))
