@@ -30,9 +30,10 @@ class Llama:
     threads: int
     built: LlamaCpp | None = None
     name: str = NAME
-    # Its products of bfloat16 round activations to it as well, those of the others to int8.
+    # Its products of bfloat16 round activations to it as well, those of the others to int8; and
+    # its cache is in float16, but for F32, which is to be float32 throughout.
     formats: tuple[Format, ...] = (
-        Format("F32", {"kind": WHOLE}),
+        Format("F32", {"kind": WHOLE}, exact=True),
         Format("BF16", {"kind": "BF16"}),
         Format("Q8_0", {"kind": "Q8_0"}),
         Format("Q4_K_M", {"kind": "Q4_K_M"}),
@@ -61,7 +62,7 @@ class Llama:
                         self.built.quantise(whole, made, kind)
             except LlamaCppError as error:
                 raise refusal(str(error), 1) from error
-        given = {"source": str(self.built.folder / "source")}
+        given = {"source": str(self.built.folder / "source"), "exact": chosen.exact}
         variables = {"LLAMA_CPP_LIB_PATH": str(self.built.folder / "library")}
         python = Path(sys.executable)
         return Made(file, (file,), "run_llama_cpp.py", python, given, variables)

@@ -1,4 +1,4 @@
-"""A GGUF file by llama.cpp, with the options that llama.cpp itself chooses."""
+"""A GGUF file by llama.cpp."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class LlamaCpp(Model):
     def __init__(self, given: dict[str, Any]) -> None:
         api = bindings(Path(given["source"]))
         with quiet(api):
-            super().__init__(api, given["made"], given["room"], given["threads"], exact=False)
+            room, threads, exact = given["room"], given["threads"], given["exact"]
+            super().__init__(api, given["made"], room, threads, exact=exact)
 
     def step(self, ids: Ids) -> Floats:
         return super().step(ids, every=False)[0]
