@@ -25,7 +25,7 @@ import numpy.typing as npt  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
-from benchmarks.on_weights.pinned import Package  # noqa: E402
+from benchmarks.pinned import Package  # noqa: E402
 from ingot.plugins.errors import IngotError  # noqa: E402
 from ingot.plugins.whole import staged  # noqa: E402
 

@@ -36,9 +36,9 @@ import numpy as np  # noqa: E402
 from traces import Traces  # noqa: E402
 
 from benchmarks import smollm2  # noqa: E402
-from benchmarks.on_weights import heads, importance, ingots, truth  # noqa: E402
+from benchmarks.llama.library import SOURCE, LlamaCpp, LlamaCppError  # noqa: E402
+from benchmarks.on_weights import heads, importance, ingots, llama_cpp, truth  # noqa: E402
 from benchmarks.on_weights.figures import Floats, Ids, Mean, Scores  # noqa: E402
-from benchmarks.on_weights.llama_cpp import SOURCE, LlamaCpp, LlamaCppError  # noqa: E402
 from benchmarks.on_weights.table import (  # noqa: E402
     OURS,
     THEIRS,
@@ -159,7 +159,7 @@ def their_rows(
     def scored(file: Path) -> Scores:
         return subject.scored(
             f"{THEIRS}-{file.stem}",
-            lambda: llama.score(file, subject.windows, subject.truth_file, subject.work),
+            lambda: llama_cpp.score(llama, file, subject.windows, subject.truth_file, subject.work),
         )
 
     same = Mean.of(scored(whole).kl)
@@ -217,7 +217,7 @@ def time_rows(
             if row.program == OURS:
                 row.rates.append(ingots.rates(row.made, prompt, new, threads))
             elif llama is not None:
-                row.rates.append(llama.rates(row.made, prompt, new))
+                row.rates.append(llama_cpp.rates(llama, row.made, prompt, new))
 
 
 def machine() -> str:

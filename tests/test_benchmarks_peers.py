@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,16 @@ def test_the_best_of_all_loops_and_rounds_is_the_ceiling() -> None:
         [{"read": {"plain": 2.0, "wide": 5.0}}, {"read": {"plain": 6.0}, "int8": {"wide": 1.0}}]
     )
     assert found == {"read": Best("plain", 6.0), "int8": Best("wide", 1.0)}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler")
+def test_every_ceiling_is_a_rate(tmp_path: Path) -> None:
+    program = ceilings.build(tmp_path)
+    found = ceilings.measure(program, threads=1, seconds=0.01, mebibytes=8)
+    # Each processor reads; which products it has instructions for is its own.
+    assert found["read"] and set(found) <= set(ceilings.KINDS)
+    assert all(rate > 1e6 for rates in found.values() for rate in rates.values())
+    assert ceilings.build(tmp_path) == program
 
 
 def test_float32_stands_in_for_a_kind_that_the_machine_lacks() -> None:

@@ -17,9 +17,9 @@ from tokenizer_shapes import byte_level
 from benchmarks import weights
 from benchmarks.on_weights.figures import Scores
 from benchmarks.on_weights.ingots import Format, at_the_bytes_of
-from benchmarks.on_weights.pinned import FetchError, Package
 from benchmarks.on_weights.table import OURS, THEIRS, Row, equal_bytes_table, kinds_table
 from benchmarks.on_weights.text import windows_of
+from benchmarks.pinned import FetchError, Package
 from ingot.plugins.errors import IngotError
 
 TEXT = "the quick brown fox jumps over the lazy dog, thrice; cafe au lait for 120 guests. " * 40

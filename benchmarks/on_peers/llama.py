@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import smollm2
+from benchmarks.llama.library import SOURCE, LlamaCpp, LlamaCppError
 from benchmarks.on_peers.models import Model
 from benchmarks.on_peers.program import Format, Made, PeerError, refusal
-from benchmarks.on_weights.llama_cpp import SOURCE, LlamaCpp, LlamaCppError
-from benchmarks.on_weights.pinned import FetchError
+from benchmarks.pinned import FetchError
 from ingot.plugins.whole import staged_file
 
 NAME = "llama.cpp"

@@ -1,185 +1,36 @@
-"""llama.cpp: fetched as source, built for this machine, and run in processes of its own.
-
-The source archive of ``llama-cpp-python`` holds llama.cpp whole, with its converter from Hugging
-Face's format; the library alone is built of it, and ctypes bindings to that version lie beside it.
-"""
+"""llama.cpp's files compared with the truth and timed, in processes of their own."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-import tarfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from benchmarks.llama.library import LlamaCpp
 from benchmarks.on_weights.figures import Ids, Scores
-from benchmarks.on_weights.pinned import Package
 from benchmarks.on_weights.rates import Rates
-from ingot.plugins.errors import IngotError
-from ingot.plugins.whole import staged
 
-SOURCE = Package(
-    "llama-cpp-python",
-    "0.3.36",
-    "llama_cpp_python-0.3.36.tar.gz",
-    "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
-)
-OFF = ("COMMON", "EXAMPLES", "SERVER", "TESTS", "TOOLS")
 WORKER = Path(__file__).with_name("llama_worker.py")
-CONVERTER = Path(__file__).with_name("llama_convert.py")
 
 
-class LlamaCppError(IngotError):
-    """What llama.cpp refuses, or cannot be built for."""
+def score(llama: LlamaCpp, file: Path, windows: Ids, truth: Path, work: Path) -> Scores:
+    """Compare what it computes with the truth; activations of the cache are float32.
 
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a GGUF file.
-
-    Attributes:
-        name: GGUF's.
-        kind: its type there, such as ``Q4_K``.
-        size: its bytes.
-        elements: its numbers.
+    Args:
+        llama: by whom.
+        file: a GGUF.
+        windows: ``[W, L]``.
+        truth: ``.npy`` of the truth's logits.
+        work: a folder to work in.
     """
-
-    name: str
-    kind: str
-    size: int
-    elements: int
-
-
-@dataclass(frozen=True)
-class LlamaCpp:
-    """A built llama.cpp.
-
-    Attributes:
-        folder: holds ``source`` and ``library``.
-        threads: of every process.
-    """
-
-    folder: Path
-    threads: int
-
-    @classmethod
-    def prepare(cls, folder: Path, downloads: Path, threads: int) -> LlamaCpp:
-        """Fetch and build it where that was not done; building takes minutes.
-
-        Args:
-            folder: where it is to be.
-            downloads: where the archive is kept.
-            threads: see ``LlamaCpp``.
-
-        Raises:
-            FetchError: the registry gives none, or another one.
-            LlamaCppError: no cmake, or no compiler that builds it.
-        """
-        if folder.is_dir():
-            return cls(folder, threads)
-        archive = SOURCE.fetch(downloads)
-        with staged(folder, replace=False) as work:
-            with tarfile.open(archive) as source:
-                source.extractall(work, filter="data")
-            (unpacked,) = work.iterdir()
-            unpacked.rename(work / "source")
-            build(work / "source" / "vendor" / "llama.cpp", work / "build", threads)
-            # Each library names the next by a file's name alone and looks for it in a folder; the
-            # one that they are built in is gone by then.
-            shutil.copytree(work / "build" / "bin", work / "library", symlinks=True)
-            shutil.rmtree(work / "build")
-        return cls(folder, threads)
-
-    def convert(self, checkpoint: Path, out: Path) -> None:
-        """Write a float32 GGUF of a Hugging Face folder, by llama.cpp's own converter.
-
-        Raises:
-            LlamaCppError: a checkpoint it does not know.
-        """
-        self._run(CONVERTER, checkpoint=str(checkpoint), out=str(out))
-
-    def quantise(self, source: Path, out: Path, kind: str, importance: Path | None = None) -> None:
-        """Write a GGUF file's tensors in another format, such as ``Q4_K_M``, or ``F32`` again.
-
-        Args:
-            source: a GGUF.
-            out: the one to write.
-            kind: llama.cpp's name of the format.
-            importance: by ``importance.record``, for a choice of scales by a text.
-
-        Raises:
-            LlamaCppError: a format it does not know, or a tensor that does not fit.
-        """
-        given = None if importance is None else str(importance)
-        self._worker("quantise", file=str(source), out=str(out), kind=kind, importance=given)
-
-    def tensors(self, file: Path) -> list[Tensor]:
-        """What a GGUF file holds, by the types it really has."""
-        return [Tensor(**tensor) for tensor in self._worker("tensors", file=str(file))]
-
-    def score(self, file: Path, windows: Ids, truth: Path, work: Path) -> Scores:
-        """Compare what it computes with the truth; activations of the cache are float32.
-
-        Args:
-            file: a GGUF.
-            windows: ``[W, L]``.
-            truth: ``.npy`` of the truth's logits.
-            work: a folder to work in.
-        """
-        given, found = work / "windows.npy", work / "scores.npz"
-        np.save(given, windows)
-        self._worker("score", file=str(file), windows=str(given), truth=str(truth), out=str(found))
-        return Scores.read(found)
-
-    def rates(self, file: Path, prompt: int, new: int) -> Rates:
-        """Tokens a second of one prompt and of the tokens behind it."""
-        return Rates(**self._worker("rates", file=str(file), prompt=prompt, new=new))
-
-    def _worker(self, what: str, **given: Any) -> Any:
-        return self._run(WORKER, what=what, threads=self.threads, **given)
-
-    def _run(self, script: Path, **given: Any) -> Any:
-        done = subprocess.run(
-            [sys.executable, script, json.dumps({"source": str(self.folder / "source"), **given})],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "LLAMA_CPP_LIB_PATH": str(self.folder / "library")},
-        )
-        if done.returncode:
-            said = done.stderr.strip().splitlines()
-            # Of a stack trace the last line says what is wrong; llama.cpp itself uses several.
-            telling = (
-                said[-1:] if any(line.startswith("Traceback") for line in said) else said[-12:]
-            )
-            raise LlamaCppError(f"llama.cpp refuses {given}: " + "\n".join(telling))
-        return json.loads(done.stdout.splitlines()[-1])
+    given, found = work / "windows.npy", work / "scores.npz"
+    np.save(given, windows)
+    paths = {"file": str(file), "windows": str(given), "truth": str(truth), "out": str(found)}
+    llama.run(WORKER, what="score", threads=llama.threads, **paths)
+    return Scores.read(found)
 
 
-def build(source: Path, folder: Path, threads: int) -> None:
-    """Build ``libllama`` with what this processor has.
-
-    Raises:
-        LlamaCppError: no cmake, or no compiler that builds it.
-    """
-    options = [f"-DLLAMA_BUILD_{part}=OFF" for part in OFF]
-    options += ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF"]
-    # Libraries that are moved find each other beside themselves.
-    options += ["-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON", "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON"]
-    options += ["-DCMAKE_INSTALL_RPATH=$ORIGIN"]
-    for command in (
-        ["cmake", "-S", source, "-B", folder, *options],
-        ["cmake", "--build", folder, "--target", "llama", "--parallel", str(threads)],
-    ):
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError as error:
-            raise LlamaCppError("llama.cpp is built by cmake, which is not here.") from error
-        if done.returncode:
-            raise LlamaCppError(f"llama.cpp does not build here: {done.stderr.strip()[-800:]}")
+def rates(llama: LlamaCpp, file: Path, prompt: int, new: int) -> Rates:
+    """Tokens a second of one prompt and of the tokens behind it."""
+    asked = {"file": str(file), "prompt": prompt, "new": new}
+    return Rates(**llama.run(WORKER, what="rates", threads=llama.threads, **asked))

@@ -8,8 +8,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from benchmarks.llama.model import Model, bindings, quiet
 from benchmarks.on_peers.workers.measure import Floats, Ids, serve
-from benchmarks.on_weights.llama_worker import Model, bindings, quiet
 
 
 class LlamaCpp(Model):

@@ -1,0 +1,1 @@
+"""llama.cpp, for the benchmarks that compare with it: fetched, built, and its own tools run."""
