@@ -368,6 +368,9 @@ def main(
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     try:
+        if docs is not None:
+            # Hours later it would be late to refuse it.
+            section.replaced(docs.read_text(), "")
         models = [made_model(family, work) for family in families or FAMILIES]
         compared = programs(work, threads)
         rows, turns = prepared(compared, models, only)
@@ -384,12 +387,12 @@ def main(
         facts = facts_of(compared, threads)
         text = "\n".join(report(rows, models, found, facts, plan))
         click.echo(text)
-        if docs is not None:
-            write_whole(docs, section.replaced(docs.read_text(), text))
         if out is not None:
             figures = figures_of(rows, models, samples.of(CEILINGS), found)
             everything = {**facts, "plan": asdict(plan), **figures}
             write_whole(out, json.dumps(everything, indent=1) + "\n")
+        if docs is not None:
+            write_whole(docs, section.replaced(docs.read_text(), text))
     except IngotError as error:
         raise click.ClickException(str(error)) from error
     samples.forget([CEILINGS, *(row.key for row in rows)])

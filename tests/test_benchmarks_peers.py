@@ -351,6 +351,15 @@ def test_a_whole_run_prints_what_was_measured_and_what_was_refused(
     assert not (tmp_path / "samples.json").exists()
 
 
+def test_refuses_a_document_without_a_place_before_anything_is_made(tmp_path: Path) -> None:
+    document = tmp_path / "document.md"
+    document.write_text("# Head\n")
+    asked = ["--quick", "--docs", str(document), "--work", str(tmp_path / "work")]
+    done = CliRunner().invoke(peers.main, asked)
+    assert done.exit_code == 1 and "put both where the tables are to be" in done.output
+    assert not list((tmp_path / "work").iterdir())
+
+
 def test_refuses_a_family_that_there_is_not() -> None:
     done = CliRunner().invoke(peers.main, ["--model", "llama"])
     assert done.exit_code == 2 and "'llama' is not one of" in done.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,7 +74,8 @@ class Row:
             "refusal": self.refusal,
             "details": self.details,
             "bytes": self.bytes,
-            "kl": self.kl,
+            # JSON has no infinity.
+            "kl": self.kl if self.kl is not None and math.isfinite(self.kl) else None,
             "other_model": self.other_model,
         }
         for what in (PREFILL, DECODE):
