@@ -10,8 +10,7 @@ from typing import Any
 def export(checkpoint: str, out: str, bits: int | None) -> None:
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
-    # Its default for int4 on a small model is one scale a group of 128 numbers; both groups are 32
-    # wide in the other programs.
+    # Its default for int4 is a scale for 128 numbers; the other programs have one for 32.
     chosen: Any = {"load_in_8bit": False}
     if bits is not None:
         sizes = {"group_size": 32} if bits == 4 else {}
