@@ -154,8 +154,6 @@ def converted(program: Program, model: Model, chosen: Format, row: Row) -> Turn:
     """One model in one format, and what is known of it before it runs."""
     made = program.make(model, chosen)
     row.bytes = made.bytes
-    if program.name == OURS:
-        row.products = shares.products_per_token(model.shapes, model)
     return Turn(row, made, model)
 
 
@@ -259,14 +257,16 @@ def divergence(truth: Floats, found: Floats) -> float:
     return float((np.exp(expected) * (expected - given)).sum(axis=-1).max())
 
 
-def add_reads(turns: Sequence[Turn], plan: Plan) -> None:
-    """What a token of ours reads while the tokens are decoded, in the middle of them."""
+def add_needs(turns: Sequence[Turn], plan: Plan) -> None:
+    """What ours computes of a token of the prompt, and reads for one in the middle of decoding."""
     for turn in turns:
         if turn.row.program == OURS:
             (file,) = turn.made.weights
             tensors = shares.tensor_bytes(file)
             past = plan.past + plan.new // 2
             turn.row.read = shares.bytes_per_token(tensors, turn.model, past)
+            head = 1 / plan.prompt if turn.made.given["last"] else 1.0
+            turn.row.products = shares.products_per_token(turn.model.shapes, turn.model, head)
 
 
 def report(
@@ -382,7 +382,7 @@ def main(
         samples = Samples.open(kept, settings)
         measure(turns, plan, threads, work, samples, ceiling)
         check(rows, work)
-        add_reads(turns, plan)
+        add_needs(turns, plan)
         found = ceilings.best(samples.of(CEILINGS)[: plan.rounds])
         facts = facts_of(compared, threads)
         text = "\n".join(report(rows, models, found, facts, plan))

@@ -104,6 +104,11 @@ def test_products_are_of_matrices_and_of_the_chosen_experts() -> None:
     }
     expected = 1024 * (1024 + 8 * 512 + 50304)
     assert shares.products_per_token(shapes, olmoe) == pytest.approx(expected)
+    # Of the last token of two the head.
+    expected = 1024 * (1024 + 8 * 512 + 50304 // 2)
+    assert shares.products_per_token(shapes, olmoe, head=0.5) == pytest.approx(expected)
+    tied = {"model.embed_tokens.weight": (49152, 768)}
+    assert shares.products_per_token(tied, model_of("granite"), 0.5) == 49152 * 768 / 2
     convolution = {"backbone.layers.0.mixer.conv1d.weight": (1792, 1, 4)}
     assert shares.products_per_token(convolution, model_of("mamba2")) == 0
 
@@ -204,6 +209,12 @@ def test_an_export_is_asked_for_kernels_only_where_it_has_the_option() -> None:
     without = ["--weights", "int4", "--block", "32"]
     assert ingots.arguments(options, frozenset()) == without
     assert "--kernels" in ingots.arguments(options, frozenset({"kernels"}))
+
+
+def test_whether_a_graph_can_leave_logits_out_is_said_by_its_inputs(tmp_path: Path) -> None:
+    (tmp_path / "ingot.json").write_text('{"inputs": [{"name": "input_ids"}]}')
+    assert ingots.has_input(tmp_path, "input_ids")
+    assert not ingots.has_input(tmp_path, ingots.LAST)
 
 
 def test_every_option_of_our_rows_is_one_of_the_export() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -10,13 +11,15 @@ from typing import Any
 
 from benchmarks.on_peers.models import Model
 from benchmarks.on_peers.program import Format, Made, PeerError, run_logged
-from ingot.export.ingot import WEIGHTS
+from ingot.export.ingot import MANIFEST, WEIGHTS
 
 NAME = "ingot"
 KERNELS = "kernels"
 # The kernels that an export takes where it has no option of that name.
 ONLY_KERNELS = "ort"
 WHOLE = {"block": 32}
+# The input of a graph that can leave out the logits of all tokens but the last.
+LAST = "logits_to_keep"
 
 # By the options of `ingot export --target ort`.
 FORMATS = (
@@ -75,10 +78,17 @@ class Ingots:
                 run_logged([*command, *where], log)
             except PeerError as error:
                 raise PeerError("cannot be exported", error.details) from error
-        return Made(out, (out / WEIGHTS,), "run_ingot.py", Path(sys.executable))
+        given = {"last": has_input(out, LAST)}
+        return Made(out, (out / WEIGHTS,), "run_ingot.py", Path(sys.executable), given)
 
     def versions(self) -> dict[str, str]:
         return {name: version(name) for name in ("ingot-export", "onnxruntime")}
+
+
+def has_input(ingot: Path, name: str) -> bool:
+    """Whether an ingot's graph takes an input."""
+    manifest = json.loads((ingot / MANIFEST).read_text())
+    return any(each["name"] == name for each in manifest["inputs"])
 
 
 def possible(

@@ -15,6 +15,7 @@ from ingot.graphs.checkpoint import read_header
 EXPERT = re.compile(r"\.experts\.\d+\.|\.experts\.(gate_up|down)_proj|\.(in|out)put_linear\.")
 # A table of which a token looks up one row; where it is the head as well, all of it is read.
 TABLE = re.compile(r"\.(embed_tokens|embeddings)\.weight")
+HEAD = re.compile(r"^lm_head\.weight$")
 # Bytes of a number of a state.
 FLOAT = 4
 
@@ -56,19 +57,25 @@ def state_bytes(config: Mapping[str, Any], past: int) -> int:
     return int(layers * 2 * heads * size * past * FLOAT)
 
 
-def products_per_token(shapes: Mapping[str, tuple[int, ...]], model: Model) -> float:
-    """Multiply-adds of a token with the matrices, the head among them; nothing else is counted.
+def products_per_token(
+    shapes: Mapping[str, tuple[int, ...]], model: Model, head: float = 1.0
+) -> float:
+    """Multiply-adds of a token with the matrices; nothing else is counted.
 
     Args:
         shapes: of a checkpoint's tensors, by name.
         model: what they are of.
+        head: for which share of the tokens the head is computed.
     """
     total = 0.0
     for name, shape in shapes.items():
         # A stack of experts has three axes, and so has a convolution, which is no such product.
         if len(shape) == 2 or (len(shape) == 3 and EXPERT.search(name)):
-            looked_up = bool(TABLE.search(name)) and not model.tied
-            total += 0.0 if looked_up else math.prod(shape) * part(name, model)
+            table = bool(TABLE.search(name))
+            if table and not model.tied:
+                continue
+            share = head if table or HEAD.search(name) else 1.0
+            total += math.prod(shape) * part(name, model) * share
     return total
 
 

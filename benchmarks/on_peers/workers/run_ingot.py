@@ -18,14 +18,16 @@ class Ingot:
     """See ``measure.Program``."""
 
     def __init__(self, given: dict[str, Any]) -> None:
-        self.session = load_ingot(given["made"], threads=given["threads"], verify=False)
+        self.session: Any = load_ingot(given["made"], threads=given["threads"], verify=False)
         self.room = given["room"]
+        # As a generation asks for them.
+        self.asked = {"logits_to_keep": 1} if given["last"] else {}
 
     def reset(self) -> None:
         self.session.reset(1, self.room)
 
     def step(self, ids: Ids) -> Floats:
-        return self.session.step(ids[None], np.ones_like(ids[None]))[0, -1]
+        return self.session.step(ids[None], np.ones_like(ids[None]), **self.asked)[0, -1]
 
 
 if __name__ == "__main__":
