@@ -20,6 +20,7 @@ constexpr const char *kUsage =
     "  --top-p P            1 is off (1)\n"
     "  --seed S             of the random choices (0)\n"
     "  --stop-id ID         instead of the model's own; may be repeated\n"
+    "  --prefill-chunk N    tokens of a prompt that are fed at once; 0 is all (512)\n"
     "  --threads N          0 lets the runtime choose (0)\n"
     "  --no-verify          check file sizes only, not their SHA-256\n"
     "  --allow-failed       run an ingot that failed its validation\n"
@@ -89,6 +90,8 @@ Arguments parse(const std::vector<std::string> &words) {
             sampling.seed = static_cast<std::uint64_t>(whole(value(), name));
         } else if (name == "--stop-id") {
             stops.push_back(whole(value(), name));
+        } else if (name == "--prefill-chunk") {
+            result.generate.prefill_chunk = whole(value(), name);
         } else if (name == "--threads") {
             result.open.threads = static_cast<int>(std::min<std::int64_t>(whole(value(), name), 1 << 20));
         } else if (name == "--no-verify") {

@@ -44,6 +44,7 @@ typedef struct ingot_generate_options {
     uint64_t seed;
     const int64_t *stop_ids; /* ids that end a sequence; NULL for the ingot's own */
     int64_t stop_id_count;
+    int64_t prefill_chunk; /* tokens of a prompt that are fed at once; 0 for all */
 } ingot_generate_options;
 
 /* Told each step's tokens, one for each prompt and -1 where that prompt has ended. Return 0 to go on,
@@ -83,6 +84,14 @@ INGOT_API ingot_session_status ingot_session_step(ingot_session *session, const 
                                                   const int64_t *mask, int64_t batch, int64_t tokens,
                                                   const float **logits, int64_t shape[3],
                                                   int32_t *rank);
+
+/* The same, with the logits of the last `logits_to_keep` columns alone, of which there may be fewer:
+ * [batch, min(logits_to_keep, tokens), vocabulary]; 0 for all. Such a call takes far less memory. */
+INGOT_API ingot_session_status ingot_session_step_last(ingot_session *session, const int64_t *ids,
+                                                       const int64_t *mask, int64_t batch,
+                                                       int64_t tokens, int64_t logits_to_keep,
+                                                       const float **logits, int64_t shape[3],
+                                                       int32_t *rank);
 
 /* Generates for all prompts together and tells on_tokens each step; the state is reset.
  *

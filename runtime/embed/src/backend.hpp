@@ -19,7 +19,8 @@ class Backend {
     // Zero states for `batch` sequences with room for `capacity` tokens.
     virtual void reset(std::int64_t batch, std::int64_t capacity) = 0;
 
-    // Runs the graph and replaces the states. Returns the main output, valid until the next call.
+    // Runs the graph and replaces the states. Returns the main output, valid until the next call: of
+    // the last tokens that are wanted where the graph asks for them, else of all.
     virtual View run(const Feeds &feeds) = 0;
 
     // A copy of every state, cut to `seen` tokens.
@@ -48,6 +49,9 @@ std::unique_ptr<Backend> open_tensorrt(const std::filesystem::path &folder, cons
 // The sizes of a state's input at a length of the past.
 std::vector<std::int64_t> state_shape(const StateInfo &state, std::int64_t batch,
                                       std::int64_t length);
+
+// Whether a graph takes the number of the last tokens whose logits are wanted.
+bool asks_for_last(const Manifest &manifest);
 
 // The output that a call returns, and its sizes for a call.
 const TensorInfo &main_output(const Manifest &manifest);

@@ -43,6 +43,7 @@ ingot::GenerateOptions converted(const ingot_generate_options &options) {
     ingot::GenerateOptions result;
     result.max_new_tokens = options.max_new_tokens;
     result.sampling = {options.temperature, options.top_k, options.top_p, options.seed};
+    result.prefill_chunk = options.prefill_chunk;
     if (options.stop_ids != nullptr) {
         if (options.stop_id_count < 0) throw ingot::Error("stop_id_count is negative; count them.");
         result.stop_ids.emplace(options.stop_ids, options.stop_ids + options.stop_id_count);
@@ -72,7 +73,9 @@ const char *ingot_session_error(void) { return last_error; }
 
 ingot_open_options ingot_open_defaults(void) { return {0, 1, 0, 0, nullptr}; }
 
-ingot_generate_options ingot_generate_defaults(void) { return {64, 0.0, 0, 1.0, 0, nullptr, 0}; }
+ingot_generate_options ingot_generate_defaults(void) {
+    return {64, 0.0, 0, 1.0, 0, nullptr, 0, ingot::kPrefillChunk};
+}
 
 ingot_session_status ingot_session_open(const char *folder, const ingot_open_options *options,
                                         ingot_session **session) {
@@ -116,6 +119,13 @@ ingot_session_status ingot_session_reset(ingot_session *session, int64_t batch, 
 ingot_session_status ingot_session_step(ingot_session *session, const int64_t *ids,
                                         const int64_t *mask, int64_t batch, int64_t tokens,
                                         const float **logits, int64_t shape[3], int32_t *rank) {
+    return ingot_session_step_last(session, ids, mask, batch, tokens, 0, logits, shape, rank);
+}
+
+ingot_session_status ingot_session_step_last(ingot_session *session, const int64_t *ids,
+                                             const int64_t *mask, int64_t batch, int64_t tokens,
+                                             int64_t logits_to_keep, const float **logits,
+                                             int64_t shape[3], int32_t *rank) {
     return guard([&] {
         need(session, "session");
         need(logits, "logits");
@@ -125,7 +135,7 @@ ingot_session_status ingot_session_step(ingot_session *session, const int64_t *i
         const bool sizes = batch > 0 && tokens > 0 && tokens <= INT64_MAX / batch;
         const auto count = static_cast<std::size_t>(sizes ? batch * tokens : 0);
         const ingot::View view =
-            session->session.step({ids, count}, {mask, count}, batch, tokens);
+            session->session.step({ids, count}, {mask, count}, batch, tokens, logits_to_keep);
         *logits = view.data;
         *rank = static_cast<int32_t>(view.shape.size());
         for (std::size_t n = 0; n < 3; ++n) shape[n] = n < view.shape.size() ? view.shape[n] : 0;

@@ -88,6 +88,20 @@ class Sampler {
     std::vector<double> weights_;
 };
 
+// Tokens of a prompt that are fed at once: those of a piece, or all of them where pieces would give
+// something else, or be slow: of an ingot from before there was logits_to_keep, and of an engine;
+// where the prompt is longer than the length at which the model turns all its positions; and of
+// several rows over shared buffers, which a session feeds token by token after a past.
+std::int64_t piece_of(const Manifest &manifest, std::int64_t rows, std::int64_t tokens,
+                      std::int64_t chunk) {
+    const bool turned = tokens > manifest.generation.switch_length.value_or(tokens);
+    const bool shared =
+        std::any_of(manifest.states.begin(), manifest.states.end(),
+                    [](const StateInfo &state) { return state.shared; });
+    if (chunk == 0 || !asks_for_last(manifest) || turned || (rows > 1 && shared)) return tokens;
+    return std::min(chunk, tokens);
+}
+
 // Prompts as one [B, T] batch, padded on the left.
 struct Padded {
     std::int64_t longest = 0;
@@ -120,6 +134,19 @@ Padded pad_left(const std::vector<Ids> &prompts, std::int64_t longest, std::int6
     return result;
 }
 
+// Columns of [B, T].
+Ids columns(const Ids &all, std::size_t rows, std::int64_t begin, std::int64_t end) {
+    return within_memory("there is no memory for this call; feed fewer tokens at once.", [&] {
+        const std::size_t width = all.size() / rows;
+        Ids result;
+        for (std::size_t row = 0; row < rows; ++row) {
+            const auto first = all.begin() + static_cast<std::ptrdiff_t>(row * width);
+            result.insert(result.end(), first + begin, first + end);
+        }
+        return result;
+    });
+}
+
 }  // namespace
 
 std::vector<Ids> Session::generate(const std::vector<Ids> &prompts, const GenerateOptions &options,
@@ -136,6 +163,10 @@ std::vector<Ids> Session::generate(const std::vector<Ids> &prompts, const Genera
     if (options.max_new_tokens < 1) {
         throw Error("max_new_tokens is " + std::to_string(options.max_new_tokens) +
                     "; it must be at least 1.");
+    }
+    if (options.prefill_chunk < 0) {
+        throw Error("prefill_chunk is " + std::to_string(options.prefill_chunk) +
+                    "; it must be 0 (no pieces) or more.");
     }
     check(options.sampling);
     const std::int64_t longest = longest_of(prompts);
@@ -159,15 +190,22 @@ std::vector<Ids> Session::generate(const std::vector<Ids> &prompts, const Genera
     std::vector<bool> running(prompts.size(), true);
     std::vector<std::optional<std::int64_t>> step_tokens(prompts.size());
     std::int64_t tokens = longest;
+    const std::int64_t piece = piece_of(info, batch, longest, options.prefill_chunk);
+    for (std::int64_t begin = 0; begin + piece < longest; begin += piece, tokens -= piece) {
+        // Their logits are of no use; those of one token are the fewest there can be.
+        held->step(columns(fed.ids, prompts.size(), begin, begin + piece),
+                   columns(fed.mask, prompts.size(), begin, begin + piece), batch, piece, 1);
+    }
+    fed.ids = columns(fed.ids, prompts.size(), longest - tokens, longest);
+    fed.mask = columns(fed.mask, prompts.size(), longest - tokens, longest);
     for (std::int64_t n = 0; n < options.max_new_tokens; ++n) {
-        const View logits = held->step(fed.ids, fed.mask, batch, tokens);
+        const View logits = held->step(fed.ids, fed.mask, batch, tokens, 1);
         const auto width = static_cast<std::size_t>(logits.shape.back());
         fed.ids.resize(prompts.size());
         for (std::size_t row = 0; row < prompts.size(); ++row) {
-            const std::size_t last = (row + 1) * static_cast<std::size_t>(tokens) - 1;
             // A row that has ended is fed on with the others, and draws on, so that the rest do not
             // depend on when it ended.
-            const std::int64_t token = sampler.choose(logits.data + last * width, width);
+            const std::int64_t token = sampler.choose(logits.data + row * width, width);
             fed.ids[row] = token;
             step_tokens[row].reset();
             if (!running[row]) continue;

@@ -15,7 +15,7 @@ struct Session::Impl {
     Manifest manifest;
     std::unique_ptr<Backend> backend;
     TokenInputs tokens;
-    std::vector<float> joined;  // the output of a call that was fed token by token
+    std::vector<float> joined;  // the output of a call that was fed token by token, or was cut
     bool lost = false;          // the backend failed half-way through its states
     std::atomic_flag busy = ATOMIC_FLAG_INIT;
 
@@ -24,12 +24,16 @@ struct Session::Impl {
 
     // As the functions of Session, without a `Call`.
     void reset(std::int64_t batch, std::int64_t capacity);
-    View step(Tokens ids, Tokens mask, std::int64_t batch, std::int64_t count);
+    View step(Tokens ids, Tokens mask, std::int64_t batch, std::int64_t count,
+              std::int64_t logits_to_keep);
     void usable() const;
 
   private:
-    View run(const std::int64_t *ids, const std::int64_t *mask, std::int64_t count);
-    View run_one_by_one(const std::int64_t *ids, const std::int64_t *mask, std::int64_t count);
+    View run(const std::int64_t *ids, const std::int64_t *mask, std::int64_t count,
+             std::int64_t kept);
+    View run_one_by_one(const std::int64_t *ids, const std::int64_t *mask, std::int64_t count,
+                        std::int64_t kept);
+    View cut(const View &view, std::int64_t kept);
 };
 
 // While it lives, every other call of the same session is refused. Waiting would answer with the

@@ -127,6 +127,14 @@ struct Model {
             has.insert(name);
             check_declared(name, session.GetInputTypeInfo(n), manifest.inputs);
         }
+        // What may be left out is no input to ONNX Runtime, and need not be named.
+        for (std::size_t n = 0; n < session.GetOverridableInitializerCount(); ++n) {
+            const std::string name =
+                session.GetOverridableInitializerNameAllocated(n, allocator).get();
+            if (inputs.count(name) == 0) continue;
+            has.insert(name);
+            check_declared(name, session.GetOverridableInitializerTypeInfo(n), manifest.inputs);
+        }
         for (const TensorInfo &input : manifest.inputs) need(folder, has, input.name);
         has.clear();
         for (std::size_t n = 0; n < session.GetOutputCount(); ++n) {
@@ -212,6 +220,13 @@ class OrtBackend final : public Backend {
         bind("input_ids", feeds.ids, feeds.tokens);
         bind("attention_mask", feeds.mask, feeds.columns);
         bind("position_ids", feeds.positions, feeds.tokens);
+        // All of them are what the graph gives by itself.
+        if (feeds.kept < feeds.tokens && model_->inputs.count(kLogitsToKeep) > 0) {
+            const std::array<std::int64_t, 1> shape{1};
+            held.push_back(Ort::Value::CreateTensor<std::int64_t>(
+                memory_, const_cast<std::int64_t *>(&feeds.kept), 1, shape.data(), shape.size()));
+            binding.BindInput(kLogitsToKeep, held.back());
+        }
         binding.BindOutput(manifest_.main_output.c_str(), memory_);
         for (std::size_t n = 0; n < states_.size(); ++n) {
             const StateInfo &state = manifest_.states[n];

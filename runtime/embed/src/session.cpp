@@ -35,33 +35,49 @@ std::unique_ptr<Backend> open(const fs::path &folder, const Manifest &manifest,
 
 }  // namespace
 
-View Session::Impl::run(const std::int64_t *ids, const std::int64_t *mask, std::int64_t count) {
+View Session::Impl::run(const std::int64_t *ids, const std::int64_t *mask, std::int64_t count,
+                        std::int64_t kept) {
     lost = true;
-    View result = backend->run(tokens.append(ids, mask, count));
+    const View result = backend->run(tokens.append(ids, mask, count, kept));
     lost = false;
-    return result;
+    const bool whole = kept == count || asks_for_last(manifest);
+    return whole ? result : cut(result, kept);
 }
 
-// [B, T] fed as T calls of [B, 1], their outputs put together as [B, T, V].
+// The last rows of what a graph gives of every token.
+View Session::Impl::cut(const View &view, std::int64_t kept) {
+    const auto rows = static_cast<std::size_t>(view.shape[0]);
+    const auto width = static_cast<std::size_t>(view.shape[2]);
+    const std::size_t all = static_cast<std::size_t>(view.shape[1]) * width;
+    const std::size_t some = static_cast<std::size_t>(kept) * width;
+    joined.resize(rows * some);
+    for (std::size_t row = 0; row < rows; ++row) {
+        std::copy_n(view.data + (row + 1) * all - some, some, joined.data() + row * some);
+    }
+    return {joined.data(), {view.shape[0], kept, view.shape[2]}};
+}
+
+// [B, T] fed as T calls of [B, 1], the outputs of the last K put together as [B, K, V].
 View Session::Impl::run_one_by_one(const std::int64_t *ids, const std::int64_t *mask,
-                                   std::int64_t count) {
+                                   std::int64_t count, std::int64_t kept) {
     const auto rows = static_cast<std::size_t>(tokens.batch());
-    const auto all = static_cast<std::size_t>(count);
+    const auto all = static_cast<std::size_t>(count), last = static_cast<std::size_t>(kept);
     std::vector<std::int64_t> column(rows), column_mask(rows), shape;
     for (std::size_t t = 0; t < all; ++t) {
         for (std::size_t row = 0; row < rows; ++row) {
             column[row] = ids[row * all + t];
             column_mask[row] = mask[row * all + t];
         }
-        const View view = run(column.data(), column_mask.data(), 1);
+        const View view = run(column.data(), column_mask.data(), 1, 1);
         const auto width = static_cast<std::size_t>(view.shape.back());
-        joined.resize(rows * all * width);
-        for (std::size_t row = 0; row < rows; ++row) {
-            std::copy_n(view.data + row * width, width, joined.data() + (row * all + t) * width);
+        joined.resize(rows * last * width);
+        for (std::size_t row = 0; row < rows && t + last >= all; ++row) {
+            const std::size_t place = row * last + t + last - all;
+            std::copy_n(view.data + row * width, width, joined.data() + place * width);
         }
         shape = view.shape;
     }
-    shape[1] = count;
+    shape[1] = kept;
     return {joined.data(), shape};
 }
 
@@ -82,13 +98,24 @@ void Session::Impl::usable() const {
     if (lost) throw Error("the last call failed and the state is lost; call reset first.");
 }
 
-View Session::Impl::step(Tokens ids, Tokens mask, std::int64_t batch, std::int64_t count) {
+View Session::Impl::step(Tokens ids, Tokens mask, std::int64_t batch, std::int64_t count,
+                         std::int64_t logits_to_keep) {
     usable();
     tokens.check(ids, mask, batch, count);
+    if (logits_to_keep < 0) {
+        throw Error("logits_to_keep is " + std::to_string(logits_to_keep) +
+                    "; it must be 0 (all) or more.");
+    }
+    if (logits_to_keep > 0 && manifest.task != "generate") {
+        throw Error("logits_to_keep is " + std::to_string(logits_to_keep) +
+                    ", and the ingot was exported for the task '" + manifest.task +
+                    "', which has no logits of each token; give 0.");
+    }
+    const std::int64_t kept = logits_to_keep > 0 ? std::min(logits_to_keep, count) : count;
     return within_memory("there is no memory for this call; feed fewer tokens at once.", [&] {
         const bool refused = batch > 1 && count > 1 && tokens.seen() > 0;
-        if (refused && backend->one_by_one()) return run_one_by_one(ids.data, mask.data, count);
-        return run(ids.data, mask.data, count);
+        if (refused && backend->one_by_one()) return run_one_by_one(ids.data, mask.data, count, kept);
+        return run(ids.data, mask.data, count, kept);
     });
 }
 
@@ -129,9 +156,10 @@ void Session::reset(std::int64_t batch, std::int64_t capacity) {
     impl_->reset(batch, capacity);
 }
 
-View Session::step(Tokens ids, Tokens mask, std::int64_t batch, std::int64_t tokens) {
+View Session::step(Tokens ids, Tokens mask, std::int64_t batch, std::int64_t tokens,
+                   std::int64_t logits_to_keep) {
     const Call call(impl().busy);
-    return impl_->step(ids, mask, batch, tokens);
+    return impl_->step(ids, mask, batch, tokens, logits_to_keep);
 }
 
 std::vector<StateCopy> Session::state() const {
@@ -149,12 +177,18 @@ const TensorInfo &main_output(const Manifest &manifest) {
         [&](const TensorInfo &output) { return output.name == manifest.main_output; });
 }
 
+bool asks_for_last(const Manifest &manifest) {
+    return std::any_of(manifest.inputs.begin(), manifest.inputs.end(),
+                       [](const TensorInfo &input) { return input.name == kLogitsToKeep; });
+}
+
 std::vector<std::int64_t> main_shape(const TensorInfo &main, const Feeds &feeds) {
     std::vector<std::int64_t> result;
     for (const Dimension &dimension : main.shape) {
-        result.push_back(dimension.fixed()           ? dimension.size
-                         : dimension.name == "batch" ? feeds.batch
-                                                     : feeds.tokens);
+        result.push_back(dimension.fixed()                   ? dimension.size
+                         : dimension.name == "batch"         ? feeds.batch
+                         : dimension.name == "kept_sequence" ? feeds.kept
+                                                             : feeds.tokens);
     }
     return result;
 }

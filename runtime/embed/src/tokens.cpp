@@ -94,7 +94,8 @@ void TokenInputs::check_padding(const std::int64_t *mask, std::int64_t tokens) c
     }
 }
 
-Feeds TokenInputs::append(const std::int64_t *ids, const std::int64_t *mask, std::int64_t tokens) {
+Feeds TokenInputs::append(const std::int64_t *ids, const std::int64_t *mask, std::int64_t tokens,
+                          std::int64_t kept) {
     const auto rows = static_cast<std::size_t>(batch_);
     const auto fresh = static_cast<std::size_t>(tokens);
     const auto before = static_cast<std::size_t>(seen_);
@@ -109,7 +110,7 @@ Feeds TokenInputs::append(const std::int64_t *ids, const std::int64_t *mask, std
         }
     }
 
-    Feeds feeds{ids, mask, positions_.data(), batch_, tokens, tokens, seen_};
+    Feeds feeds{ids, mask, positions_.data(), batch_, tokens, tokens, seen_, kept};
     if (cached_) {
         const std::size_t columns = before + fresh;
         mask_.resize(rows * columns);

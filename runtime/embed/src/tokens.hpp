@@ -14,6 +14,7 @@ struct Feeds {
     std::int64_t tokens = 0;   // T
     std::int64_t columns = 0;  // P + T where a cache holds the past, else T
     std::int64_t past = 0;     // P
+    std::int64_t kept = 0;     // of how many of the last tokens the logits are wanted
 };
 
 class TokenInputs {
@@ -29,8 +30,10 @@ class TokenInputs {
     // that a recurrent state would take for tokens.
     void check(Tokens ids, Tokens mask, std::int64_t batch, std::int64_t tokens) const;
 
-    // The graph's inputs for T more tokens; `check` them first.
-    Feeds append(const std::int64_t *ids, const std::int64_t *mask, std::int64_t tokens);
+    // The graph's inputs for T more tokens, of the last of which so many have logits; `check` them
+    // first.
+    Feeds append(const std::int64_t *ids, const std::int64_t *mask, std::int64_t tokens,
+                 std::int64_t kept);
 
     std::int64_t batch() const { return batch_; }
     std::int64_t capacity() const { return capacity_; }

@@ -140,6 +140,12 @@ TEST_CASE("a step gives logits and their shape") {
     CHECK(ingot_session_step(opened.session, ids, mask, 2, 2, &logits, shape, &rank) ==
           INGOT_SESSION_REFUSED);
     CHECK(contains(message(), "capacity of 2"));
+    CHECK(ingot_session_reset(opened.session, 2, 2) == INGOT_SESSION_OK);
+    CHECK(ingot_session_step_last(opened.session, ids, mask, 2, 2, 1, &logits, shape, &rank) ==
+          INGOT_SESSION_OK);
+    CHECK(ingot::Ids(shape, shape + 3) == ingot::Ids{2, 1, 512});
+    CHECK(ingot_session_step_last(nullptr, ids, mask, 2, 2, 1, &logits, shape, &rank) ==
+          INGOT_SESSION_REFUSED);
 }
 
 TEST_CASE("generates what the C++ session does") {
@@ -154,6 +160,8 @@ TEST_CASE("generates what the C++ session does") {
     const int64_t lengths[] = {3, 1};
     ingot_generate_options options = ingot_generate_defaults();
     options.max_new_tokens = 8;
+    CHECK(options.prefill_chunk == same.prefill_chunk);
+    options.prefill_chunk = 2;
     Told told;
     CHECK(ingot_session_generate(opened.session, pointers, lengths, 2, &options, collect, &told) ==
           INGOT_SESSION_OK);

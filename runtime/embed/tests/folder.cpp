@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
@@ -68,6 +69,20 @@ std::string refusal(const std::function<void()> &call) {
 
 std::string refusal(const fs::path &folder, const ingot::Options &options) {
     return refusal([&] { ingot::Session session(folder, options); });
+}
+
+void all_logits(nlohmann::json &raw) {
+    nlohmann::json &inputs = raw["inputs"];
+    inputs.erase(std::remove_if(inputs.begin(), inputs.end(),
+                                [](const nlohmann::json &input) {
+                                    return input["name"] == ingot::kLogitsToKeep;
+                                }),
+                 inputs.end());
+    for (nlohmann::json &output : raw["outputs"]) {
+        for (nlohmann::json &size : output["shape"]) {
+            if (size == "kept_sequence") size = "sequence";
+        }
+    }
 }
 
 bool contains(const std::string &text, const std::string &part) {

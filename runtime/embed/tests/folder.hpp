@@ -43,4 +43,8 @@ std::string refusal(const std::function<void()> &call);
 // The message with which a folder is refused.
 std::string refusal(const std::filesystem::path &folder, const ingot::Options &options = {});
 
+// Lets ingot.json say that a graph gives the logits of all tokens, as before there was logits_to_keep
+// and as engines do. The graph itself may stay, since nobody has to give it that input.
+void all_logits(nlohmann::json &raw);
+
 bool contains(const std::string &text, const std::string &part);

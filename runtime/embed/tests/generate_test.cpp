@@ -37,6 +37,7 @@ TEST_CASE("options that make no sense") {
     CHECK(contains(message([](auto &o) { o.max_new_tokens = 0; }), "it must be at least 1"));
     CHECK(contains(message([](auto &o) { o.max_new_tokens = INT64_MAX; }), "exceed this model's context"));
     CHECK(contains(message([](auto &o) { o.max_new_tokens = 506; }), "context of 512"));
+    CHECK(contains(message([](auto &o) { o.prefill_chunk = -1; }), "prefill_chunk is -1"));
     CHECK(contains(message([](auto &o) { o.sampling.temperature = -1; }), "it must be 0 or more"));
     CHECK(contains(message([](auto &o) { o.sampling.temperature = std::nan(""); }), "temperature"));
     CHECK(contains(message([](auto &o) { o.sampling.temperature = HUGE_VAL; }), "temperature"));
@@ -69,6 +70,23 @@ TEST_CASE("a batch generates what each prompt does alone, and tells it step by s
     for (std::size_t row = 0; row < rows.size(); ++row) {
         CHECK(rows[row].size() == 24);
         CHECK(session.generate({kPrompts[row]}, few(24)) == std::vector<Ids>{rows[row]});
+    }
+}
+
+TEST_CASE("a prompt in pieces generates what it does as a whole") {
+    for (const std::string name : {"olmoe-ort", "granite-onnx", "mamba2-ort", "toy_hybrid-ort"}) {
+        CAPTURE(name);
+        Session session(tiny(name));
+        for (const std::vector<Ids> &prompts : {kPrompts, {kPrompts[0]}}) {
+            GenerateOptions options = few(16);
+            options.prefill_chunk = 0;
+            const std::vector<Ids> whole = session.generate(prompts, options);
+            for (const std::int64_t chunk : {1, 2, 3, 6, 7, 8}) {
+                CAPTURE(chunk);
+                options.prefill_chunk = chunk;
+                CHECK(session.generate(prompts, options) == whole);
+            }
+        }
     }
 }
 

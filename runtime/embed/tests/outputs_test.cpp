@@ -19,6 +19,7 @@ class WithGraph : public Copy {
   public:
     explicit WithGraph(const json &state = nullptr) : Copy("olmoe-ort") {
         edit([&](json &raw) {
+            all_logits(raw);
             const std::string columns =
                 state.is_null() || state["axis"].is_null() ? "sequence" : "total_sequence";
             raw["inputs"] = {
@@ -123,6 +124,31 @@ TEST_CASE("logits of another rank or of other sizes") {
             CHECK(contains(
                 message,
                 "where float32 [2, 40, 512] was expected; the graph and ingot.json are not"));
+        }
+    }
+}
+
+TEST_CASE("logits of more or fewer tokens than were asked for") {
+    const WithGraph ingot;
+    ingot.edit([](json &raw) {
+        raw["inputs"].push_back(
+            {{"name", "logits_to_keep"}, {"dtype", "int64"}, {"shape", {1}}});
+        raw["outputs"][0]["shape"][1] = "kept_sequence";
+    });
+    const auto message = [&](std::int64_t kept, std::int64_t made) {
+        ingot.set_graph({{"logits", kFloat, {2, made, 512}}});
+        return refusal([&] {
+            const Ids ids(80, 3), mask(80, 1);
+            ingot::Session session(ingot.path());
+            session.reset(2, 40);
+            const ingot::View view = session.step(ids, mask, 2, 40, kept);
+            CHECK(view.shape == Sizes{2, made, 512});
+        });
+    };
+    for (const std::int64_t kept : {1, 3}) {
+        CHECK(message(kept, kept) == "");
+        for (const std::int64_t made : {kept - 1, kept + 1, std::int64_t{40}}) {
+            CHECK(contains(message(kept, made), kAgree));
         }
     }
 }

@@ -358,13 +358,26 @@ TEST_CASE("tensors that no session feeds or reads") {
                        m["inputs"][1]["shape"] = {"batch", "sequence"};
                    }),
                    "attention_mask is not"));
+    for (const auto &[name, value] :
+         {std::pair<const char *, json>{"dtype", "float32"}, {"shape", {2}}, {"shape", {"batch"}},
+          {"shape", {1, 1}}}) {
+        CHECK(contains(message([&, key = name, other = value](json &m) { m["inputs"][3][key] = other; }),
+                       "logits_to_keep is not of int64 and of one number"));
+    }
+    CHECK(contains(message([](json &m) { m["inputs"].erase(3); }), "logits is not of"));
+    CHECK(contains(message([](json &m) { m["task"] = "features"; }),
+                   "which is for the task generate"));
+    CHECK(contains(message([](json &m) { m["generation"]["switch_length"] = 0; }), "switch_length"));
+    CHECK(message([](json &m) { m["generation"]["switch_length"] = 64; }) == "");
+    CHECK(message(all_logits) == "");
     const std::string logits =
         "logits is not of a floating-point type and of the shape that generate has";
     CHECK(contains(message([](json &m) { m["outputs"][0]["dtype"] = "int64"; }), logits));
     for (const json &shape :
-         {json{"batch", 512}, json{"batch", "sequence", 512, 1}, json{"batch", "sequence", 0},
-          json{"batch", "sequence", 511}, json{"batch", "total_sequence", 512},
-          json{"sequence", "batch", 512}, json{1, "sequence", 512}}) {
+         {json{"batch", 512}, json{"batch", "kept_sequence", 512, 1},
+          json{"batch", "kept_sequence", 0}, json{"batch", "kept_sequence", 511},
+          json{"batch", "sequence", 512}, json{"batch", "total_sequence", 512},
+          json{"kept_sequence", "batch", 512}, json{1, "kept_sequence", 512}}) {
         CAPTURE(shape.dump());
         CHECK(contains(message([&](json &m) { m["outputs"][0]["shape"] = shape; }), logits));
     }
@@ -372,8 +385,11 @@ TEST_CASE("tensors that no session feeds or reads") {
                    "must be one of float32, float16"));
     CHECK(contains(message([](json &m) { m["main_output"] = "present.0.key"; }),
                    "present.0.key is not of"));
-    CHECK(
-        contains(message([](json &m) { m["task"] = "classify"; }), "the shape that classify has"));
+    CHECK(contains(message([](json &m) {
+                       all_logits(m);
+                       m["task"] = "classify";
+                   }),
+                   "the shape that classify has"));
     CHECK(contains(message([](json &m) { m["vocab_size"] = 513; }), logits));
     CHECK(contains(message([](json &m) { m["generation"]["eos_token_ids"] = {512}; }),
                    "from 0 to 511"));
@@ -583,6 +599,7 @@ TEST_CASE("an engine, where the library was built without TensorRT") {
     const Copy copy("olmoe-ort");
     copy.put("model.engine", "code");
     copy.edit([](json &raw) {
+        all_logits(raw);
         raw["target"] = "trt-rtx";
         raw["engine"] = {{"builder", "tensorrt-rtx"},
                          {"version", "1.7.1.116"},

@@ -136,6 +136,48 @@ TEST_CASE("tokens fed in pieces give the logits of all at once") {
     }
 }
 
+TEST_CASE("the last logits alone are the last of all") {
+    for (const std::string &name : kAll) {
+        CAPTURE(name);
+        const Copy before(name);
+        before.edit(all_logits);
+        for (const std::filesystem::path &folder : {tiny(name), before.path()}) {
+            Session session(folder);
+            Ids ids = some_ids(20), mask(20, 1);
+            std::fill(mask.begin() + 10, mask.begin() + 13, 0);
+            for (const std::int64_t kept : {1, 3, 9}) {
+                CAPTURE(kept);
+                // A prompt of six tokens and a turn of four, which is fed token by token over
+                // shared buffers.
+                std::vector<std::vector<float>> all, last;
+                for (const bool asked : {false, true}) {
+                    session.reset(2, 10);
+                    for (const auto &[begin, end] : {std::pair(0, 6), {6, 10}}) {
+                        const std::int64_t tokens = end - begin, rows = std::min(kept, tokens);
+                        const ingot::View view =
+                            session.step(columns(ids, begin, end), columns(mask, begin, end), 2,
+                                         tokens, asked ? kept : 0);
+                        const std::int64_t given = asked ? rows : tokens;
+                        REQUIRE(view.shape == Ids{2, given, session.manifest().vocab_size});
+                        const auto width = view.shape[2];
+                        auto &found = asked ? last : all;
+                        found.emplace_back();
+                        for (std::int64_t row = 0; row < 2; ++row) {
+                            const float *ends = view.data + (row + 1) * given * width;
+                            found.back().insert(found.back().end(), ends - rows * width, ends);
+                        }
+                    }
+                }
+                for (std::size_t n = 0; n < all.size(); ++n) CHECK(farthest(all[n], last[n]) < 1e-5F);
+            }
+            session.reset(1, 1);
+            const Ids one = {1};
+            CHECK(contains(refusal([&] { session.step(one, one, 1, 1, -1); }), "logits_to_keep is -1"));
+            session.step(one, one, 1, 1, 1);
+        }
+    }
+}
+
 TEST_CASE("a padded row computes what it computes alone") {
     for (const std::string &name : kAll) {
         CAPTURE(name);
@@ -314,6 +356,8 @@ TEST_CASE("an ingot without state takes each call for itself") {
     session.reset(2, 3);
     const Ids ids = some_ids(6), ones(6, 1);
     for (int n = 0; n < 3; ++n) CHECK(session.step(ids, ones, 2, 3).shape == Ids{2, labels});
+    CHECK(contains(refusal([&] { session.step(ids, ones, 2, 3, 1); }),
+                   "exported for the task 'classify', which has no logits of each token"));
     CHECK(session.state().empty());
 }
 

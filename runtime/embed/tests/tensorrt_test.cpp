@@ -15,6 +15,7 @@ class WithEngine : public Copy {
         put("model.engine", "code");
         put("libingot_trt.so", "more code");
         edit([](json &raw) {
+            all_logits(raw);
             raw["target"] = "trt";
             raw["engine"] = {{"builder", "tensorrt"},
                              {"version", INGOT_FAKE_VERSION},

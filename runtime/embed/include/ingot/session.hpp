@@ -63,11 +63,16 @@ struct Sampling {
     std::uint64_t seed = 0;
 };
 
+constexpr std::int64_t kPrefillChunk = 512;
+
 struct GenerateOptions {
     std::int64_t max_new_tokens = 64;  // at most so many for each prompt
     Sampling sampling;
     // Ids that end a sequence, each part of the result; the ingot's own where absent.
     std::optional<std::vector<std::int64_t>> stop_ids;
+    // Tokens of a prompt that are fed at once, so that a long one takes the memory of so many; 0 for
+    // all. A prompt stays whole where pieces would give something else, or be slow: see the README.
+    std::int64_t prefill_chunk = kPrefillChunk;
 };
 
 // Told each step's token of every prompt, none where that prompt has ended; false stops. The
@@ -99,12 +104,17 @@ class INGOT_API Session {
     // Feeds T new tokens of every sequence; an ingot without state takes each call for itself.
     //
     // ids, mask: [B, T]; the mask is 1 for tokens and 0 for padding. Where all states grow, padding
-    // may stand anywhere; where one is recurrent, before the first token of its row only. Returns
-    // the main output as float32: logits [B, T, V], last_hidden_state [B, T, H], or of a classifier
-    // logits [B, labels]. Throws Error: another batch, ids outside the vocabulary, padding that the
-    // state does not take, no room left. After an error of the backend itself the state is lost,
-    // and the next call must be reset.
-    View step(Tokens ids, Tokens mask, std::int64_t batch, std::int64_t tokens);
+    // may stand anywhere; where one is recurrent, before the first token of its row only.
+    // logits_to_keep: of how many of the last columns the logits are wanted; 0 for all. A graph with
+    // an input of that name computes no others; of another, such as an engine, they are cut.
+    //
+    // Returns the main output as float32: logits [B, T, V], or [B, min(K, T), V] of the last K;
+    // last_hidden_state [B, T, H], or of a classifier logits [B, labels]. Throws Error: another
+    // batch, ids outside the vocabulary, padding that the state does not take, no room left, a
+    // logits_to_keep below 0 or of an ingot that does not generate. After an error of the backend
+    // itself the state is lost, and the next call must be reset.
+    View step(Tokens ids, Tokens mask, std::int64_t batch, std::int64_t tokens,
+              std::int64_t logits_to_keep = 0);
 
     // A copy of every state.
     std::vector<StateCopy> state() const;
