@@ -13,8 +13,9 @@ import numpy as np
 from ingot.runtime.session import Floats, Ids
 from ingot.validate.truth.recording import Stepper
 
-# Why a call was made: to be compared, to see the same numbers again, or with other threads.
-Purpose = Literal["compare", "repeat", "threads"]
+# Why a call was made: to be compared, to see the same numbers again, with other threads, or for the
+# last logits alone.
+Purpose = Literal["compare", "repeat", "threads", "kept"]
 
 
 @dataclass

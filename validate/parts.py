@@ -32,6 +32,8 @@ def required(traits: Traits) -> list[Asked]:
     """What is asked of a model and its target by default."""
     asked = [*(_stateful(traits) if traits.stateful else _alone(traits))]
     asked.append(Asked("equal calls give equal bits", lambda call: call.purpose == "repeat"))
+    if traits.keeps:
+        asked.append(Asked("the last logits alone", lambda call: call.purpose == "kept"))
     if traits.threads:
         asked.append(Asked("another number of threads", lambda call: call.purpose == "threads"))
     return asked

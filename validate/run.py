@@ -14,6 +14,7 @@ from ingot.export.graph import Capture
 from ingot.export.ingot import Manifest
 from ingot.export.manifest import ONNX_RUNTIME, TENSORRT, versions
 from ingot.export.progress import Stages
+from ingot.graphs.state import LOGITS_TO_KEEP
 from ingot.plugins.device import has_gpu
 from ingot.runtime.loading import load
 from ingot.runtime.onnxruntime_session import said
@@ -32,6 +33,7 @@ from ingot.validate.judge.again import (
 from ingot.validate.judge.distribution import negative_log_likelihoods, perplexities
 from ingot.validate.judge.forced import ForcedJudge
 from ingot.validate.judge.judge import Judge
+from ingot.validate.judge.kept import judge_kept, kept_calls
 from ingot.validate.judge.quantisation import Recorded, judge_quantisation
 from ingot.validate.judge.widened import against_in_float32, judge_widened
 from ingot.validate.processor import processor
@@ -89,6 +91,11 @@ class Target:
             self.rounded = quantization.sizes
         self._exact = False
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the graph may be asked for the last logits alone."""
+        return any(each.name == LOGITS_TO_KEEP for each in self.manifest.inputs)
+
     def twin(self) -> Target | None:
         """The same, whose kernels leave activations as they are; None where there is no such."""
         if not self.rounded or no_twin(self.folder) is not None:
@@ -133,6 +140,7 @@ class Target:
             longest=longest,
             threads=not self.engine,
             by_token=not self.engine and any(state.shared for state in manifest.states),
+            keeps=self.keeps,
         )
 
 
@@ -322,11 +330,15 @@ def _observe(one: _Judged, stages: Stages, other: str) -> tuple[Session, list[Fe
     session = target.delivered()
     recorder = Recorder(session, stateful, calls)
     count = sum(judge.calls for judge in judges) + repeated_calls(judges[0])
+    count += kept_calls(judges[0]) if target.keeps else 0
     with stages.stage(f"validate against {other}", count, "steps") as advance:
         for judge in judges:
             judge.judge_session(recorder, advance)
         judge_repeats(judges[0], recorder)
         advance(repeated_calls(judges[0]))
+        if target.keeps:
+            judge_kept(judges[0], recorder)
+            advance(kept_calls(judges[0]))
     return session, calls
 
 

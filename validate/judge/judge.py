@@ -13,6 +13,7 @@ from ingot.plugins.errors import IngotError
 from ingot.validate.counting import Fed, Recorder
 from ingot.validate.judge.compare import compare
 from ingot.validate.judge.floors import usual_floors
+from ingot.validate.judge.limits import ROUNDOFF
 from ingot.validate.judge.routing import (
     compare_choices,
     doubtful,
@@ -218,6 +219,13 @@ class Judge:
         found = self._observe_forced(session, run)
         calls = enumerate(main_run(run.inputs))
         return [r for n, call in calls for r in self._compare(run, call.stage, n, found.calls[n])]
+
+    def floor(self, run: Run, name: str) -> float:
+        """What eager PyTorch usually errs by in a tensor of a run."""
+        floor = self._floors[run.source].get(name, 0.0)
+        # Of a call in which it overflows there is no error.
+        precision = self.references[run.source].precision
+        return max(floor if np.isfinite(floor) else 0.0, ROUNDOFF[precision])
 
     def add(self, results: Iterable[TensorResult]) -> None:
         """Results of what is judged elsewhere, such as calls that are repeated."""

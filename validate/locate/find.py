@@ -20,12 +20,13 @@ from ingot.runtime.session import Session
 from ingot.validate.identity.checks import Subject
 from ingot.validate.judge.again import AGAIN, BESIDE_FORK, TIMES
 from ingot.validate.judge.judge import CACHES, REPLAYED
+from ingot.validate.judge.kept import ALONE
 from ingot.validate.locate.calls import Fed, one_by_one
 from ingot.validate.locate.computed import first_computed_wrong
 from ingot.validate.locate.locate import locate
 from ingot.validate.locate.part import LocateError
 from ingot.validate.locate.session import locate_session
-from ingot.validate.result import IN_INT8, SESSION, Location, Report, TensorResult
+from ingot.validate.result import IN_INT8, KERNELS, SESSION, Location, Report, TensorResult
 from ingot.validate.truth.inputs import EXPERTS_FORCED
 from ingot.validate.truth.recording import fed, main_run
 from ingot.validate.truth.runs import Run as FedRun
@@ -165,6 +166,10 @@ def _by_kernels(report: Report, again: Again) -> Location | None:
     if found is not None:
         return replace(found, run=run.name)
     wrong = [each for each in report.tensors if each.problem]
+    alone = [each for each in wrong if each.stage.removesuffix(IN_INT8).endswith(ALONE)]
+    if alone and len(alone) == len(wrong):
+        value, ratio = f"{alone[0].name} at {alone[0].stage}", alone[0].score
+        return Location(None, KERNELS, value, math.inf if ratio is None else ratio)
     beside = [each for each in wrong if each.stage.endswith(BESIDE_FORK)]
     if beside and not any(each.stage.endswith(f" {TIMES} times") for each in wrong):
         value = f"{beside[0].name} at {beside[0].stage}"

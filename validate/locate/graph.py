@@ -35,7 +35,7 @@ class Graph:
         precision: of the graph, by PyTorch's name.
 
     Attributes:
-        inputs: names of the graph's inputs.
+        inputs: names of the graph's inputs; one that need not be given is its default here.
         makers: value -> the node it is an output of, in the order of computation.
         initializers: weights and constants by name.
         functions: bodies of operators by domain and name.
@@ -52,9 +52,9 @@ class Graph:
         self.model = model
         self.read = read
         self.precision = precision
-        self.inputs = {value.name for value in model.graph.input}
         self.makers = {name: node for node in model.graph.node for name in node.output if name}
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.inputs = {value.name for value in model.graph.input} - self.initializers.keys()
         self.functions = {(each.domain, each.name): each for each in model.functions}
         self.constants: dict[str, frozenset[str]] = {
             name: frozenset([name] if self.is_weight(name) else []) for name in self.initializers

@@ -23,11 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ingot.export.ingot import GRAPH, Manifest
-from ingot.graphs.state import State
+from ingot.graphs.state import LOGITS_TO_KEEP, State
+from ingot.plugins.errors import IngotError
 from ingot.runtime.onnxruntime_session import open_session
 from ingot.runtime.operators import libraries
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Ids, Session
+from ingot.validate.judge.kept import ALONE, COUNTS
 from ingot.validate.judge.metrics import relative_error
 from ingot.validate.locate.calls import Fed, feeds, one_by_one, real_so_far
 from ingot.validate.locate.difference import difference
@@ -85,6 +87,31 @@ def locate_session(
             if array.tobytes() != before:
                 said = "which later calls write over"
                 return Location(None, SESSION, value, math.inf, detail=said)
+    return _last_wrong(session, plain, manifest, calls)
+
+
+def _last_wrong(
+    session: Session, plain: _Plain, manifest: Manifest, calls: Sequence[Fed]
+) -> Location | None:
+    """The first call whose last logits alone are others than its graph's, asked for the same."""
+    for count in COUNTS if manifest.task == "generate" else ():
+        session.reset(*plain.sizes)
+        plain.reset()
+        for number, (stage, ids, mask) in enumerate(calls):
+            try:
+                main = session.step(ids, mask, count)
+            except IngotError:
+                # It refuses what its graph gives.
+                return None
+            expected = plain.call(calls, number, count)[0][manifest.main_output]
+            real = mask[:, -count:] != 0
+            value = f"{manifest.main_output} at {stage}, the last {count}{ALONE}"
+            if main.shape != expected.shape:
+                said = f"shape {list(main.shape)}, expected {list(expected.shape)}"
+                return Location(None, SESSION, value, math.inf, detail=said)
+            ratio = relative_error(expected[real], main[real], expected[real]) / FLOOR
+            if ratio > LIMIT:
+                return Location(None, SESSION, value, ratio)
     return None
 
 
@@ -158,28 +185,41 @@ class _Plain:
     def __init__(self, folder: Path, manifest: Manifest, batch: int, capacity: int) -> None:
         self._session = open_session(folder / GRAPH, libraries=libraries(folder, manifest))
         self._manifest = manifest
-        self._taken = {item.name for item in self._session.get_inputs()}
-        self._sizes = batch, capacity
+        optional = self._session.get_overridable_initializers()
+        self._taken = {item.name for item in (*self._session.get_inputs(), *optional)}
+        self.sizes = batch, capacity
         self.reset()
 
     def reset(self) -> None:
         """Begin with empty states."""
         states = self._manifest.states
-        self._states = {state.input: _empty(state, *self._sizes) for state in states}
+        self._states = {state.input: _empty(state, *self.sizes) for state in states}
 
-    def call(self, calls: Sequence[Fed], number: int) -> tuple[Values, dict[str, Ids]]:
-        """What one call gives, and what is fed in it last, where the graph takes it in pieces."""
+    def call(
+        self, calls: Sequence[Fed], number: int, count: int = 0
+    ) -> tuple[Values, dict[str, Ids]]:
+        """What one call gives, and what is fed in it last, where the graph takes it in pieces.
+
+        Args:
+            calls: of the run.
+            number: of the call.
+            count: of how many of its last tokens there are logits; 0 for all.
+        """
         states, main = self._manifest.states, self._manifest.main_output
         before = one_by_one(calls[:number], states)
         pieces = one_by_one(calls[: number + 1], states)
         found: list[Values] = []
         for at in range(len(before), len(pieces)):
             fed = feeds(pieces, at, states)
+            if count and len(pieces) == len(before) + 1:
+                fed[LOGITS_TO_KEEP] = np.array([count], dtype=np.int64)
             seen = sum(piece.input_ids.shape[1] for piece in pieces[: at + 1])
             found.append(self._run(fed, seen))
         values = found[-1]
         if len(found) > 1:
             values[main] = np.concatenate([each[main] for each in found], axis=1)
+        if count and (len(found) > 1 or LOGITS_TO_KEEP not in self._taken):
+            values[main] = values[main][:, -count:]
         return values, fed
 
     def _run(self, feeds: dict[str, Ids], seen: int) -> Values:

@@ -67,6 +67,7 @@ class Traits:
         threads: whether a session may be given a number of threads.
         by_token: whether a session feeds several tokens of several rows behind others one by one,
             as ``runtime.ort`` does where buffers are shared.
+        keeps: whether the graph may be asked for the last logits alone.
     """
 
     vocab_size: int
@@ -81,6 +82,7 @@ class Traits:
     longest: int | None = None
     threads: bool = True
     by_token: bool = False
+    keeps: bool = False
 
     @property
     def rows(self) -> int:

@@ -7,6 +7,7 @@ from proof.faults import (
     contract,
     exports,
     kernels,
+    last_logits,
     panels,
     rounding,
     sessions,
@@ -27,5 +28,6 @@ FAULTS = [
     *contract.FAULTS,
     *sessions.FAULTS,
     *kernels.FAULTS,
+    *last_logits.FAULTS,
     *exports.FAULTS,
 ]
