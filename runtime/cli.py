@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -88,6 +88,9 @@ def _load(
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--stop-id", multiple=True, type=int, help="Instead of the model's own.")
+@click.option(
+    "--prefill-chunk", type=int, help="Tokens of a prompt fed at once, 0 for all; default 512."
+)
 @click.option("--threads", default=0, show_default=True, help="0 lets the runtime choose.")
 @click.option("--no-verify", is_flag=True, help="Check file sizes only, not their SHA-256.")
 @click.option("--allow-failed", is_flag=True, help="Run an ingot that failed its validation.")
@@ -103,6 +106,7 @@ def generate_command(
     top_p: float,
     seed: int,
     stop_id: tuple[int, ...],
+    prefill_chunk: int | None,
     threads: int,
     no_verify: bool,
     allow_failed: bool,
@@ -121,8 +125,9 @@ def generate_command(
         texts = [chat_text(ingot, [{"role": "user", "content": said}]) for said in chat]
         whole = [encode_text(tokenizer, text, add_special_tokens=False) for text in texts]
         prompts = whole or [encode_text(tokenizer, text) for text in prompt]
-    stop = list(stop_id) or None
-    _stream(session, prompts, tokenizer, max_new_tokens, sampling, stop)
+    chunk = {} if prefill_chunk is None else {"prefill_chunk": prefill_chunk}
+    options = {"stop_ids": list(stop_id) or None, **chunk}
+    _stream(session, prompts, tokenizer, max_new_tokens, sampling, options)
 
 
 def _stream(
@@ -131,7 +136,7 @@ def _stream(
     tokenizer: Tokenizer | None,
     max_new_tokens: int,
     sampling: Sampling,
-    stop_ids: list[int] | None,
+    options: dict[str, Any],
 ) -> None:
     from ingot.runtime.generate import generate
 
@@ -139,7 +144,7 @@ def _stream(
     shown = ""
     marks = [time.perf_counter()]
     for step in generate(
-        session, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids
+        session, prompts, max_new_tokens=max_new_tokens, sampling=sampling, **options
     ):
         marks.append(time.perf_counter())
         for row, token in zip(made, step, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class Clocked:
         self.fed: dict[str, Ids] = {}
         self.tapped: dict[str, Floats] = {}
         self.calls: list[tuple[int, int, int]] = []
+        self.kept: list[int] = []
         self.now = 0.0
         self.seen = 0
         monkeypatch.setattr("ingot.runtime.bench.time.perf_counter", lambda: self.now)
@@ -35,6 +37,7 @@ class Clocked:
     def step(self, input_ids: Ids, attention_mask: Ids, logits_to_keep: int = 0) -> Floats:
         assert (attention_mask == 1).all()
         self.calls.append((*input_ids.shape, self.seen))
+        self.kept.append(logits_to_keep)
         self.seen += input_ids.shape[1]
         assert input_ids.shape[0] == self.size[0] and self.seen <= self.size[1]
         # The first calls are slow, as everywhere.
@@ -68,6 +71,18 @@ def test_measures_prefill_and_decode(tiny_ort: Path, monkeypatch: pytest.MonkeyP
     assert first[:repeated] == [(1, 8, 0)] * repeated
     # Each step has one token more behind it, from the prefill on.
     assert first[repeated:] == [(1, 1, 8 + n) for n in range(repeated)]
+
+
+def test_measures_a_long_prompt_as_a_generation_feeds_it(
+    tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = Manifest.read(tiny_onnx)
+    generation = {**manifest.generation, "context_length": None}
+    session = Clocked(replace(manifest, generation=generation), monkeypatch)
+    prefill, _ = bench(session, (1,), (1100,), 3)
+    assert prefill.tokens_per_second == 1.0
+    assert session.calls[:3] == [(1, 512, 0), (1, 512, 512), (1, 76, 1024)]
+    assert set(session.kept) == {1}
 
 
 def test_refuses_more_than_the_context(tiny_ort: Path, monkeypatch: pytest.MonkeyPatch) -> None:

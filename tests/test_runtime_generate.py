@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -324,12 +325,78 @@ def test_prints_one_line_for_each_of_several_prompts(
     assert len(made[0]) == 1
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 6, 7, 8, 0])
+def test_generates_the_same_whatever_the_pieces_of_its_prompt(
+    ingot: Path, oracle: list[list[int]], chunk: int
+) -> None:
+    session = load(ingot)
+    assert _rows(session, PROMPTS, prefill_chunk=chunk) == oracle
+    assert _rows(session, PROMPTS[:1], prefill_chunk=chunk) == oracle[:1]
+
+
+def _calls(session: Session, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Rows, tokens and ``logits_to_keep`` of each call that follows."""
+    found: list[tuple[int, ...]] = []
+    step = session.step
+
+    def recorded(ids: Any, mask: Any, logits_to_keep: int = 0) -> Any:
+        found.append((*ids.shape, logits_to_keep))
+        return step(ids, mask, logits_to_keep)
+
+    monkeypatch.setattr(session, "step", recorded)
+    return found
+
+
+def test_feeds_a_prompt_in_pieces(
+    ingots: Callable[..., Path], tiny_ort: Path, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, pieces = [(2, 7, 1), (2, 1, 1)], [(2, 3, 1), (2, 3, 1), (2, 1, 1), (2, 1, 1)]
+    for ingot, rows, expected in (
+        # Several rows over shared buffers would be fed token by token.
+        (tiny_ort, 2, whole),
+        (tiny_ort, 1, pieces),
+        (tiny_onnx, 2, pieces),
+        (ingots("mamba2", "ort"), 2, pieces),
+    ):
+        session = load(ingot)
+        calls = _calls(session, monkeypatch)
+        _rows(session, PROMPTS[:rows], 2, prefill_chunk=3)
+        assert calls == [(rows, *rest) for _, *rest in expected]
+    session = load(tiny_onnx)
+    calls = _calls(session, monkeypatch)
+    _rows(session, [[5] * 509], 2)
+    assert calls == [(1, 509, 1), (1, 1, 1)]
+
+
+def test_feeds_a_prompt_whole_where_its_length_turns_the_positions(
+    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    checkpoint = make_checkpoint("granite", rope_parameters=rope, max_position_embeddings=16)
+    session = load(make_ingot(checkpoint, "onnx"))
+    assert session.manifest.generation["switch_length"] == 16
+    calls = _calls(session, monkeypatch)
+    _rows(session, [[7] * 16], 1, prefill_chunk=10)
+    _rows(session, [[7] * 17], 1, prefill_chunk=10)
+    assert calls == [(1, 10, 1), (1, 6, 1), (1, 17, 1)]
+
+
+def test_feeds_a_prompt_whole_to_what_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = load(Path(__file__).parent / "data" / "schema1" / "granite-ort")
+    expected = _rows(session, [[3, 1, 4, 1, 5]], 4, prefill_chunk=0)
+    calls = _calls(session, monkeypatch)
+    assert _rows(session, [[3, 1, 4, 1, 5]], 4, prefill_chunk=2) == expected
+    assert calls[0] == (1, 5, 1)
+
+
 def test_passes_its_options_on(session: Session, tiny_ort: Path) -> None:
     options = ["--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--seed", "11"]
     result = _invoke(tiny_ort, "--prompt-ids", "1 2 3", "--max-new-tokens", "20", *options)
     sampling = Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=11)
     expected = _rows(session, [[1, 2, 3]], 20, sampling=sampling)
     assert [int(token) for token in result.stdout.split()] == expected[0]
+    chunked = _invoke(tiny_ort, "--prompt-ids", "1 2 3", *options, "--prefill-chunk", "-1")
+    assert "prefill_chunk is -1; it must be a whole number, 0 for no pieces" in chunked.output
     for changed in (["--seed", "12"], ["--temperature", "3"], ["--top-k", "2"], ["--top-p", ".2"]):
         other = _invoke(
             tiny_ort, "--prompt-ids", "1 2 3", "--max-new-tokens", "20", *options, *changed
@@ -532,6 +599,7 @@ def test_takes_ids_of_any_integer_type(session: Session, kind: type[np.integer[A
     [
         *[("stop_ids", value) for value in ("12", 3, [1.0], ["1"], [None], [True], {1: 2})],
         *[("max_new_tokens", value) for value in (1.5, "4", None, True, math.nan, -(10**5000))],
+        *[("prefill_chunk", value) for value in (1.5, "4", None, True, -1)],
     ],
     ids=lambda value: type(value).__name__,
 )

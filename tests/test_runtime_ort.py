@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 import pytest
+from conftest import MakeCheckpoint, MakeIngot
 from onnx import save
 from onnx.parser import parse_model
 
@@ -20,6 +21,7 @@ from ingot.export.ingot import GRAPH, Manifest, TensorInfo
 from ingot.graphs.state import State
 from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
+from ingot.runtime.onnxruntime_session import open_session
 from ingot.runtime.ort import OrtSession
 from ingot.runtime.session import Floats, Ids, Session, SessionError
 
@@ -222,6 +224,107 @@ def test_refuses_tokens_it_would_misread(
         session.step(ids, mask)
     second = session.step(good[0][:, 4:], good[1][:, 4:])
     _assert_same((np.concatenate((first, second), axis=1), session.state()), expected, good[1])
+
+
+# Of every family, with heads that are tied and not, and of every way to store them.
+ASKED: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    ("olmoe", "onnx", {}, {}),
+    ("olmoe", "ort", {}, {}),
+    ("granite", "ort", {}, {}),
+    ("granite", "onnx", {"tie_word_embeddings": False}, {"weights": "bf16"}),
+    ("granite", "ort", {}, {"weights": "int4"}),
+    ("granite", "ort", {"tie_word_embeddings": False}, {"weights": "int8", "accuracy": "exact"}),
+    ("granite", "onnx", {}, {"extra_outputs": ("hidden_states",)}),
+    ("jetmoe", "ort", {}, {"weights": "int8"}),
+    ("mamba2", "ort", {}, {}),
+    ("mamba2", "onnx", {}, {"weights": "fp16"}),
+    ("granite", "trt", {}, {"builder": "none", "precision": "fp16"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "config", "request_"),
+    ASKED,
+    ids=[
+        " ".join([one, two, *config, *map(str, more.values())]) for one, two, config, more in ASKED
+    ],
+)
+def test_gives_the_last_logits_alone(
+    family: str,
+    target: str,
+    config: dict[str, Any],
+    request_: dict[str, Any],
+    make_checkpoint: MakeCheckpoint,
+    make_ingot: MakeIngot,
+) -> None:
+    session = load(make_ingot(make_checkpoint(family, **config), target, **request_))
+    limit = 2e-3 if session.manifest.precision == "float16" else 2e-5
+    for batch in (1, 2):
+        ids, mask = _tokens(batch)
+        for kept in (1, 3, TOKENS):
+            found = []
+            for asked in (0, kept):
+                session.reset(*ids.shape)
+                calls = (slice(0, 5), slice(5, TOKENS))
+                outputs = [session.step(ids[:, part], mask[:, part], asked) for part in calls]
+                found.append([each[:, -kept:] for each in outputs] + [*session.state().values()])
+            for whole, last in zip(*found, strict=True):
+                assert whole.shape == last.shape
+                np.testing.assert_allclose(last, whole, rtol=0, atol=limit)
+
+
+def test_gives_all_hidden_states_with_the_last_logits(
+    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
+) -> None:
+    ingot = make_ingot(make_checkpoint("granite"), "ort", extra_outputs=("hidden_states",))
+    ids, mask = _tokens(2)
+    runner = open_session(ingot / GRAPH)
+    empty = {
+        state.input: np.zeros(state.shape(2, 16), np.float32)
+        for state in Manifest.read(ingot).states
+    }
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **empty}
+    names = ["logits", *(f"hidden_states.{n}" for n in range(3))]
+    logits, *hidden = runner.run(names, feeds)
+    last, *same = runner.run(names, {**feeds, "logits_to_keep": np.array([2])})
+    np.testing.assert_allclose(last, logits[:, -2:], rtol=0, atol=2e-5)
+    for whole, found in zip(hidden, same, strict=True):
+        assert found.shape == (2, TOKENS, 64)
+        np.testing.assert_array_equal(found, whole)
+
+
+def test_cuts_the_logits_of_a_graph_that_gives_all() -> None:
+    session = load(Path(__file__).parent / "data" / "schema1" / "granite-ort")
+    ids = np.array([[3, 1, 4, 1, 5]])
+    session.reset(1, 5)
+    whole = session.step(ids, np.ones_like(ids))
+    session.reset(1, 5)
+    last = session.step(ids, np.ones_like(ids), 2)
+    np.testing.assert_array_equal(last, whole[:, -2:])
+    # The memory of all is not kept for the sake of some.
+    assert last.base is None
+
+
+@pytest.mark.parametrize("given", [-1, 1.5, "1", None, True])
+def test_refuses_to_keep_what_is_no_number_of_tokens(session: Session, given: Any) -> None:
+    ids, mask = _tokens(1)
+    session.reset(*ids.shape)
+    with pytest.raises(SessionError, match=r"logits_to_keep is .*; it must be a whole number"):
+        session.step(ids, mask, given)
+    session.step(ids, mask, 1)
+
+
+@pytest.mark.parametrize(("family", "task"), [("olmoe", "features"), ("jetmoe", "classify")])
+def test_refuses_to_keep_where_there_is_no_logit_a_token(
+    make_ingot: MakeIngot, family: str, task: str
+) -> None:
+    session = load(make_ingot(Path(family), "ort", task=task, preset="tiny"))
+    ids, mask = _tokens(1)
+    session.reset(*ids.shape)
+    with pytest.raises(SessionError, match=f"the task '{task}', which has no logits of each"):
+        session.step(ids, mask, 1)
+    session.step(ids, mask, 0)
 
 
 def test_takes_ids_whose_rows_are_not_contiguous(session: Session) -> None:

@@ -178,6 +178,16 @@ def feed(session: TrtSession, rows: int, *counts: int) -> list[np.ndarray]:
     ]
 
 
+def test_hands_out_the_last_logits_of_all(lowered: Path, cuda: HostCuda) -> None:
+    session, _ = session_of(lowered, cuda)
+    ids, _ = tokens(512)
+    found = []
+    for kept in (0, 2):
+        session.reset(2, 8)
+        found.append(session.step(ids[:2, :8], np.ones((2, 8), np.int64), kept))
+    np.testing.assert_array_equal(found[1], found[0][:, -2:])
+
+
 @pytest.fixture(scope="module", params=["granite", "mamba2"])
 def lowered(
     request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot

@@ -86,6 +86,7 @@ WHOLE = [
 AGAIN = [
     f"{stage}, {how}" for stage in ("prefill", "decode 1") for how in ("5 times", "beside a fork")
 ]
+LAST = [f"{stage}, the last {n}" for stage in ("prefill", "split 11+8") for n in (1, 3)]
 INSIDE = ["router_logits.0", "router_logits.1", *(f"hidden_states.{n}" for n in range(3))]
 
 
@@ -99,6 +100,7 @@ def test_passes_on_every_seed(ingot: Path, reference: Reference, seed: int) -> N
     expected = {(stage, name) for stage in [*PIECES, *LONG] for name in ["logits", *STATES]}
     expected |= {(f"{stage}, {CACHES}", name) for stage in WHOLE for name in STATES}
     expected |= {(stage, name) for stage in AGAIN for name in ["logits", *STATES]}
+    expected |= {(f"{stage} alone", "logits") for stage in LAST}
     replayed = [f"{stage}, replayed" for stage in [*STAGES, *LONG]]
     replayed.append("experts forced 1")
     expected |= {(stage, name) for stage in replayed for name in ["logits", *STATES, *INSIDE]}

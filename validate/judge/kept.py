@@ -57,16 +57,16 @@ def judge_kept(judge: Judge, session: Recorder) -> None:
 
 def _asked(judge: Judge) -> list[tuple[Run, int]]:
     """The runs, and the number of the call in each: a prompt's, and one after a past."""
-    longest = max(COUNTS)
     main, *others = judge.material.runs
-    found = [(main, 0)]
-    for run in others:
-        calls = main_run(run.inputs)
-        long = [n for n, c in enumerate(calls) if c.columns.stop - c.columns.start > longest]
-        later = [number for number in long if number]
-        if later:
-            return [*found, (run, later[0])]
-    return found
+    later = [
+        # Several rows may be fed token by token, of which each has its logits.
+        (len(run.rows) > 1, call.columns.stop, (run, number))
+        for run in others
+        for number, call in enumerate(main_run(run.inputs))
+        if number and call.columns.stop - call.columns.start > max(COUNTS)
+    ]
+    cheapest = min(later, key=lambda each: each[:2], default=None)
+    return [(main, 0)] if cheapest is None else [(main, 0), cheapest[2]]
 
 
 def _called(
