@@ -666,3 +666,58 @@ def test_standard_operators_read_no_whole_numbers(ingot: Path) -> None:
     change(ingot, "quantization", IN_NUMBERS)
     with pytest.raises(ManifestError, match="read no weights in whole numbers"):
         Manifest.read(ingot)
+
+
+KEPT = {"name": "logits_to_keep", "dtype": "int64", "shape": [1]}
+
+
+@pytest.fixture
+def asking(ingot: Path) -> Path:
+    """An ingot whose calls may ask for the last logits alone."""
+    inputs = json.loads((ingot / MANIFEST).read_text())["inputs"]
+    change(ingot, "inputs", [*inputs[:2], KEPT, *inputs[2:]])
+    change(ingot, "outputs/0/shape/1", "kept_sequence")
+    Manifest.read(ingot)
+    return ingot
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        ("inputs/2/dtype", "float32", "logits_to_keep of inputs must be int64 [1]"),
+        ("inputs/2/shape", [2], "logits_to_keep of inputs must be int64 [1]"),
+        ("inputs/2/shape", ["batch"], "logits_to_keep of inputs must be int64 [1]"),
+        ("inputs/2", ..., "the main output"),
+        ("outputs/0/shape/1", "sequence", "the main output"),
+        ("outputs/0/shape/1", 1, "the main output"),
+        ("task", "features", "logits_to_keep"),
+        ("task", "classify", "logits_to_keep"),
+        ("states/0/input", "logits_to_keep", "states[0].input"),
+    ],
+)
+def test_refuses_a_graph_that_is_asked_in_another_way(
+    asking: Path, place: str, value: Any, named: str
+) -> None:
+    change(asking, place, value)
+    with pytest.raises(ManifestError, match=re.escape(named)):
+        Manifest.read(asking)
+
+
+def test_asks_no_graph_for_tensorrt(asking: Path) -> None:
+    for at in (0, 1):
+        change(asking, f"states/{at}/shared", False)
+    change(asking, "target", "onnx")
+    Manifest.read(asking)
+    change(asking, "target", "trt")
+    with pytest.raises(ManifestError, match="logits_to_keep, which is for --task generate and the"):
+        Manifest.read(asking)
+
+
+def test_takes_the_length_at_which_positions_turn(ingot: Path) -> None:
+    assert "switch_length" not in Manifest.read(ingot).generation
+    change(ingot, "generation/switch_length", 64)
+    assert Manifest.read(ingot).generation["switch_length"] == 64
+    for wrong in (0, -1, 1.5, "64", None, 2**31):
+        change(ingot, "generation/switch_length", wrong)
+        with pytest.raises(ManifestError, match="switch_length"):
+            Manifest.read(ingot)
