@@ -55,16 +55,20 @@ def as_lowered(ingot: Path) -> Path:
 
     The states of such a one share no buffer, and it has the logits of all tokens.
     """
-    manifest = Manifest.read(ingot)
+    manifest = with_all_logits(Manifest.read(ingot))
     states = tuple(replace(state, shared=False) for state in manifest.states)
+    replace(manifest, target="trt", states=states).write(ingot)
+    return ingot
+
+
+def with_all_logits(manifest: Manifest) -> Manifest:
+    """The manifest of a graph that cannot be asked for the last logits alone."""
     inputs = tuple(each for each in manifest.inputs if each.name != LOGITS_TO_KEEP)
     outputs = tuple(
         replace(each, shape=tuple(SEQUENCE if size == KEPT else size for size in each.shape))
         for each in manifest.outputs
     )
-    changed = replace(manifest, target="trt", states=states, inputs=inputs, outputs=outputs)
-    changed.write(ingot)
-    return ingot
+    return replace(manifest, inputs=inputs, outputs=outputs)
 
 
 def with_weight(

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
-from damage import copied, one_percent, with_weight
+from damage import copied, one_percent, with_all_logits, with_weight
 
 from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
@@ -174,7 +174,8 @@ def test_expects_the_others_numbers_under_the_truths_experts(
 def test_refuses_an_ingot_of_something_else(
     tiny_onnx: Path, reference: Reference, tmp_path: Path, fields: dict[str, Any], named: str
 ) -> None:
-    other = copied(tiny_onnx, tmp_path / "other", **fields)
+    other = copied(tiny_onnx, tmp_path / "other")
+    replace(with_all_logits(Manifest.read(other)), **fields).write(other)
     with pytest.raises(AgainstError, match=named):
         OtherReference(reference, other, "it")
 

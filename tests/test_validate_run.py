@@ -86,7 +86,7 @@ WHOLE = [
 AGAIN = [
     f"{stage}, {how}" for stage in ("prefill", "decode 1") for how in ("5 times", "beside a fork")
 ]
-LAST = [f"{stage}, the last {n}" for stage in ("prefill", "split 11+8") for n in (1, 3)]
+LAST = [f"{stage}, the last {n}" for stage in ("prefill", "chat, then 9 tokens") for n in (1, 3)]
 INSIDE = ["router_logits.0", "router_logits.1", *(f"hidden_states.{n}" for n in range(3))]
 
 
@@ -171,7 +171,7 @@ def test_sums_up_what_it_compared(ingot: Path, reference: Reference) -> None:
     summary = report.summary()
     assert summary["verdict"] == "passed" and summary["seed"] == 3
     assert summary["against"] == "eager PyTorch in float64, beside eager PyTorch in float32"
-    assert (summary["stages"], summary["compared"]) == (156, len(report.tensors))
+    assert (summary["stages"], summary["compared"]) == (160, len(report.tensors))
     for kind in ("logits", "key", "value", "router", "hidden"):
         scores = [t.score for t in report.tensors if t.kind == kind]
         assert summary[f"{kind}_score"] == max(score for score in scores if score is not None)
