@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from ingot.runtime.ort import OrtSession
 from proof.editing import Edit, Editor, Make, scaled
@@ -87,6 +88,18 @@ def nearly(edit: Editor) -> None:
     edit.change(cut(edit).output[0], scaled(1.0001), asked)
 
 
+def one_by_default(edit: Editor) -> None:
+    """Who does not ask gets the last logits alone."""
+    (default,) = (each for each in edit.graph.initializer if each.name == COUNT)
+    default.CopyFrom(numpy_helper.from_array(np.array([1]), COUNT))
+
+
+def no_input(edit: Editor) -> None:
+    """Nobody can ask."""
+    (value,) = (each for each in edit.graph.input if each.name == COUNT)
+    edit.graph.input.remove(value)
+
+
 def first_of_session(patch: pytest.MonkeyPatch) -> None:
     """The session hands out the first of all logits in place of the last."""
     right = OrtSession.step
@@ -131,6 +144,8 @@ FAULTS: list[Fault] = [
     in_kernel("halved", "olmoe onnx", KIND, smaller, KERNEL),
     in_kernel("a ten thousandth larger", "jetmoe onnx", KIND, nearly, KERNEL),
     in_graph("a ten thousandth larger", "granite ort", KIND, nearly, Where(None), ("numbers",)),
+    in_graph("one by default", "granite onnx", KIND, one_by_default),
+    in_graph("nobody can ask", "olmoe ort", KIND, no_input, None, ("contract",)),
     in_session("the first", "granite ort", first_of_session, SESSION, KIND),
     in_session("one more", "olmoe onnx", one_more, SESSION, KIND),
     in_session("of the token before", "jetmoe onnx", after(late), SESSION, KIND),
