@@ -37,6 +37,49 @@ def test_gives_the_product_of_float64(cpu_kernels: CpuLibrary, form: Format) -> 
         assert (error <= bound(x, matrix) + np.abs(bias) * 2.0**-20).all(), (tokens, columns, rows)
 
 
+@pytest.mark.parametrize("round_activations", [False, True])
+@pytest.mark.parametrize("form", FORMATS[::2], ids=str)
+def test_adds_a_part_of_it_to_what_was_there(
+    cpu_kernels: CpuLibrary, form: Format, round_activations: bool
+) -> None:
+    """Once, also where columns are taken in parts: 640 are more than a part has."""
+    for seed, (tokens, columns, rows) in enumerate((*SHAPES, *LARGE)):
+        weight, matrix = drawn(form, rows, columns, seed)
+        rng = np.random.default_rng(300 + seed)
+        x = rng.standard_normal((tokens, columns)).astype(np.float32)
+        residual = rng.standard_normal((tokens, rows)).astype(np.float32)
+        bias = rng.standard_normal(rows).astype(np.float32)
+        found = cpu_kernels.linear(
+            form, x, weight, rows, bias, residual, scale=-0.25, round_activations=round_activations
+        )
+        near = rounded(x, form.block) if round_activations and form.block else x.astype(float)
+        expected = residual - 0.25 * (near @ matrix.T.astype(np.float64) + bias)
+        error, most = np.abs(found - expected), bound(near, matrix)
+        assert (error <= most + (np.abs(bias) + np.abs(residual)) * 2.0**-20).all()
+
+
+@pytest.mark.parametrize("round_activations", [False, True])
+@pytest.mark.parametrize("form", FORMATS[::3], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 30])
+def test_several_weights_give_what_each_gives_alone(
+    cpu_library: CpuLibrary, form: Format, round_activations: bool, tokens: int
+) -> None:
+    sizes, columns = (40, 7, 129), 300
+    weights = [(drawn(form, rows, columns, rows)[0], rows) for rows in sizes]
+    x = np.random.default_rng(8).standard_normal((tokens, columns)).astype(np.float32)
+    many = CpuLibrary(cpu_library.path, threads=3)
+    for library in (cpu_library, many):
+        found = library.linears(form, x, weights, round_activations=round_activations)
+        for (weight, rows), y in zip(weights, found, strict=True):
+            alone = cpu_library.linear(form, x, weight, rows, round_activations=round_activations)
+            np.testing.assert_array_equal(y, alone)
+
+
+def test_refuses_a_call_for_no_weights(cpu_library: CpuLibrary) -> None:
+    with pytest.raises(LibraryError, match="1 to 64 weights"):
+        cpu_library.linears(FORMATS[0], np.zeros((1, 4), np.float32), [])
+
+
 @pytest.mark.parametrize("form", [form for form in FORMATS if form.block], ids=str)
 def test_rounds_activations_where_it_may(cpu_kernels: CpuLibrary, form: Format) -> None:
     for seed, (tokens, columns, rows) in enumerate((*SHAPES, *LARGE)):

@@ -57,6 +57,40 @@ def dispatched(
     return y
 
 
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("form", FORMATS[::3], ids=str)
+def test_a_gated_mlp_is_what_plain_products_make(
+    cpu_kernels: CpuLibrary, form: Format, activation: str
+) -> None:
+    forms = (form, FORMATS[0])
+    for tokens, hidden, inner, rounds in (
+        (1, 40, 33, False),
+        (5, 64, 16, True),
+        (30, 70, 90, True),
+    ):
+        rng = np.random.default_rng(tokens)
+        x = (rng.standard_normal((tokens, hidden)) / hidden).astype(np.float32)
+        residual = rng.standard_normal((tokens, hidden)).astype(np.float32)
+        gate, up, down = (
+            drawn(of, rows, columns, seed)
+            for seed, (of, rows, columns) in enumerate(
+                ((form, inner, hidden), (form, inner, hidden), (forms[1], hidden, inner))
+            )
+        )
+        expected = np.zeros(x.shape)
+        for n, row in enumerate(x.astype(np.float64)):
+            both = [product(row, matrix, form, rounds) for _, matrix in (gate, up)]
+            middle = activate(activation, torch.from_numpy(both[0])).numpy() * both[1]
+            expected[n] = product(middle, down[1], forms[1], rounds)
+        options: Any = {"activation": activation, "round_activations": rounds}
+        weights = (gate[0], up[0], down[0], inner)
+        found = cpu_kernels.mlp(forms, x, *weights, **options)
+        size = np.abs(expected).max() + 1e-30
+        assert np.abs(found - expected).max() < 1e-5 * size, (tokens, hidden, inner)
+        added = cpu_kernels.mlp(forms, x, *weights, residual, scale=-0.5, **options)
+        assert np.abs(added - (residual - 0.5 * expected)).max() < 1e-5 * size + 1e-6
+
+
 def check(
     cpu_kernels: CpuLibrary,
     forms: tuple[Format, Format],

@@ -80,19 +80,83 @@ def test_linear_and_embedding_give_the_librarys_bits(
     rng = np.random.default_rng(2)
     x = rng.standard_normal((2, 5, columns)).astype(np.float32)
     bias = rng.standard_normal(rows).astype(np.float32)
+    residual = rng.standard_normal((2, 5, rows)).astype(np.float32)
     sizes = {"in_features": columns, "out_features": rows, **stored(form)}
-    for threads, given, rounds in ((1, None, 0), (2, bias, 0), (2, None, 1)):
+    for threads, given, rest, rounds in (
+        (1, None, None, 0),
+        (2, bias, None, 0),
+        (2, None, residual, 1),
+        (1, bias, residual, 0),
+    ):
         inputs: dict[str, np.ndarray | None] = {"x": x, "weight": weight, "bias": given}
-        found = ran(operators, "Linear", inputs, threads=threads, round_activations=rounds, **sizes)
-        flat = x.reshape(-1, columns)
+        inputs |= {"residual": rest} if rest is not None else {}
+        options: dict[str, Any] = {"threads": threads, "round_activations": rounds, "scale": 0.5}
+        found = ran(operators, "Linear", inputs, **options, **sizes)
         expected = cpu_library.linear(
-            form, flat, weight, rows, given, round_activations=bool(rounds)
+            form,
+            x.reshape(-1, columns),
+            weight,
+            rows,
+            given,
+            None if rest is None else rest.reshape(-1, rows),
+            scale=0.5,
+            round_activations=bool(rounds),
         )
         np.testing.assert_array_equal(found, expected.reshape(2, 5, rows))
     ids = np.array([[3, 99, 0]])
     found = ran(operators, "Embedding", {"ids": ids, "weight": weight}, **sizes)
     expected = cpu_library.embedding(form, ids[0], weight, rows, columns)
     np.testing.assert_array_equal(found, expected[None])
+
+
+@pytest.mark.parametrize("form", FORMATS[::2], ids=str)
+def test_several_weights_and_gated_mlps_give_the_librarys_bits(
+    cpu_library: CpuLibrary, operators: Path, form: Format
+) -> None:
+    sizes, columns = (24, 7, 50), 40
+    weights = {f"w{rows}": drawn(form, rows, columns, rows)[0] for rows in sizes}
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((2, 3, columns)).astype(np.float32)
+    flat = x.reshape(-1, columns)
+    found = ran(
+        operators,
+        "Linears",
+        {"x": x, **weights},
+        threads=2,
+        outputs=len(sizes),
+        in_features=columns,
+        out_features=list(sizes),
+        round_activations=1,
+        **stored(form),
+    )
+    pairs = list(zip(weights.values(), sizes, strict=True))
+    expected = cpu_library.linears(form, flat, pairs, round_activations=True)
+    for one, other, rows in zip(found, expected, sizes, strict=True):
+        np.testing.assert_array_equal(one, other.reshape(2, 3, rows))
+    forms, inner = (form, Format("int8", 64)), 35
+    gate, up = (drawn(form, inner, columns, seed)[0] for seed in (1, 2))
+    down = drawn(forms[1], columns, inner, 3)[0]
+    for residual in (None, rng.standard_normal(x.shape).astype(np.float32)):
+        given: dict[str, np.ndarray | None] = {"x": x, "gate": gate, "up": up, "down": down}
+        given |= {} if residual is None else {"residual": residual}
+        found = ran(
+            operators,
+            "Mlp",
+            given,
+            threads=2,
+            hidden=columns,
+            intermediate=inner,
+            round_activations=0,
+            activation="silu",
+            scale=0.25,
+            **stored(forms[0], "gate_up_"),
+            **stored(forms[1], "down_"),
+        )
+        rest = None if residual is None else residual.reshape(flat.shape)
+        alone = cpu_library.mlp(
+            forms, flat, gate, up, down, inner, rest, activation="silu", scale=0.25
+        )
+        np.testing.assert_array_equal(found, alone.reshape(x.shape))
 
 
 @pytest.mark.parametrize("rounds", [0, 1])
@@ -141,7 +205,12 @@ def test_the_experts_give_the_librarys_bits(
         np.testing.assert_array_equal(found, expected)
 
 
-LINEAR = {"in_features": 32, "out_features": 16, "round_activations": 0}
+LINEAR: dict[str, Any] = {
+    "in_features": 32,
+    "out_features": 16,
+    "round_activations": 0,
+    "scale": 1.0,
+}
 
 
 @pytest.mark.parametrize(
@@ -165,6 +234,31 @@ def test_a_graph_whose_sizes_are_others_is_refused(
     inputs: dict[str, np.ndarray | None] = {"x": np.zeros((1, 32), np.float32), "weight": weight}
     with pytest.raises(Exception, match=why):
         ran(operators, "Linear", inputs, **attributes)
+
+
+def test_a_residual_of_another_shape_is_refused(operators: Path) -> None:
+    weight, _ = drawn(FORMATS[0], 16, 32, 0)
+    inputs: dict[str, np.ndarray | None] = {"x": np.zeros((2, 32), np.float32), "weight": weight}
+    inputs |= {"bias": None, "residual": np.zeros((1, 16), np.float32)}
+    with pytest.raises(Exception, match=r"residual is \[1, 16\] and has to be \[2, 16\]"):
+        ran(operators, "Linear", inputs, **LINEAR, **stored(FORMATS[0]))
+
+
+@pytest.mark.parametrize("sizes", [[16], [16, 16, 16], [16, 17]])
+def test_weights_that_are_not_those_of_the_sizes_are_refused(
+    operators: Path, sizes: list[int]
+) -> None:
+    weights = {name: drawn(FORMATS[0], 16, 32, 0)[0] for name in ("a", "b")}
+    attributes: dict[str, Any] = {"in_features": 32, "out_features": sizes, "round_activations": 0}
+    with pytest.raises(Exception, match=r"a weight and an output for each|weight has 2048 bytes"):
+        ran(
+            operators,
+            "Linears",
+            {"x": np.zeros((2, 32), np.float32), **weights},
+            outputs=2,
+            **attributes,
+            **stored(FORMATS[0]),
+        )
 
 
 def test_an_id_past_the_table_is_refused(operators: Path) -> None:

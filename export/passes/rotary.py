@@ -151,9 +151,10 @@ def _hand_on(model: ir.Model, nodes: Nodes, match: _Rotation, rotated: ir.Value)
     """Give what read the heads what it wants: flat, or as heads."""
     heads, wide = match.add.outputs[0], match.heads * match.size
     for use in list(heads.uses()):
-        node, shape = use.node, use.node.outputs[0].shape
-        if node.op_type == "Reshape" and shape is not None and shape[2:] == (wide,):
-            ir.convenience.replace_all_uses_with(node.outputs[0], rotated)
+        node, result = use.node, use.node.outputs[0]
+        flat = result.shape is not None and result.shape[2:] == (wide,)
+        if node.op_type == "Reshape" and flat and not result.is_graph_output():
+            ir.convenience.replace_all_uses_with(result, rotated)
             model.graph.remove(node, safe=True)
     if heads.uses() or heads.is_graph_output():
         back = nodes.add("Reshape", rotated, integers(model, [0, 0, match.heads, match.size]))
