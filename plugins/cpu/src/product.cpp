@@ -8,6 +8,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "product.cpp"
 #include "hwy/foreach_target.h"
+#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -33,6 +34,11 @@ constexpr size_t kPanels = kVectors == 1 ? 2 : 1;
 constexpr size_t kWide = kPanels * kVectors;
 constexpr size_t kTileRows = kVectors == 1 ? 12 : kVectors == 2 ? 5 : HWY_ARCH_ARM ? 6 : 2;
 constexpr size_t kRoundedRows = kVectors == 1 ? 6 : 2;
+// With so few rows a product waits for memory: one panel behind the other is one stream, of which
+// the next lines are asked for so many bytes ahead, since a processor's own prefetching ends with a
+// page.
+constexpr size_t kStreamedRows = 2;
+constexpr size_t kAhead = 4096;
 // Up to so many rows weights are read straight from memory into sums, without a tile between.
 constexpr size_t kFewRows = 4;
 // Columns and panels that are decoded at a time: what a second-level cache holds beside x.
@@ -154,7 +160,9 @@ HWY_INLINE void few_floats(const Product &p, const float *x, const uint8_t *pane
     const auto step = [&](size_t chain, size_t group) HWY_ATTR {
         INGOT_UNROLL
         for (size_t v = 0; v < kVectors; ++v) {
-            const VU packed = load(panel + (group * kRows + v * kLanes) * 4);
+            const uint8_t *from = panel + (group * kRows + v * kLanes) * 4;
+            hwy::Prefetch(from + kAhead);
+            const VU packed = load(from);
             each_column<kNumbers>(packed, [&](size_t at, VF w) HWY_ATTR {
                 INGOT_UNROLL
                 for (size_t m = 0; m < kTall; ++m)
@@ -205,6 +213,7 @@ HWY_INLINE void few_whole(const Product &p, const float *x, const uint8_t *panel
             const float *here = x + (block * size + group * kStep) * kTall;
             INGOT_UNROLL
             for (size_t v = 0; v < kVectors; ++v) {
+                hwy::Prefetch(numbers + v * kLanes * 4 + kAhead);
                 const VU packed = load(numbers + v * kLanes * 4);
                 each_column<kNumbers>(packed, [&](size_t at, VF w) HWY_ATTR {
                     w = hn::Sub(w, scales.zero[v]);
@@ -255,8 +264,10 @@ HWY_INLINE void rounded_tile(const Product &p, size_t row, const uint8_t *const 
         std::memcpy(&four, at, 4);
         return hn::BitCast(I8(), hn::Set(di, four));
     };
+    // Sums beside each other, since one chain of additions would wait for itself.
+    constexpr size_t kChains = kTall * kSpan * kVectors >= 4 ? 1 : 4 / (kTall * kSpan * kVectors);
     for (size_t block = 0; block < p.layout.blocks; ++block) {
-        VI part[kTall][kSpan][kVectors];
+        VI part[kChains][kTall][kSpan][kVectors];
         INGOT_UNROLL
         for (size_t m = 0; m < kTall; ++m) {
             // What the zero point is taken off for, where all numbers have the same.
@@ -265,23 +276,32 @@ HWY_INLINE void rounded_tile(const Product &p, size_t row, const uint8_t *const 
             INGOT_UNROLL
             for (size_t s = 0; s < kSpan; ++s)
                 INGOT_UNROLL
-                for (size_t v = 0; v < kVectors; ++v) part[m][s][v] = begin;
+                for (size_t v = 0; v < kVectors; ++v) {
+                    part[0][m][s][v] = begin;
+                    INGOT_UNROLL
+                    for (size_t chain = 1; chain < kChains; ++chain) part[chain][m][s][v] = hn::Zero(di);
+                }
         }
         const size_t offset = p.layout.numbers + block * p.layout.block_bytes;
         const int8_t *here = x + block * size * kTall;
         constexpr size_t kQuads = kNumbers == INGOT_CPU_INT4 ? 2 : 1;
-        for (size_t group = 0; group < quads / kQuads; ++group) {
+        // Blocks are multiples of eight quads.
+        constexpr size_t kStep = kChains > kQuads ? kChains / kQuads : 1;
+        const auto step = [&](size_t group, size_t chain) HWY_ATTR {
+            auto &first = part[chain % kChains], &second = part[(chain + 1) % kChains];
             INGOT_UNROLL
             for (size_t s = 0; s < kSpan; ++s)
                 INGOT_UNROLL
                 for (size_t v = 0; v < kVectors; ++v) {
-                    const VU packed = load(panels[s] + offset + (group * kRows + v * kLanes) * 4);
+                    const uint8_t *from = panels[s] + offset + (group * kRows + v * kLanes) * 4;
+                    if constexpr (kTall <= kStreamedRows) hwy::Prefetch(from + kAhead);
+                    const VU packed = load(from);
                     if constexpr (kNumbers == INGOT_CPU_INT8) {
                         const auto w = hn::BitCast(U8(), packed);
                         INGOT_UNROLL
                         for (size_t m = 0; m < kTall; ++m)
-                            part[m][s][v] = hn::SumOfMulQuadAccumulate(
-                                di, w, quad(here + (group * kTall + m) * 4), part[m][s][v]);
+                            first[m][s][v] = hn::SumOfMulQuadAccumulate(
+                                di, w, quad(here + (group * kTall + m) * 4), first[m][s][v]);
                     } else {
                         const VU low = hn::Set(U32(), 0x0f0f0f0fu);
                         const auto w0 = hn::BitCast(U8(), hn::And(packed, low));
@@ -290,14 +310,26 @@ HWY_INLINE void rounded_tile(const Product &p, size_t row, const uint8_t *const 
                         INGOT_UNROLL
                         for (size_t m = 0; m < kTall; ++m) {
                             const int8_t *at = here + (group * 2 * kTall + m) * 4;
-                            part[m][s][v] =
-                                hn::SumOfMulQuadAccumulate(di, w0, quad(at), part[m][s][v]);
-                            part[m][s][v] = hn::SumOfMulQuadAccumulate(di, w1, quad(at + kTall * 4),
-                                                                       part[m][s][v]);
+                            first[m][s][v] =
+                                hn::SumOfMulQuadAccumulate(di, w0, quad(at), first[m][s][v]);
+                            second[m][s][v] = hn::SumOfMulQuadAccumulate(
+                                di, w1, quad(at + kTall * 4), second[m][s][v]);
                         }
                     }
                 }
-        }
+        };
+        for (size_t group = 0; group < quads / kQuads; group += kStep)
+            INGOT_UNROLL
+            for (size_t ahead = 0; ahead < kStep; ++ahead) step(group + ahead, ahead * kQuads);
+        INGOT_UNROLL
+        for (size_t chain = 1; chain < kChains; ++chain)
+            INGOT_UNROLL
+            for (size_t m = 0; m < kTall; ++m)
+                INGOT_UNROLL
+                for (size_t s = 0; s < kSpan; ++s)
+                    INGOT_UNROLL
+                    for (size_t v = 0; v < kVectors; ++v)
+                        part[0][m][s][v] = hn::Add(part[0][m][s][v], part[chain][m][s][v]);
         INGOT_UNROLL
         for (size_t s = 0; s < kSpan; ++s) {
             const Scales<kNumbers> scales(panels[s], p.layout, p.format.zero_points, block);
@@ -308,7 +340,7 @@ HWY_INLINE void rounded_tile(const Product &p, size_t row, const uint8_t *const 
                 INGOT_UNROLL
                 for (size_t v = 0; v < kVectors; ++v) {
                     // Whole numbers below 2^24, so exact.
-                    VF whole = hn::ConvertTo(d, part[m][s][v]);
+                    VF whole = hn::ConvertTo(d, part[0][m][s][v]);
                     if (zero_points) whole = hn::NegMulAdd(scales.zero[v], sum, whole);
                     sums[m][s][v] =
                         hn::MulAdd(whole, hn::Mul(scales.scale[v], scale), sums[m][s][v]);
@@ -424,14 +456,15 @@ HWY_NOINLINE void few(const Product &p, const Job &job, size_t begin, size_t end
 template <int kNumbers>
 HWY_NOINLINE void rounded(const Product &p, const Job &job, size_t begin, size_t end) {
     const Tiles tiles(job.rows, kRoundedRows);
-    for (size_t panel = begin; panel < end; panel += kPanels)
+    const size_t abreast = job.rows <= kStreamedRows ? 1 : kPanels;
+    for (size_t panel = begin; panel < end; panel += abreast)
         for (size_t tile = 0; tile < tiles.count; ++tile) {
             const size_t row = job.first + tiles.begin(tile);
             const size_t rows = tiles.begin(tile + 1) - tiles.begin(tile);
             const uint8_t *weight = job.weight + panel * p.layout.bytes;
             const Ends to(*job.target, row, panel * kRows);
             with_rows<kRoundedRows>(rows, [&](auto tall) HWY_ATTR {
-                if (kPanels == 1 || panel + 1 == end)
+                if (kPanels == 1 || abreast == 1 || panel + 1 == end)
                     rounded_tile<kNumbers, tall(), 1>(p, row, {weight}, to);
                 else if constexpr (kPanels == 2)
                     rounded_tile<kNumbers, tall(), 2>(p, row, {weight, weight + p.layout.bytes}, to);
