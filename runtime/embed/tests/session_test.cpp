@@ -142,7 +142,7 @@ TEST_CASE("the last logits alone are the last of all") {
         const Copy before(name);
         before.edit(all_logits);
         for (const std::filesystem::path &folder : {tiny(name), before.path()}) {
-            Session session(folder);
+            Session session(folder, vouched(folder));
             Ids ids = some_ids(20), mask(20, 1);
             std::fill(mask.begin() + 10, mask.begin() + 13, 0);
             for (const std::int64_t kept : {1, 3, 9}) {
