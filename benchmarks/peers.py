@@ -339,7 +339,7 @@ def prepared_ceilings(work: Path) -> Path | None:
     "--work",
     type=click.Path(file_okay=False, path_type=Path),
     default=ROOT / "build" / "peers",
-    help="Where what was made is kept; 25 GB.",
+    help="Where what was made is kept; 35 GB.",
 )
 @click.option(
     "--out",
