@@ -148,8 +148,31 @@ def one_bit(array: Array) -> None:
 
 def other_weight(edit: Editor) -> None:
     """A product reads another one's weight of the same size."""
-    first, second = (edit.reader(f"{ATTENTION}{name}_proj.weight") for name in ("k", "v"))
-    first.input[1] = second.input[1]
+    node, names = edit.reader(f"{ATTENTION}k_proj.weight"), ("k", "v")
+    k, v = (at for end in names for at, name in enumerate(node.input) if name.endswith(_of(end)))
+    node.input[k] = node.input[v]
+
+
+def _of(letter: str) -> str:
+    return f"{ATTENTION}{letter}_proj.weight"
+
+
+def gate_for_up(edit: Editor) -> None:
+    """A gated MLP reads its first two weights in the other order."""
+    node = edit.nodes("Mlp")[1]
+    node.input[1], node.input[2] = node.input[2], node.input[1]
+
+
+def two_outputs(edit: Editor) -> None:
+    """What is made by two weights that are read together changes places."""
+    node = edit.nodes("Linears")[1]
+    node.output[1], node.output[2] = node.output[2], node.output[1]
+
+
+def other_residual(edit: Editor) -> None:
+    """What is added to is what was normed."""
+    node = edit.nodes("Mlp")[1]
+    node.input[4] = node.input[0]
 
 
 def read_as(ending: str, **attributes: Any) -> Edit:
@@ -298,6 +321,15 @@ FAULTS: list[Fault] = [
     in_graph("other weights of experts", INT4, KIND, read_as(GATE_UP, normalize=1), LAYER),
     in_graph("fewer experts", INT4, KIND, read_as(GATE_UP, top_k=1), LAYER),
     in_graph("another activation", INT4, KIND, read_as(GATE_UP, activation="gelu"), LAYER),
+    in_graph("gate for up", GRANITE, KIND, gate_for_up, LAYER, ("weights", "graph")),
+    in_graph("two outputs", GRANITE, KIND, two_outputs, LAYER),
+    in_graph("another residual", ZEROS, KIND, other_residual, LAYER),
+    in_graph("no factor", ZEROS, KIND, set_of("Mlp", 1, "scale", 1.0), LAYER),
+    in_graph("a factor", INT4, KIND, set_of("Linear", 1, "scale", 0.999), LAYER),
+    in_kernel("no factor", ZEROS, KIND, set_of("Linear", 1, "scale", 1.0), in_layer(1)),
+    in_kernel(
+        "another activation", ZEROS, KIND, set_of("Mlp", 1, "activation", "gelu"), in_layer(1)
+    ),
     in_kernel(
         "activations in int8",
         INT4,
