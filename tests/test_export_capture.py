@@ -29,10 +29,11 @@ def test_inputs_and_outputs_have_their_documented_names_and_shapes(canonical: ir
         "input_ids": ["batch", "sequence"],
         "attention_mask": ["batch", "total_sequence"],
         "position_ids": ["batch", "sequence"],
+        "logits_to_keep": [1],
         **{f"past_key_values.{i}.{kind}": past for i in range(2) for kind in ("key", "value")},
     }
     assert outputs == {
-        "logits": ["batch", "sequence", 512],
+        "logits": ["batch", "kept_sequence", 512],
         **{f"present.{i}.{kind}": total for i in range(2) for kind in ("key", "value")},
     }
 
