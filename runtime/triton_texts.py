@@ -10,7 +10,6 @@ from typing import Any
 from ingot.export.ingot import INGOT, LIBRARY, SIZES, Manifest
 from ingot.graphs.state import BATCH, KEPT, LOGITS_TO_KEEP, SEQUENCE, State
 from ingot.plugins.errors import install_hint
-from ingot.runtime.prompt import pieces
 from ingot.runtime.triton_escapes import FILTERS, one_line
 from ingot.runtime.triton_plan import CONFIG, PLUGINS, TYPES, Plan, TritonError, growth
 
@@ -121,6 +120,9 @@ def memory_gib(plan: Plan, manifest: Manifest) -> tuple[int, int]:
     sequences = streams + of_graph
 
     # A stream's prompt comes in pieces, where its ingot takes them.
+    # Here, for it needs NumPy, and `--help` does without.
+    from ingot.runtime.prompt import pieces
+
     (piece, *_) = pieces(manifest, 1, settings.capacity)
     tokens = streams * piece.stop + of_graph * settings.capacity
     most = {BATCH: tokens, SEQUENCE: 1, KEPT: 1}

@@ -252,7 +252,12 @@ def rescale_experts(graph: onnx.GraphProto) -> None:
 
 GRANITE, JETMOE, MAMBA2, OLMOE = LAYER.values()
 # What a user reads where a target has an operator of its own.
-LOWERED = {("ort", "MoeDispatch"): "MoE", ("ort", "Concat"): "GroupQueryAttention"}
+LOWERED = {
+    ("ort", "MoeDispatch"): "MoE",
+    ("ort", "Concat"): "GroupQueryAttention",
+    # Heads are not made before they are rotated.
+    ("ort", "Reshape"): "RotaryEmbedding",
+}
 
 
 def check(found: Location | None, target: str, layer: int | None, operator: str) -> None:

@@ -428,18 +428,19 @@ def test_takes_and_gives_what_the_contract_says(subject: Subject, target: str) -
     }
     layers = range(c.num_hidden_layers)
     kinds = [(layer, kind) for layer in layers for kind in shapes]
-    inputs = {
+    inputs: dict[str, tuple[int | str, ...]] = {
         "input_ids": ("batch", "sequence"),
         "attention_mask": ("batch", "sequence"),
+        "logits_to_keep": (1,),
         **{f"past_states.{layer}.{kind}": shapes[kind] for layer, kind in kinds},
     }
     outputs = {
-        "logits": ("batch", "sequence", VOCAB),
+        "logits": ("batch", "kept_sequence", VOCAB),
         **{f"present_states.{layer}.{kind}": shapes[kind] for layer, kind in kinds},
     }
     manifest = Manifest.read(subject.ingots[target])
     assert manifest.inputs == tuple(
-        TensorInfo(name, "int64" if index < 2 else "float32", shape)
+        TensorInfo(name, "int64" if index < 3 else "float32", shape)
         for index, (name, shape) in enumerate(inputs.items())
     )
     assert manifest.outputs == tuple(TensorInfo(n, "float32", s) for n, s in outputs.items())

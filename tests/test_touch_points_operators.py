@@ -8,7 +8,7 @@ a target has something better for it than its function body. Each of those is wr
 sake and may come later.
 
 Kernels for CPUs may come later too. They are counted apart: the interface, the kernel, what calls
-it by ctypes and in ONNX Runtime, and the check.
+it by ctypes and in ONNX Runtime, the check, and what reads its weights for a validation.
 
 CausalConv is no node of the canonical graph, so its lowering for TensorRT is not optional. It took
 eleven files: the seven, its translation in export/capture.py, which is counted here, and
@@ -29,9 +29,9 @@ from ingot.plugins.registry import OPERATORS
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("export", "plugins", "runtime", "validate")
 NOT_COUNTED = re.compile(r"export/(passes/|lower_)|runtime/embed/(tests|examples)/")
-OF_CPU = "plugins/cpu/"
+OF_CPU = ("plugins/cpu/", "validate/identity/weights_panels.py")
 # Those of its kernels for CPUs.
-MOST_OF_CPU = 5
+MOST_OF_CPU = 6
 # The files that a newcomer edits, or adds, most of them for the kernels.
 MOST = 8
 # Names kernels, not operators.

@@ -637,6 +637,15 @@ def test_fails_a_damaged_ingot_against_a_right_one(
     assert "It begins at:" not in other.stdout, "nothing is wrong with the ingot itself"
 
 
+def of_features(ingot: Path, out: Path) -> Path:
+    """A copy that says it is of another task, of which all logits are asked for."""
+    raw = json.loads((ingot / "ingot.json").read_text())
+    inputs = [each for each in raw["inputs"] if each["name"] != "logits_to_keep"]
+    main, *others = raw["outputs"]
+    main["shape"][1] = "sequence"
+    return copied(ingot, out, task="features", inputs=inputs, outputs=[main, *others])
+
+
 ANOTHER = {"checkpoint": "x", "revision": None, "sha256": "0" * 64}
 OTHERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "nothing": (lambda ingot, out: out, "is not an ingot"),
@@ -646,7 +655,7 @@ OTHERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         "is generate float16 and this ingot generate float32",
     ),
     "a task": (
-        lambda ingot, out: copied(ingot, out, task="features"),
+        lambda ingot, out: of_features(ingot, out),
         "is features float32 and this ingot generate float32",
     ),
     "a checkpoint": (

@@ -168,7 +168,7 @@ def renumbered(change: Harmless) -> Harmless:
         change(graph)
         counted = [*before, *(f"last_{number}" for number in range(999))]
         names = dict(zip(numbered(graph), counted, strict=False))
-        assert sum(old != new for old, new in names.items()) > len(before) / 2
+        assert sum(old != new for old, new in names.items()) > len(before) / 3
         rename(graph, names)
         for node in graph.node:
             for index, name in enumerate(node.output):
@@ -208,14 +208,16 @@ def all_of_them(graph: onnx.GraphProto) -> None:
 
 def no_guard(graph: onnx.GraphProto) -> None:
     """Without the first node that keeps a buffer from being used again, which none is here."""
-    guard = nodes(graph, "Where")[-3]
-    assert guard.input[1] == nodes(graph, "MoE")[0].output[0]
+    experts = nodes(graph, "MoE")[0].output[0]
+    (guard,) = (node for node in nodes(graph, "Where") if node.input[1] == experts)
     bypass(graph, guard, guard.input[1])
 
 
 def another_operator(family: str, graph: onnx.GraphProto) -> None:
-    """Another function of one value in layer 1."""
+    """Another function in layer 1; of one value, where there is one."""
     right, wrong = ("Sigmoid", "Tanh") if family == "mamba2" else ("Neg", "Abs")
+    if nodes(graph, "RotaryEmbedding"):
+        right, wrong = "Add", "Sub"
     layer = LAYER[family].removesuffix("mixer.")
     norm = next(n for n in nodes(graph, "RMSNormalization") if n.input[1].startswith(layer))
     behind = graph.node[list(graph.node).index(norm) :]

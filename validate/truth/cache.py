@@ -46,6 +46,8 @@ _CODE = (
     "graphs",
     "plugins",
     "validate/identity/weights_blocks.py",
+    "validate/identity/weights_panels.py",
+    "validate/identity/weights_piece.py",
     "validate/truth/decoded.py",
     "validate/truth/eager.py",
     "validate/truth/int8.py",
