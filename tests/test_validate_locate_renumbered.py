@@ -214,16 +214,19 @@ def no_guard(graph: onnx.GraphProto) -> None:
 
 
 def another_operator(family: str, graph: onnx.GraphProto) -> None:
-    """Another function in layer 1; of one value, where there is one."""
+    """Another function of one value in layer 1."""
     right, wrong = ("Sigmoid", "Tanh") if family == "mamba2" else ("Neg", "Abs")
     if nodes(graph, "RotaryEmbedding"):
-        right, wrong = "Add", "Sub"
+        right = wrong = "RotaryEmbedding"
     layer = LAYER[family].removesuffix("mixer.")
     norm = next(n for n in nodes(graph, "RMSNormalization") if n.input[1].startswith(layer))
     behind = graph.node[list(graph.node).index(norm) :]
     # The names of what was inserted have a blank.
     node = next(n for n in behind if n.op_type == right and " " not in n.output[0])
     node.op_type, node.doc_string = wrong, "wrong"
+    for each in node.attribute:
+        # Pairs are neighbours, and not half a head apart.
+        each.i = 1 if each.name == "interleaved" else each.i
 
 
 @pytest.fixture
