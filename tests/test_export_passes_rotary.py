@@ -100,5 +100,18 @@ def test_what_is_no_rotation_is_left_alone(said: str, other: str) -> None:
     assert "RotaryEmbedding" not in operators(model.graph)
 
 
+def test_rows_that_were_flat_in_another_order_are_left_alone() -> None:
+    """Such as those of chosen experts, ``[tokens, 1, h*D]``."""
+    text = TEXT.replace("float[b, t, 24] q", "float[10, 1, 24] q")
+    text = text.replace("float[b, t, 1, 4]", "float[2, 5, 1, 4]").replace(
+        "float[b, t,", "float[2, 5,"
+    )
+    model = lifted(text.replace("{0, 0, 3, 8}", "{2, 5, 3, 8}"))
+    assert not RotationToOperator()(model).modified
+    given = feeds()
+    y = run(model, {**given, "q": given["q"].reshape(10, 1, 24)})["y"]
+    np.testing.assert_allclose(y, definition(**given), rtol=0, atol=2e-6)
+
+
 def test_notices_a_rotation_that_is_left() -> None:
     notices_nothing_done(RotationToOperator(), lifted(TEXT), "rotates and is left")

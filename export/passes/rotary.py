@@ -93,7 +93,8 @@ def _match(add: ir.Node) -> _Rotation | None:
     if not isinstance(heads, int) or not isinstance(size, int) or size % 2:
         return None
     half = size // 2
-    fits = len(flat.shape) == 3 and flat.shape[2] == heads * size
+    # Rows of another order, such as those of chosen experts, are flat too.
+    fits = len(flat.shape) == 3 and flat.shape == (*shape[:2], heads * size)
     fits &= _cuts(first, 0, half, size) and _cuts(second, half, size, size)
     fits &= all(_of_two_halves(each, size) for each in (cos, sin))
     fits &= read_only_by(straight, [add]) and read_only_by(turned, [add])
