@@ -6,7 +6,7 @@ from ingot.export.ingot_schema import INGOT, ORT
 from ingot.export.request import AUTO
 from ingot.plugins.cpu.operators import INSTALLED
 
-# By ``--weights`` the kernels of the most tokens a second, the fastest first, as
+# By ``--weights`` the kernels that decode the most tokens a second, the fastest first, as
 # ``benchmarks/peers.py`` measured them (docs/performance.md). It is looked up and never measured,
 # so that equal inputs give equal bytes.
 FASTEST = {
