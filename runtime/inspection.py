@@ -19,6 +19,7 @@ import click
 from ingot.export.ingot import INGOT, SIZES, WEIGHTS, Manifest
 from ingot.graphs.state import State
 from ingot.plugins.command_line import Command, console
+from ingot.plugins.cpu.operators import EMBEDDING, LINEAR, LINEARS, MLP
 from ingot.plugins.errors import IngotError
 from ingot.plugins.json_fields import Field, FieldError, safe
 from ingot.plugins.json_file import MOST_BYTES, JsonError, parse_json
@@ -36,7 +37,7 @@ _IN_GRAPH = {
 }
 _PLUGIN = "TensorRT plugin"
 # What an ingot's own kernels compute, which is no function body then.
-_OWN = dict.fromkeys(("Linear", "Embedding", *OPERATORS), "Ingot's own kernel")
+_OWN = dict.fromkeys((LINEAR, LINEARS, MLP, EMBEDDING, *OPERATORS), "Ingot's own kernel")
 _DTYPE = re.compile("[A-Z0-9_]{1,16}")
 
 

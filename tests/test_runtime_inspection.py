@@ -149,6 +149,14 @@ def test_shows_and_prints_json(tiny_ort: Path) -> None:
     }
 
 
+def test_knows_what_products_took_along(
+    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot, cpu_library: object
+) -> None:
+    found = inspect(make_ingot(make_checkpoint("granite"), "ort", kernels="ingot"))
+    own = {name for name, said in found.lowered.items() if said == "Ingot's own kernel"}
+    assert own == {"Embedding", "Linear", "Linears", "Mlp"}
+
+
 def test_says_whose_kernels_run_it(
     own_kernels: Path,
     tiny_ort: Path,

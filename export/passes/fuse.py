@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ingot.export.passes.graph_pass import GraphPass
 from ingot.export.passes.match import only_reader, producer
 from ingot.export.passes.replace import take_place
-from ingot.plugins.cpu.operators import DOMAIN, VERSION
+from ingot.plugins.cpu.operators import DOMAIN, LINEAR, LINEARS, MLP, VERSION
 
-LINEAR, LINEARS, MLP = "Linear", "Linears", "Mlp"
 # Of Linear and of Mlp, where what is added to their result is.
 RESIDUAL = {LINEAR: 3, MLP: 4}
 # Weights of one call; what the kernels take.
@@ -22,8 +22,7 @@ MOST = 64
 class FuseMlps(GraphPass):
     """Three ``Linear`` and the activation between them -> ``Mlp``.
 
-    The rows of gate and up that one thread makes are gated while they are at hand, and threads are
-    woken twice and not five times.
+    Threads are woken for gate and up together, and nothing of what is between leaves the kernel.
     """
 
     looks_for = (LINEAR,)
@@ -47,10 +46,10 @@ class FuseMlps(GraphPass):
                 "scale": 1.0,
             }
             inputs = [gate.inputs[0], *(node.inputs[1] for node in (gate, up, down))]
-            between = producer_of(down.inputs[0])
             _swap(model, down, MLP, inputs, attributes)
-            _remove_unread(model, [between])
             modified = True
+        # Gate, up and what was between.
+        RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=modified)
 
     def ensures(self, model: ir.Model) -> None:
@@ -76,10 +75,10 @@ class FuseResiduals(GraphPass):
             place = RESIDUAL[product.op_type]
             inputs = [*product.inputs, *[None] * (place - len(product.inputs)), residual]
             attributes = {name: each.value for name, each in product.attributes.items()}
-            between = [producer_of(value) for value in add.inputs if value is not residual]
             _swap(model, add, product.op_type, inputs, {**attributes, "scale": factor})
-            _remove_unread(model, between)
             modified = True
+        # The products as they were, and their factors.
+        RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=modified)
 
     def ensures(self, model: ir.Model) -> None:
@@ -128,7 +127,7 @@ def _is(node: ir.Node | None, *kinds: str) -> bool:
     return node is not None and node.domain == DOMAIN and node.op_type in kinds
 
 
-def producer_of(value: ir.Value | None) -> ir.Node | None:
+def _maker(value: ir.Value | None) -> ir.Node | None:
     """The node that makes a value."""
     return None if value is None else value.producer()
 
@@ -152,7 +151,7 @@ def _mlp(down: ir.Node) -> _Gated | None:
     if product is None or only_reader(product) is not down:
         return None
     for left, right in (product.inputs, reversed(product.inputs)):
-        up, found = producer_of(right), _activated(left, product)
+        up, found = _maker(right), _activated(left, product)
         gate = None if found is None else found[0]
         if up is None or gate is None or found is None or not (_plain(up) and _plain(gate)):
             continue
@@ -166,16 +165,16 @@ def _mlp(down: ir.Node) -> _Gated | None:
 
 def _activated(value: ir.Value | None, product: ir.Node) -> tuple[ir.Node, str] | None:
     """What makes a value before its activation, and which that is; read by nothing else."""
-    node = producer_of(value)
+    node = _maker(value)
     if node is None or only_reader(node) is not product:
         return None
-    source = producer_of(node.inputs[0])
+    source = _maker(node.inputs[0])
     if source is None:
         return None
     if node.op_type == "Mul":
         for one, other in (node.inputs, reversed(node.inputs)):
             sigmoid = producer(other, "Sigmoid")
-            maker = producer_of(one)
+            maker = _maker(one)
             if sigmoid is not None and maker is not None and sigmoid.inputs[0] is one:
                 readers = {use.node for use in maker.outputs[0].uses()}
                 alone = only_reader(sigmoid) is node and readers == {node, sigmoid}
@@ -203,7 +202,7 @@ def _residual(add: ir.Node) -> _Residual | None:
     for value, residual in ((second, first), (first, second)):
         if value is None or residual is None or residual.shape != value.shape:
             continue
-        node, factor = producer_of(value), 1.0
+        node, factor = _maker(value), 1.0
         reader: ir.Node = add
         if node is not None and node.op_type == "Mul" and only_reader(node) is add:
             scaled = [_factor(each) for each in node.inputs]
@@ -211,11 +210,11 @@ def _residual(add: ir.Node) -> _Residual | None:
                 continue
             at = 0 if scaled[0] is None else 1
             factor, reader = scaled[1 - at] or 0.0, node
-            node = producer_of(node.inputs[at])
+            node = _maker(node.inputs[at])
         if not _is(node, *RESIDUAL) or node is None or only_reader(node) is not reader:
             continue
         has = len(node.inputs) > RESIDUAL[node.op_type]
-        if not has and residual.is_initializer() is False and residual is not node.outputs[0]:
+        if not has and not residual.is_initializer() and residual is not node.outputs[0]:
             return _Residual(node, residual, factor)
     return None
 
@@ -263,17 +262,3 @@ def _swap(
     model.graph.insert_before(old, made)
     take_place(old.outputs[0], made.outputs[0])
     model.graph.remove(old, safe=True)
-
-
-def _remove_unread(model: ir.Model, nodes: Iterable[ir.Node | None]) -> None:
-    """Take nodes away that nothing reads any more, and what made what they read."""
-    waiting = [node for node in nodes if node is not None]
-    while waiting:
-        node = waiting.pop()
-        if node.graph is None or any(
-            value.uses() or value.is_graph_output() for value in node.outputs
-        ):
-            continue
-        before = [producer_of(value) for value in node.inputs]
-        model.graph.remove(node, safe=True)
-        waiting += [each for each in before if each is not None]

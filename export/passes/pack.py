@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
+from ingot.export.codecs.blocks import Blocks
 from ingot.export.codecs.coder import Coder
 from ingot.export.passes.graph_pass import GraphPass
 from ingot.export.passes.replace import take_place
 from ingot.export.passes.store import is_matrix, narrowed
 from ingot.export.passes.weights import Weight
-from ingot.plugins.cpu.operators import DOMAIN, VERSION
+from ingot.plugins.cpu.operators import DOMAIN, EMBEDDING, LINEAR, VERSION
 from ingot.plugins.cpu.panels import (
     ROWS,
     Bytes,
@@ -32,6 +33,13 @@ from ingot.plugins.operator import DOMAIN as INGOT
 PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
 # The panels that floats go into, by the type that they are stored in.
 PANELS = {ir.DataType.FLOAT: Format("float32"), ir.DataType.BFLOAT16: Format("bfloat16")}
+
+
+class _Packed(NamedTuple):
+    """How a weight is stored, and its shape before, ``[N, K]`` or ``[E, N, K]``."""
+
+    form: Format
+    shape: tuple[int, ...]
 
 
 class PackMatrices(GraphPass):
@@ -65,21 +73,19 @@ class PackMatrices(GraphPass):
     requires = GraphPass.any_graph
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        forms: dict[ir.Value, Format] = {}
-        shapes: dict[ir.Value, tuple[int, ...]] = {}
+        packed: dict[ir.Value, _Packed] = {}
         for value in list(model.graph.initializers.values()):
             turned = _turned(value)
             if turned is not None:
-                shapes[value] = _rows_first(value, turned)
-                forms[value] = self._pack(value, turned)
+                packed[value] = self._pack(value, turned)
         for node in list(model.graph):
-            weights = [value for value in node.inputs if value in forms]
+            weights = [packed[value] for value in node.inputs if value in packed]
             if weights:
-                self._call_kernel(model, node, [(forms[each], shapes[each]) for each in weights])
-        if forms:
+                self._call_kernel(model, node, weights)
+        if packed:
             model.opset_imports[DOMAIN] = VERSION
             RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
-        return ir.passes.PassResult(model, modified=bool(forms))
+        return ir.passes.PassResult(model, modified=bool(packed))
 
     def ensures(self, model: ir.Model) -> None:
         for value in model.graph.initializers.values():
@@ -89,7 +95,7 @@ class PackMatrices(GraphPass):
             experts = node.domain == INGOT and node.op_type in self.looks_for
             self.ensure(not experts, node, "is left without panels")
 
-    def _pack(self, value: ir.Value, turned: bool) -> Format:
+    def _pack(self, value: ir.Value, turned: bool) -> _Packed:
         """Store a weight in panels, unread."""
         weight, name = value.const_value, value.name
         assert isinstance(weight, Weight) and name is not None
@@ -100,9 +106,10 @@ class PackMatrices(GraphPass):
             dtype = dtype if dtype in PANELS else ir.DataType.FLOAT
             form, pack = PANELS[dtype], partial(_packed_floats, dtype, name)
         else:
-            form, pack = blocks.form, partial(self._packed_numbers, weight)
+            form, pack = blocks.form, partial(self._packed_numbers, weight, blocks)
         shape = tuple(weight.shape.numpy())
-        *stack, rows, columns = _rows_first(value, turned)
+        plain = shape[::-1] if turned else shape
+        *stack, rows, columns = plain
         packed = (*stack, -(-rows // ROWS), form.panel_bytes(columns))
         read = weight.read_block
 
@@ -112,20 +119,17 @@ class PackMatrices(GraphPass):
 
         value.shape, value.type = ir.Shape(packed), ir.TensorType(ir.DataType.UINT8)
         value.const_value = Weight(name, packed, ir.DataType.UINT8, panels, weight.origins)
-        return form
+        return _Packed(form, plain)
 
-    def _packed_numbers(self, weight: Weight, block: int, rows: np.ndarray) -> Bytes:
+    def _packed_numbers(
+        self, weight: Weight, blocks: Blocks, block: int, rows: np.ndarray
+    ) -> Bytes:
         assert self.coder is not None
-        origin = weight.origins[block]
-        blocks = self.coder.format(origin.parameter)
-        assert blocks is not None
-        encoded = self.coder.encode(*origin, np.ascontiguousarray(rows))
+        encoded = self.coder.encode(*weight.origins[block], np.ascontiguousarray(rows))
         numbers, zeros = blocks.unpack(encoded)
         return pack_whole(blocks.form, Whole(numbers, encoded.scales, zeros))
 
-    def _call_kernel(
-        self, model: ir.Model, node: ir.Node, weights: list[tuple[Format, tuple[int, ...]]]
-    ) -> None:
+    def _call_kernel(self, model: ir.Model, node: ir.Node, weights: list[_Packed]) -> None:
         """Swap a node for the operator over the same weights in panels."""
         (form, (*stack, rows, columns)), *others = weights
         sizes: dict[str, Any] = {"in_features": columns, "out_features": rows}
@@ -137,12 +141,12 @@ class PackMatrices(GraphPass):
             sizes |= {"experts": stack[0]} if stack else {}
             sizes |= _stored(form)
         kind, inputs = _kernel(node)
-        if kind == "Linear":
+        if kind == LINEAR:
             sizes["scale"] = 1.0
-        if kind != "Embedding":
-            whole = form.block or any(each.block for each, _ in others)
-            sizes["round_activations"] = int(self.round_activations and bool(whole))
-        attributes = sizes if kind in ("Linear", "Embedding") else {**node.attributes, **sizes}
+        if kind != EMBEDDING:
+            whole = any(each.form.block for each in weights)
+            sizes["round_activations"] = int(self.round_activations and whole)
+        attributes = sizes if kind in (LINEAR, EMBEDDING) else {**node.attributes, **sizes}
         made = ir.node(kind, inputs, attributes=attributes, domain=DOMAIN, version=VERSION)
         model.graph.insert_before(node, made)
         take_place(node.outputs[0], made.outputs[0])
@@ -154,8 +158,8 @@ def _kernel(node: ir.Node) -> tuple[str, list[ir.Value | None]]:
     inputs = list(node.inputs)
     if node.op_type == "Gather":
         table, ids = inputs
-        return "Embedding", [ids, table]
-    return "Linear" if node.op_type in PRODUCTS else node.op_type, inputs
+        return EMBEDDING, [ids, table]
+    return LINEAR if node.op_type in PRODUCTS else node.op_type, inputs
 
 
 def _stored(form: Format, prefix: str = "") -> dict[str, Any]:
@@ -190,13 +194,6 @@ def _wants_turned(node: ir.Node, weight: Weight) -> bool | None:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     plain &= bias is None or (bias.shape is not None and len(bias.shape) == 1)
     return not attributes.get_int("transB", 0) if plain else None
-
-
-def _rows_first(value: ir.Value, turned: bool) -> tuple[int, ...]:
-    """``[N, K]`` or ``[E, N, K]``."""
-    assert value.shape is not None
-    shape: tuple[int, ...] = tuple(value.shape.numpy())
-    return shape[::-1] if turned else shape
 
 
 def _packed_floats(dtype: ir.DataType, name: str, _block: int, rows: np.ndarray) -> Bytes:

@@ -12,6 +12,8 @@ from ingot.plugins.errors import IngotError
 # Of the operators that read weights in panels.
 DOMAIN = "ingot.cpu"
 VERSION = 1
+# Those that are no operators of ``plugins`` in panels.
+LINEAR, LINEARS, MLP, EMBEDDING = "Linear", "Linears", "Mlp", "Embedding"
 LIBRARY = "libingot_ort.so"
 INSTALLED = Path(__file__).resolve().parents[1] / "lib" / LIBRARY
 
