@@ -114,15 +114,15 @@ def _host(name: str) -> str:
 
 def memory_gib(plan: Plan, manifest: Manifest) -> tuple[int, int]:
     """What the pod asks for of the host's memory, and what it is limited to, in whole GiB."""
+    # Here, for it needs NumPy, and `--help` does without.
+    from ingot.runtime.prompt import pieces
+
     settings = plan.settings
     streams = settings.streams * plan.generate
     of_graph = max(settings.max_batch, settings.streams) * plan.graph
     sequences = streams + of_graph
 
     # A stream's prompt comes in pieces, where its ingot takes them.
-    # Here, for it needs NumPy, and `--help` does without.
-    from ingot.runtime.prompt import pieces
-
     (piece, *_) = pieces(manifest, 1, settings.capacity)
     tokens = streams * piece.stop + of_graph * settings.capacity
     most = {BATCH: tokens, SEQUENCE: 1, KEPT: 1}

@@ -12,6 +12,7 @@ import torch
 from conftest import MakeIngot
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from ingot.export.codecs.blocks import Blocks
 from ingot.export.ingot import Manifest
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.runtime.generate import generate
@@ -76,6 +77,17 @@ def of_transformers(
     with torch.inference_mode():
         found = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
     return np.asarray(found.logits.numpy()[mask != 0])
+
+
+def rounded(form: Blocks) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Rounds a matrix, or a stack of them, row by row."""
+
+    def stored(matrix: torch.Tensor) -> torch.Tensor:
+        rows = matrix.numpy().reshape(-1, matrix.shape[-1])
+        wide = form.decode(form.encode(rows), rows.shape[1])
+        return torch.from_numpy(wide.reshape(matrix.shape).copy())
+
+    return stored
 
 
 def tokens(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
-from oracle import logits, of_transformers, relative_rms
+from oracle import logits, of_transformers, relative_rms, rounded
 from packed_cases import CASES
 from packers import numbers
 from safetensors import safe_open
@@ -72,17 +72,6 @@ def asked(weights: str, size: int, symmetric: bool, accuracy: str) -> dict[str, 
         "symmetric": symmetric,
         "accuracy": accuracy,
     }
-
-
-def rounded(blocks: Blocks) -> Stored:
-    """Rounds a matrix, or a stack of them, row by row."""
-
-    def stored(matrix: torch.Tensor) -> torch.Tensor:
-        rows = matrix.numpy().reshape(-1, matrix.shape[-1])
-        wide = blocks.decode(blocks.encode(rows), rows.shape[1])
-        return torch.from_numpy(wide.reshape(matrix.shape).copy())
-
-    return stored
 
 
 def nodes(ingot: Path) -> list[onnx.NodeProto]:

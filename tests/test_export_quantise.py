@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import onnx
 import pytest
-import torch
 from conftest import MakeCheckpoint, MakeIngot
-from oracle import KEPT, logits, of_transformers, relative_rms
+from oracle import KEPT, logits, of_transformers, relative_rms, rounded
 from safetensors import safe_open
 from traces import Traces
 
@@ -37,17 +35,6 @@ ODD = {
 
 def blocks(weights: str, size: int, symmetric: bool) -> Blocks:
     return Blocks(cast(Bits, BITS[weights]), cast(Size, size), symmetric)
-
-
-def rounded(form: Blocks) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Rounds a matrix, or a stack of them, row by row."""
-
-    def stored(matrix: torch.Tensor) -> torch.Tensor:
-        rows = matrix.numpy().reshape(-1, matrix.shape[-1])
-        wide = form.decode(form.encode(rows), rows.shape[1])
-        return torch.from_numpy(wide.reshape(matrix.shape).copy())
-
-    return stored
 
 
 def operators(ingot: Path) -> set[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from benchmarks.on_peers.program import PeerError, run_logged
 from ingot.plugins.whole import write_whole
@@ -42,6 +44,30 @@ PINNED: dict[str, tuple[str, ...]] = {
 # import, and a registry may have one of the two for CPUs alone.
 UNWANTED: dict[str, tuple[str, ...]] = {"openvino": ("torchvision",)}
 _LIST = "installed.txt"
+
+
+@dataclass
+class Installed:
+    """What a ``Program`` has that runs in an environment of its own.
+
+    Attributes:
+        work: where its environment and its files are kept.
+        name: of ``PINNED``.
+        python: the interpreter, once it is there.
+        told: the packages whose versions a table names.
+    """
+
+    work: Path
+    name: str = ""
+    python: Path = Path()
+    told: ClassVar[tuple[str, ...]] = ()
+
+    def prepare(self) -> None:
+        self.python = prepare(self.name, self.work, self.work / "logs" / f"{self.name}-install.txt")
+
+    def versions(self) -> dict[str, str]:
+        found = versions(self.name, self.work)
+        return {name: found[name] for name in self.told if name in found}
 
 
 def prepare(name: str, work: Path, log: Path) -> Path:

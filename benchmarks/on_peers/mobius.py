@@ -6,32 +6,22 @@ onnxruntime-genai, for which it writes a configuration as well, refuses some of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
-from benchmarks.on_peers import environments
+from benchmarks.on_peers.environments import Installed
 from benchmarks.on_peers.models import Model
 from benchmarks.on_peers.program import Format, Made, run_logged
 from ingot.plugins.whole import staged
 
 
 @dataclass
-class Mobius:
-    """``Program`` of mobius.
+class Mobius(Installed):
+    """``Program`` of mobius."""
 
-    Attributes:
-        work: where its environment and its files are kept.
-    """
-
-    work: Path
     name: str = "mobius"
     # It quantises nothing itself.
     formats: tuple[Format, ...] = (Format("f32", exact=True),)
-    python: Path = Path()
-
-    def prepare(self) -> None:
-        self.python = environments.prepare(
-            self.name, self.work, self.work / "logs" / f"{self.name}-install.txt"
-        )
+    told: ClassVar = ("mobius-onnx", "onnxruntime")
 
     def make(self, model: Model, chosen: Format) -> Made:
         out = self.work / self.name / model.family / chosen.folder
@@ -43,7 +33,3 @@ class Mobius:
                 how = ["--dtype", chosen.name, "--model", model.checkpoint, made]
                 run_logged([*build, *how], log, HF_HUB_OFFLINE="1")
         return Made(out / "model.onnx", tuple(out.glob("*.onnx.data")), "run_onnx.py", self.python)
-
-    def versions(self) -> dict[str, str]:
-        found = environments.versions(self.name, self.work)
-        return {name: found[name] for name in ("mobius-onnx", "onnxruntime") if name in found}

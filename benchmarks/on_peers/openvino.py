@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
-from benchmarks.on_peers import environments
+from benchmarks.on_peers.environments import Installed
 from benchmarks.on_peers.models import Model
 from benchmarks.on_peers.program import WORKERS, Format, Made, run_logged
 from ingot.plugins.whole import staged
@@ -16,14 +16,9 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
 @dataclass
-class OpenVino:
-    """``Program`` of OpenVINO.
+class OpenVino(Installed):
+    """``Program`` of OpenVINO."""
 
-    Attributes:
-        work: where its environment and its files are kept.
-    """
-
-    work: Path
     name: str = "openvino"
     formats: tuple[Format, ...] = (
         # Both store the checkpoint's bfloat16.
@@ -32,12 +27,7 @@ class OpenVino:
         Format("int8", {"bits": 8, "run": {}}),
         Format("int4", {"bits": 4, "run": {}}),
     )
-    python: Path = Path()
-
-    def prepare(self) -> None:
-        self.python = environments.prepare(
-            self.name, self.work, self.work / "logs" / f"{self.name}-install.txt"
-        )
+    told: ClassVar = ("openvino", "optimum-intel")
 
     def make(self, model: Model, chosen: Format) -> Made:
         bits = chosen.options["bits"]
@@ -51,7 +41,3 @@ class OpenVino:
         given = {"options": chosen.options["run"]}
         graph, weights = (out / f"openvino_model.{end}" for end in ("xml", "bin"))
         return Made(graph, (weights,), "run_openvino.py", self.python, given)
-
-    def versions(self) -> dict[str, str]:
-        found = environments.versions(self.name, self.work)
-        return {name: found[name] for name in ("openvino", "optimum-intel") if name in found}

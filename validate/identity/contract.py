@@ -316,25 +316,29 @@ def _format(subject: Subject) -> Iterator[Field]:
         yield from _leaves("quantization", found, wanted)
 
 
+def _rounds(node: onnx.NodeProto) -> bool | None:
+    """Whether a product in whole numbers rounds its activations; None of what is none."""
+    given = {each.name: each.i for each in node.attribute}
+    if node.domain == DOMAIN and ROUNDS in given:
+        stored = (each.s for each in node.attribute if each.name.endswith("numbers"))
+        return bool(given[ROUNDS]) if any(each.startswith(b"int") for each in stored) else None
+    if node.op_type not in IN_BLOCKS:
+        return None
+    # Experts of eight bits have no other kernel.
+    eight = any(value == 8 for name, value in given.items() if name.endswith("weight_bits"))
+    level = given.get("accuracy_level", 0)
+    return level == ROUNDED or (node.op_type == "QMoE" and eight)
+
+
 def _accuracy(manifest: Manifest, graph: onnx.GraphProto) -> Iterator[str]:
     """Products that round their activations where the manifest says that none does, or not so."""
     if manifest.quantization is None:
         return
-    exact, others, count = manifest.quantization.accuracy == "exact", [], 0
-    for node in all_nodes(graph):
-        given = {each.name: each.i for each in node.attribute}
-        stored = [each.s for each in node.attribute if each.name.endswith("numbers")]
-        in_panels = node.domain == DOMAIN and ROUNDS in given
-        if in_panels and not any(each.startswith(b"int") for each in stored):
-            continue
-        if node.op_type not in IN_BLOCKS and not in_panels:
-            continue
-        level, count = given.get("accuracy_level", 0), count + 1
-        # Experts of eight bits have no other kernel.
-        eight = any(value == 8 for name, value in given.items() if name.endswith("weight_bits"))
-        rounds = bool(given.get(ROUNDS)) or level == ROUNDED or (node.op_type == "QMoE" and eight)
-        if rounds == exact:
-            others.append(node)
+    exact = manifest.quantization.accuracy == "exact"
+    products = [
+        (node, rounds) for node in all_nodes(graph) if (rounds := _rounds(node)) is not None
+    ]
+    others, count = [node for node, rounds in products if rounds == exact], len(products)
     if others:
         first, does = others[0], "rounds" if exact else "does not round"
         yield (

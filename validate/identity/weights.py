@@ -168,8 +168,8 @@ class Weights:
             self._blocks(found, in_blocks, made, layout, given, source, reader, advance)
             return
         if in_blocks is not None or given is not None:
-            has = tensor.dtype if in_blocks is None else in_blocks.text
-            has = has if in_panels is None else in_panels.text
+            packed = in_panels or in_blocks
+            has = tensor.dtype if packed is None else packed.text
             wanted = self._dtype(name, made) if given is None else given.text
             found.wrong(name, operator, f"it is stored as {has} and should be {wanted}")
             return
