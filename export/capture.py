@@ -32,6 +32,8 @@ from ingot.export.passes.scales import FoldScales, NoteFactors
 from ingot.export.passes.weights import FoldWeightTransposes, WeightsToInitializers
 from ingot.export.request import EXTRA_OUTPUTS
 from ingot.export.simplify import simplify
+from ingot.export.stamp import TRANSLATIONS as CALLS
+from ingot.export.stamp import stamp, stamped
 from ingot.graphs.layers import Model
 from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL, Dimension, State
 from ingot.plugins import causal_conv, experts
@@ -49,6 +51,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     **{operator.overload: operator.translate for operator in OPERATORS.values()},
     causal_conv.causal_conv.overload: causal_conv.translate,
     torch.ops.ingot.choose_experts.default: experts.translate_choose_experts,
+    **CALLS,
 }
 
 
@@ -128,9 +131,11 @@ def capture(
     main_output = model.main_output
     weights = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
     inputs = _inputs(states)
-    exported = _trace(_Traced(model), weights, inputs, states)
-    with _quiet():
-        result: ir.Model = to_onnx(exported).model
+    with stamped(model) as kinds:
+        exported = _trace(_Traced(model), weights, inputs, states)
+        with _quiet():
+            result: ir.Model = to_onnx(exported).model
+            stamp(result, kinds, to_onnx)
     outputs = list(exported.call_spec.out_spec.context)
     _name_interface(result, [*(WEIGHT_PREFIX + name for name in weights), *inputs], outputs)
     _keep_outputs(result, {main_output, *(state.output for state in states)}, extra_outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
@@ -42,18 +43,9 @@ class NameDimensions(GraphPass):
         # The tracer knows that the total is past + new tokens and may spell it as that sum.
         sums = {frozenset(("past_sequence", "sequence")): "total_sequence"}
 
-        def renamed(symbol: str) -> str:
-            text = re.sub(SYMBOL, lambda m: names.get(m.group(), m.group()), symbol)
-            return sums.get(frozenset(text.split(" + ")), text)
-
         for value in _values(model.graph):
             if value.shape is not None:
-                value.shape = ir.Shape(
-                    [
-                        renamed(str(d.value)) if isinstance(d, ir.SymbolicDim) else d
-                        for d in value.shape
-                    ]
-                )
+                value.shape = renamed(value.shape, names, sums)
         for value in model.graph.inputs:
             value.shape = ir.Shape(self.inputs[value.name or ""])
         return ir.passes.PassResult(model, modified=True)
@@ -65,6 +57,24 @@ class NameDimensions(GraphPass):
         for value in _values(model.graph):
             traced = re.search(SYMBOL, str(value.shape))
             self.ensure(traced is None, value, f"has the tracer's symbols in {value.shape}")
+
+
+def renamed(
+    shape: ir.Shape, names: Mapping[str, str], sums: Mapping[frozenset[str], str] | None = None
+) -> ir.Shape:
+    """A shape with other names of the tracer's symbols.
+
+    Args:
+        shape: what the tracer says.
+        names: by symbols; those that are not there stay.
+        sums: what the sum of some names is called.
+    """
+
+    def of(symbol: str) -> str:
+        text = re.sub(SYMBOL, lambda m: names.get(m.group(), m.group()), symbol)
+        return (sums or {}).get(frozenset(text.split(" + ")), text)
+
+    return ir.Shape([of(str(d.value)) if isinstance(d, ir.SymbolicDim) else d for d in shape])
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:
