@@ -134,8 +134,8 @@ def capture(
     with stamped(model) as kinds:
         exported = _trace(_Traced(model), weights, inputs, states)
         with _quiet():
-            result: ir.Model = to_onnx(exported).model
-            stamp(result, kinds, to_onnx)
+            result = _to_model(exported)
+            stamp(result, kinds, _to_model)
     outputs = list(exported.call_spec.out_spec.context)
     _name_interface(result, [*(WEIGHT_PREFIX + name for name in weights), *inputs], outputs)
     _keep_outputs(result, {main_output, *(state.output for state in states)}, extra_outputs)
@@ -209,6 +209,11 @@ def _trace(
         ),
         strict=False,
     )
+
+
+def _to_model(program: torch.export.ExportedProgram) -> ir.Model:
+    result: ir.Model = to_onnx(program).model
+    return result
 
 
 def to_onnx(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:

@@ -169,6 +169,15 @@ class Manifest:
             return whose
         return f"{whose}, in {LIBRARY} with the SHA-256 {self.files[LIBRARY].sha256}"
 
+    @property
+    def by_token(self) -> bool:
+        """Whether several rows of several tokens after a past are fed a token at a time.
+
+        ONNX Runtime's GroupQueryAttention, which appends to shared buffers, refuses them.
+        """
+        caches = any(state.shared and state.axis is not None for state in self.states)
+        return caches and self.kernels != INGOT
+
     def write(self, folder: Path) -> None:
         """Write ``ingot.json`` into a folder."""
         said = asdict(self)

@@ -9,15 +9,22 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 from ingot.export.passes.attention import AttentionToGroupQueryAttention
+from ingot.export.passes.attention_operator import (
+    AttentionToOperator,
+    RotateInAttention,
+)
 from ingot.export.passes.causal_conv import CausalConvToOperator
 from ingot.export.passes.convolution import CausalConvToBlocked
 from ingot.export.passes.functions import AttachFunctionBodies
 from ingot.export.passes.graph_pass import Applied, run
+from ingot.export.passes.mixer import MixersToOperator
 from ingot.export.passes.moe import MoeDispatchToMoE
 from ingot.export.passes.moe_linear import MoeLinearToMatMuls
 from ingot.export.passes.rotary import RotationToOperator
 from ingot.export.passes.scan import Mamba2ScanToLinearAttention
 from ingot.export.passes.tied import TiedHeadToFusedMatMul
+from ingot.plugins.cpu.operators import ATTENTION, MIXER
+from ingot.plugins.cpu.operators import DOMAIN as PANELS
 
 
 def lower_portable(model: ir.Model) -> tuple[Applied, ...]:
@@ -37,8 +44,10 @@ def lower_ingot(model: ir.Model) -> tuple[Applied, ...]:
     """
     passes = [
         CausalConvToOperator(),
-        AttentionToGroupQueryAttention(),
+        MixersToOperator(),
+        AttentionToOperator(),
         RotationToOperator(),
+        RotateInAttention(),
         TiedHeadToFusedMatMul(),
         RemoveUnusedNodesPass(),
         AttachFunctionBodies(),
@@ -67,6 +76,20 @@ def lower_ort(model: ir.Model) -> tuple[Applied, ...]:
     return run(model, passes)
 
 
-def shares_buffers(model: ir.Model) -> bool:
-    """Whether each cache may be one buffer for past and present."""
-    return any(node.op_type == "GroupQueryAttention" for node in model.graph)
+# Operators that write new states where the old ones are, if they are given one buffer for both, and
+# which of their inputs these are.
+IN_PLACE = {
+    ("com.microsoft", "GroupQueryAttention"): (3, 4),
+    (PANELS, ATTENTION): (3, 4),
+    (PANELS, MIXER): (2, 3),
+}
+
+
+def in_place(model: ir.Model) -> set[str]:
+    """The inputs of states that may be one buffer with what replaces them."""
+    return {
+        value.name or ""
+        for node in model.graph
+        for place in IN_PLACE.get((node.domain, node.op_type), ())
+        if (value := node.inputs[place]) is not None
+    }

@@ -15,7 +15,7 @@ from ingot.export.capture import OPSET, Captured
 from ingot.export.graph import Opened, Recipe, operators
 from ingot.export.ingot import Manifest, TensorInfo
 from ingot.export.ingot_schema import ORT
-from ingot.export.lower_ort import shares_buffers
+from ingot.export.lower_ort import in_place
 from ingot.export.passes.weights import Weight
 from ingot.export.request import ExportError
 from ingot.graphs.adapter_weights import MergedCheckpoint
@@ -61,7 +61,7 @@ def make_manifest(
     """
     config = opened.model.config
     total, active = active_parameters(opened.model)
-    shared = shares_buffers(captured.model)
+    shared = in_place(captured.model)
     graph = captured.model.graph
     counts = operators(captured.model)
     return Manifest(
@@ -72,9 +72,7 @@ def make_manifest(
         main_output=captured.main_output,
         inputs=tuple(_tensor_info(value) for value in graph.inputs),
         outputs=tuple(_tensor_info(value) for value in graph.outputs),
-        states=tuple(
-            replace(state, shared=shared and state.axis is not None) for state in captured.states
-        ),
+        states=tuple(replace(state, shared=state.input in shared) for state in captured.states),
         vocab_size=config.vocab_size,
         source=_source(checkpoint),
         generation=generation,

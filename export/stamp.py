@@ -184,21 +184,23 @@ def _call(
 
 
 def stamp(
-    model: ir.Model, kinds: list[Kind], translate: Callable[[Any], torch.onnx.ONNXProgram]
+    model: ir.Model,
+    kinds: list[Kind],
+    translate: Callable[[torch.export.ExportedProgram], ir.Model],
 ) -> None:
     """Put the layers in the places of their calls.
 
     Args:
         model: what was translated of a model that was traced as ``stamped`` has it; changed.
         kinds: of ``stamped``.
-        translate: a program of the tracer's, to ONNX.
+        translate: what the tracer makes, to ONNX.
     """
     for number, kind in enumerate(kinds):
         name = _name(number)
         calls = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, name)]
         if not calls:
             continue
-        traced = translate(_trace(kind)).model
+        traced = translate(_trace(kind))
         _rename(traced.graph, calls[0])
         function = _function(traced, name)
         model.functions.update({**traced.functions, function.identifier(): function})

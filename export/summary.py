@@ -12,6 +12,7 @@ from ingot.export.ingot import EngineInfo, Manifest
 from ingot.export.ingot_schema import CHECKPOINT
 from ingot.export.progress import Stages
 from ingot.plugins.command_line import console
+from ingot.plugins.cpu.operators import MIXER
 from ingot.plugins.registry import OPERATORS
 
 
@@ -96,6 +97,7 @@ def _engine_rows(engine: EngineInfo) -> list[tuple[str, str]]:
 NOTABLE = {
     "Attention",
     "GroupQueryAttention",
+    MIXER,
     *OPERATORS,
     *(operator.onnx_runtime for operator in OPERATORS.values() if operator.onnx_runtime),
 }

@@ -30,7 +30,8 @@ class State:
         input_shape: integers and symbolic names.
         output_shape: integers and symbolic names.
         axis: the axis that grows by T each call, or None.
-        shared: whether input and output may be one buffer of fixed capacity along ``axis``.
+        shared: whether input and output may be one buffer: of fixed capacity along ``axis``, where
+            there is one.
     """
 
     kind: Kind

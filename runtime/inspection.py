@@ -19,7 +19,7 @@ import click
 from ingot.export.ingot import INGOT, SIZES, WEIGHTS, Manifest
 from ingot.graphs.state import State
 from ingot.plugins.command_line import Command, console
-from ingot.plugins.cpu.operators import EMBEDDING, LINEAR, LINEARS, MLP
+from ingot.plugins.cpu.operators import ATTENTION, EMBEDDING, LINEAR, LINEARS, MIXER, MLP
 from ingot.plugins.errors import IngotError
 from ingot.plugins.json_fields import Field, FieldError, safe
 from ingot.plugins.json_file import MOST_BYTES, JsonError, parse_json
@@ -37,7 +37,9 @@ _IN_GRAPH = {
 }
 _PLUGIN = "TensorRT plugin"
 # What an ingot's own kernels compute, which is no function body then.
-_OWN = dict.fromkeys((LINEAR, LINEARS, MLP, EMBEDDING, *OPERATORS), "Ingot's own kernel")
+_OWN = dict.fromkeys(
+    (LINEAR, LINEARS, MLP, EMBEDDING, ATTENTION, MIXER, *OPERATORS), "Ingot's own kernel"
+)
 _DTYPE = re.compile("[A-Z0-9_]{1,16}")
 
 
@@ -189,7 +191,7 @@ def inspect(folder: Path) -> Inspection:
         active_bytes=round(manifest.active_parameters * width) - unread,
         state_bytes_per_token=sum(each.bytes for each in states if each.grows),
         state_bytes_per_sequence=sum(each.bytes for each in states if not each.grows),
-        shared_buffers=any(each.shared for each in states),
+        shared_buffers=any(each.shared and each.grows for each in states),
         context_length=manifest.generation["context_length"],
         weights=_weights(manifest.listed(folder, WEIGHTS)),
         states=states,

@@ -142,9 +142,7 @@ class OrtSession:
             kept = rows_kept(self.manifest.task, tokens, logits_to_keep)
             self._tokens.changes += 1
             self._tokens.lost = True
-            # GroupQueryAttention refuses several rows of several tokens after a past.
-            shared = any(state.shared for state in self.manifest.states)
-            if self._tokens.seen and tokens > 1 and batch > 1 and shared:
+            if self._tokens.seen and tokens > 1 and batch > 1 and self.manifest.by_token:
                 pieces = []
                 for t in range(tokens):
                     piece = self._run(input_ids[:, t : t + 1], attention_mask[:, t : t + 1], 1)

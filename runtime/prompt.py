@@ -47,7 +47,7 @@ def pieces(
     """
     # The length of one row may be less, so that this keeps more prompts whole than have to be.
     turned = tokens > manifest.generation.get("switch_length", tokens)
-    by_token = rows > 1 and any(state.shared for state in manifest.states)
+    by_token = rows > 1 and manifest.by_token
     asked = any(each.name == LOGITS_TO_KEEP for each in manifest.inputs)
     size = chunk if chunk and asked and not (turned or by_token) else tokens
     return tuple(slice(begin, min(begin + size, tokens)) for begin in range(0, tokens, size))

@@ -163,6 +163,6 @@ def _filled(manifest: Manifest, settings: Settings) -> Settings:
 
 def growth(state: State) -> str:
     """How a state grows: ``shared`` in one buffer of its capacity, ``appended``, or ``fixed``."""
-    if state.shared:
-        return "shared"
-    return "fixed" if state.axis is None else "appended"
+    if state.axis is None:
+        return "fixed"
+    return "shared" if state.shared else "appended"

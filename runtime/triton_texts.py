@@ -154,13 +154,15 @@ def _dims(shape: tuple[int | str, ...], variable: int) -> str:
 
 def _state(state: State, capacity: int) -> dict[str, Any]:
     """A state as the config has it; see the comments in ``graph.config.pbtxt.jinja``."""
-    first = capacity if state.shared else 1
+    # One buffer has no effect where Triton makes batches, and so none for states of fixed size.
+    shared = growth(state) == "shared"
+    first = capacity if shared else 1
     return {
         "input": state.input,
         "output": state.output,
         "type": TYPES[state.dtype],
-        "dims": _dims(state.input_shape, capacity if state.shared else -1),
+        "dims": _dims(state.input_shape, capacity if shared else -1),
         "initial": _dims(state.input_shape, first),
         # Where the shape stays; Triton would not take on another's.
-        "same_buffer": state.shared,
+        "same_buffer": shared,
     }

@@ -113,9 +113,8 @@ def test_calls_without_a_state_stand_alone() -> None:
 def test_feeds_a_shared_cache_one_token_at_a_time_after_a_past() -> None:
     ids = np.arange(10).reshape(2, 5)
     calls = [Fed("a", ids[:, :2], ids[:, :2]), Fed("b", ids[:, 2:], ids[:, 2:])]
-    assert one_by_one(calls, STATES) == calls
-    shared = [replace(state, shared=True) for state in STATES]
-    found = one_by_one(calls, shared)
+    assert one_by_one(calls, False) == calls
+    found = one_by_one(calls, True)
     assert [(call.stage, call.input_ids.shape[1]) for call in found] == [
         ("a", 2),
         *[("b", 1)] * 3,
@@ -123,7 +122,7 @@ def test_feeds_a_shared_cache_one_token_at_a_time_after_a_past() -> None:
     np.testing.assert_array_equal(np.concatenate([c.input_ids for c in found], axis=1), ids)
     # One row is taken as it is.
     rows = [Fed(s, i[:1], m[:1]) for s, i, m in calls]
-    assert [call.input_ids.shape[1] for call in one_by_one(rows, shared)] == [2, 3]
+    assert [call.input_ids.shape[1] for call in one_by_one(rows, True)] == [2, 3]
 
 
 def test_other_tokens_stand_in_padding_only() -> None:
@@ -135,6 +134,7 @@ def test_other_tokens_stand_in_padding_only() -> None:
 
 class _Manifest:
     states = STATES
+    by_token = False
 
 
 class _Subject:

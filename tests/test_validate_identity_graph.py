@@ -240,7 +240,10 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "a factor at the end": (scale_logits, "^outside of the layers, Mul logits: there is no such"),
     "rounding": (through_bfloat16, r"^layer 0, Cast \S+: there is no such node"),
     "nothing": (identity, r"^layer 0, Identity \S+: there is no such node"),
-    "order of inputs": (swap, "^layer 0, MatMul linear: reads the same values in another order"),
+    "order of inputs": (
+        swap,
+        r"^layer 0, MatMul linear\S*: reads the same values in another order",
+    ),
     "axis": (axis, "attribute axis is 1, and -1 in a fresh capture"),
     "a weight's name": (rename, "layer 1, MoeDispatch .*: down is the weight renamed, float32 .*"),
     "two weights": (swap_weights, r"^layer 1, MatMul \S+: B is the weight \S+v_proj.weight,"),

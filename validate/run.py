@@ -139,7 +139,7 @@ class Target:
             most_rows=rows,
             longest=longest,
             threads=not self.engine,
-            by_token=not self.engine and any(state.shared for state in manifest.states),
+            by_token=not self.engine and manifest.by_token,
             keeps=self.keeps,
         )
 

@@ -16,7 +16,7 @@ SWAP_HEADS = (0, 2, 1, 3)
 
 
 @dataclass(frozen=True)
-class _CachedAttention:
+class CachedAttention:
     """The nodes of what ``graphs.layers.attention`` captures to.
 
     Attributes:
@@ -34,6 +34,51 @@ class _CachedAttention:
     caches: list[ir.Node]
     back: ir.Node
     merge: ir.Node
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Hq and Hk."""
+        return _size(self.sources[0], 2), _size(self.sources[1], 2)
+
+    @property
+    def head_size(self) -> int:
+        """D."""
+        return _size(self.sources[0], 3)
+
+    @property
+    def scale(self) -> float | None:
+        """Of the scores; None where it is one over the root of D."""
+        given = self.attention.attributes.get("scale")
+        return None if given is None else given.as_float()
+
+    def flat(self, model: ir.Model, nodes: Nodes) -> list[ir.Value]:
+        """The sources as ``[B, T, h*D]``, by nodes that are added where they were not so before."""
+        query, key = self.heads
+        return [
+            _flat(model, nodes, source, heads * self.head_size)
+            for source, heads in zip(self.sources, (query, key, key), strict=True)
+        ]
+
+    def give_way(self, model: ir.Model, nodes: Nodes, made: ir.Node) -> None:
+        """Put a node in the place of them all.
+
+        Args:
+            model: which it is in.
+            nodes: before it.
+            made: gives ``[B, T, Hq*D]`` and both caches.
+        """
+        model.graph.insert_before(self.attention, [*nodes, made])
+        done = [self.back, self.attention, *self.caches]
+        merged = self.merge.outputs[0]
+        if merged.shape is not None and len(merged.shape) == 3:
+            take_place(merged, made.outputs[0])
+            done.insert(0, self.merge)
+        else:
+            # Not merely [B, T, h*D]: the elements lie in the same order, so it stays.
+            self.merge.replace_input_with(0, made.outputs[0])
+        for cache, new in zip(self.caches, made.outputs[1:], strict=True):
+            take_place(cache.outputs[0], new)
+        model.graph.remove(done, safe=True)
 
 
 class AttentionToGroupQueryAttention(GraphPass):
@@ -62,9 +107,8 @@ class AttentionToGroupQueryAttention(GraphPass):
             self.require(lengths, node, f"has its lengths from {self.attention_mask}, not an input")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        found = [_match(node) for node in model.graph if node.op_type == "Attention"]
-        matches = [match for match in found if match is not None]
-        if not matches or len(matches) < len(found):
+        matches = cached_attentions(model)
+        if not matches or any(match.head_size % 8 for match in matches):
             return ir.passes.PassResult(model, modified=False)
         lengths = self._lengths(model, matches[0].attention)
         biases: dict[ir.Value, ir.Value] = {}
@@ -103,9 +147,32 @@ class AttentionToGroupQueryAttention(GraphPass):
         return lengths
 
 
-def _match(attention: ir.Node) -> _CachedAttention | None:
-    """An attention and the nodes around it; None where the kernel cannot run it."""
-    # The bias, which the mask becomes, is float32.
+def _size(value: ir.Value, axis: int) -> int:
+    size = value.shape[axis] if value.shape is not None else None
+    assert isinstance(size, int)
+    return size
+
+
+def _flat(model: ir.Model, nodes: Nodes, source: ir.Value, wide: int) -> ir.Value:
+    assert source.shape is not None
+    shape = ir.Shape([*source.shape[:2], wide])
+    before = producer(source, "Reshape")
+    if before is not None and before.inputs[0] is not None and before.inputs[0].shape == shape:
+        return before.inputs[0]
+    result = nodes.add("Reshape", source, integers(model, [0, 0, wide]))
+    result.shape, result.type = shape, source.type
+    return result
+
+
+def cached_attentions(model: ir.Model) -> list[CachedAttention]:
+    """Every attention of a graph, where all are over caches and in float32; else none."""
+    found = [_match(node) for node in model.graph if node.op_type == "Attention"]
+    matches = [match for match in found if match is not None]
+    return matches if len(matches) == len(found) else []
+
+
+def _match(attention: ir.Node) -> CachedAttention | None:
+    """An attention and the nodes around it; None of one that is of another form."""
     if not is_plain_attention(attention) or attention.outputs[0].dtype != ir.DataType.FLOAT:
         return None
     query, key, value, mask = attention.inputs
@@ -125,21 +192,19 @@ def _match(attention: ir.Node) -> _CachedAttention | None:
         sources.append(source)
     for source in sources:
         heads, size = source.shape[2:] if source.shape is not None else (None, None)
-        if not isinstance(heads, int) or not isinstance(size, int) or size % 8:
+        if not isinstance(heads, int) or not isinstance(size, int):
             return None
     back = only_reader(attention)
     merge = only_reader(back) if back is not None and transposes(back, SWAP_HEADS) else None
     if back is None or merge is None or merge.op_type != "Reshape":
         return None
-    return _CachedAttention(attention, mask, sources, caches, back, merge)
+    return CachedAttention(attention, mask, sources, caches, back, merge)
 
 
 def _row_size(flat: ir.Value | None) -> int:
-    """h*D of what was reshaped to ``[B, T, h*D]``."""
-    reshape = producer(flat, "Reshape")
-    target = reshape.inputs[1] if reshape is not None else None
-    shape = ir.convenience.get_const_tensor(target) if target is not None else None
-    return int(shape.numpy()[-1]) if shape is not None else 0
+    """h*D of ``[B, T, h*D]``."""
+    size = flat.shape[-1] if flat is not None and flat.shape is not None else 0
+    return size if isinstance(size, int) else 0
 
 
 def _appends(concat: ir.Node) -> bool:
@@ -153,24 +218,19 @@ def _appends(concat: ir.Node) -> bool:
 
 def _swap(
     model: ir.Model,
-    match: _CachedAttention,
+    match: CachedAttention,
     lengths: list[ir.Value],
     biases: dict[ir.Value, ir.Value],
 ) -> None:
     nodes = Nodes()
-    flat, heads = [], []
-    for source in match.sources:
-        assert source.shape is not None
-        count, size = source.shape[2], source.shape[3]
-        assert isinstance(count, int) and isinstance(size, int)
-        flat.append(nodes.add("Reshape", source, integers(model, [0, 0, count * size])))
-        heads.append(count)
+    flat = match.flat(model, nodes)
     if match.mask not in biases:
         biases[match.mask] = additive_bias(model, nodes, match.mask)
     pasts = [cache.inputs[0] for cache in match.caches]
-    attributes: dict[str, int | float] = {"num_heads": heads[0], "kv_num_heads": heads[1]}
-    if "scale" in match.attention.attributes:
-        attributes["scale"] = match.attention.attributes["scale"].as_float()
+    heads, key_heads = match.heads
+    attributes: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": key_heads}
+    if match.scale is not None:
+        attributes["scale"] = match.scale
     # Inputs 7 to 9 are cos_cache, sin_cache and position_ids: the rotation is done already.
     inputs = [*flat, *pasts, *lengths, None, None, None, biases[match.mask]]
     swapped = ir.node(
@@ -180,15 +240,4 @@ def _swap(
         num_outputs=3,
         attributes=attributes,
     )
-    model.graph.insert_before(match.attention, [*nodes, swapped])
-    done = [match.back, match.attention, *match.caches]
-    merged = match.merge.outputs[0]
-    if merged.shape is not None and len(merged.shape) == 3:
-        take_place(merged, swapped.outputs[0])
-        done.insert(0, match.merge)
-    else:
-        # Not merely [B, T, h*D]: the elements lie in the same order, so it stays.
-        match.merge.replace_input_with(0, swapped.outputs[0])
-    for cache, new in zip(match.caches, swapped.outputs[1:], strict=True):
-        take_place(cache.outputs[0], new)
-    model.graph.remove(done, safe=True)
+    match.give_way(model, nodes, swapped)

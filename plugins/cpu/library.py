@@ -140,6 +140,7 @@ class _Mamba2Scan(Structure):
         *((name, c_int64) for name in ("batch", "tokens", "heads", "head_size")),
         ("groups", c_int64),
         ("states", c_int64),
+        *((name, c_int64) for name in ("x_stride", "dt_stride", "bc_stride")),
         ("dt_min", c_float),
         ("dt_max", c_float),
         *((name, c_void_p) for name in ("x", "dt", "a", "b", "c", "d", "dt_bias")),
@@ -150,11 +151,34 @@ class _Mamba2Scan(Structure):
     )
 
 
+class _Mamba2Mixer(Structure):
+    _fields_ = (
+        ("activation", c_int32),
+        *((name, c_int64) for name in ("batch", "tokens", "heads", "head_size", "groups")),
+        *((name, c_int64) for name in ("states", "width", "norm_groups")),
+        *((name, c_float) for name in ("epsilon", "dt_min", "dt_max")),
+        *((name, c_void_p) for name in ("projected", "mask", "conv_state", "state")),
+        *((name, c_void_p) for name in ("conv_weight", "conv_bias", "a", "d", "dt_bias", "norm")),
+        *((name, c_void_p) for name in ("y", "new_conv_state", "new_state")),
+    )
+
+
+class _Attention(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "tokens", "heads", "key_heads", "head_size")),
+        *((name, c_int64) for name in ("past", "past_capacity", "capacity", "rotated")),
+        ("scale", c_float),
+        *((name, c_void_p) for name in ("query", "key", "value", "cos", "sin", "visible")),
+        *((name, c_void_p) for name in ("past_key", "past_value", "present_key", "present_value")),
+        ("y", c_void_p),
+    )
+
+
 class _CausalConv(Structure):
     _fields_ = (
         ("activation", c_int32),
-        *((name, c_int64) for name in ("batch", "tokens", "channels", "width")),
-        *((name, c_void_p) for name in ("x", "state", "weight", "bias", "y", "new_state")),
+        *((name, c_int64) for name in ("batch", "tokens", "channels", "width", "x_stride")),
+        *((name, c_void_p) for name in ("x", "mask", "state", "weight", "bias", "y", "new_state")),
     )
 
 
@@ -444,7 +468,8 @@ class CpuLibrary:
         """
         y = np.full_like(x, np.nan)
         new_state = state if in_place else np.full_like(state, np.nan)
-        sizes = (*x.shape, *b.shape[2:])
+        strides = (x.shape[2] * x.shape[3], x.shape[2], b.shape[2] * b.shape[3])
+        sizes = (*x.shape, *b.shape[2:], *strides)
         arrays = (x, dt, a, b, c, d, dt_bias, state, mask, y, new_state)
         params = _Mamba2Scan(*sizes, *limits, *map(_address, arrays))
         self._check(self._library.ingot_cpu_mamba2_scan(byref(params), byref(self._threads)))
@@ -464,10 +489,107 @@ class CpuLibrary:
         y = np.full_like(x, np.nan)
         new_state = state if in_place else np.full_like(state, np.nan)
         number = ACTIVATIONS[activation].number
-        arrays = (x, state, weight, bias, y, new_state)
-        params = _CausalConv(number, *x.shape, weight.shape[2], *map(_address, arrays))
+        arrays = (x, None, state, weight, bias, y, new_state)
+        sizes = (*x.shape, weight.shape[2], x.shape[2])
+        params = _CausalConv(number, *sizes, *map(_address, arrays))
         self._check(self._library.ingot_cpu_causal_conv(byref(params), byref(self._threads)))
         return y, new_state
+
+    def mamba2_mixer(
+        self,
+        projected: Floats,
+        mask: Floats,
+        states: tuple[Floats, Floats],
+        conv: tuple[Floats, Floats | None],
+        a: Floats,
+        d: Floats,
+        dt_bias: Floats,
+        *,
+        groups: int,
+        activation: str = "silu",
+        norm: tuple[Floats, int, float] | None = None,
+        limits: tuple[float, float] = (0.0, math.inf),
+        in_place: bool = False,
+    ) -> tuple[Floats, Floats, Floats]:
+        """A Mamba2 block between its projections.
+
+        Args:
+            projected: ``[B, T, I + C + Hm]``: gate, x with B and C, and dt.
+            mask: ``[B, T]``.
+            states: of the convolution ``[B, C, W-1]``, and of the scan ``[B, Hm, Pm, Ns]``.
+            conv: taps ``[C, 1, W]`` and, or None, the bias ``[C]``.
+            a: ``[Hm]``, as are d and dt_bias.
+            d: see ``mamba2_scan``.
+            dt_bias: see ``mamba2_scan``.
+            groups: G.
+            activation: of the convolution.
+            norm: weight ``[I]``, groups and epsilon of the gated norm; None without one.
+            limits: of a step.
+            in_place: whether new states are written over the old.
+
+        Returns:
+            ``[B, T, I]`` and the new states.
+        """
+        batch, tokens, _ = projected.shape
+        heads, size, of_state = states[1].shape[1:]
+        weight, norm_groups, epsilon = norm or (None, 0, 0.0)
+        y = np.full((batch, tokens, heads * size), np.nan, np.float32)
+        new = states
+        if not in_place:
+            new = (np.full_like(states[0], np.nan), np.full_like(states[1], np.nan))
+        params = _Mamba2Mixer(
+            ACTIVATIONS[activation].number,
+            *(batch, tokens, heads, size, groups, of_state, conv[0].shape[2]),
+            *(norm_groups, epsilon, *limits),
+            *map(_address, (projected, mask, *states, *conv, a, d, dt_bias, weight, y, *new)),
+        )
+        self._check(self._library.ingot_cpu_mamba2_mixer(byref(params), byref(self._threads)))
+        return (y, *new)
+
+    def attention(
+        self,
+        query: Floats,
+        key: Floats,
+        value: Floats,
+        caches: tuple[Floats, Floats],
+        visible: npt.NDArray[np.bool_],
+        *,
+        rotation: tuple[Floats, Floats] | None = None,
+        scale: float = 1.0,
+        capacity: int | None = None,
+    ) -> tuple[Floats, Floats, Floats]:
+        """Attention of new tokens over caches and over each other.
+
+        Args:
+            query: ``[B, T, Hq, D]``.
+            key: ``[B, T, Hk, D]``, as is ``value``.
+            value: the new ones.
+            caches: keys and values before, ``[B, Hk, C, D]`` of which the first S - T are read.
+            visible: ``[B, T, S]``, which keys each token may see.
+            rotation: cosines and sines ``[B, T, R/2]`` of the first R numbers of a head.
+            scale: of the scores.
+            capacity: of new caches; where it is None, those before are written in place.
+
+        Returns:
+            ``[B, T, Hq, D]``, and the caches, the new tokens behind the old.
+        """
+        batch, tokens, heads, size = query.shape
+        room = caches[0].shape[2]
+        shape = (batch, key.shape[2], capacity or 0, size)
+        present = caches
+        if capacity is not None:
+            present = (np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32))
+        y = np.full_like(query, np.nan)
+        cos, sin = rotation or (None, None)
+        params = _Attention(
+            *(batch, tokens, heads, key.shape[2], size),
+            *(visible.shape[2] - tokens, room, room if capacity is None else capacity),
+            0 if cos is None else 2 * cos.shape[2],
+            scale,
+            *map(_address, (query, key, value, cos, sin, visible, *caches, *present, y)),
+        )
+        self._check(self._library.ingot_cpu_attention(byref(params), byref(self._threads)))
+        return (y, *present)
 
     def _run(self, _self: Any, count: int, task: Callable[[Any, int], None], data: Any) -> None:
         if self._pool is None:

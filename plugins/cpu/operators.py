@@ -14,6 +14,8 @@ DOMAIN = "ingot.cpu"
 VERSION = 1
 # Those that are no operators of ``plugins`` in panels.
 LINEAR, LINEARS, MLP, EMBEDDING = "Linear", "Linears", "Mlp", "Embedding"
+# What has no weights.
+ATTENTION, MIXER = "Attention", "Mamba2Mixer"
 LIBRARY = "libingot_ort.so"
 INSTALLED = Path(__file__).resolve().parents[1] / "lib" / LIBRARY
 

@@ -51,7 +51,12 @@ RECOMPUTED = (
 MOST = 12
 # Elements of lists that have a name of their own.
 KEYS = ("name", "input")
-SHARING = "GroupQueryAttention"
+# What writes new states where the old ones are: an operator's domain and name, and its inputs.
+SHARING = {
+    ("com.microsoft", "GroupQueryAttention"): (3, 4),
+    (DOMAIN, "Attention"): (3, 4),
+    (DOMAIN, "Mamba2Mixer"): (2, 3),
+}
 # What multiplies by whole numbers, and the level at which it may round activations to int8.
 IN_BLOCKS, ROUNDED = ("MatMulNBits", "QMoE"), 4
 ROUNDS = "round_activations"
@@ -228,10 +233,20 @@ def _read_off(manifest: Manifest, model: onnx.ModelProto, count: Count) -> Itera
     yield "graph.nodes", manifest.graph["nodes"], operators.total()
     yield "graph.operators", dict(manifest.graph["operators"]), dict(operators)
     yield from _sizes(manifest, graph, count)
+    written = _written_in_place(graph)
     for state in manifest.states:
-        # Of the kernels only this one appends to a buffer in place.
-        shares = SHARING in operators and state.kind in ("key", "value")
-        yield f"states[{state.input}].shared", state.shared, shares
+        yield f"states[{state.input}].shared", state.shared, state.input in written
+
+
+def _written_in_place(graph: onnx.GraphProto) -> set[str]:
+    """Inputs whose kernel writes over them, and that nothing else reads."""
+    readers = Counter(name for node in all_nodes(graph) for name in node.input)
+    return {
+        name
+        for node in graph.node
+        for place, name in enumerate(node.input)
+        if place in SHARING.get((node.domain, node.op_type), ()) and readers[name] == 1
+    }
 
 
 def _sizes(manifest: Manifest, graph: onnx.GraphProto, counted: Count) -> Iterator[Field]:

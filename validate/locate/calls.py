@@ -71,12 +71,9 @@ def other_padding(calls: Sequence[Fed], vocab_size: int) -> list[Fed] | None:
     ]
 
 
-def one_by_one(calls: Sequence[Fed], states: Iterable[State]) -> list[Fed]:
-    """The calls as ONNX Runtime's ``GroupQueryAttention`` takes them, where states are shared.
-
-    It refuses several rows of several tokens after a past; a session gives it a token at a time.
-    """
-    if not any(state.shared for state in states):
+def one_by_one(calls: Sequence[Fed], by_token: bool) -> list[Fed]:
+    """The calls as a session feeds them; see ``Manifest.by_token``."""
+    if not by_token:
         return list(calls)
     result: list[Fed] = []
     for stage, ids, mask in calls:

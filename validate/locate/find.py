@@ -142,7 +142,7 @@ def _by_numbers(report: Report, subject: Subject, again: Again) -> Location | No
     if not any(tensor.problem for tensor in report.tensors) and not _others(report):
         return None
     run = failed_run(report, again.runs())
-    found = locate(subject, one_by_one(run.calls, subject.manifest.states))
+    found = locate(subject, one_by_one(run.calls, subject.manifest.by_token))
     if found is None:
         session = again.session()
         # Its words name the call.

@@ -208,8 +208,9 @@ class _Plain:
             count: of how many of its last tokens there are logits; 0 for all.
         """
         states, main = self._manifest.states, self._manifest.main_output
-        before = one_by_one(calls[:number], states)
-        pieces = one_by_one(calls[: number + 1], states)
+        by_token = self._manifest.by_token
+        before = one_by_one(calls[:number], by_token)
+        pieces = one_by_one(calls[: number + 1], by_token)
         found: list[Values] = []
         for at in range(len(before), len(pieces)):
             fed = feeds(pieces, at, states)

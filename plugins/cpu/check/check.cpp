@@ -166,7 +166,8 @@ void check_scan(const char *target, size_t batch, size_t tokens, size_t heads, s
     for (size_t i = 0; i < rows; i += 3) mask[i] = 0;
     compare(target, said("mamba2_scan", {batch, tokens, heads, size, groups, states}), outputs + state.size(), 1e-5, [&](float *y) {
         const ingot_cpu_mamba2_scan_params p{
-            int64_t(batch), int64_t(tokens), int64_t(heads), int64_t(size), int64_t(groups), int64_t(states), 0.001f, INFINITY,
+            int64_t(batch), int64_t(tokens), int64_t(heads), int64_t(size), int64_t(groups), int64_t(states), int64_t(heads * size),
+            int64_t(heads), int64_t(groups * states), 0.001f, INFINITY,
             x.data(), dt.data(), a.data(), b.data(), c.data(), d.data(), bias.data(), state.data(), mask.data(), y, y + outputs};
         return ingot_cpu_mamba2_scan(&p, &pool);
     });
@@ -180,10 +181,50 @@ void check_conv(const char *target, size_t batch, size_t tokens, size_t channels
         compare(target, said("causal_conv", {batch, tokens, channels, width, size_t(activation)}), outputs + state.size(), 1e-5,
                 [&](float *y) {
                     const ingot_cpu_causal_conv_params p{
-                        activation, int64_t(batch), int64_t(tokens), int64_t(channels), int64_t(width), x.data(), state.data(),
+                        activation, int64_t(batch), int64_t(tokens), int64_t(channels), int64_t(width), int64_t(channels), x.data(), nullptr, state.data(),
                         weight.data(), activation % 2 ? bias.data() : nullptr, y, y + outputs};
                     return ingot_cpu_causal_conv(&p, &pool);
                 });
+}
+
+void check_mixer(const char *target, size_t batch, size_t tokens, size_t heads, size_t size, size_t groups, size_t states, size_t norm_groups) {
+    const size_t rows = batch * tokens, inner = heads * size, channels = inner + 2 * groups * states, width = 4;
+    const Floats projected = floats(rows * (inner + channels + heads)), window = floats(batch * channels * (width - 1)),
+                 state = floats(batch * inner * states), taps = floats(channels * width), conv_bias = floats(channels),
+                 d = floats(heads), bias = floats(heads, 2), norm = floats(inner);
+    Floats a = floats(heads, 4), mask(rows, 1);
+    for (float &each : a) each = -std::fabs(each);
+    for (size_t i = 0; i < rows; i += 3) mask[i] = 0;
+    compare(target, said("mamba2_mixer", {batch, tokens, heads, size, groups, states, norm_groups}),
+            rows * inner + window.size() + state.size(), 2e-5, [&](float *y) {
+                const ingot_cpu_mamba2_mixer_params p{
+                    INGOT_CPU_SILU, int64_t(batch), int64_t(tokens), int64_t(heads), int64_t(size), int64_t(groups),
+                    int64_t(states), int64_t(width), int64_t(norm_groups), 1e-5f, 0.001f, INFINITY, projected.data(), mask.data(),
+                    window.data(), state.data(), taps.data(), conv_bias.data(), a.data(), d.data(), bias.data(),
+                    norm_groups ? norm.data() : nullptr, y, y + rows * inner, y + rows * inner + window.size()};
+                return ingot_cpu_mamba2_mixer(&p, &pool);
+            });
+}
+
+void check_attention(const char *target, size_t batch, size_t tokens, size_t past, size_t heads, size_t shared, size_t size) {
+    const size_t total = past + tokens, outputs = batch * tokens * heads * shared * size, room = batch * heads * (total + 1) * size;
+    const Floats query = floats(outputs), key = floats(batch * tokens * heads * size), value = floats(batch * tokens * heads * size),
+                 keys = floats(batch * heads * past * size), values = floats(batch * heads * past * size);
+    const size_t turned = size / 4;
+    const Floats cos = floats(batch * tokens * turned), sin = floats(batch * tokens * turned);
+    std::vector<uint8_t> visible(batch * tokens * total);
+    for (size_t i = 0; i < visible.size(); ++i) {
+        const size_t t = i / total % tokens + past, k = i % total;
+        visible[i] = k == t || (k < t && generator() % 4);
+    }
+    compare(target, said("attention", {batch, tokens, past, heads, shared, size}), outputs + 2 * room, 1e-5, [&](float *y) {
+        std::fill_n(y + outputs, 2 * room, 0.0f);
+        const ingot_cpu_attention_params p{
+            int64_t(batch), int64_t(tokens), int64_t(heads * shared), int64_t(heads), int64_t(size), int64_t(past), int64_t(past),
+            int64_t(total + 1), int64_t(2 * turned), 0.3f, query.data(), key.data(), value.data(), cos.data(), sin.data(),
+            visible.data(), keys.data(), values.data(), y + outputs, y + outputs + room, y};
+        return ingot_cpu_attention(&p, &pool);
+    });
 }
 
 }  // namespace
@@ -208,6 +249,12 @@ int main() {
             check_conv(target.c_str(), 1, 1, 300, width);
             check_conv(target.c_str(), 2, 20, 133, width);
         }
+        check_mixer(target.c_str(), 2, 1, 6, 5, 3, 7, 0);
+        check_mixer(target.c_str(), 1, 37, 4, 16, 2, 20, 2);
+        check_attention(target.c_str(), 2, 1, 5, 2, 3, 24);
+        check_attention(target.c_str(), 1, 1, 700, 1, 4, 64);
+        check_attention(target.c_str(), 1, 70, 0, 2, 1, 40);
+        check_attention(target.c_str(), 2, 9, 130, 1, 3, 17);
         std::printf("%s: %s\n", target.c_str(), failures == before ? "right" : "WRONG");
     }
     return failures != 0;

@@ -8,11 +8,19 @@
 //   Linears      x [..., K], weights -> y [..., O] of each
 //   Mlp          x [..., H], gate, up, down, residual [..., H] (optional) -> y [..., H]
 //   Embedding    ids [...], weight -> y [..., K]
+//   Attention    query [B, T, Hq*D], key, value [B, T, Hk*D], past_key, past_value [B, Hk, C, D],
+//                visible [B, 1, T, S] bool, cos, sin [B, T, R/2] (both optional)
+//                -> y [B, T, Hq*D], present_key, present_value [B, Hk, max(C, S), D]; of S tokens in
+//                a cache the last T are the new ones, and what lies behind S is spare room
+//   Mamba2Mixer  projected [B, T, I + C + Hm], mask [B, T], conv state [B, C, W-1], state
+//                [B, Hm, Pm, Ns], conv weight [C, 1, W], conv bias [C], A, D, dt_bias [Hm], norm [I]
+//                (optional) -> y [B, T, I] and both states; of ingot_cpu.h's formula
 //   MoeDispatch  x [N, H], router_logits [N, E], gate_up, down -> y [N, H]
 //   MoeLinear    x [N, K] or [N, choices, K], expert_ids [N, choices], weight -> y [N, choices, O]
 //
 // A weight is uint8, of any shape: its bytes have to be those of the sizes that the attributes
 // name. A graph may be anybody's, so every size is held against the tensors before a kernel runs.
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -124,6 +132,7 @@ struct Type {
 constexpr Type kFloat{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT};
 constexpr Type kInt64{ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64};
 constexpr Type kBytes{ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8};
+constexpr Type kBool{ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL};
 constexpr Type kPerhaps{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, true};
 
 // The last size of x is this; the shape of what a weight of `out` rows makes of it.
@@ -382,6 +391,9 @@ struct Mamba2Scan {
         params.head_size = size;
         params.groups = groups;
         params.states = states;
+        params.x_stride = heads * size;
+        params.dt_stride = heads;
+        params.bc_stride = groups * states;
         params.dt_min = dt_min;
         params.dt_max = dt_max;
         params.x = input(0, "x", x);
@@ -414,7 +426,7 @@ struct CausalConv {
         const int64_t batch = x[0], channels = x[2], width = weight[2];
         const std::vector<int64_t> state{batch, channels, width - 1};
         const ingot_cpu_causal_conv_params params{
-            activation, batch, x[1], channels, width, floats_of(context.GetInput(0), "x", x),
+            activation, batch, x[1], channels, width, channels, floats_of(context.GetInput(0), "x", x), nullptr,
             floats_of(context.GetInput(1), "state", state),
             floats_of(context.GetInput(2), "weight", {channels, 1, width}),
             floats_of(context.GetInput(3), "bias", {channels}),
@@ -425,6 +437,108 @@ struct CausalConv {
     }
 
     int32_t activation;
+};
+
+struct Mamba2Mixer {
+    static constexpr const char *kName = "Mamba2Mixer", *kIn = kPanelsDomain;
+    static constexpr Type kInputs[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kPerhaps};
+    static constexpr Type kOutputs[] = {kFloat, kFloat, kFloat};
+
+    explicit Mamba2Mixer(const Attributes &given)
+        : activation(given.activation()),
+          groups(given.size("groups")),
+          norm_groups(given.integer("norm_groups")),
+          epsilon(given.number("epsilon")),
+          dt_min(given.number("dt_min")),
+          dt_max(given.number("dt_max")) {}
+
+    void compute(Ort::KernelContext &context) const {
+        const auto projected = shape_of(context.GetInput(0), "projected", 3);
+        const auto state = shape_of(context.GetInput(3), "state", 4), weight = shape_of(context.GetInput(4), "weight", 3);
+        const int64_t batch = projected[0], tokens = projected[1], heads = state[1], size = state[2], states = state[3];
+        for (const int64_t each : {heads, size, states, groups, weight[2]})
+            require(each >= 1 && each <= INT32_MAX, "a size of the state or of the taps is not 1 to 2147483647");
+        const int64_t inner = heads * size, channels = weight[0];
+        require(heads <= INT32_MAX / size && groups <= INT32_MAX / states && channels == inner + 2 * groups * states &&
+                    projected[2] == inner + channels + heads,
+                "projected is " + written(projected) + ", which is not what a state " + written(state) + " and taps " +
+                    written(weight) + " belong to");
+        const std::vector<int64_t> before{batch, heads, size, states}, window{batch, channels, weight[2] - 1};
+        const auto input = [&](size_t index, const char *name, const std::vector<int64_t> &shape) {
+            return floats_of(context.GetInput(index), name, shape);
+        };
+        const auto norm = optional_input(context, 9);
+        require(bool(norm) == (norm_groups != 0), "a norm and norm_groups belong together");
+        const ingot_cpu_mamba2_mixer_params params{
+            activation, batch, tokens, heads, size, groups, states, weight[2], norm_groups, epsilon, dt_min, dt_max,
+            context.GetInput(0).GetTensorData<float>(), input(1, "mask", {batch, tokens}),
+            input(2, "conv state", window), input(3, "state", before), input(4, "conv weight", {channels, 1, weight[2]}),
+            input(5, "conv bias", {channels}), input(6, "A", {heads}), input(7, "D", {heads}),
+            input(8, "dt_bias", {heads}), norm ? floats_of(norm, "norm", {inner}) : nullptr,
+            context.GetOutput(0, {batch, tokens, inner}).GetTensorMutableData<float>(),
+            context.GetOutput(1, window).GetTensorMutableData<float>(),
+            context.GetOutput(2, before).GetTensorMutableData<float>()};
+        const Threads threads(context);
+        check(ingot_cpu_mamba2_mixer(&params, &threads));
+    }
+
+    int32_t activation;
+    int64_t groups, norm_groups;
+    float epsilon, dt_min, dt_max;
+};
+
+struct Attention {
+    static constexpr const char *kName = "Attention", *kIn = kPanelsDomain;
+    static constexpr Type kInputs[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kBool, kPerhaps, kPerhaps};
+    static constexpr Type kOutputs[] = {kFloat, kFloat, kFloat};
+
+    explicit Attention(const Attributes &given)
+        : heads(given.size("num_heads")), key_heads(given.size("kv_num_heads")), scale(given.number("scale")) {}
+
+    void compute(Ort::KernelContext &context) const {
+        const auto query = shape_of(context.GetInput(0), "query", 3), past = shape_of(context.GetInput(3), "past_key", 4);
+        const auto visible = shape_of(context.GetInput(5), "visible", 4);
+        const int64_t batch = query[0], tokens = query[1], size = past[3], total = visible[3];
+        require(size > 0 && query[2] / size == heads && query[2] % size == 0,
+                "query is " + written(query) + "; it has " + std::to_string(heads) + " heads of " + std::to_string(size));
+        require(visible == std::vector<int64_t>({batch, 1, tokens, total}) && total >= tokens && total - tokens <= past[2],
+                "visible is " + written(visible) + "; it is [B, 1, T, S], and S - T is what the caches hold of " + written(past));
+        const std::vector<int64_t> added{batch, tokens, key_heads * size}, cached{batch, key_heads, past[2], size};
+        const std::vector<int64_t> grown{batch, key_heads, std::max(past[2], total), size};
+        ingot_cpu_attention_params params{};
+        params.batch = batch;
+        params.tokens = tokens;
+        params.heads = heads;
+        params.key_heads = key_heads;
+        params.head_size = size;
+        params.past = total - tokens;
+        params.past_capacity = past[2];
+        params.capacity = grown[2];
+        params.scale = scale;
+        params.query = context.GetInput(0).GetTensorData<float>();
+        params.key = floats_of(context.GetInput(1), "key", added);
+        params.value = floats_of(context.GetInput(2), "value", added);
+        params.past_key = floats_of(context.GetInput(3), "past_key", cached);
+        params.past_value = floats_of(context.GetInput(4), "past_value", cached);
+        params.visible = reinterpret_cast<const uint8_t *>(context.GetInput(5).GetTensorData<bool>());
+        const auto cos = optional_input(context, 6), sin = optional_input(context, 7);
+        require(bool(cos) == bool(sin), "cos and sin belong together");
+        if (cos) {
+            const auto shape = shape_of(cos, "cos", 3);
+            const std::vector<int64_t> expected{batch, tokens, shape[2]};
+            params.rotated = 2 * shape[2];
+            params.cos = floats_of(cos, "cos", expected);
+            params.sin = floats_of(sin, "sin", expected);
+        }
+        params.y = context.GetOutput(0, query).GetTensorMutableData<float>();
+        params.present_key = context.GetOutput(1, grown).GetTensorMutableData<float>();
+        params.present_value = context.GetOutput(2, grown).GetTensorMutableData<float>();
+        const Threads threads(context);
+        check(ingot_cpu_attention(&params, &threads));
+    }
+
+    int64_t heads, key_heads;
+    float scale;
 };
 
 // What ONNX Runtime is given in place of an exception, which must not pass through it.
@@ -494,6 +608,8 @@ extern "C" INGOT_CPU_API OrtStatus *RegisterCustomOps(OrtSessionOptions *options
     static const Custom<Embedding> embedding;
     static const Custom<MoeDispatch> moe_dispatch;
     static const Custom<MoeLinear> moe_linear;
+    static const Custom<Attention> attention;
+    static const Custom<Mamba2Mixer> mamba2_mixer;
     return answered("RegisterCustomOps", [&] {
         const auto with = [](const char *name, std::initializer_list<const OrtCustomOp *> all) {
             Ort::CustomOpDomain domain(name);
@@ -502,10 +618,10 @@ extern "C" INGOT_CPU_API OrtStatus *RegisterCustomOps(OrtSessionOptions *options
         };
         // As long as the library is loaded, as the operators are: sessions that are open use both.
         static const Ort::CustomOpDomain canonical = with(kDomain, {&mamba2_scan, &causal_conv});
-        static const Ort::CustomOpDomain panels =
-            with(kPanelsDomain, {&linear, &linears, &mlp, &embedding, &moe_dispatch, &moe_linear});
+        static const Ort::CustomOpDomain own =
+            with(kPanelsDomain, {&linear, &linears, &mlp, &embedding, &moe_dispatch, &moe_linear, &attention, &mamba2_mixer});
         Ort::UnownedSessionOptions given(options);
         given.Add(canonical);
-        given.Add(panels);
+        given.Add(own);
     });
 }

@@ -37,7 +37,7 @@ constexpr size_t kLanes = HWY_MAX_LANES_D(D);
 // One piece's memory: [kChannels] for each tap and for each column of the state, and the bias.
 struct Piece {
     size_t first, count;  // channels
-    const float *taps, *past, *bias;
+    const float *taps, *past, *bias, *mask;  // the mask [T] of the row, or null
 };
 
 // [count][each] as [each][kChannels].
@@ -72,13 +72,16 @@ HWY_INLINE void tokens_of(const ingot_cpu_causal_conv_params &p, const Piece &pi
                           size_t c, size_t begin, size_t end) {
     const D d;
     const size_t left = piece.count - c, stride = size_t(p.channels), width = size_t(p.width);
+    const size_t x_stride = size_t(p.x_stride);
     const bool whole = left >= kLanes;
     const V bias = hn::LoadU(d, piece.bias + c);
     // Column t of the window, which begins width - 1 before the first token.
     const auto column = [&](size_t t) HWY_ATTR {
         if (t + 1 < width) return hn::LoadU(d, piece.past + t * kChannels + c);
-        const float *from = x + (t + 1 - width) * stride + c;
-        return whole ? hn::LoadU(d, from) : hn::LoadN(d, from, left);
+        const size_t token = t + 1 - width;
+        const float *from = x + token * x_stride + c;
+        const V loaded = whole ? hn::LoadU(d, from) : hn::LoadN(d, from, left);
+        return piece.mask ? hn::Mul(loaded, hn::Set(d, piece.mask[token])) : loaded;
     };
     const auto store = [&](size_t t, V sum) HWY_ATTR {
         if (whole)
@@ -133,8 +136,9 @@ void Channels(const ingot_cpu_causal_conv_params &p, size_t row, size_t first, s
     columns(p.weight + first * width, count, width, taps);
     columns(p.state + (row * channels + first) * (width - 1), count, width - 1, past);
     if (p.bias) std::copy_n(p.bias + first, count, bias);
-    const Piece piece{first, count, taps, past, bias};
-    const float *x = p.x + row * tokens * channels + first;
+    const size_t x_stride = size_t(p.x_stride);
+    const Piece piece{first, count, taps, past, bias, p.mask ? p.mask + row * tokens : nullptr};
+    const float *x = p.x + row * tokens * x_stride + first;
     float *y = p.y + row * tokens * channels + first;
     for (size_t begin = 0; begin < tokens; begin += kTokens) {
         const size_t end = std::min(begin + kTokens, tokens);
@@ -149,8 +153,10 @@ void Channels(const ingot_cpu_causal_conv_params &p, size_t row, size_t first, s
     for (size_t w = 0; w + 1 < width; ++w) {
         // The window is the state, then x.
         const size_t t = tokens + w;
-        const float *from = t + 1 < width ? past + t * kChannels : x + (t + 1 - width) * channels;
-        for (size_t c = 0; c < count; ++c) to[c * (width - 1) + w] = from[c];
+        const bool new_one = t + 1 >= width;
+        const float *from = new_one ? x + (t + 1 - width) * x_stride : past + t * kChannels;
+        const float factor = new_one && piece.mask ? piece.mask[t + 1 - width] : 1.0f;
+        for (size_t c = 0; c < count; ++c) to[c * (width - 1) + w] = from[c] * factor;
     }
 }
 
@@ -188,7 +194,8 @@ void reference_conv(const ingot_cpu_causal_conv_params &p) {
         const size_t batch = row / channels, c = row % channels;
         std::vector<float> window(p.state + row * (width - 1), p.state + (row + 1) * (width - 1));
         for (size_t t = 0; t < tokens; ++t) {
-            window.push_back(p.x[(batch * tokens + t) * channels + c]);
+            const float x = p.x[(batch * tokens + t) * size_t(p.x_stride) + c];
+            window.push_back(p.mask ? x * p.mask[batch * tokens + t] : x);
             double sum = p.bias ? p.bias[c] : 0.0;
             for (size_t w = 0; w < width; ++w) sum += double(p.weight[c * width + w]) * window[t + w];
             p.y[(batch * tokens + t) * channels + c] = float(reference_activation(p.activation, sum));
@@ -210,6 +217,7 @@ int ingot_cpu_causal_conv(const ingot_cpu_causal_conv_params *params, const ingo
         check_size("tokens", p.tokens, 0);
         check_size("channels", p.channels);
         check_size("width", p.width);
+        require(p.x_stride >= p.channels, "x_stride is shorter than a token");
         if (use_reference()) return reference_conv(p);
         compute(p, *threads);
     });

@@ -152,6 +152,9 @@ typedef struct {
     int64_t head_size;    /* Pm */
     int64_t groups;       /* G, of which Hm is a multiple */
     int64_t states;       /* Ns */
+    int64_t x_stride;     /* numbers from a token to the next, at least Hm*Pm */
+    int64_t dt_stride;    /* at least Hm */
+    int64_t bc_stride;    /* at least G*Ns */
     float dt_min;
     float dt_max;         /* at least dt_min; may be infinite */
     const float *x;       /* [B, T, Hm, Pm] */
@@ -174,13 +177,80 @@ typedef struct {
     int64_t tokens;      /* T */
     int64_t channels;    /* C */
     int64_t width;       /* W */
+    int64_t x_stride;    /* numbers from a token to the next, at least C */
     const float *x;      /* [B, T, C] */
+    const float *mask;   /* [B, T], what x is multiplied by; or NULL */
     const float *state;  /* [B, C, W-1] */
     const float *weight; /* [C, 1, W] */
     const float *bias;   /* [C], or NULL */
     float *y;            /* [B, T, C] */
     float *new_state;    /* [B, C, W-1]; may be state itself */
 } ingot_cpu_causal_conv_params;
+
+/* A Mamba2 block between its projections, of the projected [gate, xBC, dt] (I = Hm*Pm, C = I + 2*G*Ns):
+ *
+ *   xBC   = activation(causal convolution of mask * xBC)
+ *   y     = ingot::Mamba2Scan of x, dt, B and C
+ *   y     = y * silu(gate), then, of each of `norm_groups`, over its root mean square and times norm
+ */
+typedef struct {
+    int32_t activation;       /* of ingot_cpu_activation, of the convolution */
+    int64_t batch;            /* B */
+    int64_t tokens;           /* T */
+    int64_t heads;            /* Hm */
+    int64_t head_size;        /* Pm */
+    int64_t groups;           /* G, of which Hm is a multiple */
+    int64_t states;           /* Ns */
+    int64_t width;            /* W */
+    int64_t norm_groups;      /* of which I is a multiple; 0 where nothing is normed */
+    float epsilon;            /* of the norm */
+    float dt_min;
+    float dt_max;             /* at least dt_min; may be infinite */
+    const float *projected;   /* [B, T, I + C + Hm] */
+    const float *mask;        /* [B, T] */
+    const float *conv_state;  /* [B, C, W-1] */
+    const float *state;       /* [B, Hm, Pm, Ns] */
+    const float *conv_weight; /* [C, 1, W] */
+    const float *conv_bias;   /* [C], or NULL */
+    const float *a;           /* [Hm], negative */
+    const float *d;           /* [Hm] */
+    const float *dt_bias;     /* [Hm] */
+    const float *norm;        /* [I], or NULL where nothing is normed */
+    float *y;                 /* [B, T, I] */
+    float *new_conv_state;    /* [B, C, W-1]; may be conv_state itself */
+    float *new_state;         /* [B, Hm, Pm, Ns]; may be state itself */
+} ingot_cpu_mamba2_mixer_params;
+
+/* Attention of new tokens over a cache of keys and values and over each other:
+ *
+ *   keys   = past keys, then the new ones, rotated;   values = past values, then the new ones
+ *   y[t]   = softmax over the keys that t may see of (scale * rotated query[t] . key) times values
+ *
+ * Rotated are the first R numbers of a head, in pairs of i and i + R/2: (a, b) becomes
+ * (a cos - b sin, b cos + a sin). A token that may see no key is not a number. */
+typedef struct {
+    int64_t batch;           /* B */
+    int64_t tokens;          /* T, the new ones */
+    int64_t heads;           /* Hq, of queries; a multiple of Hk */
+    int64_t key_heads;       /* Hk, of keys and values */
+    int64_t head_size;       /* D */
+    int64_t past;            /* P, tokens before these */
+    int64_t past_capacity;   /* for which the caches before have room, at least P */
+    int64_t capacity;        /* for which the caches have room, at least P + T */
+    int64_t rotated;         /* R, 0 to D, even */
+    float scale;
+    const float *query;      /* [B, T, Hq, D] */
+    const float *key;        /* [B, T, Hk, D] */
+    const float *value;      /* [B, T, Hk, D] */
+    const float *cos;        /* [B, T, R/2], as is sin */
+    const float *sin;
+    const uint8_t *visible;  /* [B, T, P + T], not 0 where a token may see a key */
+    const float *past_key;   /* [B, Hk, past_capacity, D] */
+    const float *past_value;
+    float *present_key;      /* [B, Hk, capacity, D]; may be past_key itself, and is then appended to */
+    float *present_value;
+    float *y;                /* [B, T, Hq, D] */
+} ingot_cpu_attention_params;
 
 INGOT_CPU_API int ingot_cpu_version(void);
 
@@ -214,6 +284,10 @@ INGOT_CPU_API int ingot_cpu_mamba2_scan(const ingot_cpu_mamba2_scan_params *para
                                         const ingot_cpu_threads *threads);
 INGOT_CPU_API int ingot_cpu_causal_conv(const ingot_cpu_causal_conv_params *params,
                                         const ingot_cpu_threads *threads);
+INGOT_CPU_API int ingot_cpu_mamba2_mixer(const ingot_cpu_mamba2_mixer_params *params,
+                                         const ingot_cpu_threads *threads);
+INGOT_CPU_API int ingot_cpu_attention(const ingot_cpu_attention_params *params,
+                                      const ingot_cpu_threads *threads);
 
 #ifdef __cplusplus
 }

@@ -42,6 +42,9 @@ struct Scan {
           size(size_t(p.head_size)),
           groups(size_t(p.groups)),
           states(size_t(p.states)),
+          x_stride(size_t(p.x_stride)),
+          dt_stride(size_t(p.dt_stride)),
+          bc_stride(size_t(p.bc_stride)),
           chunks(tokens / kChunk),
           slice(batch * heads >= kManyHeads ? kSlice : kSlice / 2),
           steps(batch * tokens * heads),
@@ -50,7 +53,7 @@ struct Scan {
           products(batch * chunks * groups * kChunk * kChunk) {}
 
     const ingot_cpu_mamba2_scan_params &p;
-    size_t batch, tokens, heads, size, groups, states, chunks, slice;
+    size_t batch, tokens, heads, size, groups, states, x_stride, dt_stride, bc_stride, chunks, slice;
     Buffer<float> steps, decays;  // dt' and exp(dt' A), [B, T, Hm]
     Buffer<float> c_columns;      // [B, chunks, G][Ns][token]
     Buffer<float> products;       // B_s C_t, [B, chunks, G][s][t]
@@ -64,6 +67,7 @@ struct Scan {
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "hwy/contrib/math/math-inl.h"
+#include "vectors-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace ingot::cpu {
@@ -72,8 +76,6 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 using D = hn::CappedTag<float, 16>;
 using V = hn::Vec<D>;
-using Four = hn::FixedTag<float, 4>;
-using V4 = hn::Vec<Four>;
 
 constexpr size_t kLanes = HWY_MAX_LANES_D(D);
 // Vectors of a chunk's tokens.
@@ -96,7 +98,8 @@ void steps_of(const Scan &scan, size_t token) {
     const V threshold = hn::Set(d, 20.0f);
     for (size_t h = 0; h < scan.heads; h += kLanes) {
         const size_t left = scan.heads - h, at = token * scan.heads + h;
-        const V raw = hn::Add(hn::LoadN(d, p.dt + at, left), hn::LoadN(d, p.dt_bias + h, left));
+        const float *dt = p.dt + token * scan.dt_stride + h;
+        const V raw = hn::Add(hn::LoadN(d, dt, left), hn::LoadN(d, p.dt_bias + h, left));
         // As PyTorch's softplus, which is its argument above 20.
         const V small = hn::Log1p(d, hn::Exp(d, hn::Min(raw, threshold)));
         const V soft = hn::IfThenElse(hn::Gt(raw, threshold), raw, small);
@@ -109,37 +112,6 @@ void steps_of(const Scan &scan, size_t token) {
         hn::StoreN(step, d, scan.steps.get() + at, left);
         hn::StoreN(decay, d, scan.decays.get() + at, left);
     }
-}
-
-// Four vectors of four as columns.
-HWY_INLINE void transpose(V4 (&v)[4]) {
-    const Four d;
-    const hn::RepartitionToWide<hn::RebindToUnsigned<Four>> pairs;
-    const auto a = hn::BitCast(pairs, hn::InterleaveLower(d, v[0], v[1]));
-    const auto b = hn::BitCast(pairs, hn::InterleaveLower(d, v[2], v[3]));
-    const auto e = hn::BitCast(pairs, hn::InterleaveUpper(d, v[0], v[1]));
-    const auto f = hn::BitCast(pairs, hn::InterleaveUpper(d, v[2], v[3]));
-    v[0] = hn::BitCast(d, hn::InterleaveLower(pairs, a, b));
-    v[1] = hn::BitCast(d, hn::InterleaveUpper(pairs, a, b));
-    v[2] = hn::BitCast(d, hn::InterleaveLower(pairs, e, f));
-    v[3] = hn::BitCast(d, hn::InterleaveUpper(pairs, e, f));
-}
-
-// C of a chunk's tokens, each `stride` behind the other, with the tokens side by side.
-void columns_of(const float *c, size_t stride, size_t states, float *columns) {
-    const Four d;
-    size_t n = 0;
-    for (; n + 4 <= states; n += 4)
-        for (size_t t = 0; t < kChunk; t += 4) {
-            V4 v[4];
-            INGOT_UNROLL
-            for (size_t i = 0; i < 4; ++i) v[i] = hn::LoadU(d, c + (t + i) * stride + n);
-            transpose(v);
-            INGOT_UNROLL
-            for (size_t i = 0; i < 4; ++i) hn::StoreU(v[i], d, columns + (n + i) * kChunk + t);
-        }
-    for (; n < states; ++n)
-        for (size_t t = 0; t < kChunk; ++t) columns[n * kChunk + t] = c[t * stride + n];
 }
 
 // Sums over n of rows[m * stride + n] and columns[n][token].
@@ -174,13 +146,13 @@ void Prepare(const Scan &scan, size_t batch, size_t chunk) {
     const size_t end = std::min(first + kChunk, (batch + 1) * scan.tokens);
     for (size_t token = first; token < end; ++token) steps_of(scan, token);
     if (chunk >= scan.chunks) return;
-    const size_t stride = scan.groups * scan.states;
+    const size_t stride = scan.bc_stride;
     for (size_t group = 0; group < scan.groups; ++group) {
         const size_t index = (batch * scan.chunks + chunk) * scan.groups + group;
         const float *b = scan.p.b + first * stride + group * scan.states;
         float *columns = scan.c_columns.get() + index * scan.states * kChunk;
         float *products = scan.products.get() + index * kChunk * kChunk;
-        columns_of(scan.p.c + first * stride + group * scan.states, stride, scan.states, columns);
+        columns_of(scan.p.c + first * stride + group * scan.states, stride, kChunk, scan.states, columns, kChunk);
         for (size_t s = 0; s < kChunk; s += kTall) {
             V sums[kTall][kWide];
             multiply(b + s * stride, stride, columns, scan.states, sums);
@@ -194,27 +166,6 @@ void Prepare(const Scan &scan, size_t batch, size_t chunk) {
 }
 
 // --- Token by token
-
-template <class Tag, class Vector = hn::Vec<Tag>>
-HWY_INLINE V4 folded(Tag, Vector v) {
-    if constexpr (HWY_MAX_LANES_D(Tag) == 4) {
-        return v;
-    } else {
-        const hn::Half<Tag> half;
-        return folded(half, hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
-    }
-}
-
-// The sums of four vectors.
-HWY_INLINE V4 sums_of(const V (&v)[4]) {
-    const D d;
-    const hn::RepartitionToWide<hn::RebindToUnsigned<D>> pairs;
-    const V a = hn::Add(hn::InterleaveLower(d, v[0], v[1]), hn::InterleaveUpper(d, v[0], v[1]));
-    const V b = hn::Add(hn::InterleaveLower(d, v[2], v[3]), hn::InterleaveUpper(d, v[2], v[3]));
-    const auto a2 = hn::BitCast(pairs, a), b2 = hn::BitCast(pairs, b);
-    return folded(d, hn::Add(hn::BitCast(d, hn::InterleaveLower(pairs, a2, b2)),
-                             hn::BitCast(d, hn::InterleaveUpper(pairs, a2, b2))));
-}
 
 struct Token {
     float step, decay, skip;  // dt', exp(dt' A) and D
@@ -263,7 +214,7 @@ HWY_INLINE void step_rows(const Token &token, const float *from, float *to, size
     }
     const Four four;
     const V4 skip = hn::Set(four, token.skip);
-    hn::StoreN(hn::MulAdd(skip, hn::LoadN(four, x, kRows), sums_of(sums)), four, y, kRows);
+    hn::StoreN(hn::MulAdd(skip, hn::LoadN(four, x, kRows), sums_of(d, sums)), four, y, kRows);
 }
 
 // --- In chunks
@@ -313,7 +264,7 @@ void chunk_of(const Scan &scan, const Chunk &chunk, float *spare) {
             decayed[w] = normal(d, hn::Mul(path, decay));
         }
         any |= step != 0;
-        const float *row = scan.p.x + ((chunk.token + s) * heads + chunk.head) * size + chunk.row;
+        const float *row = scan.p.x + (chunk.token + s) * scan.x_stride + chunk.head * size + chunk.row;
         const V weight = hn::Set(d, to_end * step);
         for (size_t i = 0; i < scan.slice; i += kLanes) {
             const V value = i + kLanes <= chunk.rows ? hn::LoadU(d, row + i)
@@ -388,7 +339,7 @@ void chunk_of(const Scan &scan, const Chunk &chunk, float *spare) {
         return;
     }
     const V decay = hn::Set(d, to_end);
-    const size_t stride = scan.groups * states;
+    const size_t stride = scan.bc_stride;
     for (size_t row = 0; row < chunk.rows; row += kAbreast) {
         // Rows that there are not are written to memory of their own.
         const float *from[kAbreast];
@@ -446,7 +397,7 @@ void Slice(const Scan &scan, size_t batch, size_t head, size_t slice) {
     const float *from = p.state + offset;
     float *to = p.new_state + offset;
     const auto of_group = [&](const float *array, size_t token) {
-        return array + (token * scan.groups + group) * states;
+        return array + token * scan.bc_stride + group * states;
     };
     if (scan.chunks) {
         const Buffer<float> spare(kMostRows * states);
@@ -464,7 +415,7 @@ void Slice(const Scan &scan, size_t batch, size_t head, size_t slice) {
     for (size_t t = first + scan.chunks * kChunk; t < first + scan.tokens; ++t) {
         const size_t at = t * scan.heads + head;
         const Token token{scan.steps[at], scan.decays[at], p.d[head], of_group(p.b, t), of_group(p.c, t)};
-        const float *x = p.x + at * scan.size + row;
+        const float *x = p.x + t * scan.x_stride + head * scan.size + row;
         float *y = p.y + at * scan.size + row;
         size_t i = 0;
         for (; i + 4 <= rows; i += 4)
@@ -517,13 +468,14 @@ void reference_scan(const ingot_cpu_mamba2_scan_params &p) {
         const size_t batch = row / heads, h = row % heads, group = h / (heads / groups);
         std::vector<double> S(p.state + row * size * states, p.state + (row + 1) * size * states);
         for (size_t t = batch * tokens; t < (batch + 1) * tokens; ++t) {
-            const double raw = double(p.dt[t * heads + h]) + p.dt_bias[h];
+            const double raw = double(p.dt[t * size_t(p.dt_stride) + h]) + p.dt_bias[h];
             const double soft = std::max(raw, 0.0) + std::log1p(std::exp(-std::abs(raw)));
             const double step = p.mask[t] * std::min(std::max(soft, double(p.dt_min)), double(p.dt_max));
             const double decay = std::exp(step * p.a[h]);
-            const float *B = p.b + (t * groups + group) * states, *C = p.c + (t * groups + group) * states;
+            const size_t bc = t * size_t(p.bc_stride) + group * states;
+            const float *B = p.b + bc, *C = p.c + bc;
             for (size_t i = 0; i < size; ++i) {
-                const double x = p.x[(t * heads + h) * size + i];
+                const double x = p.x[t * size_t(p.x_stride) + h * size + i];
                 double y = p.d[h] * x;
                 for (size_t n = 0; n < states; ++n) {
                     double &s = S[i * states + n];
@@ -554,6 +506,8 @@ int ingot_cpu_mamba2_scan(const ingot_cpu_mamba2_scan_params *params, const ingo
         if (p.heads % p.groups)
             throw Refused(std::to_string(p.heads) + " heads are no multiple of " +
                           std::to_string(p.groups) + " groups");
+        require(p.x_stride >= p.heads * p.head_size && p.dt_stride >= p.heads && p.bc_stride >= p.groups * p.states,
+                "a stride is shorter than a token");
         require(p.dt_min <= p.dt_max, "dt_min has to be a number up to dt_max");
         if (use_reference()) return reference_scan(p);
         if (p.tokens) return compute(p, *threads);

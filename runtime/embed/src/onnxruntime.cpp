@@ -112,7 +112,7 @@ struct Model {
         for (const TensorInfo &input : manifest.inputs) inputs.insert(input.name);
         for (const StateInfo &state : manifest.states) {
             element_type(state.dtype, state.input);
-            shared = shared || state.shared;
+            by_token = by_token || (state.shared && state.axis && manifest.kernels != "ingot");
         }
         element_type(main_output(manifest).dtype, manifest.main_output);
         check_tensors(folder);
@@ -178,7 +178,9 @@ struct Model {
     Ort::Env env{ORT_LOGGING_LEVEL_ERROR, "ingot"};
     Ort::Session session{nullptr};
     std::set<std::string> inputs;
-    bool shared = false;  // whether a state is one buffer, read and appended to in place
+    // Whether a cache is one buffer that ONNX Runtime's GroupQueryAttention appends to: it refuses
+    // several rows of several tokens after a past.
+    bool by_token = false;
 };
 
 class OrtBackend final : public Backend {
@@ -282,7 +284,7 @@ class OrtBackend final : public Backend {
         return result;
     }
 
-    bool one_by_one() const override { return model_->shared; }
+    bool one_by_one() const override { return model_->by_token; }
 
   private:
     View view(const std::vector<std::int64_t> &shape) {

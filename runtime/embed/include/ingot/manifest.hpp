@@ -44,7 +44,7 @@ struct StateInfo {
     std::vector<Dimension> input_shape;  // named sizes are "batch" and "past_sequence" alone
     // The axis that grows by the new tokens of each call, if any.
     std::optional<std::size_t> axis;
-    // Whether input and output may be one buffer, of fixed capacity along `axis`.
+    // Whether input and output may be one buffer: of fixed capacity along `axis`, where there is one.
     bool shared = false;
 };
 
