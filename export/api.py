@@ -101,7 +101,8 @@ def export(
             and with ``bits`` what pays most for each weight.
         symmetric: of those, whether there are no zero points; where absent True.
         accuracy: of those, and of a checkpoint's own, ``exact``, or ``fast``: products may round
-            activations to int8, block by block; where absent ``fast``.
+            activations to int8, block by block; where absent ``fast``. By the kernels ``ingot`` of
+            bfloat16 as well, to bfloat16, and there ``exact`` where absent.
         calibration: of those, a file that the numbers are chosen on: a text, or token ids of the
             model in ``.json``, ``.npy`` or ``.safetensors``.
         method: with a calibration, ``gptq``, where numbers make up for each other's errors, or

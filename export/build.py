@@ -52,6 +52,25 @@ class Result:
     checkpoint: Path
 
 
+def _of_floats(recipe: Recipe, opened: Opened, accuracy: str) -> Recipe:
+    """A recipe for weights in floats with a choice of accuracy.
+
+    Raises:
+        ExportError: no weight is stored in bfloat16, or the kernels round nothing.
+    """
+    matrices = [name for name, each in opened.model.named_parameters() if each.dim() > 1]
+    stored = {opened.stored(name) for name in matrices}
+    if recipe.weights != CHECKPOINT:
+        stored = {recipe.weights or recipe.precision}
+    if recipe.kernels != INGOT or "bfloat16" not in stored:
+        raise ExportError(
+            f"--accuracy {accuracy} goes with weights in whole numbers, and by --kernels ingot "
+            "with those in bfloat16; this export has neither, so leave it out, or give --weights "
+            "int8 or int4, or bf16."
+        )
+    return replace(recipe, activations="bfloat16" if accuracy == "fast" else "")
+
+
 def build(
     request: ExportRequest,
     stages: Stages,
@@ -94,10 +113,7 @@ def build(
     if request.target == "ort" and request.weights == CHECKPOINT:
         recipe = recipe.as_given(opened, request.accuracy)
     if request.accuracy is not None and recipe.quantization is None:
-        raise ExportError(
-            f"--accuracy {request.accuracy} goes with weights in whole numbers, and this "
-            "checkpoint has none; give --weights int8 or int4 with it, or leave it out."
-        )
+        recipe = _of_floats(recipe, opened, request.accuracy)
     # Before any weight is read: what is wrong in a file of some lines is said at once.
     generation = read_generation(checkpoint, opened.model.config)
     if request.context is not None:

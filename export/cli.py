@@ -125,7 +125,8 @@ class LazyGroup(Group):
 @click.option(
     "--accuracy",
     type=click.Choice(ACCURACIES),
-    help="Of int8 and int4: whether products may round activations to int8; default fast.",
+    help="Whether products may round activations: of int8 and int4 to int8, default fast; by "
+    "--kernels ingot of bf16 to bfloat16, default exact.",
 )
 @click.option(
     "--calibration",

@@ -52,12 +52,14 @@ def check_request(request: ExportRequest) -> None:
         )
     _check_kernels(request)
     # The numbers of a quantised checkpoint come with a format of their own, and with no kernel.
-    own = ("accuracy",) if request.target == "ort" and request.weights == "checkpoint" else ()
+    floats = ("checkpoint", "bf16") if request.kernels == INGOT else ("checkpoint",)
+    own = ("accuracy",) if request.target == "ort" and request.weights in floats else ()
     for option in ("block", "symmetric", "accuracy", "calibration"):
         known = request.in_numbers or option in own
         if not known and getattr(request, option) is not None:
+            also = ", and by --kernels ingot with bf16" * (option == "accuracy")
             raise ExportError(
-                f"--{option} goes with --weights int8 or int4, and says nothing of other weights."
+                f"--{option} goes with --weights int8 or int4{also}; it says nothing of others."
             )
     _check_calibration(request)
     if not request.for_tensorrt:

@@ -45,6 +45,7 @@ from ingot.graphs.coded import Coded, Form
 from ingot.graphs.family import Family, family_of
 from ingot.graphs.layers import Model
 from ingot.graphs.quantised import coded_reader, forms
+from ingot.plugins.cpu.panels import EXACT, TO_BFLOAT16, TO_INT8
 
 # Of the signature of ``ingot.export.capture.capture``.
 Capture = Callable[..., Captured]
@@ -125,6 +126,8 @@ class Recipe:
             it is empty.
         quantization: where that is whole numbers.
         kernels: of the target ort, whose run it, of ``export.request.KERNELS`` but ``auto``.
+        activations: ``bfloat16`` where products with weights of it may round their activations to
+            it; else empty.
     """
 
     target: str
@@ -134,6 +137,7 @@ class Recipe:
     weights: str = ""
     quantization: Quantization | None = None
     kernels: str = ORT
+    activations: str = ""
 
     @property
     def provider(self) -> str:
@@ -299,9 +303,11 @@ class Recipe:
         given = self.weights == CHECKPOINT or (how is not None and how.method == "given")
         other = self.precision if how is not None or not self.weights else self.weights
         dtype_of = _dtype_of(opened.stored if given else lambda _name: other)
-        rounds = how is not None and how.accuracy == "fast"
+        rounding = TO_BFLOAT16 if self.activations else EXACT
+        if how is not None:
+            rounding = TO_INT8 if how.accuracy == "fast" else EXACT
         passes = [
-            PackMatrices(dtype_of, coder, round_activations=rounds),
+            PackMatrices(dtype_of, coder, round_activations=rounding),
             FuseMlps(),
             FuseResiduals(),
             FuseLinears(),

@@ -124,6 +124,8 @@ class Manifest:
         quantization: how, where that is whole numbers.
         kernels: of ``export.ingot_schema.SAID_KERNELS``, whose run an ort ingot; ONNX Runtime's
             where it is empty.
+        activations: ``bfloat16`` where products with weights of it may round their activations to
+            it; else empty. Of whole numbers ``quantization`` says so.
         tools: package versions the ingot was made with.
         files: every other file of the folder.
         validation: verdict and summary figures.
@@ -152,6 +154,7 @@ class Manifest:
     weights: str = ""
     quantization: Quantization | None = None
     kernels: str = ""
+    activations: str = ""
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -29,7 +29,7 @@ FIELDS = (
     *("weight_bytes", "tools", "labels", "engine", "files", "validation", "schema_version"),
 )
 # Of the same version, where they say something.
-OPTIONAL = ("weights", "quantization", "kernels")
+OPTIONAL = ("weights", "quantization", "kernels", "activations")
 OF_QUANTIZATION = ("calibration", "blocks", "scales")
 Target = Literal["onnx", "ort", "trt", "trt-rtx"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -105,6 +105,11 @@ def check(held: Mapping[str, Field]) -> None:
         held["kernels"].refuse(f"left out, but for the target ort, and the target is {target}")
     if kernels == PORTABLE and in_numbers:
         held["kernels"].refuse("others, for standard operators read no weights in whole numbers")
+    if "activations" in held:
+        held["activations"].one_of(("bfloat16",))
+        floats = "weights" in held and held["weights"].value in ("checkpoint", "bfloat16")
+        if kernels != INGOT or not floats:
+            held["activations"].refuse(f"left out, but for kernels {INGOT} and weights in bfloat16")
     if "quantization" in held:
         _quantization(held["quantization"], SCALES[kernels == INGOT])
     vocab_size = held["vocab_size"].whole(1, MOST_SIZE)

@@ -91,6 +91,7 @@ def make_manifest(
         weights=recipe.weights,
         quantization=recipe.quantization,
         kernels="" if recipe.kernels == ORT else recipe.kernels,
+        activations=recipe.activations,
     )
 
 

@@ -59,8 +59,8 @@ MODES = ("free", "replayed")
 # Of tensors, as a validation has them.
 KINDS = ("logits", "hidden", "router", "key", "value", "conv", "ssm")
 # How the names of figures end and are said: a graph of half precision is run in float32 too, and
-# one whose kernels round activations to int8 without that rounding too.
-RUN_IN = (("", ""), ("_in_float32", ", in float32"), ("_in_int8", ", in int8"))
+# one whose kernels round activations without that rounding too.
+RUN_IN = (("", ""), ("_in_float32", ", in float32"), ("_rounded", ", rounded"))
 
 
 # What each check of a validation counts.
@@ -124,7 +124,8 @@ def _verdict_rows(manifest: Manifest) -> list[tuple[str, str]]:
         proved = "within what that rounding explains"
         if found["activations"]["twin"]:
             proved = "right without that rounding, and with it " + proved
-        rows.append(("activations", f"rounded to int8 by the kernels, which are {proved}"))
+        to = found["activations"].get("to", "int8")
+        rows.append(("activations", f"rounded to {to} by the kernels, which are {proved}"))
     if "coverage" in found:
         rows.append(("covered", _coverage(found["coverage"])))
         if found["coverage"].get("not_asked"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ingot.plugins.cpu.panels import (
     Bytes,
@@ -48,9 +49,17 @@ def drawn(form: Format, rows: int, columns: int, seed: int) -> tuple[Bytes, Floa
     return data, np.ascontiguousarray(matrix.reshape(rows, -1)[:, :columns])
 
 
-def rounded(x: npt.NDArray[Any], block: int) -> npt.NDArray[np.float64]:
-    """x ``[N, K]`` in int8 by blocks, each with the scale of its largest number."""
+def rounded(x: npt.NDArray[Any], form: Format) -> npt.NDArray[np.float64]:
+    """x ``[N, K]`` as products with such a weight may round it.
+
+    In int8 by blocks, each with the scale of its largest number; or in bfloat16.
+    """
+    if form.numbers == "float32":
+        return x.astype(np.float64)
     x = x.astype(np.float32)
+    if form.numbers == "bfloat16":
+        return torch.from_numpy(x).bfloat16().double().numpy()
+    block = form.block
     result = np.zeros(x.shape)
     for begin in range(0, x.shape[1], block):
         part = x[:, begin : begin + block]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeIngot
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ingot.export.codecs.blocks import Blocks
@@ -64,17 +66,45 @@ def logits(ingot: Path) -> np.ndarray:
     return np.asarray(session.step(ids, mask)[mask != 0])
 
 
+class NarrowActivations(TorchFunctionMode):
+    """What is multiplied by matrices is rounded to bfloat16 first, but what routers read."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.kept = {
+            parameter.data_ptr()
+            for name, parameter in model.named_parameters()
+            if name.endswith(KEPT)
+        }
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.nn.functional.linear and args[1].data_ptr() not in self.kept:
+            args = (args[0].bfloat16().float(), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
 def of_transformers(
-    checkpoint: Path, stored: Callable[[torch.Tensor], torch.Tensor] | None = None
+    checkpoint: Path,
+    stored: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    *,
+    narrow: bool = False,
 ) -> np.ndarray:
-    """The same by transformers in float32, over matrices as ``stored`` makes them but routers'."""
+    """The same by transformers in float32, over matrices as ``stored`` makes them but routers'.
+
+    Args:
+        checkpoint: a folder.
+        stored: a matrix as it is stored.
+        narrow: see ``NarrowActivations``.
+    """
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     if stored is not None:
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and not name.endswith(KEPT):
                 parameter.data = stored(parameter.data)
     ids, mask = tokens(model.config.vocab_size)
-    with torch.inference_mode():
+    with torch.inference_mode(), NarrowActivations(model) if narrow else nullcontext():
         found = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
     return np.asarray(found.logits.numpy()[mask != 0])
 

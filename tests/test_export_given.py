@@ -202,7 +202,7 @@ def test_refuses_an_accuracy_of_a_checkpoint_in_floats(
     make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
 ) -> None:
     checkpoint = make_checkpoint("granite", num_hidden_layers=1)
-    with pytest.raises(ExportError, match=r"--accuracy exact .* has none"):
+    with pytest.raises(ExportError, match=r"--accuracy exact .* has neither"):
         make_ingot(checkpoint, "ort", weights="checkpoint", accuracy="exact")
 
 

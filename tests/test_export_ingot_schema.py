@@ -651,6 +651,25 @@ def test_own_kernels_have_scales_of_half_the_size(ingot: Path) -> None:
     assert Manifest.read(ingot) == found
 
 
+def test_own_kernels_may_round_activations_to_bfloat16(ingot: Path) -> None:
+    change(ingot, "weights", "bfloat16")
+    change(ingot, "activations", "bfloat16")
+    with pytest.raises(ManifestError, match=r"activations is .* left out, but for kernels ingot"):
+        Manifest.read(ingot)
+    on_own_kernels(ingot)
+    found = Manifest.read(ingot)
+    assert found.activations == "bfloat16"
+    found.write(ingot)
+    assert Manifest.read(ingot) == found
+    change(ingot, "activations", "int8")
+    with pytest.raises(ManifestError, match=r"activations is .*int8"):
+        Manifest.read(ingot)
+    change(ingot, "activations", "bfloat16")
+    change(ingot, "weights", "float16")
+    with pytest.raises(ManifestError, match=r"activations is .* weights in bfloat16"):
+        Manifest.read(ingot)
+
+
 @pytest.mark.parametrize("kernels", ["portable", "ingot"])
 def test_kernels_are_of_the_target_ort(ingot: Path, kernels: str) -> None:
     on_own_kernels(ingot)

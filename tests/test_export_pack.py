@@ -30,7 +30,8 @@ from ingot.export.quantization import BITS, Quantization
 from ingot.export.request import ExportError
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.coded import Coded
-from ingot.plugins.cpu import operators
+from ingot.plugins.cpu import operators, panels
+from ingot.plugins.cpu.panels import TO_BFLOAT16, TO_INT8, Format, rounding
 from ingot.plugins.errors import IngotError
 
 pytestmark = pytest.mark.usefixtures("cpu_library")
@@ -117,6 +118,49 @@ def test_fast_kernels_differ_by_their_rounding_alone(
         ingot = make_ingot(checkpoint, "ort", **asked(*each, "fast"))
         expected = of_transformers(checkpoint, rounded(form(*each)))
         assert 1e-4 < relative_rms(expected, logits(ingot)) < 0.1, each
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fast_kernels_of_bfloat16_round_activations_to_it_and_no_more(
+    family: str, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
+) -> None:
+    changes = ODD[family] if QUICK[family] == "odd" else {}
+    checkpoint = make_checkpoint(family, dtype=torch.bfloat16, **changes)
+    ingot = make_ingot(checkpoint, "ort", kernels="ingot", weights="checkpoint", accuracy="fast")
+    found = logits(ingot)
+    whole, narrow = of_transformers(checkpoint), of_transformers(checkpoint, narrow=True)
+    rounding = relative_rms(whole, narrow)
+    assert 1e-3 < rounding < 0.05
+    # Some numbers are so near to a tie that they are rounded another way.
+    assert relative_rms(narrow, found) < rounding / 3
+    manifest = Manifest.read(ingot)
+    assert manifest.activations == "bfloat16" and manifest.quantization is None
+    said = [a.i for n in nodes(ingot) for a in n.attribute if a.name == "round_activations"]
+    assert said and set(said) == {TO_BFLOAT16}
+
+
+@pytest.mark.parametrize(
+    ("request_", "why"),
+    [
+        ({"weights": "fp32"}, "--accuracy goes with --weights int8 or int4, and by --kernels"),
+        ({"weights": "bf16", "kernels": "ort"}, "--accuracy goes with --weights int8 or int4"),
+        ({"weights": "checkpoint"}, "this export has neither"),
+    ],
+)
+def test_refuses_an_accuracy_of_what_is_not_rounded(
+    request_: dict[str, Any], why: str, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
+) -> None:
+    checkpoint = make_checkpoint("granite")
+    with pytest.raises(ExportError, match=why):
+        make_ingot(checkpoint, "ort", **{"kernels": "ingot", "accuracy": "fast", **request_})
+
+
+def test_one_attribute_says_what_products_round_to() -> None:
+    """With whole numbers beside them, floats are multiplied by what is not rounded."""
+    narrow, whole = Format("bfloat16"), Format("int8", 32)
+    assert rounding(True, narrow) == rounding(True, narrow, Format("float32")) == TO_BFLOAT16
+    assert rounding(True, whole) == rounding(True, whole, narrow) == TO_INT8
+    assert rounding(True, Format("float32")) == rounding(False, whole, narrow) == panels.EXACT
 
 
 @pytest.mark.parametrize("activation", ["relu", pytest.param("gelu", marks=pytest.mark.slow)])

@@ -28,7 +28,7 @@ def stack(
 
 
 def product(x: Doubles, matrix: Floats, form: Format, round_activations: bool) -> Doubles:
-    near = rounded(x[None], form.block)[0] if round_activations and form.block else x
+    near = rounded(x[None], form)[0] if round_activations else x
     result: Doubles = matrix.astype(np.float64) @ near
     return result
 

@@ -20,7 +20,7 @@ from ingot.validate.quantisation import (
 )
 from ingot.validate.report import html, plots, texts, words
 from ingot.validate.report.costs import cost_tables, costs
-from ingot.validate.result import IN_INT8, Report
+from ingot.validate.result import ROUNDED, Report
 
 KL = tuple(0.001 * n for n in range(1, 101))
 
@@ -156,15 +156,15 @@ def test_what_costs_too_much_fails_in_words_of_its_own() -> None:
 )
 def test_says_which_proof_there_is_of_kernels_that_round(found: Activations, text: str) -> None:
     report = make_report()
-    rounded = [replace(t, stage=t.stage + IN_INT8, error=0.01) for t in report.tensors]
+    rounded = [replace(t, stage=t.stage + ROUNDED, error=0.01) for t in report.tensors]
     tensors = (*report.tensors, *rounded) if found.twin else tuple(rounded)
     report = replace(report, activations=found, tensors=tensors)
     sizes = " or ".join(map(str, found.blocks))
     assert text in words.scores(report) and f"{sizes} numbers a scale" in words.scores(report)
     assert report.summary()["activations"]["twin"] is found.twin
-    assert report.summary()["logits_in_int8_error"] == 0.01
+    assert report.summary()["logits_rounded_error"] == 0.01
     assert ("logits_error" in report.summary()) is found.twin
-    assert set(report.worst) >= {f"logits{IN_INT8}", f"key{IN_INT8}"}
+    assert set(report.worst) >= {f"logits{ROUNDED}", f"key{ROUNDED}"}
     # Nothing of it is drawn beside errors that are a millionth of its own.
     layers, decode, *_ = plots.plots(report)
     assert "0.01" not in decode.caption if found.twin else decode.svg

@@ -14,7 +14,7 @@ from test_validate_report import covered_report, failing_report, make_report, wi
 from ingot.validate.baseline import GateError, Spread, read_baseline, save_baseline
 from ingot.validate.coverage import Experts
 from ingot.validate.gate import KL_FLOOR, gated
-from ingot.validate.result import IN_INT8, Distribution, Report, Routing, TensorResult
+from ingot.validate.result import ROUNDED, Distribution, Report, Routing, TensorResult
 
 RUN = {"logits": 0.02, "key": 0.0, "value": 0.0, "kl": 0.1, "top1": 0.0, "routing": 0.0}
 SPREAD = Spread(RUN)
@@ -470,13 +470,15 @@ def test_storing_may_cost_less_and_nothing_at_all(tmp_path: Path) -> None:
     assert gate(stored_report(), path) == []
 
 
-def test_a_near_tie_that_turned_in_int8_is_no_loss_on_another_processor(tmp_path: Path) -> None:
+def test_a_near_tie_that_turned_where_activations_are_rounded_is_no_loss_on_another_processor(
+    tmp_path: Path,
+) -> None:
     path, found = tmp_path / "measured.json", make_report()
-    rounded = tuple(replace(t, stage=f"{t.stage}{IN_INT8}") for t in found.tensors)
+    rounded = tuple(replace(t, stage=f"{t.stage}{ROUNDED}") for t in found.tensors)
     save_baseline(on(replace(found, tensors=rounded)), path, MEASURED)
-    stage = f"decode 5{IN_INT8}"
+    stage = f"decode 5{ROUNDED}"
     free = tuple(t for t in rounded if t.stage != stage)
-    forced = [replace(t, stage=f"decode 5, replayed{IN_INT8}") for t in rounded if t.stage == stage]
+    forced = [replace(t, stage=f"decode 5, replayed{ROUNDED}") for t in rounded if t.stage == stage]
     turned = on(replace(found, tensors=(*free, *forced)), processor="CPU B")
     assert gate(turned, path) == []
     lost = on(replace(found, tensors=(*free, *forced[1:])), processor="CPU B")

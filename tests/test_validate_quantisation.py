@@ -26,10 +26,11 @@ from ingot.export.ingot import WEIGHTS, Manifest
 from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.merge import open_checkpoint
+from ingot.plugins.cpu.library import CpuLibrary
 from ingot.validate.distribution import Distribution
 from ingot.validate.quantisation import Divergence, LayerError, Limits, Quantisation
 from ingot.validate.report.words import headline
-from ingot.validate.result import IN_INT8, Report
+from ingot.validate.result import ROUNDED, Report
 from ingot.validate.run import examine, validate_ingot
 from ingot.validate.truth.inputs import QUICK
 from ingot.validate.truth.reference import Reference
@@ -115,8 +116,8 @@ def test_a_right_ingot_passes_and_both_errors_are_told_apart(report: Report) -> 
     # The kernel's own figures are of another size, with its rounding and without.
     assert report.distribution is not None
     assert report.distribution.kl_mean < 0.1 * found.recorded.found.kl_mean
-    exact = [each for each in report.worst.values() if not each.in_int8]
-    rounded = [each for each in report.worst.values() if each.in_int8]
+    exact = [each for each in report.worst.values() if not each.rounded]
+    rounded = [each for each in report.worst.values() if each.rounded]
     assert len(exact) == len(rounded) == 5
     assert all((each.error or 1) < 1e-5 for each in exact)
     assert all((each.error or 1) > 1e-3 and (each.score or 9) < 1.5 for each in rounded)
@@ -193,7 +194,7 @@ def test_limits_hold_of_trained_models_and_show_one_layer_with_twice_its_scales(
     assert (right.verdict, right.failures) == ("passed", [])
     assert right.quantisation is not None and right.quantisation.text is not None
     assert right.quantisation.text.share < (0.02 if weights == "int4" else 2e-4)
-    assert all((each.score or 9) < 2 for each in right.worst.values() if each.in_int8)
+    assert all((each.score or 9) < 2 for each in right.worst.values() if each.rounded)
     with safe_open(ingot / WEIGHTS, "np") as file:
         names = [name for name in file.keys() if ".1." in name and name.endswith(".scales")]  # noqa: SIM118
     wrong = Path(shutil.copytree(ingot, tmp_path / "wrong"))
@@ -268,5 +269,19 @@ def test_the_summary_is_strict_json_with_limits(report: Report) -> None:
     assert found["stored"] == "int4" and 0 < found["kl_mean"] < found["kl_limit"]
     assert found["plain_kl_mean"] > found["kl_mean"] and found["perplexity"] > 1
     assert said["activations"]["twin"] is True
-    assert said["logits_error"] < 1e-5 < said["logits_in_int8_error"]
-    assert any(tensor.stage.endswith(IN_INT8) for tensor in report.tensors)
+    assert said["logits_error"] < 1e-5 < said["logits_rounded_error"]
+    assert any(tensor.stage.endswith(ROUNDED) for tensor in report.tensors)
+
+
+def test_of_bfloat16_with_rounded_activations_the_graph_is_held_to_float32(
+    make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot, cpu_library: CpuLibrary
+) -> None:
+    checkpoint = make_checkpoint("olmoe", dtype=torch.bfloat16)
+    asked = {"kernels": "ingot", "weights": "checkpoint", "accuracy": "fast"}
+    ingot = make_ingot(checkpoint, "ort", **asked)
+    found = validated(ingot, checkpoint)
+    assert (found.verdict, found.failures) == ("passed", [])
+    said = found.summary()
+    assert said["activations"] == {"blocks": (), "twin": True, "why": "", "to": "bfloat16"}
+    assert said["logits_error"] < 1e-5 < 1e-3 < said["logits_rounded_error"]
+    assert all((each.score or 9) < 2 for each in found.worst.values() if each.rounded)

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from conftest import MakeCheckpoint, MakeIngot
 from proof import stored
 from proof.editing import Editor
 from proof.fault import Change
 from traces import Traces
 
-from ingot.export.ingot import Manifest
+from ingot.export.ingot import GRAPH, Manifest
 from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
+from ingot.plugins.cpu.library import CpuLibrary
 from ingot.validate.api import validate
 from ingot.validate.identity.contract import check_contract
 from ingot.validate.identity.subject import Subject
@@ -149,7 +151,7 @@ def test_names_a_matrix_that_is_left_in_float32(
         (
             stored.field("quantization", "accuracy", to="fast"),
             "quantization.accuracy of ingot.json is fast, and 11 of 11 products in whole numbers "
-            "are not so; MatMulNBits linear, the first, does not round its activations",
+            "are not so; MatMulNBits linear_2, the first, does not round its activations",
         ),
         (stored.field("parameters", to=lambda count: count + 1), "parameters of ingot.json is "),
         (stored.field("weight_bytes", to=lambda count: count - 1), "weight_bytes of ingot.json is"),
@@ -225,3 +227,39 @@ def test_names_a_weight_in_other_blocks_than_its_own(
         assert len(problems) == 1 and f"{found}: it is stored as int" in problems[0], problems
         assert f"in blocks of {size} and should be int" in problems[0]
         assert f"in blocks of {wanted}" in problems[0]
+
+
+def round_nothing(ingot: Path) -> None:
+    model = onnx.load(str(ingot / GRAPH), load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == "MoeDispatch")
+    next(each for each in node.attribute if each.name == "round_activations").i = 0
+    (ingot / GRAPH).write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            stored.manifest(lambda held: held.pop("activations")),
+            "activations of ingot.json is absent, and 7 of 7 products in floats are not so",
+        ),
+        (round_nothing, "1 of 7 products in floats are not so; MoeDispatch"),
+    ],
+)
+def test_the_contract_says_what_floats_are_multiplied_by(
+    change: Callable[[Path], None],
+    said: str,
+    make_checkpoint: MakeCheckpoint,
+    make_ingot: MakeIngot,
+    cpu_library: CpuLibrary,
+    tmp_path: Path,
+    traces: Traces,
+) -> None:
+    checkpoint = make_checkpoint("olmoe", dtype=torch.bfloat16)
+    asked = {"kernels": "ingot", "weights": "checkpoint", "accuracy": "fast"}
+    right = make_ingot(checkpoint, "ort", **asked)
+    assert check_contract(subject(right, checkpoint, traces)).problems == ()
+    wrong = Path(shutil.copytree(right, tmp_path / "wrong"))
+    change(wrong)
+    problems = check_contract(subject(wrong, checkpoint, traces)).problems
+    assert any(said in each for each in problems), problems

@@ -31,7 +31,7 @@ from ingot.validate.baseline import (
 from ingot.validate.judge.limits import SCORE_FLOOR
 from ingot.validate.processor import HARDWARE, ISA, PROCESSOR, THREADS
 from ingot.validate.report.words import LISTED, number
-from ingot.validate.result import IN_INT8, Gate, Report, TensorResult
+from ingot.validate.result import ROUNDED, Gate, Report, TensorResult
 from ingot.validate.truth.inputs import EXPERTS_FORCED
 
 # How many measured spreads a figure may rise: three are chance once in hundreds of runs.
@@ -199,8 +199,8 @@ def _stage(stage: str) -> str:
 
 def _call(stage: str) -> str:
     """A call, however it was judged: where flips left nothing of it, it is there as replayed."""
-    rounded = IN_INT8 * stage.endswith(IN_INT8)
-    return _stage(stage).removesuffix(IN_INT8).removesuffix(REPLAYED) + rounded
+    rounded = ROUNDED * stage.endswith(ROUNDED)
+    return _stage(stage).removesuffix(ROUNDED).removesuffix(REPLAYED) + rounded
 
 
 def _kept(environment: Mapping[str, str]) -> dict[str, str]:
@@ -260,7 +260,7 @@ def _tensors(report: Report, baseline: Baseline, slack: Slack) -> Iterator[str]:
         replayed = {
             (_call(t.stage), t.name)
             for t in report.tensors
-            if t.error is not None and t.stage.removesuffix(IN_INT8).endswith(REPLAYED)
+            if t.error is not None and t.stage.removesuffix(ROUNDED).endswith(REPLAYED)
         }
         missing = {key: None for key in missing if (_call(key[0]), key[1]) not in replayed}
     if missing:

@@ -21,24 +21,27 @@ from typing import Any
 from ingot.validate.distribution import Distribution
 
 # The precision of a graph whose products round their activations to int8, block by block.
-INT8 = "float32 with activations in int8"
+ROUNDED = "float32 with activations rounded"
 # Deviations of a share of tokens that are chance.
 CHANCE = 3.0
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Activations that the kernels of an ingot round to int8, and what was proved in spite of it.
+    """Activations that the kernels of an ingot round, and what was proved in spite of it.
 
     Attributes:
-        blocks: numbers of a row that share a scale, each number that some product has.
+        blocks: numbers of a row that share a scale, each number that some product has; none where
+            they are rounded to floats.
         twin: whether the same graph without that rounding was held to the noise floor of float32.
         why: it was not, in one sentence without a full stop; empty where it was.
+        to: what they are rounded to.
     """
 
     blocks: tuple[int, ...]
     twin: bool
     why: str = ""
+    to: str = "int8"
 
 
 @dataclass(frozen=True)

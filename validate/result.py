@@ -20,9 +20,9 @@ from ingot.validate.quantisation import Activations, Quantisation
 FORCED = "forced"
 # How the stage of a half-precision graph ends that was run in float32, over its own weights.
 IN_FLOAT32 = ", in float32"
-# How the stage ends of what kernels computed that round activations to int8; the rest of such a
+# How the stage ends of what kernels computed that round activations; the rest of such a
 # report is of the same graph without that rounding.
-IN_INT8 = ", in int8"
+ROUNDED = ", rounded"
 SCHEMA_VERSION = 1
 # The operator of a location that is in no node of the graph.
 SESSION, KERNELS = "session", "kernels"
@@ -67,9 +67,9 @@ class TensorResult:
         return self.stage.endswith(IN_FLOAT32)
 
     @property
-    def in_int8(self) -> bool:
-        """Whether kernels made it that round activations to int8."""
-        return self.stage.endswith(IN_INT8)
+    def rounded(self) -> bool:
+        """Whether kernels made it that round activations."""
+        return self.stage.endswith(ROUNDED)
 
     @property
     def score(self) -> float | None:
@@ -346,7 +346,7 @@ class Report:
         date: when, in UTC; empty in an ingot, in which nothing depends on the day.
         quantisation: what storing the weights costs; None where nothing is lost, or where another
             ingot stands in the truth's place.
-        activations: of kernels that round activations to int8; None where none does.
+        activations: of kernels that round activations; None where none does.
     """
 
     ingot: str
@@ -425,7 +425,7 @@ class Report:
     def worst(self) -> dict[str, TensorResult]:
         """The tensor of the highest score, by kind.
 
-        What was run in float32, or with activations in int8, is a kind of its own: its errors are a
+        What was run in float32, or with activations rounded, is a kind of its own: its errors are a
         thousandth of those of the rest, or a thousand times as large.
         """
         result: dict[str, TensorResult] = {}
@@ -433,7 +433,7 @@ class Report:
             score = tensor.score
             if score is None:
                 continue
-            kind = tensor.kind + IN_FLOAT32 * tensor.in_float32 + IN_INT8 * tensor.in_int8
+            kind = tensor.kind + IN_FLOAT32 * tensor.in_float32 + ROUNDED * tensor.rounded
             before = result.get(kind)
             # No comparison with NaN is true; it is worse than any number.
             if before is None or math.isnan(score) or score > (before.score or 0.0):
@@ -460,7 +460,7 @@ class Report:
         if self.coverage is not None:
             result["coverage"] = self.coverage.summary()
         for kind, tensor in self.worst.items():
-            name = kind.replace(IN_FLOAT32, "_in_float32").replace(IN_INT8, "_in_int8")
+            name = kind.replace(IN_FLOAT32, "_in_float32").replace(ROUNDED, "_rounded")
             result[f"{name}_score"] = tensor.score
             result[f"{name}_error"] = tensor.error
         for growth in self.growth:
@@ -476,7 +476,7 @@ class Report:
         if self.router_margin is not None:
             result["router_margin"] = self.router_margin
         for mode, routing in self.routing.items():
-            mode = mode.replace(IN_INT8, "_in_int8")
+            mode = mode.replace(ROUNDED, "_rounded")
             result[f"routing_agreement_{mode}"] = min(routing.agreement, default=1.0)
         if self.failures:
             result["first_failure"] = self.failures[0]

@@ -38,7 +38,7 @@ from ingot.validate.judge.quantisation import Recorded, judge_quantisation
 from ingot.validate.judge.widened import against_in_float32, judge_widened
 from ingot.validate.processor import processor
 from ingot.validate.quantisation import Activations, Quantisation
-from ingot.validate.result import IN_INT8, Check, Distribution, Report, Routing, TensorResult
+from ingot.validate.result import ROUNDED, Check, Distribution, Report, Routing, TensorResult
 from ingot.validate.truth.forced import forced_runs
 from ingot.validate.truth.inputs import STANDARD, Inputs, Plan
 from ingot.validate.truth.material import Material
@@ -85,10 +85,12 @@ class Target:
         # no part of it.
         self.graph_only = not self.engine and self.manifest.target not in ("onnx", "ort")
         quantization = self.manifest.quantization
-        # Numbers of a row that share a scale, where kernels round activations to int8.
-        self.rounded: tuple[int, ...] = ()
+        # What kernels round activations to; empty where they do not.
+        self.rounded = self.manifest.activations
+        # Numbers of a row that share a scale then.
+        self.blocks: tuple[int, ...] = ()
         if quantization is not None and quantization.accuracy == "fast":
-            self.rounded = quantization.sizes
+            self.rounded, self.blocks = "int8", quantization.sizes
         self._exact = False
 
     @property
@@ -101,7 +103,7 @@ class Target:
         if not self.rounded or no_twin(self.folder) is not None:
             return None
         result = copy.copy(self)
-        result.rounded, result._exact = (), True
+        result.rounded, result._exact = "", True
         return result
 
     def delivered(self, threads: int = 0) -> Session:
@@ -291,7 +293,7 @@ class _Judged:
 
     @property
     def _suffix(self) -> str:
-        return IN_INT8 if self.target.rounded else ""
+        return ROUNDED if self.target.rounded else ""
 
     def tensors(self, seeds: Sequence[int]) -> list[TensorResult]:
         """Every result; where activations were rounded the stage says so."""
@@ -309,7 +311,7 @@ def _activations(target: Target, twin: Target | None) -> Activations | None:
     if not target.rounded:
         return None
     why = None if twin is not None else no_twin(target.folder)
-    return Activations(target.rounded, twin is not None, why or "")
+    return Activations(target.blocks, twin is not None, why or "", target.rounded)
 
 
 def _observe(one: _Judged, stages: Stages, other: str) -> tuple[Session, list[Fed]]:

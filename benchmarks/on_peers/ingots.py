@@ -30,6 +30,11 @@ FORMATS = (
     Format("fp32, own kernels", {"weights": "fp32", "kernels": "ingot"}, exact=True),
     Format("bf16, own kernels", {"weights": "bf16", "kernels": "ingot"}, exact=True),
     Format(
+        "bf16, own kernels, fast",
+        {"weights": "bf16", "kernels": "ingot", "accuracy": "fast"},
+        arithmetic="bfloat16",
+    ),
+    Format(
         "int8, own kernels", {"weights": "int8", "kernels": "ingot", **WHOLE}, arithmetic="int8"
     ),
     Format(

@@ -39,7 +39,7 @@ class FuseMlps(GraphPass):
             attributes = {
                 **_stored(gate, "gate_up_"),
                 **_stored(down, "down_"),
-                "round_activations": _rounds(gate) | _rounds(down),
+                "round_activations": max(_rounds(gate), _rounds(down)),
                 "activation": activation,
                 "hidden": _size(gate, "in_features"),
                 "intermediate": _size(gate, "out_features"),

@@ -18,6 +18,7 @@ from ingot.export.passes.store import is_matrix, narrowed
 from ingot.export.passes.weights import Weight
 from ingot.plugins.cpu.operators import DOMAIN, EMBEDDING, LINEAR, VERSION
 from ingot.plugins.cpu.panels import (
+    EXACT,
     ROWS,
     Bytes,
     Format,
@@ -25,6 +26,7 @@ from ingot.plugins.cpu.panels import (
     pack_bfloat16,
     pack_float32,
     pack_whole,
+    rounding,
 )
 from ingot.plugins.moe_dispatch import moe_dispatch
 from ingot.plugins.moe_linear import moe_linear
@@ -53,7 +55,7 @@ class PackMatrices(GraphPass):
         dtype_of: by the name of a weight, the type to store its floats in.
         coder: chooses formats and numbers of those that are stored in whole numbers; None where
             none are.
-        round_activations: whether products with whole numbers may round their activations to int8.
+        round_activations: to what products may round their activations, of ``plugins.cpu.panels``.
     """
 
     looks_for = (moe_dispatch.name, moe_linear.name)
@@ -63,7 +65,7 @@ class PackMatrices(GraphPass):
         dtype_of: Callable[[str], ir.DataType],
         coder: Coder | None = None,
         *,
-        round_activations: bool = False,
+        round_activations: int = EXACT,
     ) -> None:
         super().__init__()
         self.dtype_of = dtype_of
@@ -144,8 +146,9 @@ class PackMatrices(GraphPass):
         if kind == LINEAR:
             sizes["scale"] = 1.0
         if kind != EMBEDDING:
-            whole = any(each.form.block for each in weights)
-            sizes["round_activations"] = int(self.round_activations and whole)
+            possible = rounding(True, *(each.form for each in weights))
+            same = possible == self.round_activations
+            sizes["round_activations"] = possible if same else EXACT
         attributes = sizes if kind in (LINEAR, EMBEDDING) else {**node.attributes, **sizes}
         made = ir.node(kind, inputs, attributes=attributes, domain=DOMAIN, version=VERSION)
         model.graph.insert_before(node, made)

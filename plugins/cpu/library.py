@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ingot.plugins.activations import ACTIVATIONS
-from ingot.plugins.cpu.panels import NUMBERS, Bytes, Floats, Format
+from ingot.plugins.cpu.panels import NUMBERS, Bytes, Floats, Format, rounding
 from ingot.plugins.errors import IngotError
 
 VERSION = 1
@@ -262,7 +262,7 @@ class CpuLibrary:
             bias: ``[rows]``.
             residual: ``[N, rows]``.
             scale: of what is added to it.
-            round_activations: whether x is rounded to int8.
+            round_activations: whether x is rounded to what products with such a weight may.
 
         Returns:
             ``[N, rows]``.
@@ -286,7 +286,7 @@ class CpuLibrary:
             form: of all of them.
             x: ``[N, K]``, contiguous.
             weights: each in panels, and its rows.
-            round_activations: whether x is rounded to int8.
+            round_activations: whether x is rounded to what products with such a weight may.
 
         Returns:
             ``[N, rows]`` of each.
@@ -301,7 +301,9 @@ class CpuLibrary:
 
     def _linear(self, form: Format, x: Floats, outputs: list[_Output], rounds: bool) -> None:
         held = (_Output * len(outputs))(*outputs)
-        params = _Linear(_format(form), rounds, len(outputs), *x.shape, _address(x), held)
+        params = _Linear(
+            _format(form), rounding(rounds, form), len(outputs), *x.shape, _address(x), held
+        )
         self._check(self._library.ingot_cpu_linear(byref(params), byref(self._threads)))
 
     def mlp(
@@ -330,7 +332,7 @@ class CpuLibrary:
             residual: ``[N, H]``.
             activation: a key of ``plugins.activations.ACTIVATIONS``.
             scale: of what is added to the residual.
-            round_activations: whether what is multiplied is rounded to int8.
+            round_activations: whether what is multiplied is rounded.
 
         Returns:
             ``[N, H]``.
@@ -338,7 +340,7 @@ class CpuLibrary:
         y = np.full(x.shape, np.nan, np.float32)
         params = _Mlp(
             *map(_format, forms),
-            round_activations,
+            rounding(round_activations, *forms),
             ACTIVATIONS[activation].number,
             *x.shape,
             intermediate,
@@ -385,7 +387,7 @@ class CpuLibrary:
             top_k: K.
             normalize: whether the chosen weights are divided by their sum.
             activation: a key of ``plugins.activations.ACTIVATIONS``.
-            round_activations: whether what is multiplied is rounded to int8.
+            round_activations: whether what is multiplied is rounded.
 
         Returns:
             ``[N, H]``.
@@ -394,7 +396,7 @@ class CpuLibrary:
         tensors = (x, router_logits, gate_up, down, y)
         params = _MoeDispatch(
             *map(_format, forms),
-            round_activations,
+            rounding(round_activations, *forms),
             ACTIVATIONS[activation].number,
             normalize,
             top_k,
@@ -426,7 +428,7 @@ class CpuLibrary:
             weight: E matrices ``[rows, Kin]`` in panels.
             rows: outputs.
             experts: E.
-            round_activations: whether x is rounded to int8.
+            round_activations: whether x is rounded to what products with such a weight may.
 
         Returns:
             ``[N, K, rows]``.
@@ -435,7 +437,7 @@ class CpuLibrary:
         tensors = (x, expert_ids, weight, y)
         params = _MoeLinear(
             _format(form),
-            round_activations,
+            rounding(round_activations, form),
             x.ndim == 3,
             expert_ids.shape[1],
             expert_ids.shape[0],

@@ -19,6 +19,9 @@ Numbers = Literal["float32", "bfloat16", "int8", "int4"]
 NUMBERS: dict[Numbers, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 ROWS = 16
 LINE = 64
+# What products may round their activations to, as ``round_activations`` says it: nothing; int8, a
+# block at a time, with whole numbers; bfloat16 with bfloat16.
+EXACT, TO_INT8, TO_BFLOAT16 = 0, 1, 2
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -65,6 +68,20 @@ class Format:
         return _Parts(
             blocks, scales, zeros, numbers, numbers + blocks * self.block * ROWS * self.bits // 8
         )
+
+
+def rounding(asked: bool, *forms: Format) -> int:
+    """``round_activations`` of an operator over weights of these formats.
+
+    Args:
+        asked: whether it may round where it can.
+        forms: with whole numbers among them those alone are multiplied by what is rounded.
+    """
+    if not asked:
+        return EXACT
+    if any(form.block for form in forms):
+        return TO_INT8
+    return TO_BFLOAT16 if any(form.numbers == "bfloat16" for form in forms) else EXACT
 
 
 class _Parts(NamedTuple):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -60,6 +60,8 @@ SHARING = {
 # What multiplies by whole numbers, and the level at which it may round activations to int8.
 IN_BLOCKS, ROUNDED = ("MatMulNBits", "QMoE"), 4
 ROUNDS = "round_activations"
+TO_INT8, TO_BFLOAT16 = 1, 2
+ROUNDINGS = {TO_INT8: "int8", TO_BFLOAT16: "bfloat16"}
 # Inputs of what looks rows of a table up: the table, and its scales and zero points.
 LOOKED_UP = {
     ("Gather", 0),
@@ -331,36 +333,61 @@ def _format(subject: Subject) -> Iterator[Field]:
         yield from _leaves("quantization", found, wanted)
 
 
-def _rounds(node: onnx.NodeProto) -> bool | None:
-    """Whether a product in whole numbers rounds its activations; None of what is none."""
+def _rounds(node: onnx.NodeProto) -> int | None:
+    """What a product rounds its activations to, of ``ROUNDINGS``; None of what may not round.
+
+    Of Ingot's own kernels that is said by the attribute; of others by a level.
+    """
     given = {each.name: each.i for each in node.attribute}
     if node.domain == DOMAIN and ROUNDS in given:
-        stored = (each.s for each in node.attribute if each.name.endswith("numbers"))
-        return bool(given[ROUNDS]) if any(each.startswith(b"int") for each in stored) else None
+        stored = {each.s for each in node.attribute if each.name.endswith("numbers")}
+        return given[ROUNDS] if stored - {b"float32"} else None
     if node.op_type not in IN_BLOCKS:
         return None
     # Experts of eight bits have no other kernel.
     eight = any(value == 8 for name, value in given.items() if name.endswith("weight_bits"))
     level = given.get("accuracy_level", 0)
-    return level == ROUNDED or (node.op_type == "QMoE" and eight)
+    return int(level == ROUNDED or (node.op_type == "QMoE" and eight))
+
+
+def _whole(node: onnx.NodeProto) -> bool:
+    """Whether a product has weights in whole numbers."""
+    stored = [each.s for each in node.attribute if each.name.endswith("numbers")]
+    return node.op_type in IN_BLOCKS or any(each.startswith(b"int") for each in stored)
 
 
 def _accuracy(manifest: Manifest, graph: onnx.GraphProto) -> Iterator[str]:
     """Products that round their activations where the manifest says that none does, or not so."""
-    if manifest.quantization is None:
-        return
-    exact = manifest.quantization.accuracy == "exact"
+    quantization, activations = manifest.quantization, manifest.activations
     products = [
         (node, rounds) for node in all_nodes(graph) if (rounds := _rounds(node)) is not None
     ]
-    others, count = [node for node, rounds in products if rounds == exact], len(products)
-    if others:
-        first, does = others[0], "rounds" if exact else "does not round"
-        yield (
-            f"quantization.accuracy of ingot.json is {manifest.quantization.accuracy}, and "
-            f"{len(others)} of {count} products in whole numbers are not so; {first.op_type} "
-            f"{named(first.output[0])}, the first, {does} its activations"
-        )
+    if quantization is not None:
+        wanted = TO_INT8 * (quantization.accuracy == "fast")
+        whole = [each for each in products if _whole(each[0])]
+        said = f"quantization.accuracy of ingot.json is {quantization.accuracy}"
+        yield from _otherwise(whole, wanted, said, "in whole numbers")
+    floats = [each for each in products if not _whole(each[0])]
+    said = f"activations of ingot.json is {activations or 'absent'}"
+    yield from _otherwise(floats, TO_BFLOAT16 * bool(activations), said, "in floats")
+
+
+def _otherwise(
+    products: Sequence[tuple[onnx.NodeProto, int]], wanted: int, said: str, what: str
+) -> Iterator[str]:
+    """That some of these round otherwise than they should."""
+    others = [each for each in products if each[1] != wanted]
+    if not others:
+        return
+    first, rounds = others[0]
+    does = "does not round its activations"
+    if rounds:
+        to = f" to {ROUNDINGS.get(rounds, 'something else')}" if wanted else ""
+        does = f"rounds its activations{to}"
+    yield (
+        f"{said}, and {len(others)} of {len(products)} products {what} are not so; "
+        f"{first.op_type} {named(first.output[0])}, the first, {does}"
+    )
 
 
 def _engine(subject: Subject) -> Iterator[Field]:

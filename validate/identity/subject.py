@@ -49,6 +49,7 @@ class Subject:
             manifest.weights,
             manifest.quantization,
             manifest.kernels or ORT,
+            manifest.activations,
         )
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ingot.validate.quantisation import INT8
+from ingot.validate.quantisation import ROUNDED
 
 # Of kernels that round activations to int8, in errors of eager PyTorch with the same rounding.
 # Right ones were measured at 1.00 to 1.15, since both round the same numbers alike, and at 1.5 in a
@@ -12,7 +12,7 @@ from ingot.validate.quantisation import INT8
 # would be 1 as well. What is wrong beside that adds to it as squares do.
 INT8_LIMIT = 3.0
 # Unit roundoff: the least floor. Eager PyTorch may be exact where a target rounds once.
-ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, INT8: 2.0**-8}
+ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, ROUNDED: 2.0**-8}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Limit:
 
     def of(self, precision: str) -> float:
         """The largest score accepted in a precision."""
-        if precision == INT8:
+        if precision == ROUNDED:
             return INT8_LIMIT
         return self.score if precision == "float32" else self.half
 

@@ -26,7 +26,7 @@ from ingot.validate.locate.computed import first_computed_wrong
 from ingot.validate.locate.locate import locate
 from ingot.validate.locate.part import LocateError
 from ingot.validate.locate.session import locate_session
-from ingot.validate.result import IN_INT8, KERNELS, SESSION, Location, Report, TensorResult
+from ingot.validate.result import KERNELS, ROUNDED, SESSION, Location, Report, TensorResult
 from ingot.validate.truth.inputs import EXPERTS_FORCED
 from ingot.validate.truth.recording import fed, main_run
 from ingot.validate.truth.runs import Run as FedRun
@@ -166,7 +166,7 @@ def _by_kernels(report: Report, again: Again) -> Location | None:
     if found is not None:
         return replace(found, run=run.name)
     wrong = [each for each in report.tensors if each.problem]
-    alone = [each for each in wrong if each.stage.removesuffix(IN_INT8).endswith(ALONE)]
+    alone = [each for each in wrong if each.stage.removesuffix(ROUNDED).endswith(ALONE)]
     if alone and len(alone) == len(wrong):
         value, ratio = f"{alone[0].name} at {alone[0].stage}", alone[0].score
         return Location(None, KERNELS, value, math.inf if ratio is None else ratio)
@@ -178,7 +178,7 @@ def _by_kernels(report: Report, again: Again) -> Location | None:
         result
         for result in report.tensors
         if EXPERTS_FORCED in result.stage
-        or result.stage.removesuffix(IN_INT8).endswith((f", {REPLAYED}", *AGAIN))
+        or result.stage.removesuffix(ROUNDED).endswith((f", {REPLAYED}", *AGAIN))
     ]
     return first_computed_wrong(forced, report.routing.values(), again.layers, again.count)
 

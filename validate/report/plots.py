@@ -16,7 +16,7 @@ from ingot.plugins.errors import install_hint
 from ingot.validate.judge.growth import over_decode, step_scores
 from ingot.validate.quantisation import Quantisation
 from ingot.validate.report.words import clean, number
-from ingot.validate.result import IN_FLOAT32, IN_INT8, Hidden, Report, TensorResult
+from ingot.validate.result import IN_FLOAT32, ROUNDED, Hidden, Report, TensorResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,7 +139,7 @@ def _over_decode(report: Report) -> Plot:
     title = "Error over decode steps"
     # What only was run in float32 is of one set of token ids.
     tensors = [
-        replace(tensor, stage=tensor.stage.removesuffix(IN_FLOAT32).removesuffix(IN_INT8))
+        replace(tensor, stage=tensor.stage.removesuffix(IN_FLOAT32).removesuffix(ROUNDED))
         for tensor in _drawn(report.tensors)
     ]
     results = over_decode(tensors)
@@ -255,8 +255,11 @@ def _margins(report: Report) -> Plot:
 
 
 def _drawn(tensors: Sequence[TensorResult]) -> list[TensorResult]:
-    """Without what was run in float32 or in int8, whose errors are others; where all was, that."""
-    own = [tensor for tensor in tensors if not tensor.in_float32 and not tensor.in_int8]
+    """Without what was run in float32, or where activations are rounded, whose errors are others.
+
+    Where all was so, that.
+    """
+    own = [tensor for tensor in tensors if not tensor.in_float32 and not tensor.rounded]
     return own or list(tensors)
 
 

@@ -125,10 +125,10 @@ def figures(report: Report) -> list[tuple[str, str]]:
 
 def rounded_words(found: Activations) -> str:
     """What was proved of kernels that round activations."""
-    sizes = " or ".join(map(str, found.blocks))
+    sizes = f", {' or '.join(map(str, found.blocks))} numbers a scale" * bool(found.blocks)
     text = (
-        f"The kernels round activations to int8, {sizes} numbers a scale: what is in int8 is "
-        "held to the error that eager PyTorch makes with the same rounding"
+        f"The kernels round activations to {found.to}{sizes}: what is rounded is held to the error "
+        "that eager PyTorch makes with the same rounding"
     )
     if found.twin:
         return f"{text}, and the rest is the same graph without it, held to that of float32."

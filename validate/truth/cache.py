@@ -50,7 +50,7 @@ _CODE = (
     "validate/identity/weights_piece.py",
     "validate/truth/decoded.py",
     "validate/truth/eager.py",
-    "validate/truth/int8.py",
+    "validate/truth/activations.py",
     "validate/truth/joined.py",
     "validate/truth/layerwise.py",
     "validate/truth/noise.py",

@@ -22,12 +22,12 @@ from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import family_of
 from ingot.plugins.errors import IngotError
 from ingot.validate.processor import processor
-from ingot.validate.quantisation import INT8
+from ingot.validate.quantisation import ROUNDED
+from ingot.validate.truth.activations import RoundedActivations
 from ingot.validate.truth.cache import Cache, Recording, code_digest, inputs_digest, key
 from ingot.validate.truth.eager import EagerSession, dtype_name
 from ingot.validate.truth.forced import experts_of
 from ingot.validate.truth.inputs import Inputs
-from ingot.validate.truth.int8 import Int8Activations
 from ingot.validate.truth.joined import Joined, join
 from ingot.validate.truth.layerwise import Array, Fed, Keep, Layerwise, Side, hidden_names
 from ingot.validate.truth.noise import all_squared_errors, noise_of, squared_errors, together
@@ -42,7 +42,7 @@ from ingot.validate.truth.recording import (
     main_run,
 )
 from ingot.validate.truth.replay import Chosen, Routers
-from ingot.validate.truth.stored import StoredCheckpoint, as_stored
+from ingot.validate.truth.stored import StoredCheckpoint, as_stored, narrowing
 
 # One precision higher than the target's.
 TRUTH = {"float32": torch.float64, "float16": torch.float32, "bfloat16": torch.float32}
@@ -57,7 +57,7 @@ class References:
     """What the eager graphs compute from one validation's inputs; see ``validate.truth.recording``.
 
     Attributes:
-        precision: of the target: ``float32``, ``float16`` or ``bfloat16``, or ``INT8``.
+        precision: of the target: ``float32``, ``float16`` or ``bfloat16``, or ``ROUNDED``.
         truth: what is computed one precision higher.
         eager: what is computed in the target's precision, with the truth's experts.
         expected: what a target is compared with.
@@ -113,6 +113,8 @@ class Reference:
         self.chunk_size = self.facts.chunk_size
         self.routers = Routers(self.facts.routers, self.facts.experts_per_token)
         self.states = self._model.states
+        # By the name of a tensor, how products with it round; see ``RoundedActivations``.
+        self._rounding: dict[str, int] = {}
         self._digest: str | None = None
         self._recurrent = any(state.axis is None for state in self.states)
         self._switch = self.facts.switch_length
@@ -136,6 +138,10 @@ class Reference:
         """
         reference = cls(checkpoint, manifest.task, manifest.precision, cache)
         reference._weights = as_stored(folder, manifest, checkpoint, reference._model)
+        if reference.stored is not None:
+            reference._rounding = reference.stored.decoded.blocks
+        if manifest.activations:
+            reference._rounding = narrowing(folder, manifest, checkpoint, reference._model)
         return reference
 
     @property
@@ -232,10 +238,10 @@ class Reference:
             stages: shows the steps.
         """
         dtype: torch.dtype = getattr(torch, self.precision)
-        blocks = {} if self.stored is None else self.stored.decoded.blocks
+        blocks = self._rounding
         sizes = ", ".join(map(str, sorted(set(blocks.values()))))
         keys = [
-            self._key(inputs, dtype, stages, replayed=True, activations=f"int8 by {sizes}")
+            self._key(inputs, dtype, stages, replayed=True, activations=f"rounded by {sizes}")
             for inputs in runs
         ]
 
@@ -246,16 +252,16 @@ class Reference:
             ]
             graph = self.layerwise(dtype)
 
-            def order() -> Int8Activations:
-                return Int8Activations(graph.storages(blocks))
+            def order() -> RoundedActivations:
+                return RoundedActivations(graph.storages(blocks))
 
             side = Side(fed_runs, _keeper(layout, runs, missing), order)
-            what = f"run eager {dtype_name(dtype)} with activations in int8"
+            what = f"run eager {dtype_name(dtype)} with activations rounded"
             with stages.stage(what, graph.layers, "steps") as advance:
                 return graph.run([side], advance)[0]
 
         return [
-            References(INT8, each.truth, eager, each.expected)
+            References(ROUNDED, each.truth, eager, each.expected)
             for each, eager in zip(references, self._recorded(keys, make), strict=True)
         ]
 

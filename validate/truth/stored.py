@@ -20,6 +20,7 @@ from ingot.graphs.family import family_of
 from ingot.graphs.layers import Model
 from ingot.validate.identity.weights_graph import Graph
 from ingot.validate.identity.weights_panels import panels
+from ingot.validate.truth.activations import TO_BFLOAT16
 from ingot.validate.truth.decoded import Decoded
 from ingot.validate.truth.other_weights import OtherWeights
 
@@ -91,3 +92,24 @@ def as_stored(folder: Path, manifest: Manifest, checkpoint: Checkpoint, model: M
     if not stored and not decoded.stored:
         return checkpoint
     return StoredCheckpoint.over(checkpoint, stored=stored, decoded=decoded)
+
+
+def narrowing(
+    folder: Path, manifest: Manifest, checkpoint: Checkpoint, model: Model
+) -> dict[str, int]:
+    """The tensors whose products round activations to bfloat16; see ``RoundedActivations``.
+
+    Args:
+        folder: the ingot; its graph is read.
+        manifest: of it.
+        checkpoint: what it was made from.
+        model: of its task, on the meta device.
+    """
+    weight_map = family_of(checkpoint).weight_map(model, checkpoint, manifest.task)
+    graph = Graph.read(folder, GRAPH)
+    return {
+        part.name: TO_BFLOAT16
+        for name in graph.weights
+        if (own := panels(graph, name)) is not None and own.numbers == "bfloat16"
+        for part in parts_of(weight_map, name)
+    }

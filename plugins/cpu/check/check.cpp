@@ -236,7 +236,7 @@ int main() {
         generator.seed(0);
         for (const auto &format : kFormats) {
             for (const auto &[n, k, o] : {std::tuple<size_t, size_t, size_t>{1, 7, 5}, {3, 64, 40}, {4, 300, 33}, {7, 129, 50}, {26, 600, 70}})
-                for (const int32_t rounds : {0, 1}) check_linear(target.c_str(), format, rounds, n, k, o);
+                for (const int32_t rounds : {0, 1, 2}) check_linear(target.c_str(), format, rounds, n, k, o);
             check_embedding(target.c_str(), format, 75, 37);
             check_experts(target.c_str(), format, 1, 40, 24, 3, 2);
             check_experts(target.c_str(), format, 9, 70, 33, 4, 3);

@@ -80,6 +80,12 @@ struct Attributes {
         refuse("there are no weights in \"" + numbers + "\"");
     }
 
+    int32_t rounding() const {
+        const int64_t value = integer("round_activations");
+        require(value >= INGOT_CPU_EXACT && value <= INGOT_CPU_TO_BFLOAT16, "round_activations is not 0, 1 or 2");
+        return int32_t(value);
+    }
+
     // Of each of some weights.
     std::vector<int64_t> sizes(const std::string &name) const {
         const auto values = info.GetAttributes<int64_t>(name.c_str());
@@ -163,7 +169,7 @@ struct Linear {
 
     explicit Linear(const Attributes &given)
         : format(given.format()),
-          rounds(given.integer("round_activations") != 0),
+          rounding(given.rounding()),
           scale(given.number("scale")),
           in(given.size("in_features")),
           out(given.size("out_features")) {}
@@ -181,13 +187,13 @@ struct Linear {
             out, weight_of(weight, "the weight", format, out, in), bias,
             residual_of(optional_input(context, 3), shape), scale,
             context.GetOutput(0, shape).GetTensorMutableData<float>()};
-        const ingot_cpu_linear_params params{format, rounds, 1, count_of(x) / in, in, x.GetTensorData<float>(), &output};
+        const ingot_cpu_linear_params params{format, rounding, 1, count_of(x) / in, in, x.GetTensorData<float>(), &output};
         const Threads threads(context);
         check(ingot_cpu_linear(&params, &threads));
     }
 
     ingot_cpu_format format;
-    bool rounds;
+    int32_t rounding;
     float scale;
     int64_t in, out;
 };
@@ -199,7 +205,7 @@ struct Linears {
 
     explicit Linears(const Attributes &given)
         : format(given.format()),
-          rounds(given.integer("round_activations") != 0),
+          rounding(given.rounding()),
           in(given.size("in_features")),
           out(given.sizes("out_features")) {}
 
@@ -212,14 +218,14 @@ struct Linears {
             outputs.push_back({out[i], weight_of(context.GetInput(i + 1), "a weight", format, out[i], in), nullptr,
                                nullptr, 1,
                                context.GetOutput(i, shape_behind(x, in, out[i])).GetTensorMutableData<float>()});
-        const ingot_cpu_linear_params params{format, rounds, int32_t(out.size()), count_of(x) / in, in,
+        const ingot_cpu_linear_params params{format, rounding, int32_t(out.size()), count_of(x) / in, in,
                                              x.GetTensorData<float>(), outputs.data()};
         const Threads threads(context);
         check(ingot_cpu_linear(&params, &threads));
     }
 
     ingot_cpu_format format;
-    bool rounds;
+    int32_t rounding;
     int64_t in;
     std::vector<int64_t> out;
 };
@@ -232,7 +238,7 @@ struct Mlp {
     explicit Mlp(const Attributes &given)
         : gate_up(given.format("gate_up_")),
           down(given.format("down_")),
-          rounds(given.integer("round_activations") != 0),
+          rounding(given.rounding()),
           activation(given.activation()),
           scale(given.number("scale")),
           hidden(given.size("hidden")),
@@ -242,7 +248,7 @@ struct Mlp {
         const auto x = context.GetInput(0);
         const auto shape = shape_behind(x, hidden, hidden);
         const ingot_cpu_mlp_params params{
-            gate_up, down, rounds, activation, count_of(x) / hidden, hidden, intermediate, x.GetTensorData<float>(),
+            gate_up, down, rounding, activation, count_of(x) / hidden, hidden, intermediate, x.GetTensorData<float>(),
             weight_of(context.GetInput(1), "gate", gate_up, intermediate, hidden),
             weight_of(context.GetInput(2), "up", gate_up, intermediate, hidden),
             weight_of(context.GetInput(3), "down", down, hidden, intermediate),
@@ -253,7 +259,7 @@ struct Mlp {
     }
 
     ingot_cpu_format gate_up, down;
-    bool rounds;
+    int32_t rounding;
     int32_t activation;
     float scale;
     int64_t hidden, intermediate;
@@ -291,7 +297,7 @@ struct MoeDispatch {
     explicit MoeDispatch(const Attributes &given)
         : gate_up(given.format("gate_up_")),
           down(given.format("down_")),
-          rounds(given.integer("round_activations") != 0),
+          rounding(given.rounding()),
           normalize(given.integer("normalize") != 0),
           activation(given.activation()),
           top_k(int32_t(given.size("top_k"))),
@@ -308,7 +314,7 @@ struct MoeDispatch {
         require(routed == std::vector<int64_t>({shape[0], experts}),
                 "router_logits is " + written(routed) + "; it is [" + std::to_string(shape[0]) + ", " + std::to_string(experts) + "]");
         const ingot_cpu_moe_dispatch_params params{
-            gate_up, down, rounds, activation, normalize, top_k, shape[0], hidden, intermediate, experts,
+            gate_up, down, rounding, activation, normalize, top_k, shape[0], hidden, intermediate, experts,
             x.GetTensorData<float>(), logits.GetTensorData<float>(),
             weight_of(context.GetInput(2), "gate_up", gate_up, 2 * intermediate, hidden, experts),
             weight_of(context.GetInput(3), "down", down, hidden, intermediate, experts),
@@ -318,7 +324,8 @@ struct MoeDispatch {
     }
 
     ingot_cpu_format gate_up, down;
-    bool rounds, normalize;
+    int32_t rounding;
+    bool normalize;
     int32_t activation, top_k;
     int64_t hidden, intermediate, experts;
 };
@@ -330,7 +337,7 @@ struct MoeLinear {
 
     explicit MoeLinear(const Attributes &given)
         : format(given.format()),
-          rounds(given.integer("round_activations") != 0),
+          rounding(given.rounding()),
           in(given.size("in_features")),
           out(given.size("out_features")),
           experts(given.size("experts")) {}
@@ -345,7 +352,7 @@ struct MoeLinear {
             per_choice ? std::vector<int64_t>{chosen[0], chosen[1], in} : std::vector<int64_t>{chosen[0], in};
         require(shape == expected, "x is " + written(shape) + "; it is " + written(expected));
         const ingot_cpu_moe_linear_params params{
-            format, rounds, per_choice, int32_t(chosen[1]), chosen[0], in, out, experts, x.GetTensorData<float>(),
+            format, rounding, per_choice, int32_t(chosen[1]), chosen[0], in, out, experts, x.GetTensorData<float>(),
             ids.GetTensorData<int64_t>(), weight_of(context.GetInput(2), "the weight", format, out, in, experts),
             context.GetOutput(0, {chosen[0], chosen[1], out}).GetTensorMutableData<float>()};
         const Threads threads(context);
@@ -353,7 +360,7 @@ struct MoeLinear {
     }
 
     ingot_cpu_format format;
-    bool rounds;
+    int32_t rounding;
     int64_t in, out, experts;
 };
 

@@ -44,6 +44,13 @@ typedef enum {
     INGOT_CPU_IDENTITY = 4
 } ingot_cpu_activation;
 
+/* What a product may round its activations to. */
+typedef enum {
+    INGOT_CPU_EXACT = 0,
+    INGOT_CPU_TO_INT8 = 1,     /* with whole numbers, a block at a time */
+    INGOT_CPU_TO_BFLOAT16 = 2, /* with bfloat16 */
+} ingot_cpu_rounding;
+
 /* How a weight is stored. */
 typedef struct {
     int32_t numbers;     /* of ingot_cpu_numbers */
@@ -71,7 +78,7 @@ typedef struct {
 /* Linear layers that read the same x */
 typedef struct {
     ingot_cpu_format format;   /* of all weights */
-    int32_t round_activations; /* whether x may be rounded to int8 a block, with whole numbers */
+    int32_t round_activations; /* of ingot_cpu_rounding */
     int32_t count;             /* of outputs */
     int64_t tokens;            /* N */
     int64_t in_features;       /* K */

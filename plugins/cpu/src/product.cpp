@@ -10,6 +10,17 @@
 #include "hwy/foreach_target.h"
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
+#include "hwy/targets.h"
+
+#ifndef INGOT_CPU_PRODUCT
+#define INGOT_CPU_PRODUCT
+namespace ingot::cpu {
+
+// Rows of a job that are too few for tiles.
+constexpr size_t kFewRows = 4;
+
+}  // namespace ingot::cpu
+#endif
 
 HWY_BEFORE_NAMESPACE();
 namespace ingot::cpu {
@@ -39,8 +50,13 @@ constexpr size_t kRoundedRows = kVectors == 1 ? 6 : 2;
 // page.
 constexpr size_t kStreamedRows = 2;
 constexpr size_t kAhead = 4096;
-// Up to so many rows weights are read straight from memory into sums, without a tile between.
-constexpr size_t kFewRows = 4;
+// Whether products of bfloat16 in pairs may be compiled; HasPairs says whether they run.
+#undef INGOT_PAIRS
+#if HWY_TARGET == HWY_AVX3_DL && HWY_COMPILER_GCC_ACTUAL >= 1000
+#define INGOT_PAIRS 1
+#else
+#define INGOT_PAIRS 0
+#endif
 // Columns and panels that are decoded at a time: what a second-level cache holds beside x.
 constexpr size_t kDepth = 256;
 constexpr size_t kAbreast = 8;
@@ -432,6 +448,35 @@ HWY_INLINE void float_tile(const float *x, const float *const (&panels)[kSpan], 
             to.store_part(sums[m][v], m, v * kLanes, begin, end);
 }
 
+#if INGOT_PAIRS
+// The same of pairs of bfloat16, [depth][kTall] of x: each product is exact, and so is none of a
+// number below the normal ones, which counts as zero.
+template <size_t kTall, size_t kSpan>
+__attribute__((target("avx512bf16"))) void pair_tile(const uint32_t *x, const uint8_t *const (&panels)[kSpan],
+                                                     size_t depth, bool begin, bool end, const Ends &to) {
+    __m512 sums[kTall][kSpan];
+    INGOT_UNROLL
+    for (auto &row : sums)
+        INGOT_UNROLL
+        for (auto &sum : row) sum = _mm512_setzero_ps();
+    for (size_t k = 0; k < depth; ++k) {
+        __m512bh w[kSpan];
+        INGOT_UNROLL
+        for (size_t s = 0; s < kSpan; ++s) w[s] = (__m512bh)_mm512_loadu_si512(panels[s] + k * kRows * 4);
+        INGOT_UNROLL
+        for (size_t m = 0; m < kTall; ++m) {
+            const __m512bh each = (__m512bh)_mm512_set1_epi32(int(x[k * kTall + m]));
+            INGOT_UNROLL
+            for (size_t s = 0; s < kSpan; ++s) sums[m][s] = _mm512_dpbf16_ps(sums[m][s], each, w[s]);
+        }
+    }
+    INGOT_UNROLL
+    for (size_t m = 0; m < kTall; ++m)
+        INGOT_UNROLL
+        for (size_t s = 0; s < kSpan; ++s) to.store_part(VF{sums[m][s]}, m, s * kRows, begin, end);
+}
+#endif
+
 // Calls use(std::integral_constant<size_t, n>()) for the n of 1 to kMost that is given.
 template <size_t kMost, typename Use>
 HWY_INLINE void with_rows(size_t rows, const Use &use) {
@@ -510,8 +555,53 @@ HWY_NOINLINE void many(const Product &p, const Job &job, size_t begin, size_t en
     }
 }
 
+#if INGOT_PAIRS
+HWY_NOINLINE void pairs(const Product &p, const Job &job, size_t begin, size_t end) {
+    const Tiles tiles(job.rows, kTileRows);
+    // What lies in a first-level cache beside a tile of x.
+    constexpr size_t kPairs = kDepth;
+    const size_t all = p.padded / 2;
+    for (size_t from = 0; from < all; from += kPairs) {
+        const size_t depth = std::min(kPairs, all - from);
+        for (size_t first = begin; first < end; first += kAbreast) {
+            const size_t last = std::min(first + kAbreast, end);
+            for (size_t tile = 0; tile < tiles.count; ++tile) {
+                const size_t row = job.first + tiles.begin(tile);
+                const size_t rows = tiles.begin(tile + 1) - tiles.begin(tile);
+                const auto *x = reinterpret_cast<const uint32_t *>(p.x.get() + row * p.padded) + from * rows;
+                const bool ends = from + depth == all;
+                with_rows<kTileRows>(rows, [&](auto tall) HWY_ATTR {
+                    for (size_t panel = first; panel < last; panel += kPanels) {
+                        const Ends to(*job.target, row, panel * kRows);
+                        const uint8_t *weight = job.weight + panel * p.layout.bytes + from * kRows * 4;
+                        if (panel + 1 == last)
+                            pair_tile<tall(), 1>(x, {weight}, depth, !from, ends, to);
+                        else
+                            pair_tile<tall(), 2>(x, {weight, weight + p.layout.bytes}, depth, !from, ends, to);
+                    }
+                });
+            }
+        }
+    }
+}
+#endif
+
+// Whether tiles of narrow rows are pairs.
+bool HasPairs() {
+#if INGOT_PAIRS
+    static const bool has = __builtin_cpu_supports("avx512bf16");
+    return has;
+#else
+    return false;
+#endif
+}
+
 template <int kNumbers>
 void columns_of(const Product &p, const Job &job, size_t begin, size_t end) {
+#if INGOT_PAIRS
+    if (kNumbers == INGOT_CPU_BFLOAT16 && p.narrow && job.rows > kFewRows && HasPairs())
+        return pairs(p, job, begin, end);
+#endif
     if constexpr (kNumbers >= INGOT_CPU_INT8)
         if (p.rounded) return rounded<kNumbers>(p, job, begin, end);
     if (job.rows <= kFewRows && job.rows <= kTileRows) return few<kNumbers>(p, job, begin, end);
@@ -550,8 +640,37 @@ HWY_INLINE void round_block(const float *x, size_t size, int8_t *to, size_t stri
     *sum = total;
 }
 
-// One tile: rows[m] -> column m.
-void Pack(const Product &p, size_t row, size_t tall, const float *const *rows) {
+// The nearest bfloat16, of two as near the even one, as a float.
+HWY_INLINE VU narrowed(VF x) {
+    const U32 d;
+    const VU bits = hn::BitCast(d, x);
+    const VU odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(d, 1));
+    const VU near = hn::Add(bits, hn::Add(odd, hn::Set(d, 0x7fff)));
+    // What is no number stays none, which the addition could make infinite.
+    const VU none = hn::Or(bits, hn::Set(d, 0x400000));
+    const auto is_none = hn::RebindMask(d, hn::IsNaN(x));
+    return hn::And(hn::IfThenElse(is_none, none, near), hn::Set(d, 0xffff0000u));
+}
+
+// A tile of narrow rows, pairs or not.
+void pack_narrow(const Product &p, size_t row, size_t tall, const float *const *rows, bool pairs) {
+    auto *to = reinterpret_cast<uint32_t *>(p.x.get() + row * p.padded);
+    HWY_ALIGN uint32_t here[kRows];
+    for (size_t m = 0; m < tall; ++m)
+        for (size_t k = 0; k < p.padded; k += kLanes) {
+            const size_t left = k < p.columns ? p.columns - k : 0;
+            hn::Store(narrowed(hn::LoadN(F32(), rows[m] + k, left)), U32(), here);
+            const size_t count = std::min(kLanes, p.padded - k);
+            if (pairs)
+                for (size_t i = 0; i < count; i += 2) to[(k + i) / 2 * tall + m] = here[i] >> 16 | here[i + 1];
+            else
+                for (size_t i = 0; i < count; ++i) to[(k + i) * tall + m] = here[i];
+        }
+}
+
+// One tile: rows[m] -> column m; of a job of so many rows.
+void Pack(const Product &p, size_t row, size_t tall, const float *const *rows, size_t of) {
+    if (p.narrow) return pack_narrow(p, row, tall, rows, of > kFewRows && HasPairs());
     if (!p.rounded) {
         float *to = p.x.get() + row * p.padded;
         if (tall == 1) {
@@ -608,13 +727,14 @@ size_t rows_of(const Job *jobs, size_t count) {
 }
 }  // namespace
 
-Product::Product(const ingot_cpu_format &format, size_t columns, bool rounded, const Job *jobs,
+Product::Product(const ingot_cpu_format &format, size_t columns, int32_t rounding, const Job *jobs,
                  size_t count)
     : format(format),
       layout(format, columns),
       columns(columns),
       padded(padded_columns(format, columns)),
-      rounded(rounded && is_whole(format)),
+      rounded(rounding == INGOT_CPU_TO_INT8 && is_whole(format)),
+      narrow(rounding == INGOT_CPU_TO_BFLOAT16 && format.numbers == INGOT_CPU_BFLOAT16),
       jobs(jobs),
       count(count),
       rows(rows_of(jobs, count)),
@@ -626,7 +746,7 @@ Product::Product(const ingot_cpu_format &format, size_t columns, bool rounded, c
 
 void Product::pack(const ingot_cpu_threads &threads, Row row, const void *self) const {
     struct Tile {
-        size_t row, rows;
+        size_t row, rows, of;
     };
     std::vector<Tile> all;
     for (size_t job = 0; job < count; ++job) {
@@ -634,7 +754,7 @@ void Product::pack(const ingot_cpu_threads &threads, Row row, const void *self) 
         const Tiles tiles(jobs[job].rows, tile_rows);
         for (size_t tile = 0; tile < tiles.count; ++tile)
             all.push_back({jobs[job].first + tiles.begin(tile),
-                           tiles.begin(tile + 1) - tiles.begin(tile)});
+                           tiles.begin(tile + 1) - tiles.begin(tile), jobs[job].rows});
     }
     const auto packed = HWY_DYNAMIC_POINTER(Pack);
     // A few rows are not worth waking anybody.
@@ -643,7 +763,7 @@ void Product::pack(const ingot_cpu_threads &threads, Row row, const void *self) 
         const float *here[16];
         for (size_t tile = all.size() * piece / pieces; tile < all.size() * (piece + 1) / pieces; ++tile) {
             for (size_t m = 0; m < all[tile].rows; ++m) here[m] = row(self, all[tile].row + m);
-            packed(*this, all[tile].row, all[tile].rows, here);
+            packed(*this, all[tile].row, all[tile].rows, here, all[tile].of);
         }
     });
 }

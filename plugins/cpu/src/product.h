@@ -31,8 +31,8 @@ class Product {
     // Where a row of x begins, by its number among the rows of all jobs.
     using Row = const float *(*)(const void *self, size_t row);
 
-    // rounded: whether x is rounded to int8, which takes whole numbers.
-    Product(const ingot_cpu_format &format, size_t columns, bool rounded, const Job *jobs,
+    // rounding: of ingot_cpu_rounding.
+    Product(const ingot_cpu_format &format, size_t columns, int32_t rounding, const Job *jobs,
             size_t count);
 
     void pack(const ingot_cpu_threads &threads, Row row, const void *self) const;
@@ -43,13 +43,15 @@ class Product {
     Layout layout;
     size_t columns;
     size_t padded;  // columns with those that fill up the last block
-    bool rounded;
+    bool rounded;  // to int8
+    bool narrow;   // to bfloat16
     const Job *jobs;
     size_t count, rows;
     size_t tile_rows;  // the most of a tile
 
     // Tiles of float32, [padded][rows of the tile] one behind the other; or rounded: [padded /
-    // 4][rows][4] of int8, and a scale and a sum for each [block][row].
+    // 4][rows][4] of int8, and a scale and a sum for each [block][row]. Narrow are tiles of float32
+    // as well, or, for kernels that multiply pairs, [padded / 2][rows][2] of bfloat16 in their place.
     Buffer<float> x;
     Buffer<int8_t> numbers;
     Buffer<float> scales;

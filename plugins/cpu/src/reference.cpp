@@ -20,6 +20,16 @@ float from_bfloat16(uint16_t bits) {
     return value;
 }
 
+// The nearest bfloat16, of two as near the even one.
+float to_bfloat16(float value) {
+    if (std::isnan(value)) return value;
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+    std::memcpy(&value, &bits, sizeof bits);
+    return value;
+}
+
 // x rounded to int8, a block at a time.
 void round_blocks(std::vector<double> &x, size_t block) {
     for (size_t begin = 0; begin < x.size(); begin += block) {
@@ -62,8 +72,10 @@ std::vector<double> reference_row(const ingot_cpu_format &format, const void *we
 }
 
 std::vector<double> reference_product(const ingot_cpu_format &format, const void *weight,
-                                      std::vector<double> x, size_t rows, bool round_activations) {
-    if (round_activations && is_whole(format)) round_blocks(x, size_t(format.block));
+                                      std::vector<double> x, size_t rows, int32_t rounding) {
+    if (rounding == INGOT_CPU_TO_INT8 && is_whole(format)) round_blocks(x, size_t(format.block));
+    if (rounding == INGOT_CPU_TO_BFLOAT16 && format.numbers == INGOT_CPU_BFLOAT16)
+        for (double &each : x) each = to_bfloat16(float(each));
     std::vector<double> y(rows);
     for (size_t row = 0; row < rows; ++row) {
         const std::vector<double> w = reference_row(format, weight, x.size(), row);

@@ -15,9 +15,9 @@ std::vector<double> reference_row(const ingot_cpu_format &format, const void *we
 void reference_linear(const ingot_cpu_linear_params &params);
 void reference_mlp(const ingot_cpu_mlp_params &params);
 
-// x [columns] W^T for one weight, [rows]; rounded as round_activations says.
+// x [columns] W^T for one weight, [rows]; rounded as `rounding` says, of ingot_cpu_rounding.
 std::vector<double> reference_product(const ingot_cpu_format &format, const void *weight,
-                                      std::vector<double> x, size_t rows, bool round_activations);
+                                      std::vector<double> x, size_t rows, int32_t rounding);
 
 double reference_activation(int32_t activation, double x);
 

@@ -371,7 +371,8 @@ Manifest manifest(const Field &raw) {
               "labels",        "engine",
               "files",         "validation",
               "schema_version", "weights",
-              "quantization",  "kernels"});
+              "quantization",  "kernels",
+              "activations"});
     // Any architecture: the graph is all that a session knows of it.
     result.model_type = raw.at("model_type").matching(kPackage, "the name of an architecture");
     result.task = raw.at("task").one_of({"generate", "features", "classify"});
@@ -402,6 +403,14 @@ Manifest manifest(const Field &raw) {
         }
         if (result.kernels == "portable" && in_numbers) {
             kernels.refuse("others, for standard operators read no weights in whole numbers");
+        }
+    }
+    if (raw.has("activations")) {
+        const Field activations = raw.at("activations");
+        activations.one_of({"bfloat16"});
+        const std::string stored = raw.has("weights") ? raw.at("weights").text() : "";
+        if (result.kernels != "ingot" || (stored != "checkpoint" && stored != "bfloat16")) {
+            activations.refuse("left out, but for kernels ingot and weights in bfloat16");
         }
     }
     if (in_numbers) {

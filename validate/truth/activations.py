@@ -1,8 +1,9 @@
-"""Eager PyTorch with the activations of some products rounded to int8, as fast kernels round them.
+"""Eager PyTorch with the activations of some products rounded, as fast kernels round them.
 
 A kernel for weights in blocks may round what it multiplies them by: each block of a row has the
 scale that its largest number asks for, and int8 numbers. What that costs is no fault of a kernel
-that is told to do so. So the same rounding in the eager graph is the floor of such a kernel.
+that is told to do so. So the same rounding in the eager graph is the floor of such a kernel. One
+for bfloat16 may round them to bfloat16, each number by itself.
 
 Source: MLAS, QuantizeARow_CompInt8 (onnxruntime/core/mlas/lib/sqnbitgemm*).
 """
@@ -19,14 +20,16 @@ from ingot.validate.truth.orders import BODIES, LINEAR, PRODUCTS
 
 # The largest int8 number that a block uses.
 MOST = 127
+# In place of the numbers of a block: each has an exponent of its own.
+TO_BFLOAT16 = 1
 
 
-class Int8Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A context in which what is multiplied by matrices is rounded to int8 first.
+class RoundedActivations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context in which what is multiplied by matrices is rounded first.
 
     Args:
-        blocks: by the address of a matrix's storage, how many numbers of a row share a scale; 0
-            where its products round nothing, such as a router's.
+        blocks: by the address of a matrix's storage, how many numbers of a row share a scale, or
+            ``TO_BFLOAT16``; 0 where its products round nothing, such as a router's.
     """
 
     def __init__(self, blocks: Mapping[int, int]) -> None:
@@ -67,8 +70,10 @@ def rounded_activations(x: torch.Tensor, block: int) -> torch.Tensor:
     """``[..., K]`` with each number rounded to a whole multiple of its block's scale.
 
     The scale is the block's largest number over 127; a block that K ends in is filled up with
-    zeros.
+    zeros. Of ``TO_BFLOAT16`` it is the nearest bfloat16.
     """
+    if block == TO_BFLOAT16:
+        return x.to(torch.bfloat16).to(x.dtype)
     columns = x.shape[-1]
     wide = torch.nn.functional.pad(x, (0, -columns % block))
     blocks = wide.reshape(*wide.shape[:-1], -1, block)

@@ -1,4 +1,4 @@
-"""Activations in int8: what ONNX Runtime's kernel makes of them, and whose are left alone."""
+"""Activations that are rounded: what kernels make of them, and whose are left alone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from oracle import relative_rms
 from ingot.export.codecs.blocks import Blocks, Size
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.runtime.onnxruntime_session import open_session
-from ingot.validate.truth import int8
-from ingot.validate.truth.int8 import Int8Activations, rounded_activations
+from ingot.validate.truth import activations
+from ingot.validate.truth.activations import (
+    TO_BFLOAT16,
+    RoundedActivations,
+    rounded_activations,
+)
 from ingot.validate.truth.layerwise import Fed, Layerwise, Side
 from ingot.validate.truth.recording import HIDDEN_STATES, ROUTER_LOGITS
 
@@ -104,12 +108,12 @@ def test_a_layer_rounds_what_it_multiplies_by_matrices_in_blocks(
     ids = np.random.default_rng(1).integers(0, 512, (2, 11))
     plain = states(graph, ids)
     every = dict.fromkeys(checkpoint.entries, 32)
-    rounded = states(graph, ids, lambda: Int8Activations(graph.storages(every)))
+    rounded = states(graph, ids, lambda: RoundedActivations(graph.storages(every)))
     errors = {name: relative_rms(plain[name], rounded[name]) for name in plain}
     last = [name for name in plain if name.startswith(HIDDEN_STATES)][-1]
     assert 1e-3 < errors[last] < 0.2
     # Of matrices none of which is in blocks nothing is rounded.
-    same = states(graph, ids, lambda: Int8Activations(graph.storages({})))
+    same = states(graph, ids, lambda: RoundedActivations(graph.storages({})))
     assert all(np.array_equal(plain[name], same[name]) for name in plain)
 
 
@@ -122,12 +126,22 @@ def test_a_router_rounds_nothing(tiny: Path) -> None:
 
     def error(in_blocks: set[str]) -> float:
         sizes = dict.fromkeys(in_blocks, 32)
-        found = states(graph, ids, lambda: Int8Activations(graph.storages(sizes)))
+        found = states(graph, ids, lambda: RoundedActivations(graph.storages(sizes)))
         return relative_rms(plain[f"{ROUTER_LOGITS}0"], found[f"{ROUTER_LOGITS}0"])
 
     # The matrix of the first router alone would have its input rounded, were it in blocks.
     assert error({router}) > 1e-3
     assert error({"model.layers.0.mlp.experts.0.up_proj.weight", "lm_head.weight"}) == 0
+
+
+def test_of_bfloat16_each_number_is_rounded_by_itself() -> None:
+    x = torch.from_numpy(np.random.default_rng(3).standard_normal((4, 37)))
+    found = rounded_activations(x, TO_BFLOAT16)
+    assert found.dtype == x.dtype
+    fraction, exponent = np.frexp(x.numpy())
+    # Eight bits, of two as near the even one.
+    expected = np.ldexp(np.rint(fraction * 256), exponent - 8)
+    np.testing.assert_array_equal(found.numpy(), expected)
 
 
 @pytest.mark.parametrize("precision", [torch.float64, torch.float32])
@@ -147,9 +161,9 @@ def test_rounds_by_the_block_of_each_matrix(
         seen.append(block)
         return rounded_activations(x, block)
 
-    monkeypatch.setattr(int8, "rounded_activations", note)
+    monkeypatch.setattr(activations, "rounded_activations", note)
     ids = np.random.default_rng(1).integers(0, 512, (2, 11))
-    states(graph, ids, lambda: Int8Activations(graph.storages(sizes)))
+    states(graph, ids, lambda: RoundedActivations(graph.storages(sizes)))
     attention = [128, 32, 32, 32]
     assert seen[:5] == [*attention, 64] and {*seen} == {32, 64, 128}
     experts = [at for at, block in enumerate(seen) if block == 64]
