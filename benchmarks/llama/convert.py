@@ -1,8 +1,8 @@
-"""llama.cpp's converter, in a process of its own: a float32 GGUF of a Hugging Face folder.
+"""llama.cpp's converter, in a process of its own: a GGUF of a Hugging Face folder.
 
 Its classes are taken as they are, without the vocabulary: ids are fed, and its list of known
 tokenizers has no small ones. ``config.json`` must name its ``architectures``, as Hugging Face's do.
-One argument: JSON with ``source``, ``checkpoint`` and ``out``.
+One argument: JSON with ``source``, ``checkpoint``, ``out`` and ``kind``, which is F32 or BF16.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 
-def convert(source: Path, checkpoint: Path, out: Path) -> None:
+def convert(source: Path, checkpoint: Path, out: Path, kind: str) -> None:
     sys.path.insert(0, str(source / "vendor" / "llama.cpp"))
     import torch
     from conversion import ModelBase, get_model_class
@@ -24,7 +24,8 @@ def convert(source: Path, checkpoint: Path, out: Path) -> None:
     config = ModelBase.load_hparams(checkpoint, False)
     known: Any = get_model_class(config["architectures"][0])
     with torch.inference_mode():
-        model = known(checkpoint, gguf.LlamaFileType.ALL_F32, out)
+        types = gguf.LlamaFileType
+        model = known(checkpoint, types.ALL_F32 if kind == "F32" else types.MOSTLY_BF16, out)
 
         def set_vocab() -> None:
             model.gguf_writer.add_tokenizer_model("none")
@@ -36,5 +37,5 @@ def convert(source: Path, checkpoint: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    convert(Path(given["source"]), Path(given["checkpoint"]), Path(given["out"]))
+    convert(Path(given["source"]), Path(given["checkpoint"]), Path(given["out"]), given["kind"])
     print("null")

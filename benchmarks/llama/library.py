@@ -92,13 +92,18 @@ class LlamaCpp:
             shutil.rmtree(work / "build")
         return cls(folder, threads)
 
-    def convert(self, checkpoint: Path, out: Path) -> None:
-        """Write a float32 GGUF of a Hugging Face folder, by llama.cpp's own converter.
+    def convert(self, checkpoint: Path, out: Path, kind: str = "F32") -> None:
+        """Write a GGUF of a Hugging Face folder, by llama.cpp's own converter.
+
+        Args:
+            checkpoint: the folder.
+            out: the file.
+            kind: ``F32`` or ``BF16``.
 
         Raises:
             LlamaCppError: a checkpoint it does not know.
         """
-        self.run(CONVERTER, checkpoint=str(checkpoint), out=str(out))
+        self.run(CONVERTER, checkpoint=str(checkpoint), out=str(out), kind=kind)
 
     def quantise(self, source: Path, out: Path, kind: str, importance: Path | None = None) -> None:
         """Write a GGUF file's tensors in another format, such as ``Q4_K_M``, or ``F32`` again.

@@ -15,6 +15,8 @@ from ingot.plugins.whole import staged_file
 
 NAME = "llama.cpp"
 WHOLE = "F32"
+# The checkpoints' own, and what quantisers read: nothing is lost by it.
+STORED = "BF16"
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Llama:
     # its cache is in float16, but for F32, which is to be float32 throughout.
     formats: tuple[Format, ...] = (
         Format("F32", {"kind": WHOLE}, exact=True),
-        Format("BF16", {"kind": "BF16"}),
+        Format("BF16", {"kind": STORED}),
         Format("Q8_0", {"kind": "Q8_0"}),
         Format("Q4_K_M", {"kind": "Q4_K_M"}),
     )
@@ -52,12 +54,12 @@ class Llama:
         kind = chosen.options["kind"]
         file = self._file(model, kind)
         if not file.is_file():
-            whole = self._file(model, WHOLE)
+            whole = file if kind in (WHOLE, STORED) else self._file(model, STORED)
             try:
                 if not whole.is_file():
                     with staged_file(whole) as made:
-                        self.built.convert(model.checkpoint, made)
-                if kind != WHOLE:
+                        self.built.convert(model.checkpoint, made, whole.stem)
+                if whole != file:
                     with staged_file(file) as made:
                         self.built.quantise(whole, made, kind)
             except LlamaCppError as error:

@@ -97,6 +97,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = tuple(CONFIGS)
+# A released shape, which is measured where it is asked for: 14 GB, and transformers in float32,
+# which all others are multiples of, would take 28 GB of memory.
+RELEASED = {
+    "olmoe-1b-7b": {
+        "model_type": "olmoe",
+        "architectures": ["OlmoeForCausalLM"],
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 50279,
+        "pad_token_id": 1,
+    },
+}
 # How many experts a token takes, and of how many, by names in the families' configs.
 _EXPERTS = ("num_experts", "num_local_experts")
 
@@ -106,7 +131,7 @@ class Model:
     """One checkpoint.
 
     Attributes:
-        family: its ``model_type``.
+        family: its ``model_type``, or the name of a released shape.
         checkpoint: a Hugging Face folder.
         config: what is in its ``config.json``.
     """
@@ -120,11 +145,11 @@ class Model:
         """Make the checkpoint where it is not there; a minute.
 
         Args:
-            family: one of ``FAMILIES``.
+            family: one of ``FAMILIES``, or of ``RELEASED``.
             work: where it is kept.
         """
         folder = work / "checkpoints" / family
-        config = {"model_type": family, **CONFIGS[family]}
+        config = {"model_type": family, **(CONFIGS | RELEASED)[family]}
         if not folder.is_dir():
             import torch
 
@@ -132,10 +157,16 @@ class Model:
             from ingot.graphs.preset import write_checkpoint
 
             with staged(folder, replace=False) as made:
-                write_checkpoint(made, find_family(family), config, dtype=torch.bfloat16, seed=SEED)
+                known = find_family(config["model_type"])
+                write_checkpoint(made, known, config, dtype=torch.bfloat16, seed=SEED)
                 for name in ("tokenizer.json", "tokenizer_config.json"):
                     shutil.copy(TOKENIZER / name, made / name)
         return cls(family, folder, json.loads((folder / "config.json").read_text()))
+
+    @property
+    def released(self) -> bool:
+        """Whether it is too large for some of the programs."""
+        return self.family in RELEASED
 
     @property
     def vocabulary(self) -> int:
