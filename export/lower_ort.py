@@ -86,10 +86,10 @@ IN_PLACE = {
 
 
 def in_place(model: ir.Model) -> set[str]:
-    """The inputs of states that may be one buffer with what replaces them."""
+    """Inputs of states that may be one buffer with what replaces them: nothing else reads them."""
     return {
         value.name or ""
         for node in model.graph
         for place in IN_PLACE.get((node.domain, node.op_type), ())
-        if (value := node.inputs[place]) is not None
+        if (value := node.inputs[place]) is not None and len(value.uses()) == 1
     }

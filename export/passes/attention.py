@@ -211,6 +211,8 @@ def _appends(concat: ir.Node) -> bool:
     """Whether it makes a cache of a past and new tokens that nothing else reads."""
     if len(concat.inputs) != 2 or concat.inputs[0] is None:
         return False
+    if concat.attributes.get_int("axis", 0) not in (2, -2):
+        return False
     past, cache = concat.inputs[0], concat.outputs[0]
     # Anything else would see a shared buffer's spare room.
     return past.is_graph_input() and len(past.uses()) == 1 and len(cache.uses()) == 1
