@@ -679,6 +679,55 @@ def test_kernels_are_of_the_target_ort(ingot: Path, kernels: str) -> None:
         Manifest.read(ingot)
 
 
+# Whose kernels, and which kinds of states they may write where the old ones are.
+BUFFERS = [
+    ("ort", "ingot", {"key", "value", "conv", "ssm"}),
+    ("ort", "portable", {"key", "value"}),
+    ("ort", None, {"key", "value"}),
+    ("onnx", None, set()),
+]
+
+
+def one_buffer(ingot: Path, target: str, kernels: str | None, kind: str) -> None:
+    """Let the first state of a kind, of any folder here, be one buffer with what replaces it."""
+    (ingot / LIBRARY).unlink(missing_ok=True)
+    if kernels == "ingot":
+        on_own_kernels(ingot)
+    elif kernels is not None:
+        change(ingot, "kernels", kernels)
+    change(ingot, "target", target)
+    states = json.loads((ingot / MANIFEST).read_text())["states"]
+    for at, state in enumerate(states):
+        change(ingot, f"states/{at}/shared", state["kind"] == kind)
+
+
+def with_states(folder: Path, kind: str) -> Path:
+    """A copy of a real ingot that has states of a kind."""
+    name = "granite-ort" if kind in ("key", "value") else "mamba2-onnx"
+    return Path(shutil.copytree(DATA / name, folder / "ingot"))
+
+
+@pytest.mark.parametrize("kind", ["key", "value", "conv", "ssm"])
+@pytest.mark.parametrize(("target", "kernels", "kinds"), BUFFERS)
+def test_states_are_one_buffer_where_kernels_write_in_place(
+    target: str, kernels: str | None, kinds: set[str], kind: str, tmp_path: Path
+) -> None:
+    ingot = with_states(tmp_path, kind)
+    one_buffer(ingot, target, kernels, kind)
+    if kind in kinds:
+        found = Manifest.read(ingot)
+        assert {state.kind for state in found.states if state.shared} == {kind}
+        # ONNX Runtime's kernel alone takes several rows a token at a time.
+        assert found.by_token == (kernels != "ingot" and kind in ("key", "value"))
+        found.write(ingot)
+        assert Manifest.read(ingot) == found
+    else:
+        with pytest.raises(ManifestError, match=r"states\[\d\]\.shared .* write in place"):
+            Manifest.read(ingot)
+    one_buffer(ingot, target, kernels, "none")
+    assert not Manifest.read(ingot).by_token
+
+
 def test_standard_operators_read_no_whole_numbers(ingot: Path) -> None:
     change(ingot, "kernels", "portable")
     change(ingot, "weights", "int8")

@@ -17,8 +17,16 @@ from typing import Any
 import pytest
 import toy_hybrid
 from conftest import MakeCheckpoint, MakeIngot
+from test_export_ingot_schema import (
+    BUFFERS,
+    IN_NUMBERS,
+    REFUSED,
+    change,
+    listed,
+    one_buffer,
+    with_states,
+)
 from test_export_ingot_schema import DATA as SCHEMA_1
-from test_export_ingot_schema import IN_NUMBERS, REFUSED, change, listed
 
 from ingot.export.ingot import LIBRARY, MANIFEST, Manifest, ManifestError
 from ingot.plugins.cpu.library import CpuLibrary
@@ -218,6 +226,24 @@ def test_has_pythons_verdict_on_kernels_and_what_goes_with_them(
     else:
         assert done.returncode == (0 if runs else 2)
         assert runs or "no library that has them is named" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["key", "value", "conv", "ssm"])
+@pytest.mark.parametrize(("target", "kernels", "kinds"), BUFFERS)
+def test_has_pythons_verdict_on_states_that_are_one_buffer(
+    target: str, kernels: str | None, kinds: set[str], kind: str, tmp_path: Path
+) -> None:
+    ingot = with_states(tmp_path, kind)
+    one_buffer(ingot, target, kernels, kind)
+    done = _run(ingot, "--prompt-ids", 1, "--max-new-tokens", 1)
+    if kind not in kinds:
+        with pytest.raises(ManifestError, match="shared"):
+            Manifest.read(ingot)
+        assert "ingot.json is damaged (states[" in done.stderr and ".shared" in done.stderr
+    else:
+        Manifest.read(ingot)
+        assert "damaged" not in done.stderr
+        assert kernels != "ingot" or "no library that has them is named" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 import pytest
+import toy_hybrid
 from conftest import MakeCheckpoint, MakeIngot
 from onnx import save
 from onnx.parser import parse_model
 
 from ingot.export.ingot import GRAPH, Manifest, TensorInfo
 from ingot.graphs.state import State
+from ingot.plugins.cpu.library import CpuLibrary
 from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
 from ingot.runtime.onnxruntime_session import open_session
@@ -622,3 +625,132 @@ def test_refuses_states_that_are_not_the_graph_s(
 
     with pytest.raises(SessionError, match=message):
         run()
+
+
+@pytest.fixture(scope="module", params=["granite", "mamba2", "toy_hybrid"])
+def both(
+    request: pytest.FixtureRequest,
+    make_checkpoint: MakeCheckpoint,
+    make_ingot: MakeIngot,
+    cpu_library: CpuLibrary,
+) -> Iterator[tuple[Path, Path]]:
+    """An ingot on Ingot's own kernels, and one of the same weights in standard operators."""
+    with toy_hybrid.registered():
+        checkpoint = make_checkpoint(request.param)
+        own = make_ingot(checkpoint, "ort", kernels="ingot", weights="checkpoint")
+        yield own, make_ingot(checkpoint, "onnx")
+
+
+def _apart(ingot: Path) -> OrtSession:
+    """A session that keeps no state where the one before it is."""
+    manifest = Manifest.read(ingot)
+    states = tuple(replace(state, shared=False) for state in manifest.states)
+    return OrtSession(ingot, replace(manifest, states=states))
+
+
+def _three_rows(tokens: int) -> tuple[Ids, Ids]:
+    """Of which one begins with padding, in the first call and beyond."""
+    ids, mask = _tokens(3, tokens, seed=4)
+    mask[2, :6] = 0
+    return ids, mask
+
+
+def _real(states: Sequence[State], found: dict[str, Floats], mask: Ids) -> dict[str, Floats]:
+    """States without what a cache keeps of padding."""
+    real = mask != 0
+    return {
+        state.output: found[state.output]
+        if state.axis is None
+        else np.moveaxis(found[state.output], state.axis, 1)[real]
+        for state in states
+    }
+
+
+@pytest.mark.parametrize("cuts", [[5], [5, 9], [4, 5, 6, 30], list(range(1, 33))], ids=str)
+def test_own_kernels_take_several_rows_after_a_past_in_one_call(
+    both: tuple[Path, Path], cuts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, plain = OrtSession(both[0], Manifest.read(both[0])), load(both[1])
+    assert all(state.shared for state in session.manifest.states)
+    assert not session.manifest.by_token
+    ids, mask = _three_rows(33)
+    expected = _feed(plain, ids, mask, [])
+    one_by_one = _feed(session, ids, mask, list(range(1, 33)))
+    calls, run = [], session._run
+
+    def counted(*given: Any) -> Floats:
+        calls.append(given)
+        return run(*given)
+
+    monkeypatch.setattr(session, "_run", counted)
+    found = _feed(session, ids, mask, cuts, capacity=40)
+    assert len(calls) == len(cuts) + 1
+    real, states = mask != 0, session.manifest.states
+    for logits, state in (expected, one_by_one):
+        _assert_close(found[0][real], logits[real])
+        ours, theirs = (_real(states, each, mask) for each in (found[1], state))
+        assert ours.keys() == theirs.keys()
+        for name, array in theirs.items():
+            assert np.abs(array).max() > 0.01
+            _assert_close(ours[name], array)
+
+
+def test_own_kernels_give_the_same_bits_wherever_states_are(both: tuple[Path, Path]) -> None:
+    session, apart = OrtSession(both[0], Manifest.read(both[0])), _apart(both[0])
+    ids, mask = _three_rows(12)
+    for capacity in (12, 100):
+        session.reset(3, capacity)
+        apart.reset(3, capacity)
+        before = {name: value.data_ptr() for name, value in session._state.items()}
+        assert len(set(before.values())) == len(session.manifest.states)
+        for begin, end in ((0, 5), (5, 6), (6, 7), (7, 12)):
+            found, expected = (
+                each.step(ids[:, begin:end], mask[:, begin:end]) for each in (session, apart)
+            )
+            np.testing.assert_array_equal(found, expected)
+            states = session.state(), apart.state()
+            assert states[0].keys() == states[1].keys()
+            for name, array in states[1].items():
+                np.testing.assert_array_equal(states[0][name], array)
+        assert before == {name: value.data_ptr() for name, value in session._state.items()}
+
+
+def test_states_in_place_are_handed_out_as_copies(both: tuple[Path, Path]) -> None:
+    session = load(both[0])
+    ids, mask = _three_rows(9)
+    session.reset(3, 9)
+    logits = session.step(ids[:, :5], mask[:, :5])
+    state = session.state()
+    kept, kept_state = logits.copy(), {name: array.copy() for name, array in state.items()}
+    after = session.step(ids[:, 5:], mask[:, 5:])
+    np.testing.assert_array_equal(logits, kept)
+    for name, array in kept_state.items():
+        np.testing.assert_array_equal(state[name], array)
+    changed = session.state()
+    assert not any(np.array_equal(changed[name], array) for name, array in kept_state.items())
+    # Nor is what was handed out where the session keeps its own.
+    session.reset(3, 9)
+    session.step(ids[:, :5], mask[:, :5])
+    for array in session.state().values():
+        array[:] = 1e3
+    np.testing.assert_array_equal(session.step(ids[:, 5:], mask[:, 5:]), after)
+
+
+def test_a_fork_writes_into_no_state_of_the_other(both: tuple[Path, Path]) -> None:
+    session = OrtSession(both[0], Manifest.read(both[0]))
+    ids, mask = _three_rows(9)
+    expected = _feed(session, ids, mask, [5])
+    session.reset(3, 9)
+    session.step(ids[:, :5], mask[:, :5])
+    fork = session.fork()
+    other = ids[::-1].copy()
+    fork.reset(3, 9)
+    fork.step(other[:, :5], mask[:, :5])
+    pointers = [{value.data_ptr() for value in each._state.values()} for each in (session, fork)]
+    assert not pointers[0] & pointers[1]
+    after = session.step(ids[:, 5:], mask[:, 5:])
+    np.testing.assert_array_equal(after, expected[0][:, 5:])
+    for name, array in session.state().items():
+        np.testing.assert_array_equal(array, expected[1][name])
+    # And a session that was reset begins from zeros.
+    assert _feed(session, ids, mask, [5])[0].tobytes() == expected[0].tobytes()
