@@ -743,6 +743,7 @@ def test_a_fork_writes_into_no_state_of_the_other(both: tuple[Path, Path]) -> No
     session.reset(3, 9)
     session.step(ids[:, :5], mask[:, :5])
     fork = session.fork()
+    assert all(value is not session._state[name] for name, value in fork._state.items())
     other = ids[::-1].copy()
     fork.reset(3, 9)
     fork.step(other[:, :5], mask[:, :5])

@@ -260,6 +260,7 @@ BASES = {
             more={**exact(64), **OWN},
         ),
         Base("hybrid ort", "toy_hybrid", "ort"),
+        Base("hybrid ingot", "toy_hybrid", "ort", more=OWN),
         Base("hybrid onnx", "toy_hybrid", "onnx"),
     )
 }

@@ -107,20 +107,27 @@ CACHED: dict[str, Condition] = {
 }
 # Of scans, which are told no positions and of the past only by their states.
 PAST = at.with_state("past_states.0.ssm")
-RECURRENT: dict[str, Condition] = {
-    "decode of one row": at.both(at.rows(1), at.tokens(1), PAST),
-    "second turn of one row": at.both(at.rows(1), at.tokens(2, -1), PAST),
-    "two tokens": at.tokens(2),
-    "three tokens": at.tokens(3),
-    "two rows": at.rows(2),
-    "decode of two rows": at.both(at.rows(2), at.tokens(1), PAST),
-    "more than three chunks": at.tokens(25, -1),
-    "row 3 of the batch": at.row(2),
-    "every row padded": at.every_row_padded,
-    "eight paddings or more": at.paddings(8),
-    "a prompt of one chunk of one row": at.both(at.rows(1), at.tokens(8)),
-    "decode of four rows": at.both(at.rows(4), at.tokens(1), PAST),
-}
+
+
+def recurrent(past: Condition) -> dict[str, Condition]:
+    """Where a state that is not empty says of a past."""
+    return {
+        "decode of one row": at.both(at.rows(1), at.tokens(1), past),
+        "second turn of one row": at.both(at.rows(1), at.tokens(2, -1), past),
+        "two tokens": at.tokens(2),
+        "three tokens": at.tokens(3),
+        "two rows": at.rows(2),
+        "decode of two rows": at.both(at.rows(2), at.tokens(1), past),
+        "more than three chunks": at.tokens(25, -1),
+        "row 3 of the batch": at.row(2),
+        "every row padded": at.every_row_padded,
+        "eight paddings or more": at.paddings(8),
+        "a prompt of one chunk of one row": at.both(at.rows(1), at.tokens(8)),
+        "decode of four rows": at.both(at.rows(4), at.tokens(1), past),
+    }
+
+
+RECURRENT = recurrent(PAST)
 
 
 def _both_places(base: str, conditions: dict[str, Condition]) -> list[Fault]:
