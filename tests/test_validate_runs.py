@@ -103,6 +103,18 @@ def test_prompts_and_decode_steps_end_where_tiles_do(traits: Traits, tile: int) 
         assert lengths(four) == [16, 1, 1] and four.rows == (0, 1, 0, 1)
 
 
+@pytest.mark.parametrize(("traits", "tile"), [(CACHES, 64), (SCAN, 8), (BOTH, 64)])
+def test_a_row_begins_with_more_padding_than_a_tile(traits: Traits, tile: int) -> None:
+    run = by_name(make_runs(traits, STANDARD, 0))["a tile of padding"]
+    assert run.rows == (0, 0) and lengths(run) == [2 * tile + 2, 1, 3]
+    assert (run.inputs.attention_mask == 0).sum(1).tolist() == [tile + 3, 3]
+    # Both decode the last token of a tile, of which something is known.
+    assert run.columns[:, 2 * tile + 2].tolist() == [tile - 1, 2 * tile - 1]
+    assert run.inputs.wanted[:, 2 * tile + 2].all() and run.inputs.wanted[:, -3:].any(1).all()
+    alone = by_name(make_runs(replace(traits, most_rows=1), STANDARD, 0))
+    assert "a tile of padding" not in alone and "whole tiles" in alone
+
+
 def test_a_chat_has_room_for_more_than_is_fed() -> None:
     def capacity(traits: Traits) -> int:
         return by_name(make_runs(traits, STANDARD, 0))["chat"].inputs.capacity
@@ -180,7 +192,7 @@ def test_what_crosses_a_length_at_which_positions_change_is_recorded_itself() ->
     assert all(run.recorded for run in early)
     later = make_runs(replace(CACHES, switch=100), STANDARD, 0)
     crossing = [run.name for run in later if run.recorded]
-    assert crossing == ["main", "long", "long split 2+257", "whole tiles"]
+    assert crossing == ["main", "long", "long split 2+257", "whole tiles", "a tile of padding"]
     assert sum(lengths(by_name(later)["long"])) > 100
     # It is crossed where the context ends there, too.
     ends = make_runs(replace(CACHES, switch=100, context=100), STANDARD, 0)

@@ -423,11 +423,11 @@ ONE_ROW = ("row", "chat", "padding first", "long", "whole tiles")
             },
         ),
         (CACHES, ("right padding", "padding within"), {"padding on the right"}),
-        (CACHES, ("every row padded", "padding within"), {"padding in every row"}),
+        (CACHES, ("every row padded", "padding within", "a tile"), {"padding in every row"}),
         (CACHES, ("split", "long split"), {"a prompt in pieces"}),
         (
             SCAN,
-            ("every row padded",),
+            ("every row padded", "a tile of padding"),
             {"a turn of several sequences", "more than 4 sequences", "padding in every row"},
         ),
         (SCAN, ("padding first",), {"padding before the prompt is a call of its own"}),

@@ -41,6 +41,8 @@ MOST_ROWS = 5
 TILE = 64
 TILE_ROWS = 4
 TILES = "whole tiles"
+# Kernels leave out tiles that are padding as a whole, and begin others where a row does.
+PADDED_TILES = "a tile of padding"
 # Tokens of each of those rows; together they fill one tile.
 TILE_TOKENS = TILE // TILE_ROWS
 # Tokens that a session is given room for in a chat, of which it is fed few, as in use.
@@ -157,6 +159,7 @@ def make_runs(traits: Traits, plan: Plan, seed: int, *, context: bool = True) ->
     if long is not None and traits.stateful and long.prefill > 4:
         cuts.append(split_run(recorded[1], (2, long.prefill - 2), "long split"))
         cuts += _tiles(recorded[1], traits.tile)
+        cuts += _padded_tiles(traits, recorded[1])
     whole = _context(traits, plan, random) if context else None
     if whole is not None:
         recorded.append(recorded_run(CONTEXT, whole, len(recorded)))
@@ -396,6 +399,23 @@ def _tiles(long: Run, tile: int) -> list[Run]:
     sizes = (tile, 1, tile - 2, 1, 1, 2 * tile - 2, 1, 1)
     mask = np.ones((1, sum(sizes)), dtype=np.int64)
     run = _cut(long, TILES, [0], mask, sizes)
+    return [run] if run.columns.shape[1] else []
+
+
+def _padded_tiles(traits: Traits, long: Run) -> list[Run]:
+    """Two rows of a long one: one begins with more padding than a tile, the other with some.
+
+    Behind it a decode step, of the last token of a tile in each row, which is kept of the long run,
+    and a turn of both.
+    """
+    if traits.most_rows is not None and traits.most_rows < 2:
+        return []
+    tile = traits.tile
+    sizes = (2 * tile + 2, 1, 3)
+    mask = np.ones((2, sum(sizes)), dtype=np.int64)
+    mask[0, : tile + 3] = 0
+    mask[1, :3] = 0
+    run = _cut(long, PADDED_TILES, [0, 0], mask, sizes)
     return [run] if run.columns.shape[1] else []
 
 

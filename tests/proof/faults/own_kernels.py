@@ -42,6 +42,7 @@ KEPT = "planted_state"
 PAST = at.with_state(KEPT)
 DECODE = at.both(at.tokens(1), at.after_a_past)
 SEVERAL = at.both(at.rows(2, -1), at.tokens(2, -1), at.after_a_past)
+LONG_PADDED = at.both(at.padded_row, at.total(65, -1))
 # More rows of a head of keys than are few, where two heads of queries share one; and fewer.
 MANY, FEW = at.tokens(3, -1), at.tokens(1, 2)
 
@@ -213,6 +214,15 @@ KERNELS = [
             ("more than 64 keys", GRANITE, at.total(65, -1)),
             ("more than 64 keys at decode", OLMOE, at.both(at.total(65, -1), DECODE)),
             ("more than 128 keys at decode", GRANITE, at.both(at.total(129, -1), DECODE)),
+            ("a padded row of more than 64 keys", GRANITE, LONG_PADDED),
+            ("decode of a padded row of more than 64 keys", OLMOE, at.both(LONG_PADDED, DECODE)),
+            ("more paddings than a block has keys", GRANITE, at.paddings(65)),
+            (
+                "several rows of several tokens behind more than 64 keys",
+                GRANITE,
+                at.both(SEVERAL, at.total(68, -1)),
+            ),
+            ("several tokens of a first call of 97 or more", OLMOE, at.tokens(97, -1)),
             ("several rows of several tokens after a past", JETMOE, SEVERAL),
         )
     ),
@@ -310,7 +320,7 @@ FAULTS: list[Fault] = [
     ),
     *(
         in_kernel(
-            f"half of it, {name}",
+            f"half of {operator}, {name}",
             HYBRID,
             KIND,
             result(operator, 0, HALF, condition),
