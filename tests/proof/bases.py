@@ -164,6 +164,8 @@ def known(base: Base) -> AbstractContextManager[Any]:
 
 
 NARROW = {"num_experts": 64, "num_experts_per_tok": 1, "hidden_size": 32, "intermediate_size": 16}
+# More keys than a kernel takes at once.
+LONGER = {"max_position_embeddings": 640}
 DYNAMIC = {
     "max_position_embeddings": 16,
     "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
@@ -241,6 +243,7 @@ BASES = {
         Base("olmoe awq ort", "olmoe", "ort", packed="awq", weights="checkpoint", more=GIVEN),
         Base("granite gptq ort", "granite", "ort", packed="gptq", weights="checkpoint", more=GIVEN),
         Base("granite ingot", "granite", "ort", more=OWN),
+        Base("granite 640 ingot", "granite", "ort", config=LONGER, more=OWN),
         Base("jetmoe bf16 ingot", "jetmoe", "ort", stored=BF16, weights="checkpoint", more=OWN),
         Base("mamba2 bf16 ingot", "mamba2", "ort", weights="bf16", more=OWN),
         Base("olmoe int4 ingot", "olmoe", "ort", weights="int4", more={**exact(), **OWN}),

@@ -298,6 +298,21 @@ FAULTS: list[Fault] = [
     # Right wherever states are apart: what layer 0 wrote is what layer 1 reads.
     in_kernel("states of two layers in place", MAMBA2, KIND, states_of_two(MIXER, STATE), IN_PLACE),
     in_kernel("queries read in float16", GRANITE, KIND, through_float16(ATTENTION, 0), FIRST),
+    # Where keys are more than a kernel takes at once, which is beyond what the standard plan feeds.
+    *(
+        in_kernel(
+            f"half of attention, {name}",
+            "granite 640 ingot",
+            KIND,
+            result(ATTENTION, 1, HALF, condition),
+            KERNEL,
+            plan="thorough",
+        )
+        for name, condition in (
+            ("more than 512 keys", at.total(513, -1)),
+            ("decode behind more than 512 keys", at.both(DECODE, at.total(513, -1))),
+        )
+    ),
     *(
         in_kernel(
             f"half of attention, {name}",
