@@ -180,7 +180,9 @@ def _call(
     # In a trace, they are the tensors that stand for the weights there.
     given = [x, *there.values(), *past, *dict(layer.named_parameters()).values()]
     x, *rest = torch.ops.ingot.layer(given, number)
-    return Mixed(x, tuple(rest[: len(past)]), tuple(rest[len(past) :]))
+    # A call that stands alone is given no caches, and makes them all the same.
+    states = len(layer.states(0))
+    return Mixed(x, tuple(rest[:states]), tuple(rest[states:]))
 
 
 def stamp(

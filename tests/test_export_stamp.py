@@ -128,6 +128,18 @@ def test_is_the_graph_of_a_whole_trace(name: str, monkeypatch: pytest.MonkeyPatc
     assert not [node for node in found.model.graph if node.domain == DOMAIN]
 
 
+def test_caches_of_a_call_that_stands_alone_are_no_routers_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family = find_family("jetmoe")
+    model = family.build(preset_config(family, "tiny"), "classify", torch.float32)
+    asked = {"extra_outputs": ("router_logits",)}
+    found, expected = traced(model, **asked), whole(model, monkeypatch, **asked)
+    names = [value.name for value in expected.model.graph.outputs]
+    assert [value.name for value in found.model.graph.outputs] == names and len(names) == 5
+    assert computed(found) == computed(expected)
+
+
 def test_one_kind_is_one_function_of_whatever_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """In another precision, with biases."""
     options = {"precision": torch.bfloat16}
