@@ -14,7 +14,7 @@ from cpu_weights import FORMATS, drawn
 
 from ingot.graphs.state import BATCH, PAST, SEQUENCE, TOTAL
 from ingot.plugins.cpu.library import CpuLibrary
-from ingot.plugins.cpu.panels import Format
+from ingot.plugins.cpu.panels import Format, rounding
 from ingot.runtime.onnxruntime_session import open_session
 from ingot.runtime.session import SessionError
 
@@ -90,7 +90,8 @@ def test_linear_and_embedding_give_the_librarys_bits(
     ):
         inputs: dict[str, np.ndarray | None] = {"x": x, "weight": weight, "bias": given}
         inputs |= {"residual": rest} if rest is not None else {}
-        options: dict[str, Any] = {"threads": threads, "round_activations": rounds, "scale": 0.5}
+        options: dict[str, Any] = {"threads": threads, "scale": 0.5}
+        options |= {"round_activations": rounding(bool(rounds), form)}
         found = ran(operators, "Linear", inputs, **options, **sizes)
         expected = cpu_library.linear(
             form,
@@ -126,7 +127,7 @@ def test_several_weights_and_gated_mlps_give_the_librarys_bits(
         outputs=len(sizes),
         in_features=columns,
         out_features=list(sizes),
-        round_activations=1,
+        round_activations=rounding(True, form),
         **stored(form),
     )
     pairs = list(zip(weights.values(), sizes, strict=True))

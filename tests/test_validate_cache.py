@@ -534,7 +534,16 @@ def test_the_code_is_what_the_eager_graphs_import() -> None:
 
 def test_a_change_of_the_code_changes_its_digest(tmp_path: Path) -> None:
     modules = (
-        *("decoded", "eager", "int8", "joined", "layerwise", "noise", "orders", "other_weights"),
+        *(
+            "activations",
+            "decoded",
+            "eager",
+            "joined",
+            "layerwise",
+            "noise",
+            "orders",
+            "other_weights",
+        ),
         *("plain", "recording", "replay", "stacks", "stored"),
     )
     validating = [f"validate/truth/{name}.py" for name in modules]
