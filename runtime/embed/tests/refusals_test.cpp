@@ -397,7 +397,9 @@ TEST_CASE("tensors that no session feeds or reads") {
         contains(message([](json &m) { m["generation"]["pad_token_id"] = -1; }), "from 0 to 511"));
     CHECK(contains(message([](json &m) { m["engine"] = "code"; }), "engine"));
     CHECK(contains(message([](json &m) { m["target"] = "onnx"; }),
-                   "false, but for a cache of the target ort"));
+                   "false, but for what kernels of the target ort write in place"));
+    CHECK(contains(message([](json &m) { m["activations"] = "bfloat16"; }),
+                   "left out, but for kernels ingot and weights in bfloat16"));
 }
 
 TEST_CASE("an ingot that failed its validation") {
