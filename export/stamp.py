@@ -211,18 +211,17 @@ def stamp(
 
 
 class _Layer(nn.Module):
-    """A kind as the tracer takes it."""
+    """A kind as the tracer takes it; its layer is in no module tree, for weights are arguments."""
 
     def __init__(self, kind: Kind) -> None:
         super().__init__()
         self._kind = kind
 
     def forward(self, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return self.__dict__["_kind"](*given)  # type: ignore[no-any-return]
+        return self._kind(*given)
 
 
 def _trace(kind: Kind) -> torch.export.ExportedProgram:
-    # Kept out of the module tree: the parameters must stay arguments of the call.
     with FakeTensorMode():
         given = tuple(
             torch.empty([size.example for size in sizes], dtype=dtype)

@@ -101,25 +101,13 @@ FAMILIES = tuple(CONFIGS)
 # which all others are multiples of, would take 28 GB of memory.
 RELEASED = {
     "olmoe-1b-7b": {
+        **CONFIGS["olmoe"],
         "model_type": "olmoe",
-        "architectures": ["OlmoeForCausalLM"],
-        "vocab_size": 50304,
         "hidden_size": 2048,
-        "intermediate_size": 1024,
         "num_hidden_layers": 16,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
+        "intermediate_size": 1024,
         "num_experts": 64,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": False,
-        "hidden_act": "silu",
-        "max_position_embeddings": 4096,
-        "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
         "eos_token_id": 50279,
-        "pad_token_id": 1,
     },
 }
 # How many experts a token takes, and of how many, by names in the families' configs.

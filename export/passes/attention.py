@@ -128,11 +128,7 @@ class AttentionToGroupQueryAttention(GraphPass):
             heads = node.attributes["kv_num_heads"].as_int()
             fits = rest == 0 and size % 8 == 0 and key == value == heads * size
             self.ensure(fits, node, f"has rows of {query}, {key} and {value} for its heads")
-            for past, present in zip(node.inputs[3:5], node.outputs[1:], strict=True):
-                assert past is not None
-                alone = past.is_graph_input() and len(past.uses()) == 1
-                self.ensure(alone, past, "is a cache with spare room, for the kernel alone")
-                self.ensure(not present.uses(), present, "has spare room, and a node reads it")
+            ensure_caches_alone(self, node)
 
     def _lengths(self, model: ir.Model, before: ir.Node) -> list[ir.Value]:
         """``seqlens_k [B]`` = S - 1 for every row, and ``total_sequence_length [1]`` = S, int32."""
@@ -162,6 +158,20 @@ def _flat(model: ir.Model, nodes: Nodes, source: ir.Value, wide: int) -> ir.Valu
     result = nodes.add("Reshape", source, integers(model, [0, 0, wide]))
     result.shape, result.type = shape, source.type
     return result
+
+
+def ensure_caches_alone(done: GraphPass, node: ir.Node) -> None:
+    """Ensure that only a kernel that appends in place reads its caches, and nobody what it makes.
+
+    Args:
+        done: the pass that put it there.
+        node: its inputs 3 and 4 are the caches, and its second and third output.
+    """
+    for past, present in zip(node.inputs[3:5], node.outputs[1:], strict=True):
+        assert past is not None
+        alone = past.is_graph_input() and len(past.uses()) == 1
+        done.ensure(alone, past, "is a cache with spare room, for the kernel alone")
+        done.ensure(not present.uses(), present, "has spare room, and a node reads it")
 
 
 def cached_attentions(model: ir.Model) -> list[CachedAttention]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ingot.export.passes.attention import cached_attentions
+from ingot.export.passes.attention import cached_attentions, ensure_caches_alone
 from ingot.export.passes.graph_pass import GraphPass
 from ingot.export.passes.match import only_reader, producer
 from ingot.export.passes.nodes import Nodes
 from ingot.plugins.cpu.operators import ATTENTION, DOMAIN, VERSION
 
 # Inputs of ``ingot.cpu::Attention``.
-QUERY, KEY, CACHES, ROTATION = 0, 1, slice(3, 5), slice(6, 8)
+QUERY, KEY, ROTATION = 0, 1, slice(6, 8)
 
 
 class AttentionToOperator(GraphPass):
@@ -56,11 +56,7 @@ class AttentionToOperator(GraphPass):
             left = node.op_type == "Attention" and not node.domain and bool(kernels)
             self.ensure(not left, node, f"is left beside {DOMAIN}::{ATTENTION}")
         for node in kernels:
-            for past, present in zip(node.inputs[CACHES], node.outputs[1:], strict=True):
-                assert past is not None
-                alone = past.is_graph_input() and len(past.uses()) == 1
-                self.ensure(alone, past, "is a cache with spare room, for the kernel alone")
-                self.ensure(not present.uses(), present, "has spare room, and a node reads it")
+            ensure_caches_alone(self, node)
 
 
 class RotateInAttention(GraphPass):

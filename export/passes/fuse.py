@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ingot.export.passes.graph_pass import GraphPass
-from ingot.export.passes.match import only_reader, producer
+from ingot.export.passes.match import only_reader, producer, silu_of
 from ingot.export.passes.replace import take_place
 from ingot.plugins.cpu.operators import DOMAIN, LINEAR, LINEARS, MLP, VERSION
 
@@ -168,19 +168,11 @@ def _activated(value: ir.Value | None, product: ir.Node) -> tuple[ir.Node, str] 
     node = _maker(value)
     if node is None or only_reader(node) is not product:
         return None
-    source = _maker(node.inputs[0])
-    if source is None:
-        return None
     if node.op_type == "Mul":
-        for one, other in (node.inputs, reversed(node.inputs)):
-            sigmoid = producer(other, "Sigmoid")
-            maker = _maker(one)
-            if sigmoid is not None and maker is not None and sigmoid.inputs[0] is one:
-                readers = {use.node for use in maker.outputs[0].uses()}
-                alone = only_reader(sigmoid) is node and readers == {node, sigmoid}
-                return (maker, "silu") if alone else None
-        return None
-    if only_reader(source) is not node:
+        maker = _maker(silu_of(node))
+        return None if maker is None else (maker, "silu")
+    source = _maker(node.inputs[0])
+    if source is None or only_reader(source) is not node:
         return None
     if node.op_type == "Gelu":
         tanh = node.attributes.get_string("approximate", "none") == "tanh"

@@ -34,6 +34,16 @@ def read_only_by(node: ir.Node, readers: Iterable[ir.Node]) -> bool:
     return not value.is_graph_output() and sorted(map(id, found)) == sorted(map(id, readers))
 
 
+def silu_of(product: ir.Node) -> ir.Value | None:
+    """x, where a Mul is ``x * sigmoid(x)``, as SiLU is written, and nothing else reads x."""
+    for x, other in (product.inputs, reversed(product.inputs)):
+        sigmoid = producer(other, "Sigmoid")
+        if x is not None and sigmoid is not None and sigmoid.inputs[0] is x:
+            alone = {use.node for use in x.uses()} == {product, sigmoid}
+            return x if alone and only_reader(sigmoid) is product else None
+    return None
+
+
 def transposes(node: ir.Node | None, perm: tuple[int, ...]) -> bool:
     """Whether it is a Transpose by exactly ``perm``."""
     if node is None or node.op_type != "Transpose" or "perm" not in node.attributes:

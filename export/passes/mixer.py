@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ingot.export.passes.graph_pass import GraphPass
-from ingot.export.passes.match import only_reader, producer
+from ingot.export.passes.match import only_reader, producer, silu_of
 from ingot.export.passes.replace import take_place
 from ingot.plugins.causal_conv import causal_conv
 from ingot.plugins.cpu.operators import DOMAIN, MIXER, VERSION
@@ -131,7 +131,7 @@ def _match(scan: ir.Node) -> _Mixer | None:
     if not _last_axis(split) or not _times_mask(product, xbc, mask):
         return None
     alone = only_reader(conv) is cut and all(
-        read_only_by_one(value) for value in (*parts, dt, xbc) if value is not None
+        _read_once(value) for value in (*parts, dt, xbc) if value is not None
     )
     gated = _gated(scan, gate)
     groups = b.shape[2] if b is not None and b.shape is not None else None
@@ -142,7 +142,7 @@ def _match(scan: ir.Node) -> _Mixer | None:
     return _Mixer(split.inputs[0], mask, conv, scan, groups, gated, _norm(gated))
 
 
-def read_only_by_one(value: ir.Value) -> bool:
+def _read_once(value: ir.Value) -> bool:
     """Whether a value has one reader, and is no output."""
     return len(value.uses()) == 1 and not value.is_graph_output()
 
@@ -157,7 +157,7 @@ def _flat(value: ir.Value | None) -> ir.Value | None:
     if not isinstance(heads, int) or not isinstance(size, int):
         return None
     same = flat.shape == (*value.shape[:2], heads * size)
-    return flat if same and read_only_by_one(value) else None
+    return flat if same and _read_once(value) else None
 
 
 def _last_axis(split: ir.Node) -> bool:
@@ -187,14 +187,8 @@ def _gated(scan: ir.Node, gate: ir.Value) -> ir.Node | None:
         return None
     for one, other in (product.inputs, reversed(product.inputs)):
         silu = producer(other, "Mul")
-        if one is not y or silu is None or only_reader(silu) is not product:
-            continue
-        for left, right in (silu.inputs, reversed(silu.inputs)):
-            sigmoid = producer(right, "Sigmoid")
-            if left is gate and sigmoid is not None and sigmoid.inputs[0] is gate:
-                readers = {use.node for use in gate.uses()}
-                fits = readers == {silu, sigmoid} and only_reader(sigmoid) is silu
-                return product if fits else None
+        if one is y and silu is not None and only_reader(silu) is product:
+            return product if silu_of(silu) is gate else None
     return None
 
 

@@ -28,7 +28,8 @@ from ingot.export.ingot_schema import CHECKPOINT, INGOT, STORED
 from ingot.export.manifest import make_manifest
 from ingot.export.quantization import BITS
 from ingot.graphs.family import find_family
-from ingot.plugins.cpu.operators import DOMAIN
+from ingot.plugins.cpu.operators import ATTENTION, DOMAIN, MIXER
+from ingot.plugins.cpu.panels import TO_BFLOAT16, TO_INT8
 from ingot.plugins.errors import IngotError, named, shown
 from ingot.validate.identity.bodies import all_nodes, is_weight
 from ingot.validate.identity.options import options_problem
@@ -54,13 +55,12 @@ KEYS = ("name", "input")
 # What writes new states where the old ones are: an operator's domain and name, and its inputs.
 SHARING = {
     ("com.microsoft", "GroupQueryAttention"): (3, 4),
-    (DOMAIN, "Attention"): (3, 4),
-    (DOMAIN, "Mamba2Mixer"): (2, 3),
+    (DOMAIN, ATTENTION): (3, 4),
+    (DOMAIN, MIXER): (2, 3),
 }
 # What multiplies by whole numbers, and the level at which it may round activations to int8.
 IN_BLOCKS, ROUNDED = ("MatMulNBits", "QMoE"), 4
 ROUNDS = "round_activations"
-TO_INT8, TO_BFLOAT16 = 1, 2
 ROUNDINGS = {TO_INT8: "int8", TO_BFLOAT16: "bfloat16"}
 # Inputs of what looks rows of a table up: the table, and its scales and zero points.
 LOOKED_UP = {

@@ -113,8 +113,8 @@ class Reference:
         self.chunk_size = self.facts.chunk_size
         self.routers = Routers(self.facts.routers, self.facts.experts_per_token)
         self.states = self._model.states
-        # By the name of a tensor, how products with it round; see ``RoundedActivations``.
-        self._rounding: dict[str, int] = {}
+        # The tensors whose products round to bfloat16; see ``narrowing``.
+        self._narrow: dict[str, int] = {}
         self._digest: str | None = None
         self._recurrent = any(state.axis is None for state in self.states)
         self._switch = self.facts.switch_length
@@ -138,10 +138,8 @@ class Reference:
         """
         reference = cls(checkpoint, manifest.task, manifest.precision, cache)
         reference._weights = as_stored(folder, manifest, checkpoint, reference._model)
-        if reference.stored is not None:
-            reference._rounding = reference.stored.decoded.blocks
         if manifest.activations:
-            reference._rounding = narrowing(folder, manifest, checkpoint, reference._model)
+            reference._narrow = narrowing(folder, manifest, checkpoint, reference._model)
         return reference
 
     @property
@@ -238,7 +236,7 @@ class Reference:
             stages: shows the steps.
         """
         dtype: torch.dtype = getattr(torch, self.precision)
-        blocks = self._rounding
+        blocks = self._narrow or ({} if self.stored is None else self.stored.decoded.blocks)
         sizes = ", ".join(map(str, sorted(set(blocks.values()))))
         keys = [
             self._key(inputs, dtype, stages, replayed=True, activations=f"rounded by {sizes}")

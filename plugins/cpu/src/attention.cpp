@@ -69,9 +69,16 @@ struct Attending {
     const float *cache(const float *of, size_t row, size_t head) const {
         return of + (row * key_heads + head) * capacity * size;
     }
+
+    // Of a row of the batch and a head of keys, query r, counted from the row's first: the token that
+    // it is of, and where it lies.
+    size_t token_of(size_t row, size_t r) const { return row * tokens + r / shared; }
+    size_t query_of(size_t row, size_t head, size_t r) const {
+        return (token_of(row, r) * heads + head * shared + r % shared) * size;
+    }
 };
 
-// A softmax of some keys: the largest score, the sum of what it leaves, and the sum of the values.
+// A softmax of some keys: the largest score, and the sum of what it leaves.
 struct Partial {
     float most, sum;
 };
@@ -105,7 +112,7 @@ constexpr size_t kTallest = (kTall + kLanes - 1) / kLanes * kLanes;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 // A head's numbers in whole vectors.
-HWY_INLINE size_t padded(size_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
+HWY_INLINE size_t padded(size_t size) { return round_up(size, kLanes); }
 
 // One head of a token, rotated and times `scale`.
 void turn(const Attending &a, const float *x, size_t token, float scale, float *to) {
@@ -284,9 +291,8 @@ void span_of(const Attending &a, size_t row, size_t head, size_t span, Partial *
     std::fill_n(queries.get(), kRows * across, 0.0f);
     size_t first = count, end = 0;
     for (size_t r = 0; r < kRows; ++r) {
-        const size_t token = row * a.tokens + r / a.shared;
-        const size_t query = token * a.heads + head * a.shared + r % a.shared;
-        turn(a, a.p.query + query * a.size, token, a.p.scale, queries.get() + r * across);
+        const size_t token = a.token_of(row, r);
+        turn(a, a.p.query + a.query_of(row, head, r), token, a.p.scale, queries.get() + r * across);
         const Seen &seen = a.seen[token];
         if (!seen.meets(begin, count)) continue;
         first = std::min(first, std::max<size_t>(seen.first, begin) - begin);
@@ -311,7 +317,7 @@ void span_of(const Attending &a, size_t row, size_t head, size_t span, Partial *
             scores[r * kSpan + k] = sum;
         }
     for (size_t r = 0; r < kRows; ++r) {
-        hide(a, row * a.tokens + r / a.shared, begin + first, keys, scores + r * kSpan);
+        hide(a, a.token_of(row, r), begin + first, keys, scores + r * kSpan);
         partial[r] = soften(scores + r * kSpan, keys);
     }
     const float nothing[kRows] = {};
@@ -421,8 +427,9 @@ void Block(const Attending &a, size_t row, size_t head, size_t first, size_t cou
         std::fill_n(running[tile].most, kTallest, kNone);
         std::fill_n(running[tile].sums[0], kTall * kLanes, 0.0f);
     }
-    const auto token_of = [&](size_t r) { return row * a.tokens + first + r / a.shared; };
-    const auto query_of = [&](size_t r) { return (token_of(r) * a.heads + head * a.shared + r % a.shared) * size; };
+    const size_t before = first * a.shared;
+    const auto token_of = [&](size_t r) { return a.token_of(row, before + r); };
+    const auto query_of = [&](size_t r) { return a.query_of(row, head, before + r); };
     for (size_t r = 0; r < rows; ++r) {
         turn(a, a.p.query + query_of(r), token_of(r), a.p.scale, one.get());
         float *tile = queries.get() + r / kTall * kTall * size + r % kTall;
@@ -489,10 +496,9 @@ void few(const Attending &a, const ingot_cpu_threads &threads) {
     const auto merge = HWY_DYNAMIC_POINTER(Merge);
     const auto merged = [&](size_t group) {
         for (size_t r = 0; r < rows; ++r) {
-            const size_t token = group / a.key_heads * a.tokens + r / a.shared;
-            const size_t query = token * a.heads + group % a.key_heads * a.shared + r % a.shared;
             const size_t at = group * a.spans * rows + r;
-            merge(a, partial.get() + at, sums.get() + at * across, rows, rows * across, a.p.y + query * a.size);
+            merge(a, partial.get() + at, sums.get() + at * across, rows, rows * across,
+                  a.p.y + a.query_of(group / a.key_heads, group % a.key_heads, r));
         }
     };
     // Pieces by what they read, which does not depend on how many threads there are.
@@ -522,10 +528,7 @@ void many(const Attending &a, const ingot_cpu_threads &threads) {
 
 void attend(const ingot_cpu_attention_params &p, const ingot_cpu_threads &threads) {
     const Attending a(p);
-    if (!a.batch || !a.tokens) {
-        // A call without tokens hands the caches on.
-        if (!a.batch || !a.past) return;
-    }
+    if (!a.batch || !a.total) return;
     const auto append = HWY_DYNAMIC_POINTER(Append);
     const size_t groups = a.batch * a.key_heads;
     const size_t moved = groups * a.size * (a.tokens + (p.present_key == p.past_key ? 0 : a.past));
@@ -534,6 +537,7 @@ void attend(const ingot_cpu_attention_params &p, const ingot_cpu_threads &thread
         for (size_t i = groups * piece / pieces; i < groups * (piece + 1) / pieces; ++i)
             append(a, i / a.key_heads, i % a.key_heads);
     });
+    // A call without tokens hands the caches on.
     if (!a.tokens) return;
     const auto look = HWY_DYNAMIC_POINTER(Look);
     const size_t each = std::max<size_t>(1, kMoved * 4 / a.total), all = a.batch * a.tokens;

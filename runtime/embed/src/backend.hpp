@@ -53,6 +53,10 @@ std::vector<std::int64_t> state_shape(const StateInfo &state, std::int64_t batch
 // Whether a graph takes the number of the last tokens whose logits are wanted.
 bool asks_for_last(const Manifest &manifest);
 
+// Whether several rows of several tokens after a past are fed a token at a time: ONNX Runtime's
+// GroupQueryAttention, which appends to shared buffers, refuses them.
+bool by_token(const Manifest &manifest);
+
 // The output that a call returns, and its sizes for a call.
 const TensorInfo &main_output(const Manifest &manifest);
 std::vector<std::int64_t> main_shape(const TensorInfo &main, const Feeds &feeds);

@@ -91,16 +91,12 @@ class Sampler {
 // Tokens of a prompt that are fed at once: those of a piece, or all of them where pieces would give
 // something else, or be slow: of an ingot from before there was logits_to_keep, and of an engine;
 // where the prompt is longer than the length at which the model turns all its positions; and of
-// several rows over buffers that ONNX Runtime's kernel appends to, which a session feeds token by
-// token after a past.
+// several rows that a session feeds token by token after a past.
 std::int64_t piece_of(const Manifest &manifest, std::int64_t rows, std::int64_t tokens,
                       std::int64_t chunk) {
     const bool turned = tokens > manifest.generation.switch_length.value_or(tokens);
-    const bool shared =
-        manifest.kernels != "ingot" &&
-        std::any_of(manifest.states.begin(), manifest.states.end(),
-                    [](const StateInfo &state) { return state.shared && state.axis; });
-    if (chunk == 0 || !asks_for_last(manifest) || turned || (rows > 1 && shared)) return tokens;
+    if (chunk == 0 || !asks_for_last(manifest) || turned || (rows > 1 && by_token(manifest)))
+        return tokens;
     return std::min(chunk, tokens);
 }
 

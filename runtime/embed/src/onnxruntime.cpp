@@ -110,10 +110,7 @@ struct Model {
         if (!operators.empty()) options.RegisterCustomOpsLibrary(operators.c_str());
         session = Ort::Session(env, (folder / kGraph).c_str(), options);
         for (const TensorInfo &input : manifest.inputs) inputs.insert(input.name);
-        for (const StateInfo &state : manifest.states) {
-            element_type(state.dtype, state.input);
-            by_token = by_token || (state.shared && state.axis && manifest.kernels != "ingot");
-        }
+        for (const StateInfo &state : manifest.states) element_type(state.dtype, state.input);
         element_type(main_output(manifest).dtype, manifest.main_output);
         check_tensors(folder);
     }
@@ -178,9 +175,6 @@ struct Model {
     Ort::Env env{ORT_LOGGING_LEVEL_ERROR, "ingot"};
     Ort::Session session{nullptr};
     std::set<std::string> inputs;
-    // Whether a cache is one buffer that ONNX Runtime's GroupQueryAttention appends to: it refuses
-    // several rows of several tokens after a past.
-    bool by_token = false;
 };
 
 class OrtBackend final : public Backend {
@@ -284,7 +278,7 @@ class OrtBackend final : public Backend {
         return result;
     }
 
-    bool one_by_one() const override { return model_->by_token; }
+    bool one_by_one() const override { return by_token(manifest_); }
 
   private:
     View view(const std::vector<std::int64_t> &shape) {

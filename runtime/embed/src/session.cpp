@@ -182,6 +182,12 @@ bool asks_for_last(const Manifest &manifest) {
                        [](const TensorInfo &input) { return input.name == kLogitsToKeep; });
 }
 
+bool by_token(const Manifest &manifest) {
+    return manifest.kernels != "ingot" &&
+           std::any_of(manifest.states.begin(), manifest.states.end(),
+                       [](const StateInfo &state) { return state.shared && state.axis; });
+}
+
 std::vector<std::int64_t> main_shape(const TensorInfo &main, const Feeds &feeds) {
     std::vector<std::int64_t> result;
     for (const Dimension &dimension : main.shape) {
