@@ -16,8 +16,9 @@
 #define INGOT_CPU_PRODUCT
 namespace ingot::cpu {
 
-// Rows of a job that are too few for tiles.
+// Rows of a job that are too few for tiles, and the most panels that they are multiplied with at a time.
 constexpr size_t kFewRows = 4;
+constexpr size_t kSpread = 4;
 
 }  // namespace ingot::cpu
 #endif
@@ -45,11 +46,17 @@ constexpr size_t kPanels = kVectors == 1 ? 2 : 1;
 constexpr size_t kWide = kPanels * kVectors;
 constexpr size_t kTileRows = kVectors == 1 ? 12 : kVectors == 2 ? 5 : HWY_ARCH_ARM ? 6 : 2;
 constexpr size_t kRoundedRows = kVectors == 1 ? 6 : 2;
-// With so few rows a product waits for memory: one panel behind the other is one stream, of which
-// the next lines are asked for so many bytes ahead, since a processor's own prefetching ends with a
-// page.
+// With so few rows a product waits for memory.
 constexpr size_t kStreamedRows = 2;
-constexpr size_t kAhead = 4096;
+// Panels that few rows are multiplied with at a time, as many as the registers hold the sums of. Each
+// is a stream of its own, of which the next lines are asked for so many bytes ahead: a processor's
+// own prefetching ends with a page, and while one stream waits for the address of its next page the
+// others go on.
+template <size_t kTall>
+constexpr size_t kStreams = kTall * kVectors <= 2                   ? kSpread
+                            : kTall * kVectors <= 4 && kVectors < 4 ? 2
+                                                                    : 1;
+constexpr size_t kAhead = 2048;
 // Whether products of bfloat16 in pairs may be compiled; HasPairs says whether they run.
 #undef INGOT_PAIRS
 #if HWY_TARGET == HWY_AVX3_DL && HWY_COMPILER_GCC_ACTUAL >= 1000
@@ -159,33 +166,40 @@ struct Ends {
     size_t column, out;
 };
 
-// Few rows, float32 and bfloat16: one panel, its sums in registers to the end.
-template <int kNumbers, size_t kTall>
-HWY_INLINE void few_floats(const Product &p, const float *x, const uint8_t *panel, const Ends &to) {
-    // Sums beside each other, since one chain of additions would wait for itself.
-    constexpr size_t kChains = kTall * kVectors >= 8 ? 1 : 8 / (kTall * kVectors);
+// Few rows, float32 and bfloat16: panels side by side, their sums in registers to the end.
+template <int kNumbers, size_t kTall, size_t kSpan>
+HWY_INLINE void few_floats(const Product &p, const float *x, const uint8_t *const (&panels)[kSpan],
+                           const Ends &to) {
+    // Sums beside each other, since one chain of additions would wait for itself; as many for one
+    // panel as for several, so that a sum does not depend on the panels it is computed with.
+    constexpr size_t kAll = kTall * kVectors * kStreams<kTall>;
+    constexpr size_t kChains = kAll >= 8 ? 1 : 8 / kAll;
     constexpr size_t kStep = kGroup<kNumbers>;
     const F32 d;
-    VF sums[kChains][kTall][kVectors];
+    VF sums[kChains][kTall][kSpan][kVectors];
     INGOT_UNROLL
     for (auto &chain : sums)
         INGOT_UNROLL
         for (auto &row : chain)
             INGOT_UNROLL
-            for (auto &sum : row) sum = hn::Zero(d);
+            for (auto &panel : row)
+                INGOT_UNROLL
+                for (auto &sum : panel) sum = hn::Zero(d);
     const auto step = [&](size_t chain, size_t group) HWY_ATTR {
         INGOT_UNROLL
-        for (size_t v = 0; v < kVectors; ++v) {
-            const uint8_t *from = panel + (group * kRows + v * kLanes) * 4;
-            hwy::Prefetch(from + kAhead);
-            const VU packed = load(from);
-            each_column<kNumbers>(packed, [&](size_t at, VF w) HWY_ATTR {
-                INGOT_UNROLL
-                for (size_t m = 0; m < kTall; ++m)
-                    sums[chain][m][v] = hn::MulAdd(
-                        hn::Set(d, x[(group * kStep + at) * kTall + m]), w, sums[chain][m][v]);
-            });
-        }
+        for (size_t s = 0; s < kSpan; ++s)
+            INGOT_UNROLL
+            for (size_t v = 0; v < kVectors; ++v) {
+                const uint8_t *from = panels[s] + (group * kRows + v * kLanes) * 4;
+                hwy::Prefetch(from + kAhead);
+                const VU packed = load(from);
+                each_column<kNumbers>(packed, [&](size_t at, VF w) HWY_ATTR {
+                    INGOT_UNROLL
+                    for (size_t m = 0; m < kTall; ++m)
+                        sums[chain][m][s][v] = hn::MulAdd(
+                            hn::Set(d, x[(group * kStep + at) * kTall + m]), w, sums[chain][m][s][v]);
+                });
+            }
     };
     const size_t groups = p.padded / kStep;
     size_t group = 0;
@@ -196,64 +210,85 @@ HWY_INLINE void few_floats(const Product &p, const float *x, const uint8_t *pane
     INGOT_UNROLL
     for (size_t m = 0; m < kTall; ++m)
         INGOT_UNROLL
-        for (size_t v = 0; v < kVectors; ++v) {
-            VF sum = sums[0][m][v];
+        for (size_t s = 0; s < kSpan; ++s)
             INGOT_UNROLL
-            for (size_t chain = 1; chain < kChains; ++chain) sum = hn::Add(sum, sums[chain][m][v]);
-            to.store(sum, m, v * kLanes);
-        }
+            for (size_t v = 0; v < kVectors; ++v) {
+                VF sum = sums[0][m][s][v];
+                INGOT_UNROLL
+                for (size_t chain = 1; chain < kChains; ++chain) sum = hn::Add(sum, sums[chain][m][s][v]);
+                to.store(sum, m, s * kRows + v * kLanes);
+            }
 }
 
 // Few rows, whole numbers.
-template <int kNumbers, size_t kTall>
-HWY_INLINE void few_whole(const Product &p, const float *x, const uint8_t *panel, const Ends &to) {
+template <int kNumbers, size_t kTall, size_t kSpan>
+HWY_INLINE void few_whole(const Product &p, const float *x, const uint8_t *const (&panels)[kSpan],
+                          const Ends &to) {
     constexpr size_t kStep = kGroup<kNumbers>;
     const F32 d;
-    VF sums[kTall][kVectors];
+    VF sums[kTall][kSpan][kVectors];
     INGOT_UNROLL
     for (auto &row : sums)
         INGOT_UNROLL
-        for (auto &sum : row) sum = hn::Zero(d);
+        for (auto &panel : row)
+            INGOT_UNROLL
+            for (auto &sum : panel) sum = hn::Zero(d);
     const size_t size = size_t(p.format.block), groups = size / kStep;
-    const uint8_t *numbers = panel + p.layout.numbers;
     for (size_t block = 0; block < p.layout.blocks; ++block) {
-        const Scales<kNumbers> scales(panel, p.layout, p.format.zero_points, block);
-        VF part[2][kTall][kVectors];
+        const size_t offset = p.layout.numbers + block * p.layout.block_bytes;
+        VF zeros[kSpan][kVectors], scales[kSpan][kVectors];
+        INGOT_UNROLL
+        for (size_t s = 0; s < kSpan; ++s) {
+            const Scales<kNumbers> here(panels[s], p.layout, p.format.zero_points, block);
+            INGOT_UNROLL
+            for (size_t v = 0; v < kVectors; ++v) {
+                zeros[s][v] = here.zero[v];
+                scales[s][v] = here.scale[v];
+            }
+        }
+        VF part[2][kTall][kSpan][kVectors];
         INGOT_UNROLL
         for (auto &chain : part)
             INGOT_UNROLL
             for (auto &row : chain)
                 INGOT_UNROLL
-                for (auto &sum : row) sum = hn::Zero(d);
+                for (auto &panel : row)
+                    INGOT_UNROLL
+                    for (auto &sum : panel) sum = hn::Zero(d);
         for (size_t group = 0; group < groups; ++group) {
             const float *here = x + (block * size + group * kStep) * kTall;
             INGOT_UNROLL
-            for (size_t v = 0; v < kVectors; ++v) {
-                hwy::Prefetch(numbers + v * kLanes * 4 + kAhead);
-                const VU packed = load(numbers + v * kLanes * 4);
-                each_column<kNumbers>(packed, [&](size_t at, VF w) HWY_ATTR {
-                    w = hn::Sub(w, scales.zero[v]);
-                    INGOT_UNROLL
-                    for (size_t m = 0; m < kTall; ++m)
-                        part[at % 2][m][v] =
-                            hn::MulAdd(hn::Set(d, here[at * kTall + m]), w, part[at % 2][m][v]);
-                });
-            }
-            numbers += kRows * 4;
+            for (size_t s = 0; s < kSpan; ++s)
+                INGOT_UNROLL
+                for (size_t v = 0; v < kVectors; ++v) {
+                    const uint8_t *from = panels[s] + offset + (group * kRows + v * kLanes) * 4;
+                    hwy::Prefetch(from + kAhead);
+                    each_column<kNumbers>(load(from), [&](size_t at, VF w) HWY_ATTR {
+                        w = hn::Sub(w, zeros[s][v]);
+                        INGOT_UNROLL
+                        for (size_t m = 0; m < kTall; ++m)
+                            part[at % 2][m][s][v] =
+                                hn::MulAdd(hn::Set(d, here[at * kTall + m]), w, part[at % 2][m][s][v]);
+                    });
+                }
         }
         INGOT_UNROLL
         for (size_t m = 0; m < kTall; ++m)
             INGOT_UNROLL
-            for (size_t v = 0; v < kVectors; ++v)
-                sums[m][v] = hn::MulAdd(hn::Add(part[0][m][v], part[1][m][v]), scales.scale[v],
-                                        sums[m][v]);
+            for (size_t s = 0; s < kSpan; ++s)
+                INGOT_UNROLL
+                for (size_t v = 0; v < kVectors; ++v)
+                    sums[m][s][v] = hn::MulAdd(hn::Add(part[0][m][s][v], part[1][m][s][v]), scales[s][v],
+                                               sums[m][s][v]);
     }
     INGOT_UNROLL
-    for (size_t m = 0; m < kTall; ++m)
+    for (size_t s = 0; s < kSpan; ++s)
         INGOT_UNROLL
         for (size_t v = 0; v < kVectors; ++v) {
-            const VF factor = hn::LoadU(d, reinterpret_cast<const float *>(panel) + v * kLanes);
-            to.store(hn::Mul(sums[m][v], factor), m, v * kLanes);
+            const VF factor = hn::LoadU(d, reinterpret_cast<const float *>(panels[s]) + v * kLanes);
+            INGOT_UNROLL
+            for (size_t m = 0; m < kTall; ++m)
+                to.store(hn::Mul(sums[m][s][v], factor), m, s * kRows + v * kLanes);
         }
 }
 
@@ -484,37 +519,55 @@ HWY_INLINE void with_rows(size_t rows, const Use &use) {
     if constexpr (kMost > 1) with_rows<kMost - 1>(rows, use);
 }
 
+// Calls use(panel, std::integral_constant<size_t, n>()) for panels from `panel` on, n at a time.
+template <size_t kMost, typename Use>
+HWY_INLINE void in_spans(size_t begin, size_t end, const Use &use) {
+    for (; begin + kMost <= end; begin += kMost) use(begin, std::integral_constant<size_t, kMost>());
+    if constexpr (kMost > 1) in_spans<kMost / 2>(begin, end, use);
+}
+
+// Pointers to panels one behind the other.
+template <size_t kSpan>
+struct Span {
+    Span(const Product &p, const Job &job, size_t panel) {
+        for (size_t s = 0; s < kSpan; ++s) at[s] = job.weight + (panel + s) * p.layout.bytes;
+    }
+    const uint8_t *at[kSpan];
+};
+
 template <int kNumbers>
 HWY_NOINLINE void few(const Product &p, const Job &job, size_t begin, size_t end) {
     const float *x = p.x.get() + job.first * p.padded;
-    for (size_t panel = begin; panel < end; ++panel)
-        with_rows<kFewRows>(job.rows, [&](auto tall) HWY_ATTR {
-            const uint8_t *weight = job.weight + panel * p.layout.bytes;
+    with_rows<kFewRows>(job.rows, [&](auto tall) HWY_ATTR {
+        in_spans<kStreams<tall()>>(begin, end, [&](size_t panel, auto span) HWY_ATTR {
+            const Span<span()> weights(p, job, panel);
             const Ends to(*job.target, job.first, panel * kRows);
             if constexpr (kNumbers < INGOT_CPU_INT8)
-                few_floats<kNumbers, tall()>(p, x, weight, to);
+                few_floats<kNumbers, tall()>(p, x, weights.at, to);
             else
-                few_whole<kNumbers, tall()>(p, x, weight, to);
+                few_whole<kNumbers, tall()>(p, x, weights.at, to);
         });
+    });
 }
 
 template <int kNumbers>
 HWY_NOINLINE void rounded(const Product &p, const Job &job, size_t begin, size_t end) {
+    const auto tile = [&](size_t row, size_t panel, auto tall, auto span) HWY_ATTR {
+        const Span<span()> weights(p, job, panel);
+        rounded_tile<kNumbers, tall()>(p, row, weights.at, Ends(*job.target, row, panel * kRows));
+    };
+    if (job.rows <= kStreamedRows)
+        return with_rows<kStreamedRows>(job.rows, [&](auto tall) HWY_ATTR {
+            in_spans<kStreams<tall()>>(begin, end, [&](size_t panel, auto span)
+                                                       HWY_ATTR { tile(job.first, panel, tall, span); });
+        });
     const Tiles tiles(job.rows, kRoundedRows);
-    const size_t abreast = job.rows <= kStreamedRows ? 1 : kPanels;
-    for (size_t panel = begin; panel < end; panel += abreast)
-        for (size_t tile = 0; tile < tiles.count; ++tile) {
-            const size_t row = job.first + tiles.begin(tile);
-            const size_t rows = tiles.begin(tile + 1) - tiles.begin(tile);
-            const uint8_t *weight = job.weight + panel * p.layout.bytes;
-            const Ends to(*job.target, row, panel * kRows);
-            with_rows<kRoundedRows>(rows, [&](auto tall) HWY_ATTR {
-                if (kPanels == 1 || abreast == 1 || panel + 1 == end)
-                    rounded_tile<kNumbers, tall(), 1>(p, row, {weight}, to);
-                else if constexpr (kPanels == 2)
-                    rounded_tile<kNumbers, tall(), 2>(p, row, {weight, weight + p.layout.bytes}, to);
+    in_spans<kPanels>(begin, end, [&](size_t panel, auto span) HWY_ATTR {
+        for (size_t each = 0; each < tiles.count; ++each)
+            with_rows<kRoundedRows>(tiles.begin(each + 1) - tiles.begin(each), [&](auto tall) HWY_ATTR {
+                tile(job.first + tiles.begin(each), panel, tall, span);
             });
-        }
+    });
 }
 
 template <int kNumbers>
@@ -711,7 +764,8 @@ HWY_EXPORT(TileRows);
 HWY_EXPORT(Pack);
 
 namespace {
-// Bytes of weights that are worth a piece of their own.
+// Bytes of weights that are worth a piece of their own: of few rows, and of those with more to do.
+constexpr size_t kFewBytes = size_t(128) << 10;
 constexpr size_t kPieceBytes = size_t(64) << 10;
 constexpr size_t kMostPieces = 256;
 
@@ -777,10 +831,14 @@ void Product::multiply(const ingot_cpu_threads &threads) const {
     for (size_t job = 0; job < count; ++job) {
         if (!jobs[job].rows) continue;
         const size_t panels = panels_of(jobs[job].target->out);
-        const size_t most = std::max<size_t>(1, panels * layout.bytes / kPieceBytes);
-        const size_t pieces = std::min({most, kMostPieces, (panels + 1) / 2});
+        const bool few = jobs[job].rows <= kFewRows;
+        const size_t most = std::max<size_t>(1, panels * layout.bytes / (few ? kFewBytes : kPieceBytes));
+        // Panels that are computed together stay together.
+        const size_t abreast = few ? kSpread : 2;
+        const size_t groups = (panels + abreast - 1) / abreast, pieces = std::min({most, kMostPieces, groups});
         for (size_t piece = 0; piece < pieces; ++piece)
-            all.push_back({&jobs[job], panels * piece / pieces, panels * (piece + 1) / pieces});
+            all.push_back({&jobs[job], groups * piece / pieces * abreast,
+                           std::min(panels, groups * (piece + 1) / pieces * abreast)});
     }
     const auto columns = HWY_DYNAMIC_POINTER(Columns);
     run(threads, all.size(), [&](size_t piece) {
