@@ -107,11 +107,13 @@ class ConfigReader:
         self.taken[name] = value
         return value
 
-    def size(self, name: str, default: int, most: int = MOST_SIZE) -> int:
-        """A positive integer, of no more than ``most``."""
+    def size(self, name: str, default: int, most: int = MOST_SIZE, *, least: int = 1) -> int:
+        """An integer of ``least`` to ``most``."""
         value = self.take(name, int, default)
-        if value < 1:
-            raise ConfigError(f"config.json: {name} is {shown(value)}; it must be at least 1.")
+        if value < least:
+            raise ConfigError(
+                f"config.json: {name} is {shown(value)}; it must be at least {least}."
+            )
         if value > most:
             raise ConfigError(f"config.json: {name} is {shown(value)}; it must be at most {most}.")
         return value

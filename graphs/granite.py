@@ -12,47 +12,27 @@ the same tensor names; so are the Granite code models, whose ``model_type`` is `
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
-from ingot.graphs.config import (
-    MOST_FACTOR,
-    MOST_POSITIONS,
-    ConfigReader,
-    Facts,
-    ModelConfig,
-)
+from ingot.graphs.attention import Attention, RotaryConfig, RotaryDecoder
+from ingot.graphs.config import MOST_FACTOR, MOST_POSITIONS, ConfigReader, Facts
 from ingot.graphs.config_fields import ATTENTION, DENSE
 from ingot.graphs.family import Family
-from ingot.graphs.layers import (
-    HIDDEN_ACT,
-    Attention,
-    CausalLM,
-    Decoder,
-    Layer,
-    Mixed,
-    RMSNorm,
-    Step,
-    causal_mask,
+from ingot.graphs.granite_multipliers import (
+    NOT_MULTIPLIED,
+    MultipliedConfig,
+    ScaledLM,
+    read_multipliers,
 )
-from ingot.graphs.rope import RopeParameters, RotaryEmbedding
+from ingot.graphs.layers import HIDDEN_ACT, GatedMLP, Layer, Mixed, RMSNorm, Step
+from ingot.graphs.rope import RopeParameters
 from ingot.graphs.state import State
-from ingot.plugins.activations import activate
-
-# The four multipliers where nothing is multiplied, as in a config that names none.
-MULTIPLIERS = {
-    "embedding_multiplier": 1.0,
-    "logits_scaling": 1.0,
-    "residual_multiplier": 1.0,
-    "attention_multiplier": 1.0,
-}
 
 
 @dataclass(frozen=True)
-class GraniteConfig(ModelConfig):
+class GraniteConfig(RotaryConfig, MultipliedConfig):
     """The fields of a Granite ``config.json`` that shape the result, by their own names."""
 
     intermediate_size: int
@@ -60,14 +40,8 @@ class GraniteConfig(ModelConfig):
     num_key_value_heads: int
     head_dim: int
     hidden_act: str
-    rms_norm_eps: float
     attention_bias: bool
     mlp_bias: bool
-    embedding_multiplier: float
-    logits_scaling: float
-    residual_multiplier: float
-    attention_multiplier: float
-    rope: RopeParameters
 
     @classmethod
     def read(cls, raw: dict[str, Any]) -> GraniteConfig:
@@ -91,12 +65,9 @@ class GraniteConfig(ModelConfig):
         config.all_layers(layers, layer_types=ATTENTION, mlp_layer_types=DENSE)
         if llama:
             config.must_be("pretraining_tp", 1, "it computes every product in one piece")
-            multipliers = {**MULTIPLIERS, "attention_multiplier": head_dim**-0.5}
+            multipliers = {**NOT_MULTIPLIED, "attention_multiplier": head_dim**-0.5}
         else:
-            multipliers = {name: config.take(name, float, 1.0) for name in MULTIPLIERS}
-            config.divisor("logits_scaling", 1.0)
-            # To one kernel a scale of 0 is none, and another refuses all that are not above it.
-            config.positive("attention_multiplier", 1.0)
+            multipliers = read_multipliers(config)
         result = cls(
             vocab_size=config.size("vocab_size", 32000),
             hidden_size=hidden_size,
@@ -124,32 +95,20 @@ class GraniteConfig(ModelConfig):
         return result
 
 
-class GraniteMLP(nn.Module):
-    def __init__(self, config: GraniteConfig) -> None:
-        super().__init__()
-        self.act = partial(activate, config.hidden_act)
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-        return y
-
-
 class GraniteDecoderLayer(Layer):
-    def __init__(self, config: GraniteConfig) -> None:
+    def __init__(self, config: GraniteConfig, _index: int) -> None:
         super().__init__()
         self.self_attn = Attention(
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
-            config.attention_multiplier,
+            scale=config.attention_multiplier,
             bias=config.attention_bias,
         )
-        self.mlp = GraniteMLP(config)
+        self.mlp = GatedMLP(
+            config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.mlp_bias
+        )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.residual_multiplier = config.residual_multiplier
@@ -164,19 +123,11 @@ class GraniteDecoderLayer(Layer):
         return Mixed(x, present)
 
 
-class GraniteModel(Decoder):
+class GraniteModel(RotaryDecoder):
     """The bare model: ``last_hidden_state [B, T, H]`` after the final norm."""
 
+    layer = GraniteDecoderLayer
     config: GraniteConfig
-
-    def __init__(self, config: GraniteConfig) -> None:
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            GraniteDecoderLayer(config) for _ in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(config.rope)
 
     def begin(
         self,
@@ -184,20 +135,15 @@ class GraniteModel(Decoder):
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
     ) -> tuple[torch.Tensor, Step]:
-        x = self.embed_tokens(input_ids) * self.config.embedding_multiplier
-        cos, sin = (table.to(x.dtype) for table in self.rotary_emb(position_ids))
-        return x, Step(causal_mask(attention_mask, input_ids.shape[1]), cos=cos, sin=sin)
+        """See ``Decoder.begin``; the embedding is multiplied by ``embedding_multiplier``."""
+        x, step = super().begin(input_ids, attention_mask, position_ids)
+        return x * self.config.embedding_multiplier, step
 
 
-class GraniteForCausalLM(CausalLM):
+class GraniteForCausalLM(ScaledLM):
     """The bare model and a language-model head: ``logits [B, T, V]``."""
 
     bare = GraniteModel
-    config: GraniteConfig
-
-    def head(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """See ``CausalLM.head``; the logits are divided by ``logits_scaling``."""
-        return super().head(x, attention_mask) / self.config.logits_scaling
 
 
 def preset_gain(name: str, config: dict[str, Any]) -> float:

@@ -15,14 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ingot.graphs.config import (
-    MOST_EXPERTS,
-    MOST_FACTOR,
-    MOST_POSITIONS,
-    ConfigReader,
-    Facts,
-    ModelConfig,
-)
+from ingot.graphs.attention import RotaryConfig, RotaryDecoder, attention
+from ingot.graphs.config import MOST_EXPERTS, MOST_FACTOR, MOST_POSITIONS, ConfigReader, Facts
 from ingot.graphs.config_fields import ATTENTION, EXPERTS
 from ingot.graphs.family import Family
 from ingot.graphs.layers import (
@@ -35,14 +29,12 @@ from ingot.graphs.layers import (
     ModelOutput,
     RMSNorm,
     Step,
-    attention,
-    causal_mask,
     load_balancing_loss,
 )
-from ingot.graphs.rope import RopeParameters, RotaryEmbedding, rotate
+from ingot.graphs.moe import ParallelExperts, ParallelMoE, Router
+from ingot.graphs.rope import RopeParameters, rotate
 from ingot.graphs.state import State, key_value_states
 from ingot.plugins.experts import choose_experts
-from ingot.plugins.moe_dispatch import moe_dispatch
 from ingot.plugins.moe_linear import moe_linear
 
 # The released layers take this whatever `rms_norm_eps` says; the field is the final norm's alone.
@@ -50,17 +42,15 @@ LAYER_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class JetMoeConfig(ModelConfig):
+class JetMoeConfig(RotaryConfig):
     """The fields of a JetMoE ``config.json`` that shape the result, by their own names."""
 
     intermediate_size: int
     num_key_value_heads: int
     kv_channels: int
     activation_function: str
-    rms_norm_eps: float
     num_local_experts: int
     num_experts_per_tok: int
-    rope: RopeParameters
 
     @classmethod
     def read(cls, raw: dict[str, Any]) -> JetMoeConfig:
@@ -119,25 +109,6 @@ class JetMoeConfig(ModelConfig):
         return result
 
 
-class JetMoeRouter(nn.Module):
-    def __init__(self, hidden_size: int, experts: int) -> None:
-        super().__init__()
-        self.layer = nn.Linear(hidden_size, experts, bias=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """``[N, H]`` -> router logits ``[N, E]`` float32."""
-        logits: torch.Tensor = self.layer(tokens)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-class JetMoeParallelExperts(nn.Module):
-    """One linear layer an expert, ``weight [E, O, Kin]``."""
-
-    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
-
-
 class JetMoeMoA(nn.Module):
     """The experts of attention: a query and an output projection each.
 
@@ -150,9 +121,9 @@ class JetMoeMoA(nn.Module):
     def __init__(self, hidden_size: int, width: int, experts: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.empty(hidden_size))
-        self.input_linear = JetMoeParallelExperts(experts, hidden_size, width)
-        self.output_linear = JetMoeParallelExperts(experts, width, hidden_size)
-        self.router = JetMoeRouter(hidden_size, experts)
+        self.input_linear = ParallelExperts(experts, hidden_size, width)
+        self.output_linear = ParallelExperts(experts, width, hidden_size)
+        self.router = Router(hidden_size, experts)
 
 
 class JetMoeAttention(nn.Module):
@@ -216,38 +187,27 @@ class JetMoeAttention(nn.Module):
         return Mixed(y, present, (router_logits,))
 
 
-class JetMoeMoE(nn.Module):
+class JetMoeMoE(ParallelMoE):
     """The MLP: a mixture of gated MLPs with one bias."""
 
     def __init__(self, config: JetMoeConfig) -> None:
-        super().__init__()
-        self.config = config
-        hidden, inner = config.hidden_size, config.intermediate_size
-        experts = config.num_local_experts
-        self.bias = nn.Parameter(torch.empty(hidden))
-        self.input_linear = JetMoeParallelExperts(experts, hidden, 2 * inner)
-        self.output_linear = JetMoeParallelExperts(experts, inner, hidden)
-        self.router = JetMoeRouter(hidden, experts)
+        super().__init__(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_local_experts,
+            config.num_experts_per_tok,
+            config.activation_function,
+        )
+        self.bias = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``[B, T, H]`` -> ``[B, T, H]`` and router logits ``[B*T, E]`` float32."""
-        tokens = x.flatten(0, 1)
-        router_logits = self.router(tokens)
-        y = moe_dispatch(
-            tokens,
-            router_logits,
-            self.input_linear.weight,
-            self.output_linear.weight,
-            self.config.num_experts_per_tok,
-            # The softmax over the chosen logits alone is the one over all, divided by its sum.
-            True,
-            self.config.activation_function,
-        )
-        return y.view_as(x) + self.bias, router_logits
+        y, logits = super().forward(x)
+        return y + self.bias, logits
 
 
 class JetMoeDecoderLayer(Layer):
-    def __init__(self, config: JetMoeConfig) -> None:
+    def __init__(self, config: JetMoeConfig, _index: int) -> None:
         super().__init__()
         self.self_attention = JetMoeAttention(
             config.hidden_size,
@@ -270,27 +230,10 @@ class JetMoeDecoderLayer(Layer):
         return Mixed(x + mixed, present, (*attention_logits, mlp_logits))
 
 
-class JetMoeModel(Decoder):
+class JetMoeModel(RotaryDecoder):
     """The bare model: ``last_hidden_state [B, T, H]`` after the final norm."""
 
-    def __init__(self, config: JetMoeConfig) -> None:
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            JetMoeDecoderLayer(config) for _ in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(config.rope)
-
-    def begin(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-    ) -> tuple[torch.Tensor, Step]:
-        x = self.embed_tokens(input_ids)
-        cos, sin = (table.to(x.dtype) for table in self.rotary_emb(position_ids))
-        return x, Step(causal_mask(attention_mask, input_ids.shape[1]), cos=cos, sin=sin)
+    layer = JetMoeDecoderLayer
 
 
 class JetMoeForCausalLM(CausalLM):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from typing import NamedTuple, cast
 
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ingot.graphs.config import ModelConfig
-from ingot.graphs.rope import rotate
-from ingot.graphs.state import State, key_value_states
+from ingot.graphs.state import State
+from ingot.plugins.activations import activate
 from ingot.plugins.experts import route
 
 # Hugging Face's `hidden_act` names -> the names the custom operators use.
@@ -315,110 +316,29 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def causal_mask(attention_mask: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Which keys each new token may see.
-
-    A token sees the unmasked keys up to itself. It always sees itself, also where it is padding:
-    a row without any key would be NaN, and poison later layers through the cache.
-
-    Args:
-        attention_mask: ``[B, S]`` int64, 1 for real tokens, 0 for padding, past included.
-        tokens: T, how many of the S are new.
-
-    Returns:
-        ``[B, 1, T, S]`` bool.
-    """
-    total = attention_mask.shape[1]
-    # Counted from the end, so that the graph needs S and T only and never the size of a cache
-    # input, which may have spare room where past and present share one buffer.
-    key_from_end = torch.arange(total, device=attention_mask.device).flip(0)
-    query_from_end = torch.arange(tokens, device=attention_mask.device).flip(0)
-    visible = key_from_end[None, :] >= query_from_end[:, None]
-    itself = key_from_end[None, :] == query_from_end[:, None]
-    return (visible & (attention_mask[:, None, None, :] != 0)) | itself
-
-
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    past: tuple[torch.Tensor, ...],
-    mask: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """Grouped-query attention over the cache and the new tokens.
-
-    Args:
-        query: ``[B, T, Hq, D]``.
-        key: ``[B, T, Hkv, D]``, as is ``value``.
-        past: the caches of key and value, ``[B, Hkv, P, D]`` each; none for a call that stands
-            alone.
-        mask: ``[B, 1, T, S]`` bool.
-        scale: factor on the scores.
-
-    Returns:
-        ``[B, T, Hq*D]`` and the new caches ``[B, Hkv, S, D]``.
-    """
-    key, value = key.transpose(1, 2), value.transpose(1, 2)
-    if past:
-        past_key, past_value = past
-        key = torch.cat((past_key, key), dim=2)
-        value = torch.cat((past_value, value), dim=2)
-    # The torch exporter refuses grouped queries where the head counts are equal.
-    grouped = query.shape[2] != key.shape[1]
-    out = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
-    )
-    return out.transpose(1, 2).flatten(2), (key, value)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with rotated queries and keys, between linear projections.
-
-    Source: Ainslie et al. 2023, arXiv:2305.13245.
+class GatedMLP(nn.Module):
+    """``down_proj(act(gate_proj(x)) * up_proj(x))`` (Shazeer 2020, arXiv:2002.05202).
 
     Args:
         hidden_size: H.
-        heads: Hq.
-        key_value_heads: Hkv.
-        head_size: D.
-        scale: factor on the scores.
+        inner_size: of the gate and of what it multiplies.
+        activation: a value of ``HIDDEN_ACT``.
         bias: whether the projections have one.
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        heads: int,
-        key_value_heads: int,
-        head_size: int,
-        scale: float,
-        *,
-        bias: bool = False,
+        self, hidden_size: int, inner_size: int, activation: str, *, bias: bool = False
     ) -> None:
         super().__init__()
-        self.key_value_heads, self.head_size, self.scale = key_value_heads, head_size, scale
-        self.q_proj = nn.Linear(hidden_size, heads * head_size, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, key_value_heads * head_size, bias=bias)
-        self.v_proj = nn.Linear(hidden_size, key_value_heads * head_size, bias=bias)
-        self.o_proj = nn.Linear(heads * head_size, hidden_size, bias=bias)
+        self.act = partial(activate, activation)
+        self.gate_proj = nn.Linear(hidden_size, inner_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, inner_size, bias=bias)
+        self.down_proj = nn.Linear(inner_size, hidden_size, bias=bias)
 
-    def states(self, index: int) -> tuple[State, ...]:
-        """The caches of the layer of that number."""
-        return key_value_states(index, self.key_value_heads, self.head_size)
-
-    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
-        """``[B, T, H]`` and the caches -> the same, without a residual."""
-        heads = (-1, self.head_size)
-        out, present = attention(
-            rotate(self.q_proj(x).unflatten(-1, heads), step.cos, step.sin),
-            rotate(self.k_proj(x).unflatten(-1, heads), step.cos, step.sin),
-            self.v_proj(x).unflatten(-1, heads),
-            past,
-            step.visible,
-            self.scale,
-        )
-        return Mixed(self.o_proj(out), present)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., H]`` -> the same shape."""
+        y: torch.Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return y
 
 
 def load_balancing_loss(

@@ -3,14 +3,35 @@
 from difflib import get_close_matches
 
 # Each has a file of its name in this folder.
-FAMILIES = ("granite", "jetmoe", "mamba2", "olmoe")
+FAMILIES = (
+    "bamba",
+    "flex_olmo",
+    "granite",
+    "granitemoe",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "jetmoe",
+    "mamba2",
+    "mixtral",
+    "olmo2",
+    "olmoe",
+    "qwen3_moe",
+)
 
 # The released checkpoint on the hub that is meant where the name alone is given.
 RELEASED = {
+    "bamba": "ibm-ai-platform/Bamba-9B-v2",
+    "flex_olmo": "allenai/FlexOlmo-7x7B-1T",
     "granite": "ibm-granite/granite-3.3-2b-instruct",
+    "granitemoe": "ibm-granite/granite-3.1-3b-a800m-instruct",
+    "granitemoehybrid": "ibm-granite/granite-4.0-h-tiny",
+    "granitemoeshared": "ibm-research/moe-7b-1b-active-shared-experts",
     "jetmoe": "jetmoe/jetmoe-8b",
     "mamba2": "AntonV/mamba2-2.7b-hf",
+    "mixtral": "mistralai/Mixtral-8x7B-v0.1",
+    "olmo2": "allenai/OLMo-2-1124-7B",
     "olmoe": "allenai/OLMoE-1B-7B-0924",
+    "qwen3_moe": "Qwen/Qwen3-30B-A3B",
 }
 
 # Model types that one of them computes, with another reading of config.json.
@@ -18,27 +39,19 @@ ALIASES = {"llama": "granite"}
 
 # Model types that people ask for: the nearest that is there, and what they have that it has not.
 RELATIVES = {
-    "bamba": ("mamba2", "attention layers and MLPs among its Mamba2 layers"),
     "falcon_mamba": ("mamba2", "Mamba1 layers, with another scan"),
-    "flex_olmo": ("olmoe", "its norms behind attention and experts"),
     "gemma": ("llama", "an embedding scale and norms of its own"),
-    "granitemoe": ("granite", "a mixture of experts in every layer"),
-    "granitemoehybrid": ("granite", "Mamba2 layers and mixtures of experts"),
-    "granitemoeshared": ("granite", "a mixture of experts and a shared one in every layer"),
     "mamba": ("mamba2", "Mamba1 layers, with another scan"),
     "ministral": ("llama", "attention over a sliding window"),
     "mistral": ("llama", "attention over a sliding window"),
-    "mixtral": ("olmoe", "no norm of its queries and keys"),
-    "nemotron_h": ("mamba2", "attention layers and MLPs among its Mamba2 layers"),
+    "nemotron_h": ("granitemoehybrid", "layers that are an MLP or experts alone"),
     "olmo": ("olmoe", "norms without weights, and no experts"),
-    "olmo2": ("olmoe", "no experts, and its norms behind attention and MLP"),
-    "olmo3": ("olmoe", "no experts, and attention over a sliding window"),
+    "olmo3": ("olmo2", "attention over a sliding window in most layers"),
     "phi3": ("llama", "one matrix for queries, keys and values, and one for gate and up"),
     "qwen2": ("llama", "a bias of queries, keys and values alone"),
-    "qwen2_moe": ("olmoe", "a shared expert"),
+    "qwen2_moe": ("qwen3_moe", "a shared expert with a gate"),
     "qwen3": ("llama", "a norm of every head's queries and keys"),
-    "qwen3_moe": ("olmoe", "a norm of every head's queries and keys"),
-    "zamba2": ("mamba2", "attention layers and MLPs that are shared among its Mamba2 layers"),
+    "zamba2": ("bamba", "attention layers and MLPs that are shared among its Mamba2 layers"),
 }
 
 

@@ -51,6 +51,8 @@ _SCALED: dict[str, tuple[set[str], set[str]]] = {
         {"original_max_position_embeddings"},
     ),
 }
+# Which part of a head is rotated.
+SHARE = "partial_rotary_factor"
 # An earlier name of a type -> the type.
 _OLD_TYPES = {"su": "longrope"}
 # Types that are told how long the sequences of the pretraining were.
@@ -66,7 +68,7 @@ class RopeParameters:
     Attributes:
         rope_type: a key of the table above.
         rope_theta: base of the frequencies.
-        dim: rotated size of a head, D.
+        dim: of a head, how many of its first numbers are rotated.
         max_position_embeddings: longest context the config names.
         values: the remaining numbers of ``rope_parameters``, by their Hugging Face names.
     """
@@ -78,14 +80,29 @@ class RopeParameters:
     values: dict[str, Any]
 
     @classmethod
-    def read(cls, config: ConfigReader, dim: int, max_position_embeddings: int) -> RopeParameters:
+    def read(
+        cls,
+        config: ConfigReader,
+        head_size: int,
+        max_position_embeddings: int,
+        *,
+        rope_theta: float = 10000.0,
+        share: float = 1.0,
+    ) -> RopeParameters:
         """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``.
+
+        Args:
+            config: of the model.
+            head_size: D.
+            max_position_embeddings: longest context the config names.
+            rope_theta: what it is where the config does not say.
+            share: of a head, that is rotated in this architecture.
 
         Raises:
             ConfigError: an unknown rope type, or a missing, extra or malformed value.
         """
         new, old = _object(config, "rope_parameters"), _object(config, "rope_scaling")
-        theta = config.take("rope_theta", float, 10000.0)
+        theta = config.take("rope_theta", float, rope_theta)
         if new and old and _normal(new, theta) != _normal(old, theta):
             raise ConfigError(
                 "config.json: rope_scaling and rope_parameters disagree; keep one of them."
@@ -98,9 +115,11 @@ class RopeParameters:
         rope_type = _rope_type(values)
         if rope_type == "yarn" and theta == 1:
             raise ConfigError("config.json: rope_theta is 1; rope type 'yarn' needs another.")
-        config.must_be("partial_rotary_factor", 1, "every head is rotated as a whole")
-        if values.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise ConfigError("config.json: partial_rotary_factor other than 1 is not implemented.")
+        whole = "every head is rotated as a whole"
+        config.must_be(SHARE, share, whole if share == 1 else f"{share:g} of a head is rotated")
+        if values.pop(SHARE, None) not in (None, share):
+            raise ConfigError(f"config.json: {SHARE} other than {share:g} is not implemented.")
+        dim = int(head_size * share)
         # transformers reads it here first, for the types that have it.
         outside = config.take("original_max_position_embeddings", int, 0)
         if outside:
@@ -339,7 +358,7 @@ class RotaryEmbedding(nn.Module):
         self._copies: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``position_ids [B, T]`` int64 -> cos, sin ``[B, T, 1, D]`` float32."""
+        """``position_ids [B, T]`` int64 -> cos, sin ``[B, T, 1, R]`` float32."""
         if self.parameters_.rope_type == "dynamic":
             inverse = self._dynamic(position_ids)
         else:
@@ -372,7 +391,13 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate heads ``[B, T, heads, D]`` by cos, sin ``[B, T, 1, D]``, halves paired (GPT-NeoX)."""
-    half = x.shape[-1] // 2
+    """Rotate heads ``[B, T, heads, D]`` by cos, sin ``[B, T, 1, R]``, halves paired (GPT-NeoX).
+
+    The first R of a head's numbers are rotated, and the others stay as they are.
+    """
+    size = cos.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat((rotate(x[..., :size], cos, sin), x[..., size:]), dim=-1)
+    half = size // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos + turned * sin

@@ -1,4 +1,4 @@
-"""One attention layer over a cache, as ``graphs.layers.attention`` captures to."""
+"""One attention layer over a cache, as ``graphs.attention.attention`` captures to."""
 
 from __future__ import annotations
 

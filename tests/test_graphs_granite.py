@@ -21,7 +21,7 @@ from oracle import (
     check_cached_decode,
     check_greedy_generation,
     check_last_logits,
-    check_logits_and_caches,
+    check_logits_and_states,
     check_padded_batch,
     check_padding_anywhere,
     every_other_is_slow,
@@ -36,7 +36,8 @@ from ingot.export.ingot import Manifest
 from ingot.export.request import ExportError
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.config import ConfigError
-from ingot.graphs.granite import FAMILY, MULTIPLIERS, GraniteConfig
+from ingot.graphs.granite import FAMILY, GraniteConfig
+from ingot.graphs.granite_multipliers import NOT_MULTIPLIED
 from ingot.graphs.preset import write_checkpoint
 from ingot.runtime.loading import load
 from ingot.runtime.onnxruntime_session import open_session
@@ -70,7 +71,7 @@ def subject(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_logits_and_caches_equal_transformers(subject: Subject, way: str) -> None:
-    check_logits_and_caches(subject, way)
+    check_logits_and_states(subject, way)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -329,7 +330,7 @@ LLAMAS: dict[str, dict[str, Any]] = {
 
 def llama(folder: Path, **fields: Any) -> Path:
     config = {**CODE, **fields}
-    granite = {**config, "model_type": "granite", **MULTIPLIERS, "pretraining_tp": None}
+    granite = {**config, "model_type": "granite", **NOT_MULTIPLIED, "pretraining_tp": None}
     write_checkpoint(folder, FAMILY, granite, seed=3)
     (folder / "config.json").write_text(json.dumps(config))
     return folder

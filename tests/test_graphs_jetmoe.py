@@ -23,7 +23,7 @@ from oracle import (
     check_cached_decode,
     check_greedy_generation,
     check_last_logits,
-    check_logits_and_caches,
+    check_logits_and_states,
     check_padded_batch,
     check_padding_anywhere,
     every_other_is_slow,
@@ -86,7 +86,7 @@ def subject(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_logits_and_caches_equal_transformers(subject: Subject, way: str) -> None:
-    check_logits_and_caches(subject, way)
+    check_logits_and_states(subject, way)
 
 
 @pytest.mark.parametrize("way", WAYS)

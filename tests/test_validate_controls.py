@@ -18,11 +18,11 @@ from conftest import MakeCheckpoint, MakeIngot
 from torch import nn
 from traces import Traces
 
-import ingot.graphs.layers
 from ingot.export.ingot import GRAPH, MANIFEST
 from ingot.export.passes.graph_pass import PassError
 from ingot.export.progress import Stages
 from ingot.export.write_weights import write_weights
+from ingot.graphs import attention
 from ingot.graphs.checkpoint import Checkpoint, block_reader
 from ingot.graphs.family import Family
 from ingot.graphs.layers import ModelOutput
@@ -201,7 +201,7 @@ def of_scan(change: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Fault:
 
         def forward(*arguments: torch.Tensor) -> Any:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("ingot.graphs.mamba2.mamba2_scan", change)
+                patch.setattr("ingot.graphs.mamba2_mixer.mamba2_scan", change)
                 return right(*arguments)
 
         layer.mixer.forward = forward
@@ -252,12 +252,14 @@ def drop_residual_multiplier(layer: Any) -> None:
 
 
 def see_one_padding_position(patch: pytest.MonkeyPatch) -> None:
+    right = attention.causal_mask
+
     def mask_off_by_one(attention_mask: torch.Tensor, tokens: int) -> torch.Tensor:
         """A row's mask begins one position early."""
         after = torch.cat((attention_mask[:, 1:], attention_mask[:, -1:]), dim=1)
-        return ingot.graphs.layers.causal_mask(attention_mask | after, tokens)
+        return right(attention_mask | after, tokens)
 
-    patch.setattr("ingot.graphs.granite.causal_mask", mask_off_by_one)
+    patch.setattr(attention, "causal_mask", mask_off_by_one)
 
 
 def shift_positions_after_a_past(model: Any) -> None:

@@ -581,8 +581,10 @@ def wrong_row(patch: Patch) -> None:
 
 
 def up_for_gate(patch: Patch) -> None:
+    right = olmoe.FAMILY.other_spelling
+
     def parts(name: str, shape: tuple[int, ...]) -> Any:
-        found = list(olmoe.expert_parts(name, shape))
+        found = list(right(name, shape))
         if name.endswith("gate_up_proj"):
             found[::2], found[1::2] = found[1::2], found[::2]
         return tuple(found)

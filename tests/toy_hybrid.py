@@ -19,19 +19,11 @@ import torch
 from torch import nn
 
 from ingot.graphs import names
+from ingot.graphs.attention import Attention, causal_mask
 from ingot.graphs.config import ConfigReader, Facts, ModelConfig
 from ingot.graphs.family import Family
-from ingot.graphs.layers import (
-    Attention,
-    CausalLM,
-    Decoder,
-    Layer,
-    Mixed,
-    RMSNorm,
-    Step,
-    causal_mask,
-)
-from ingot.graphs.mamba2 import Mamba2Mixer, MixerSizes, draw
+from ingot.graphs.layers import CausalLM, Decoder, Layer, Mixed, RMSNorm, Step
+from ingot.graphs.mamba2_mixer import Mamba2Mixer, MixerSizes, draw
 from ingot.graphs.rope import RopeParameters, RotaryEmbedding
 from ingot.graphs.state import State
 from ingot.plugins.moe_dispatch import moe_dispatch
@@ -141,7 +133,6 @@ class ToyLayer(Layer):
                 config.num_attention_heads,
                 config.num_key_value_heads,
                 config.head_dim,
-                config.head_dim**-0.5,
             )
         count = config.facts.routers[index]
         self.experts = nn.ModuleList(ToyExperts(config) for _ in range(count))

@@ -17,7 +17,7 @@ SWAP_HEADS = (0, 2, 1, 3)
 
 @dataclass(frozen=True)
 class CachedAttention:
-    """The nodes of what ``graphs.layers.attention`` captures to.
+    """The nodes of what ``graphs.attention.attention`` captures to.
 
     Attributes:
         attention: over query, key, value and mask.
@@ -84,8 +84,8 @@ class CachedAttention:
 class AttentionToGroupQueryAttention(GraphPass):
     """Lets ONNX Runtime's kernel append to the cache, so that past and present may share a buffer.
 
-    Matches what ``graphs.layers.attention`` captures to: heads transposed to ``[B, h, T, D]``, key
-    and value concatenated after the past, an explicit mask. The kernel takes ``[B, T, h*D]``,
+    Matches what ``graphs.attention.attention`` captures to: heads transposed to ``[B, h, T, D]``,
+    key and value concatenated after the past, an explicit mask. The kernel takes ``[B, T, h*D]``,
     applies the causal order itself, and gets the mask as an additive bias for the padding.
 
     The kernel needs D to be a multiple of 8; with another D nothing changes. It refuses B > 1 with

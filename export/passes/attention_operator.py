@@ -18,7 +18,7 @@ QUERY, KEY, ROTATION = 0, 1, slice(6, 8)
 class AttentionToOperator(GraphPass):
     """Lets Ingot's kernel append to the cache, so that past and present may share a buffer.
 
-    Matches what ``graphs.layers.attention`` captures to, with whatever mask: heads transposed to
+    Matches what ``graphs.attention.attention`` captures to, with whatever mask: heads transposed to
     ``[B, h, T, D]``, key and value concatenated after the past. All attention nodes are swapped, or
     none.
     """

@@ -36,7 +36,7 @@ class _Norm:
 
 @dataclass(frozen=True)
 class _Mixer:
-    """The nodes of what ``graphs.mamba2.Mamba2Mixer`` captures to, between its projections.
+    """The nodes of what ``graphs.mamba2_mixer.Mamba2Mixer`` captures to, between its projections.
 
     Attributes:
         projected: ``[B, T, I + C + Hm]``.

@@ -1,0 +1,200 @@
+"""Mixtral: a pre-norm decoder whose MLP is a mixture of experts.
+
+Source: Jiang et al. 2024, "Mixtral of Experts", arXiv:2401.04088, section 2. Config and tensor
+names are those of transformers 5; the hub's checkpoints have older ones. The weights of the chosen
+experts are the softmax of their logits alone. Attention over a sliding window, which a config may
+ask for, is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ingot.graphs.attention import Attention, RotaryConfig, RotaryDecoder
+from ingot.graphs.checkpoint import Part
+from ingot.graphs.config import MOST_EXPERTS, MOST_FACTOR, MOST_POSITIONS, ConfigReader, Facts
+from ingot.graphs.config_fields import ATTENTION, EXPERTS
+from ingot.graphs.family import Family
+from ingot.graphs.layers import HIDDEN_ACT, CausalLM, Layer, Mixed, RMSNorm, Step
+from ingot.graphs.moe import SparseMoeBlock, expert_parts
+from ingot.graphs.rope import RopeParameters
+from ingot.graphs.state import State
+
+
+@dataclass(frozen=True)
+class MixtralConfig(RotaryConfig):
+    """The fields of a Mixtral ``config.json`` that shape the result, by their own names."""
+
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    num_local_experts: int
+    num_experts_per_tok: int
+
+    @classmethod
+    def read(cls, raw: dict[str, Any]) -> MixtralConfig:
+        """From a parsed ``config.json``; absent fields take transformers' defaults.
+
+        Raises:
+            ConfigError: a field of another type, or one that the graph does not implement.
+        """
+        config = ConfigReader(raw, "mixtral")
+        hidden_size = config.size("hidden_size", 4096)
+        heads = config.size("num_attention_heads", 32, MOST_FACTOR)
+        # Of a config that says null there are as many as heads; of one that says nothing, 8.
+        default = heads if "num_key_value_heads" in raw else 8
+        key_value_heads = config.size("num_key_value_heads", default, MOST_FACTOR)
+        if raw.get("head_dim") is None:
+            config.multiple("hidden_size", of="num_attention_heads")
+        config.multiple("num_attention_heads", of="num_key_value_heads")
+        head_dim = config.size("head_dim", hidden_size // heads, MOST_FACTOR)
+        experts = config.size("num_experts", 8, MOST_EXPERTS)
+        experts = config.size("num_local_experts", experts, MOST_EXPERTS)
+        config.must_be("num_experts", experts, "it is another name of num_local_experts")
+        chosen = config.size("num_experts_per_tok", 2, MOST_EXPERTS)
+        config.at_most("num_experts_per_tok", "num_local_experts")
+        context = config.size("max_position_embeddings", 131072, MOST_POSITIONS)
+        rope = RopeParameters.read(config, head_dim, context, rope_theta=1000000.0)
+        layers = config.layers(default=32)
+        config.all_layers(layers, layer_types=ATTENTION, mlp_layer_types=EXPERTS)
+        result = cls(
+            vocab_size=config.size("vocab_size", 32000),
+            hidden_size=hidden_size,
+            intermediate_size=config.size("intermediate_size", 14336),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_value_heads,
+            head_dim=head_dim,
+            hidden_act=config.choice("hidden_act", HIDDEN_ACT, "silu"),
+            rms_norm_eps=config.epsilon("rms_norm_eps", 1e-5),
+            num_local_experts=experts,
+            num_experts_per_tok=chosen,
+            tie_word_embeddings=config.take("tie_word_embeddings", bool, False),
+            rope=rope,
+            facts=Facts(
+                routers=(1,) * layers,
+                experts_per_token=chosen,
+                context_length=rope.context_length,
+                switch_length=rope.switch_length,
+                eos_token_ids=config.token_ids("eos_token_id"),
+                pad_token_id=config.take("pad_token_id", int, 0),
+            ),
+        )
+        config.finish()
+        return result
+
+
+class MixtralDecoderLayer(Layer):
+    def __init__(self, config: MixtralConfig, _index: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.mlp = SparseMoeBlock(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_local_experts,
+            config.num_experts_per_tok,
+            normalise=True,
+            activation=config.hidden_act,
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def states(self, index: int) -> tuple[State, ...]:
+        return self.self_attn.states(index)
+
+    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
+        mixed, present, _ = self.self_attn(self.input_layernorm(x), step, past)
+        x = x + mixed
+        mixed, router_logits = self.mlp(self.post_attention_layernorm(x))
+        return Mixed(x + mixed, present, (router_logits,))
+
+
+class MixtralModel(RotaryDecoder):
+    """The bare model: ``last_hidden_state [B, T, H]`` after the final norm."""
+
+    layer = MixtralDecoderLayer
+
+
+class MixtralForCausalLM(CausalLM):
+    """The bare model and a language-model head: ``logits [B, T, V]``."""
+
+    bare = MixtralModel
+
+
+def hub_parts(name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+    """What the hub's checkpoints call a parameter of the experts; empty for every other one."""
+    on_hub = name.replace(".mlp.", ".block_sparse_moe.")
+    if name.endswith(".mlp.gate.weight"):
+        return (Part(on_hub, shape),)
+    return expert_parts(on_hub, shape, gate_up=("w1", "w3"), down="w2")
+
+
+def preset_gain(name: str, _config: dict[str, Any]) -> float:
+    """A router's logits spread over several units, so that its top-k has margins."""
+    return 2.0 if name.endswith("gate.weight") else 1.0
+
+
+FAMILY = Family(
+    model_type="mixtral",
+    read_config=MixtralConfig.read,
+    tasks={"generate": MixtralForCausalLM, "features": MixtralModel},
+    other_spelling=hub_parts,
+    tied={"lm_head.weight": "model.embed_tokens.weight"},
+    head_tensors=("lm_head.weight",),
+    extra_outputs=("router_logits", "hidden_states"),
+    preset_gain=preset_gain,
+    presets={
+        "tiny": {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 512,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        },
+        "small": {
+            "vocab_size": 32000,
+            "hidden_size": 512,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 4096,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        },
+        # The released Mixtral-8x7B.
+        "full": {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 32768,
+            "rope_theta": 1000000.0,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    },
+)

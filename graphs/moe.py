@@ -1,0 +1,206 @@
+"""Mixtures of gated MLPs, in the two layouts that checkpoints have, and the MLP beside one.
+
+Source: Shazeer et al. 2017, arXiv:1701.06538, section 2. Tensor names are Hugging Face's.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from ingot.graphs.checkpoint import Part
+from ingot.plugins.activations import activate
+from ingot.plugins.moe_dispatch import moe_dispatch
+
+
+def wide_logits(logits: torch.Tensor) -> torch.Tensor:
+    """A router's logits in float32 or wider, as routing takes them."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+# One tensor of gate and up, and one of down
+
+
+class Experts(nn.Module):
+    """The experts' weights, fused: rows of gate, then of up."""
+
+    def __init__(self, experts: int, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, inner_size))
+
+
+class SparseMoeBlock(nn.Module):
+    """Experts, of which each token takes K.
+
+    Args:
+        hidden_size: H.
+        inner_size: I, of one expert.
+        experts: E.
+        experts_per_token: K.
+        normalise: whether the weights of the chosen are made to sum to 1.
+        activation: a value of ``layers.HIDDEN_ACT``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        inner_size: int,
+        experts: int,
+        experts_per_token: int,
+        *,
+        normalise: bool,
+        activation: str,
+    ) -> None:
+        super().__init__()
+        self.experts_per_token, self.normalise = experts_per_token, normalise
+        self.activation = activation
+        self.gate = nn.Linear(hidden_size, experts, bias=False)
+        self.experts = Experts(experts, hidden_size, inner_size)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[B, T, H]`` -> ``[B, T, H]`` and router logits ``[B*T, E]`` float32."""
+        tokens = x.flatten(0, 1)
+        logits = wide_logits(self.gate(tokens))
+        y = moe_dispatch(
+            tokens,
+            logits,
+            self.experts.gate_up_proj,
+            self.experts.down_proj,
+            self.experts_per_token,
+            self.normalise,
+            self.activation,
+        )
+        return y.view_as(x), logits
+
+
+def expert_parts(
+    name: str,
+    shape: tuple[int, ...],
+    gate_up: tuple[str, str] = ("gate_proj", "up_proj"),
+    down: str = "down_proj",
+) -> tuple[Part, ...]:
+    """The per-expert spelling of a fused expert parameter; empty for every other parameter.
+
+    Both spellings are on the hub: ``mlp.experts.{e}.gate_proj.weight`` and so on from
+    transformers 4, and the fused ``mlp.experts.gate_up_proj`` that transformers 5 can write.
+
+    Args:
+        name: of a parameter.
+        shape: of it.
+        gate_up: what the layers of one expert are called whose rows are fused, in their order.
+        down: what its last layer is called.
+    """
+    owner, _, leaf = name.rpartition(".")
+    if not owner.endswith("experts"):
+        return ()
+    if leaf == "gate_up_proj":
+        half = (shape[1] // 2, shape[2])
+        return tuple(
+            Part(f"{owner}.{expert}.{which}.weight", half)
+            for expert in range(shape[0])
+            for which in gate_up
+        )
+    if leaf == "down_proj":
+        return tuple(Part(f"{owner}.{e}.{down}.weight", shape[1:]) for e in range(shape[0]))
+    return ()
+
+
+# A stack of linear layers each, and a router that is a layer in a module
+
+
+class Router(nn.Module):
+    def __init__(self, hidden_size: int, experts: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(hidden_size, experts, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``[N, H]`` -> router logits ``[N, E]`` float32."""
+        return wide_logits(self.layer(tokens))
+
+
+class ParallelExperts(nn.Module):
+    """One linear layer an expert, ``weight [E, O, Kin]``."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+
+
+class ParallelMoE(nn.Module):
+    """Experts, of which each token takes K, weighted by a softmax over the logits of those K.
+
+    Args:
+        hidden_size: H.
+        inner_size: I, of one expert.
+        experts: E.
+        experts_per_token: K.
+        activation: a value of ``layers.HIDDEN_ACT``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        inner_size: int,
+        experts: int,
+        experts_per_token: int,
+        activation: str,
+    ) -> None:
+        super().__init__()
+        self.experts_per_token, self.activation = experts_per_token, activation
+        self.input_linear = ParallelExperts(experts, hidden_size, 2 * inner_size)
+        self.output_linear = ParallelExperts(experts, inner_size, hidden_size)
+        self.router = Router(hidden_size, experts)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[B, T, H]`` -> ``[B, T, H]`` and router logits ``[B*T, E]`` float32."""
+        tokens = x.flatten(0, 1)
+        logits = self.router(tokens)
+        y = moe_dispatch(
+            tokens,
+            logits,
+            self.input_linear.weight,
+            self.output_linear.weight,
+            self.experts_per_token,
+            # The softmax over the chosen logits alone is the one over all, divided by its sum.
+            True,
+            self.activation,
+        )
+        return y.view_as(x), logits
+
+
+# How transformers 5 names them in memory.
+_NEWER = {
+    "input_linear.weight": "experts.gate_up_proj",
+    "output_linear.weight": "experts.down_proj",
+    "router.layer.weight": "router.weight",
+}
+
+
+def newer_parts(name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+    """What transformers 5 calls a parameter of a ``block_sparse_moe``; empty for every other."""
+    for old, new in _NEWER.items():
+        if name.endswith(f".block_sparse_moe.{old}"):
+            return (Part(name.removesuffix(old) + new, shape),)
+    return ()
+
+
+# Beside the experts
+
+
+class FusedMLP(nn.Module):
+    """A gated MLP that every token takes; gate and up are one matrix, gate's rows first."""
+
+    def __init__(self, hidden_size: int, inner_size: int, activation: str) -> None:
+        super().__init__()
+        self.act = partial(activate, activation)
+        self.input_linear = nn.Linear(hidden_size, 2 * inner_size, bias=False)
+        self.output_linear = nn.Linear(inner_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., H]`` -> the same shape."""
+        gate, up = self.input_linear(x).chunk(2, dim=-1)
+        y: torch.Tensor = self.output_linear(self.act(gate) * up)
+        return y

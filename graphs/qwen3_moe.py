@@ -1,0 +1,248 @@
+"""Qwen3 with experts: norms of every head's queries and keys, and dense layers where asked for.
+
+Source: Qwen team 2025, "Qwen3 Technical Report", arXiv:2505.09388, section 2. Config and tensor
+names are Hugging Face's. Attention over a sliding window, which a config may ask for, is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ingot.graphs.attention import Attention, RotaryConfig, RotaryDecoder
+from ingot.graphs.config import (
+    MOST_EXPERTS,
+    MOST_FACTOR,
+    MOST_POSITIONS,
+    ConfigError,
+    ConfigReader,
+    Facts,
+)
+from ingot.graphs.config_fields import ATTENTION
+from ingot.graphs.family import Family
+from ingot.graphs.layers import HIDDEN_ACT, CausalLM, GatedMLP, Layer, Mixed, RMSNorm, Step
+from ingot.graphs.moe import SparseMoeBlock, expert_parts
+from ingot.graphs.rope import RopeParameters
+from ingot.graphs.state import State
+from ingot.plugins.errors import shown
+
+
+@dataclass(frozen=True)
+class Qwen3MoeConfig(RotaryConfig):
+    """The fields of a Qwen3 MoE ``config.json`` that shape the result, by their own names.
+
+    Attributes:
+        sparse: of each layer, whether it has experts.
+        intermediate_size: of the layers without; 0 where there is none.
+        moe_intermediate_size: of one expert; 0 where there is none.
+    """
+
+    sparse: tuple[bool, ...]
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    attention_bias: bool
+    num_experts: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool
+
+    @classmethod
+    def read(cls, raw: dict[str, Any]) -> Qwen3MoeConfig:
+        """From a parsed ``config.json``; absent fields take transformers' defaults.
+
+        Raises:
+            ConfigError: a field of another type, or one that the graph does not implement.
+        """
+        config = ConfigReader(raw, "qwen3_moe")
+        hidden_size = config.size("hidden_size", 2048)
+        heads = config.size("num_attention_heads", 32, MOST_FACTOR)
+        key_value_heads = config.size("num_key_value_heads", 4, MOST_FACTOR)
+        if raw.get("head_dim") is None:
+            config.multiple("hidden_size", of="num_attention_heads")
+        config.multiple("num_attention_heads", of="num_key_value_heads")
+        head_dim = config.size("head_dim", hidden_size // heads, MOST_FACTOR)
+        experts = config.size("num_local_experts", 128, MOST_EXPERTS, least=0)
+        experts = config.size("num_experts", experts, MOST_EXPERTS, least=0)
+        config.must_be("num_local_experts", experts, "it is another name of num_experts")
+        chosen = config.size("num_experts_per_tok", 8, MOST_EXPERTS)
+        context = config.size("max_position_embeddings", 32768, MOST_POSITIONS)
+        rope = RopeParameters.read(config, head_dim, context)
+        layers = config.layers(default=24)
+        sparse = _sparse_layers(config, layers, experts)
+        if any(sparse):
+            config.at_most("num_experts_per_tok", "num_experts")
+        config.all_layers(layers, layer_types=ATTENTION)
+        # The size of a window says nothing where there is none.
+        config.must_be("use_sliding_window", False, "every layer attends to all tokens before")
+        config.ignore("sliding_window")
+        inner = config.size("intermediate_size", 6144)
+        of_expert = config.size("moe_intermediate_size", 768)
+        result = cls(
+            vocab_size=config.size("vocab_size", 151936),
+            hidden_size=hidden_size,
+            sparse=sparse,
+            intermediate_size=0 if all(sparse) else inner,
+            moe_intermediate_size=of_expert if any(sparse) else 0,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_value_heads,
+            head_dim=head_dim,
+            hidden_act=config.choice("hidden_act", HIDDEN_ACT, "silu"),
+            rms_norm_eps=config.epsilon("rms_norm_eps", 1e-6),
+            attention_bias=config.take("attention_bias", bool, False),
+            num_experts=experts if any(sparse) else 0,
+            num_experts_per_tok=chosen if any(sparse) else 0,
+            norm_topk_prob=config.take("norm_topk_prob", bool, False),
+            tie_word_embeddings=config.take("tie_word_embeddings", bool, False),
+            rope=rope,
+            facts=Facts(
+                routers=tuple(int(each) for each in sparse),
+                experts_per_token=chosen if any(sparse) else 0,
+                context_length=rope.context_length,
+                switch_length=rope.switch_length,
+                eos_token_ids=config.token_ids("eos_token_id"),
+                pad_token_id=config.take("pad_token_id", int, 0),
+            ),
+        )
+        config.finish()
+        return result
+
+
+def _sparse_layers(config: ConfigReader, layers: int, experts: int) -> tuple[bool, ...]:
+    """Every ``decoder_sparse_step``-th layer has experts, but for those of ``mlp_only_layers``."""
+    step = config.size("decoder_sparse_step", 1)
+    dense = config.take("mlp_only_layers", list, [])
+    if any(type(index) is not int for index in dense):
+        raise ConfigError(
+            f"config.json: mlp_only_layers is {shown(dense)}; it must be numbers of layers."
+        )
+    return tuple(
+        experts > 0 and (index + 1) % step == 0 and index not in dense for index in range(layers)
+    )
+
+
+class Qwen3MoeDecoderLayer(Layer):
+    def __init__(self, config: Qwen3MoeConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            bias=config.attention_bias,
+            normed="head",
+            norm_eps=config.rms_norm_eps,
+        )
+        self.mlp: SparseMoeBlock | GatedMLP
+        if config.sparse[index]:
+            self.mlp = SparseMoeBlock(
+                config.hidden_size,
+                config.moe_intermediate_size,
+                config.num_experts,
+                config.num_experts_per_tok,
+                normalise=config.norm_topk_prob,
+                activation=config.hidden_act,
+            )
+        else:
+            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def states(self, index: int) -> tuple[State, ...]:
+        return self.self_attn.states(index)
+
+    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
+        mixed, present, _ = self.self_attn(self.input_layernorm(x), step, past)
+        x = x + mixed
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, GatedMLP):
+            return Mixed(x + self.mlp(normed), present)
+        mixed, router_logits = self.mlp(normed)
+        return Mixed(x + mixed, present, (router_logits,))
+
+
+class Qwen3MoeModel(RotaryDecoder):
+    """The bare model: ``last_hidden_state [B, T, H]`` after the final norm."""
+
+    layer = Qwen3MoeDecoderLayer
+
+
+class Qwen3MoeForCausalLM(CausalLM):
+    """The bare model and a language-model head: ``logits [B, T, V]``."""
+
+    bare = Qwen3MoeModel
+
+
+def preset_gain(name: str, _config: dict[str, Any]) -> float:
+    """A router's logits spread over several units, so that its top-k has margins."""
+    return 2.0 if name.endswith("gate.weight") else 1.0
+
+
+FAMILY = Family(
+    model_type="qwen3_moe",
+    read_config=Qwen3MoeConfig.read,
+    tasks={"generate": Qwen3MoeForCausalLM, "features": Qwen3MoeModel},
+    other_spelling=expert_parts,
+    tied={"lm_head.weight": "model.embed_tokens.weight"},
+    head_tensors=("lm_head.weight",),
+    extra_outputs=("router_logits", "hidden_states"),
+    preset_gain=preset_gain,
+    presets={
+        "tiny": {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "max_position_embeddings": 512,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        },
+        "small": {
+            "vocab_size": 151936,
+            "hidden_size": 512,
+            "moe_intermediate_size": 192,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+            "max_position_embeddings": 4096,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        },
+        # The released Qwen3-30B-A3B.
+        "full": {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "max_position_embeddings": 40960,
+            "rope_theta": 1000000.0,
+            "rms_norm_eps": 1e-6,
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+        },
+    },
+)
