@@ -10,25 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import toy_hybrid
+from kinds import KINDS
 
 from ingot.export.build import build
 from ingot.export.progress import Stages
 from ingot.export.request import ExportRequest
-from ingot.graphs.names import FAMILIES
 
 # By folder name: family, target and what else is asked for.
 INGOTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{
         f"{family}-{target}": (family, target, {})
-        for family in (*FAMILIES, "toy_hybrid")
+        for family in (*KINDS, "toy_hybrid")
         for target in ("onnx", "ort")
     },
     # On Ingot's own kernels, once with scales of whole numbers.
     **{
-        f"{family}-own": (family, "ort", {"kernels": "ingot", "weights": weights})
-        for family, weights in zip(
-            FAMILIES, ("int4", "checkpoint", "checkpoint", "checkpoint"), strict=True
+        f"{family}-own": (
+            family,
+            "ort",
+            {"kernels": "ingot", "weights": "int4" if family == "granite" else "checkpoint"},
         )
+        for family in KINDS
     },
     "jetmoe-classify": ("jetmoe", "ort", {"task": "classify"}),
     "olmoe-features": ("olmoe", "ort", {"task": "features"}),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import every_family
 
 from benchmarks.on_gpu.decoding import (
     CapturedDecoder,
@@ -17,7 +18,6 @@ from benchmarks.on_gpu.decoding import (
 )
 from benchmarks.on_gpu.devices import Host
 from ingot.graphs.family import find_family
-from ingot.graphs.names import FAMILIES
 from ingot.graphs.preset import preset_config
 from ingot.plugins.check import relative_rms
 
@@ -31,7 +31,7 @@ def prompt(tokens: int) -> torch.Tensor:
     return torch.randint(0, 512, (1, tokens), generator=torch.Generator().manual_seed(tokens))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", every_family())
 def test_a_fixed_room_decodes_as_a_growing_cache(name: str) -> None:
     """Logits and tokens, also after going back to the prompt."""
     model = made(name)
@@ -45,7 +45,7 @@ def test_a_fixed_room_decodes_as_a_growing_cache(name: str) -> None:
         assert relative_rms(forced, logits) < 2e-6
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", every_family())
 def test_a_prefill_equals_its_tokens_one_by_one(name: str) -> None:
     model = made(name)
     ids = prompt(6)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
+from kinds import KINDS
 from onnx.reference import ReferenceEvaluator
 from oracle import every_other_is_slow
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from ingot.export.capture import capture, to_onnx
-from ingot.graphs.names import FAMILIES
 
 
 class Composites(nn.Module):
@@ -65,7 +65,7 @@ def test_computes_what_pytorch_does(graph: Callable[[], nn.Module]) -> None:
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("family", every_other_is_slow(FAMILIES))
+@pytest.mark.parametrize("family", every_other_is_slow(KINDS))
 def test_no_family_is_traced_twice(
     family: str,
     make_checkpoint: MakeCheckpoint,

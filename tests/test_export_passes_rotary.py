@@ -69,6 +69,20 @@ def test_a_rotation_is_one_operator_over_what_was_flat() -> None:
     np.testing.assert_allclose(y, definition(**feeds()), rtol=0, atol=2e-6)
 
 
+def test_heads_that_were_not_flat_are_made_so() -> None:
+    """Such as those that a norm of each head gives."""
+    text = TEXT.replace("x = Reshape (q, heads)", "apart = Reshape (q, heads) x = Neg (apart)")
+    model = lifted(text)
+    assert RotationToOperator()(model).modified
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    found = operators(model.graph)
+    assert found["RotaryEmbedding"] == 1
+    assert found["Neg"] == 1
+    given = feeds()
+    expected = definition(-given["q"], given["angles"])
+    np.testing.assert_allclose(run(model, given)["y"], expected, rtol=0, atol=2e-6)
+
+
 def test_who_reads_heads_still_gets_heads_and_tables_are_halved_once() -> None:
     text = TEXT.replace("float[b, t, 24] y)", "float[b, t, 24] y, float[b, t, 3, 8] more)")
     text = text.replace("y = Identity", "more = Identity (rotated) y = Identity")

@@ -13,13 +13,13 @@ import onnx
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
+from kinds import KINDS, every_family
 from oracle import relative_rms, tokens
 
 from ingot.export.engine import RTX, Builder, custom_nodes, layers, profiles, trtexec_options
 from ingot.export.ingot import ENGINE, GRAPH, TRTEXEC, Manifest, TensorInfo
 from ingot.export.request import PRECISIONS, Limits
 from ingot.graphs.checkpoint import Checkpoint
-from ingot.graphs.names import FAMILIES
 from ingot.plugins.whole import sha256
 from ingot.runtime.loading import load
 from ingot.runtime.session import Session
@@ -74,7 +74,7 @@ class Lowered:
         self.lowered = make_ingot(folder, "trt", builder="none", precision="fp32")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=every_family())
 def case(
     request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
 ) -> Lowered:
@@ -190,7 +190,7 @@ def test_a_bfloat16_engine_is_for_devices_that_have_it(
 
 # Granite's graph has no operator of ours.
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f == "granite")) for f in FAMILIES]
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f == "granite")) for f in KINDS]
 )
 def test_half_precision_computes_what_eager_does_in_it(
     family: str, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot

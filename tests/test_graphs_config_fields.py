@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeCheckpoint
+from kinds import every_family
 from oracle import relative_rms
 from transformers import AutoModelForCausalLM
 
@@ -69,7 +70,7 @@ def _all_fields(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every_family())
 def test_every_field_leaves_the_logits_of_transformers(
     family: str, make_checkpoint: MakeCheckpoint
 ) -> None:

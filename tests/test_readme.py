@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from clone import ROOT, make_clone, run
+from kinds import KINDS
 
 from ingot.graphs.names import FAMILIES
 
@@ -38,9 +39,7 @@ def test_the_two_commands(clone: Path) -> None:
 
 
 # One beside OLMoE, with a state of another kind; their own files test that all of them pass.
-WITH_MAKE = [
-    pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if family != "olmoe"
-]
+WITH_MAKE = [pytest.param(family, marks=pytest.mark.slow) for family in KINDS if family != "olmoe"]
 
 
 def test_every_family_has_a_row() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import toy_hybrid
 from conftest import MakeCheckpoint, MakeIngot
+from kinds import KINDS
 from test_export_ingot_schema import (
     BUFFERS,
     IN_NUMBERS,
@@ -76,7 +77,7 @@ def _python(session: Session, prompts: list[list[int]], **options: Any) -> list[
     return [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
 
 
-@pytest.fixture(scope="module", params=["granite", "jetmoe", "mamba2", "olmoe", "toy_hybrid"])
+@pytest.fixture(scope="module", params=[*KINDS, "toy_hybrid"])
 def checkpoint(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -> Iterator[Path]:
     # With its output tied to its embedding, a random Granite repeats its last token for ever.
     config = {"tie_word_embeddings": False} if request.param == "granite" else {}

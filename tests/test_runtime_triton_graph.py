@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import triton_server
 from conftest import MakeCheckpoint, MakeIngot
+from kinds import KINDS
 from triton_server import Server
 
 from ingot.export.ingot import Manifest
-from ingot.graphs.names import FAMILIES
 from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
 from ingot.runtime.triton_plan import Settings, growth
@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.skipif(ABSENT is not None, reason=
 
 # Of the onnx target, a cache that grows and a state of fixed size.
 CASES = [
-    *((family, "ort") for family in FAMILIES),
+    *((family, "ort") for family in KINDS),
     *(("olmoe", "onnx"), ("mamba2", "onnx")),
 ]
 PROMPTS = [[17, 300, 5, 44, 101, 256, 7], [411], [9, 8, 207]]

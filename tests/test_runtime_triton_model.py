@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from kinds import KINDS
 from triton_ingots import parsed
 
 from ingot.export.ingot import GRAPH, LIBRARY
-from ingot.graphs.names import FAMILIES
 from ingot.plugins.errors import IngotError
 from ingot.runtime import operators
 from ingot.runtime.generate import Sampling, generate
@@ -209,7 +209,7 @@ def test_streams_from_ingots_own_kernels(
         started(tmp_path / "r", verify="false")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_keeps_the_state_of_each_stream_apart(
     started: Callable[..., Any], ingots: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import triton_server
 from conftest import MakeCheckpoint, MakeIngot
+from kinds import KINDS
 from triton_server import Server
 
-from ingot.graphs.names import FAMILIES
 from ingot.plugins.cpu.library import CpuLibrary
 from ingot.runtime.generate import Sampling, generate
 from ingot.runtime.loading import load
@@ -159,7 +159,7 @@ def _served(ingot: Path, folder: Path, **settings: Any) -> Iterator[Served]:
         yield Served(server, "m_generate", ingot)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=KINDS)
 def family(
     request: pytest.FixtureRequest,
     ingots: Callable[[str], Path],

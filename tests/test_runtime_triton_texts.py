@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import yaml  # type: ignore[import-untyped]
 from google.protobuf import text_format
+from kinds import KINDS
 from triton_ingots import Sequence, parsed, with_engine
 
 from ingot.export.ingot import ENGINE, Manifest
-from ingot.graphs.names import FAMILIES
 from ingot.graphs.state import key_value_states, recurrent_states
 from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "target"),
     # Of the onnx target, a cache that grows and a state of fixed size.
-    [*((family, "ort") for family in FAMILIES), ("olmoe", "onnx"), ("mamba2", "onnx")],
+    [*((family, "ort") for family in KINDS), ("olmoe", "onnx"), ("mamba2", "onnx")],
 )
 def test_writes_configs_by_which_the_graph_computes_what_the_session_does(
     ingots: Callable[..., Path], tmp_path: Path, family: str, target: str

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 import toy_hybrid
+from kinds import KINDS, every_family
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import find_family
 from ingot.graphs.merge import open_checkpoint
-from ingot.graphs.names import FAMILIES
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.validate.truth import layerwise, stacks
 from ingot.validate.truth.cache import Recording
@@ -29,7 +29,7 @@ from ingot.validate.truth.reference import Reference
 from ingot.validate.truth.replay import Replay
 from ingot.validate.truth.stacks import Stacks
 
-TASKS = [(family, task) for family in FAMILIES for task in find_family(family).tasks]
+TASKS = [(family, task) for family in KINDS for task in find_family(family).tasks]
 PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -97,7 +97,7 @@ def assert_like_a_session(
         assert_same(second, stepped(session, other))
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "toy_hybrid"])
+@pytest.mark.parametrize("family", every_family("toy_hybrid"))
 def test_gives_what_a_session_gives_to_the_bit(
     checkpoints: Callable[..., Path], family: str
 ) -> None:
@@ -105,7 +105,7 @@ def test_gives_what_a_session_gives_to_the_bit(
     assert_like_a_session(checkpoint, "generate", torch.float32, calls_of())
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "toy_hybrid"])
+@pytest.mark.parametrize("family", every_family("toy_hybrid"))
 def test_knows_which_layer_each_hidden_state_leaves(
     checkpoints: Callable[..., Path], family: str
 ) -> None:

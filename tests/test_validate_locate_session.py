@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
 from damage import copied, with_engine
+from kinds import KINDS
 from located import main_calls
 
 from ingot.export.ingot import Manifest
 from ingot.graphs.family import find_family
-from ingot.graphs.names import FAMILIES
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.runtime.loading import load
 from ingot.runtime.ort import OrtSession
@@ -343,7 +343,7 @@ def test_judges_a_session_that_does_not_tell_what_it_fed(ingot: GetIngot) -> Non
 
 
 @pytest.mark.parametrize("target", ["onnx", "ort"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_finds_nothing_in_a_right_session(ingot: GetIngot, family: str, target: str) -> None:
     folder = ingot(family, target)
     session = load(folder)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeIngot
+from kinds import KINDS
 from safetensors.torch import load_file, save_file
 
 from ingot.export.ingot import Manifest
 from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
 from ingot.graphs.family import family_of, find_family
-from ingot.graphs.names import FAMILIES
 from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.validate.truth.cache import Cache, Recording
 from ingot.validate.truth.eager import EagerSession
@@ -31,7 +31,7 @@ from ingot.validate.truth.replay import choices
 pytestmark = pytest.mark.slow
 
 # Of each family, with all of its tasks.
-TASKS = [(family, task) for family in FAMILIES for task in find_family(family).tasks]
+TASKS = [(family, task) for family in KINDS for task in find_family(family).tasks]
 SHORT = Plan(decode=3)
 
 

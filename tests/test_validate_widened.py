@@ -11,12 +11,12 @@ import onnx
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
+from kinds import every_family
 from safetensors.torch import load_file
 
 from ingot.export.ingot import GRAPH, WEIGHTS, Manifest
 from ingot.export.progress import Stages
 from ingot.graphs.checkpoint import Checkpoint
-from ingot.graphs.names import FAMILIES
 from ingot.validate.judge.widened import judge_widened
 from ingot.validate.result import TensorResult
 from ingot.validate.truth.reference import Reference
@@ -44,7 +44,7 @@ def problems(results: list[TensorResult]) -> list[str]:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every_family())
 def test_a_right_graph_is_at_a_few_floors(
     make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot, family: str, precision: str
 ) -> None:

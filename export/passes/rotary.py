@@ -18,7 +18,8 @@ class _Rotation:
     """The nodes of what ``graphs.rope.rotate`` captures to.
 
     Attributes:
-        flat: ``[B, T, h*D]``, what is rotated.
+        x: ``[B, T, h, D]``, what is rotated.
+        flat: the same as ``[B, T, h*D]``; None where it was never so.
         heads: h.
         size: D.
         cos: ``[B, T, 1, D]``, whose halves are equal.
@@ -26,7 +27,8 @@ class _Rotation:
         add: the node whose result it is, ``[B, T, h, D]``.
     """
 
-    flat: ir.Value
+    x: ir.Value
+    flat: ir.Value | None
     heads: int
     size: int
     cos: ir.Value
@@ -37,9 +39,9 @@ class _Rotation:
 class RotationToOperator(GraphPass):
     """``x * cos + rotated(x) * sin`` -> ``RotaryEmbedding``, which reads and writes once.
 
-    Matches heads of ``[B, T, h, D]`` that were flat before, times cosines and sines of which both
-    halves are one Concat of a value with itself. What reads the heads flat again does without its
-    Reshape.
+    Matches heads of ``[B, T, h, D]``, times cosines and sines whose halves both are one Concat of
+    a value with itself. Where they were flat before, their Reshape is not needed, nor is that of
+    what reads them flat again.
     """
 
     looks_for = ()
@@ -51,13 +53,14 @@ class RotationToOperator(GraphPass):
         halves: dict[ir.Value, ir.Value] = {}
         for match in found:
             nodes = Nodes()
+            flat = match.flat if match.flat is not None else _flatten(model, nodes, match)
             tables = [_half(model, halves, each, match.size) for each in (match.cos, match.sin)]
             rotated = ir.node(
                 "RotaryEmbedding",
-                [match.flat, *tables],
+                [flat, *tables],
                 attributes={"num_heads": match.heads, "interleaved": 0},
             )
-            rotated.outputs[0].shape, rotated.outputs[0].type = match.flat.shape, match.flat.type
+            rotated.outputs[0].shape, rotated.outputs[0].type = flat.shape, flat.type
             nodes.append(rotated)
             _hand_on(model, nodes, match, rotated.outputs[0])
             model.graph.insert_before(match.add, nodes)
@@ -79,26 +82,35 @@ def _match(add: ir.Node) -> _Rotation | None:
         return None
     x, cos = straight.inputs
     concat, sin = producer(turned.inputs[0], "Concat"), turned.inputs[1]
-    unflatten = producer(x, "Reshape")
-    if concat is None or unflatten is None or x is None or cos is None or sin is None:
+    if concat is None or x is None or cos is None or sin is None:
         return None
     negated, first = producer(concat.inputs[0], "Neg"), producer(concat.inputs[1], "Slice")
     second = producer(negated.inputs[0], "Slice") if negated is not None else None
     if first is None or second is None or first.inputs[0] is not x or second.inputs[0] is not x:
         return None
-    flat, shape = unflatten.inputs[0], x.shape
-    if shape is None or len(shape) != 4 or flat is None or flat.shape is None:
+    shape = x.shape
+    if shape is None or len(shape) != 4:
         return None
     heads, size = shape[2], shape[3]
     if not isinstance(heads, int) or not isinstance(size, int) or size % 2:
         return None
     half = size // 2
+    unflatten = producer(x, "Reshape")
+    flat = None if unflatten is None else unflatten.inputs[0]
     # Rows of another order, such as those of chosen experts, are flat too.
-    fits = len(flat.shape) == 3 and flat.shape == (*shape[:2], heads * size)
+    fits = flat is None or flat.shape == (*shape[:2], heads * size)
     fits &= _cuts(first, 0, half, size) and _cuts(second, half, size, size)
     fits &= all(_of_two_halves(each, size) for each in (cos, sin))
     fits &= read_only_by(straight, [add]) and read_only_by(turned, [add])
-    return _Rotation(flat, heads, size, cos, sin, add) if fits else None
+    return _Rotation(x, flat, heads, size, cos, sin, add) if fits else None
+
+
+def _flatten(model: ir.Model, nodes: Nodes, match: _Rotation) -> ir.Value:
+    wide = match.heads * match.size
+    flat = nodes.add("Reshape", match.x, integers(model, [0, 0, wide]))
+    assert match.x.shape is not None
+    flat.shape, flat.type = ir.Shape([*match.x.shape[:2], wide]), match.x.type
+    return flat
 
 
 def _cuts(node: ir.Node, begin: int, end: int, size: int) -> bool:

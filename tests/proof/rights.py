@@ -126,7 +126,7 @@ def _own(block: int = 32, *, symmetric: bool = True) -> dict[str, Any]:
     return {**exact(block, symmetric=symmetric), **OWN}
 
 
-FAMILIES = ("granite", "olmoe", "jetmoe", "mamba2")
+FAMILIES = ("granite", "olmoe", "jetmoe", "mamba2", "granitemoehybrid")
 for _family in FAMILIES:
     right("as it is", _family, "onnx")
     right("as it is", _family)
@@ -161,6 +161,22 @@ for _family in FAMILIES:
     right("panels, int8", _family, weights="int8", change=heavy, more=_own(128, symmetric=False))
     right("panels, int4", _family, weights="int4", more=_own())
     right("panels, int8 activations", _family, weights="int8", more={"block": 64, **OWN})
+# Put together from the same layers.
+for _family in (
+    "bamba",
+    "flex_olmo",
+    "granitemoe",
+    "granitemoeshared",
+    "mixtral",
+    "olmo2",
+    "qwen3_moe",
+):
+    right("as it is", _family)
+    right("bfloat16 kept", _family, stored=torch.bfloat16, weights="checkpoint")
+    right("as it is", _family, "trt")
+    right("int4, zero points", _family, weights="int4", more=exact(64, symmetric=False))
+    right("panels", _family, change=heavy, more=OWN)
+    right("panels, int4", _family, weights="int4", more=_own())
 for _family in ("olmoe", "jetmoe", "granite"):
     right("int4, uneven sizes", _family, weights="int4", config=UNEVEN, more=exact(64))
     right("panels, int4, uneven sizes", _family, weights="int4", config=UNEVEN, more=_own(64))

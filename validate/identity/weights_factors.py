@@ -18,8 +18,8 @@ from ingot.validate.identity.weights_graph import LOOKUPS, Graph
 from ingot.validate.identity.weights_names import HEAD, bare, is_embedding
 
 EMBEDDING, RESIDUAL, LOGITS = "embedding_multiplier", "residual_multiplier", "logits_scaling"
-# What the output projections of attention and MLP are called.
-PROJECTIONS = ("o_proj", "down_proj")
+# What the output projections of attention, MLP and Mamba2 mixer are called.
+PROJECTIONS = ("o_proj", "down_proj", "out_proj")
 # The norm before the head.
 NORMS = ("norm.weight", "norm_f.weight")
 

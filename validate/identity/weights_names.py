@@ -22,11 +22,22 @@ EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight")
 HEAD = "lm_head.weight"
 # The ends of names that are spelled in another way elsewhere; see github.com/state-spaces/mamba.
 SPELLINGS = {"embeddings.weight": "embedding.weight"}
+# Parts of names that are spelled in another way elsewhere, each with the other ways: Mixtral's on
+# the hub, and Granite's experts as transformers 5 has them in memory.
+WITHIN = {
+    ".mlp.gate.": (".block_sparse_moe.gate.",),
+    ".mlp.experts.": (".block_sparse_moe.experts.",),
+    ".block_sparse_moe.input_linear.weight": (".block_sparse_moe.experts.gate_up_proj",),
+    ".block_sparse_moe.output_linear.weight": (".block_sparse_moe.experts.down_proj",),
+    ".block_sparse_moe.router.layer.weight": (".block_sparse_moe.router.weight",),
+}
 # The last part of a name of all experts' weights -> of each expert's, in the order of their rows.
 EXPERTS = {
     "gate_up_proj": ("gate_proj.weight", "up_proj.weight"),
     "down_proj": ("down_proj.weight",),
 }
+# The same as Mixtral's checkpoints on the hub have them.
+NUMBERED = {"gate_up_proj": ("w1.weight", "w3.weight"), "down_proj": ("w2.weight",)}
 # What of a whole model a task has no use for, and why.
 HEADS = {HEAD: "generate", "score.weight": "classify"}
 # Tensors that are no weights, by the end of their name: why they are left aside.
@@ -166,6 +177,8 @@ def spellings(name: str, tied: bool) -> Iterator[str]:
         tied: whether the head is the embedding, so that either may have the other's name.
     """
     names = [name, bare(name), *(prefix + bare(name) for prefix in PREFIXES)]
+    for part, others in WITHIN.items():
+        names += [each.replace(part, other) for each in names for other in others if part in each]
     yield from names
     for end, other in SPELLINGS.items():
         yield from (each.removesuffix(end) + other for each in names if each.endswith(end))
@@ -175,10 +188,11 @@ def spellings(name: str, tied: bool) -> Iterator[str]:
         yield from (p + end for end in (*EMBEDDINGS, *SPELLINGS.values()) for p in (*PREFIXES, ""))
 
 
-def experts_of(name: str, expert: int) -> tuple[str, ...]:
-    """The tensors that rows of one expert's matrix may be split into, in their order."""
+def experts_of(name: str, expert: int) -> Iterator[tuple[str, ...]]:
+    """The tensors that rows of one expert's matrix may be split into, in their order; each way."""
     owner, _, leaf = name.rpartition(".")
-    return tuple(f"{owner}.{expert}.{each}" for each in EXPERTS.get(leaf, ()))
+    for ends in (EXPERTS, NUMBERED):
+        yield tuple(f"{owner}.{expert}.{each}" for each in ends.get(leaf, ()))
 
 
 def _whole(tensor: Tensor) -> Iterator[Part]:
@@ -189,11 +203,19 @@ def _whole(tensor: Tensor) -> Iterator[Part]:
 
 def _split(name: str, stored: Mapping[str, Tensor]) -> Iterator[Part]:
     for expert in itertools.count():
-        found = [stored.get(each) for each in experts_of(name, expert)]
-        tensors = [each for each in found if each is not None and len(each.shape) == 2]
-        if not tensors or len(tensors) < len(found):
+        tensors = _of_one(name, expert, stored)
+        if not tensors:
             return
         row = 0
         for tensor in tensors:
             yield Part(tensor, 0, expert, row, tensor.shape[0])
             row += tensor.shape[0]
+
+
+def _of_one(name: str, expert: int, stored: Mapping[str, Tensor]) -> list[Tensor]:
+    """The tensors of one expert's matrix, all of them or none."""
+    for names in experts_of(name, expert):
+        found = [stored[each] for each in names if each in stored]
+        if found and len(found) == len(names) and all(len(each.shape) == 2 for each in found):
+            return found
+    return []

@@ -15,7 +15,8 @@ using ingot::Session;
 const std::vector<std::string> kAll = {
     "olmoe-ort",    "olmoe-onnx", "jetmoe-ort",  "jetmoe-onnx",    "granite-ort",
     "granite-onnx", "mamba2-ort", "mamba2-onnx", "toy_hybrid-ort", "toy_hybrid-onnx",
-    "olmoe-own",    "jetmoe-own", "granite-own", "mamba2-own"};
+    "olmoe-own",    "jetmoe-own", "granite-own", "mamba2-own",     "granitemoehybrid-ort",
+    "granitemoehybrid-onnx",      "granitemoehybrid-own"};
 
 Session opened(const std::string &name) { return Session(tiny(name), vouched(tiny(name))); }
 

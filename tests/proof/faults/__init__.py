@@ -6,6 +6,7 @@ from proof.faults import (
     constants,
     contract,
     exports,
+    hybrids,
     kernels,
     last_logits,
     own_kernels,
@@ -32,4 +33,5 @@ FAULTS = [
     *kernels.FAULTS,
     *last_logits.FAULTS,
     *exports.FAULTS,
+    *hybrids.FAULTS,
 ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,15 +71,15 @@ def narrow(read: Read, name: str, block: int) -> torch.Tensor:
     return found.to(torch.bfloat16).to(found.dtype)
 
 
-def of_layer(change: Callable[[Any], None]) -> Patch:
-    """Layer 1 of the model is another one, before it is traced."""
+def of_layer(change: Callable[[Any], None], number: int = 1) -> Patch:
+    """One layer of the model is another one, before it is traced."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
         right = Family.build
 
         def build(family: Family, *arguments: Any) -> nn.Module:
             model: Any = right(family, *arguments)
-            change(getattr(model, model.base_model_prefix).layers[1])
+            change(getattr(model, model.base_model_prefix).layers[number])
             return model  # type: ignore[no-any-return]
 
         patch.setattr(Family, "build", build)
@@ -89,7 +88,7 @@ def of_layer(change: Callable[[Any], None]) -> Patch:
 
 
 def other_weights(layer: Any) -> None:
-    layer.mlp.config = replace(layer.mlp.config, norm_topk_prob=True)
+    layer.mlp.normalise = True
 
 
 def no_multiplier(layer: Any) -> None:

@@ -68,11 +68,11 @@ def state_of_layer_zero(edit: Editor) -> None:
     first, second = edit.nodes("Mamba2Scan")
     second.input[7] = first.input[7]
     # A graph's input has to be read.
-    edit.change("past_states.0.conv", _beside("past_states.1.ssm"), rank=3)
+    edit.change("past_states.0.conv", beside("past_states.1.ssm"), rank=3)
 
 
-def _beside(other: str) -> Make:
-    """The same, and nothing of something else."""
+def beside(other: str) -> Make:
+    """The same, and nothing of something else, which is read by that."""
 
     def make(edit: Editor, value: str) -> str:
         nothing = edit("Mul", edit("ReduceMax", other, keepdims=0), edit.constant(0, np.float32))
