@@ -1,7 +1,7 @@
 """Train the small checkpoints of tests/data/trained on text in the public domain.
 
 Run with ``PYTHONPATH=. .venv/bin/python benchmarks/train_tiny.py``, or name some of ``olmoe``,
-``jetmoe``, ``granite`` and ``mamba2``. It fetches its texts with pip and apt
+``jetmoe``, ``granite``, ``mamba2`` and ``granitemoehybrid``. It fetches its texts with pip and apt
 (``benchmarks/training/texts.py`` says which, and why they are free), trains each family on one
 thread from a fixed seed, and writes its folder, ``sample.txt`` and a line of the README's table.
 Two runs on one machine give the same bytes; other processors sum in other orders.

@@ -23,7 +23,7 @@ from benchmarks.training.tokenizer import (
 )
 
 FAMILIES = tuple(recipes())
-MOST_BYTES = 15_000_000
+MOST_BYTES = 20_000_000
 
 # Fields that a save adds, or that a training alone reads.
 SAVED = {"architectures", "dtype", "transformers_version", "_name_or_path"}

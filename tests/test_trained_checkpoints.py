@@ -26,8 +26,8 @@ from ingot.validate.api import validate
 from ingot.validate.truth.recording import CHOSEN_EXPERTS, ROUTER_LOGITS
 from ingot.validate.truth.taps import TappedSession
 
-FAMILIES = ("olmoe", "jetmoe", "granite", "mamba2")
-ROUTED = ("olmoe", "jetmoe")
+FAMILIES = ("olmoe", "jetmoe", "granite", "mamba2", "granitemoehybrid")
+ROUTED = ("olmoe", "jetmoe", "granitemoehybrid")
 # Tokens read at a time, each run without what stands before it.
 WINDOW = 256
 # Nats a token below the best of all predictions that look at no other token.

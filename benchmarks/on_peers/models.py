@@ -97,8 +97,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = tuple(CONFIGS)
-# A released shape, which is measured where it is asked for: 14 GB, and transformers in float32,
-# which all others are multiples of, would take 28 GB of memory.
+# Released shapes, which are measured where they are asked for: 14 GB each, and transformers in
+# float32, which all others are multiples of, would take 28 GB of memory.
 RELEASED = {
     "olmoe-1b-7b": {
         **CONFIGS["olmoe"],
@@ -108,6 +108,45 @@ RELEASED = {
         "intermediate_size": 1024,
         "num_experts": 64,
         "eos_token_id": 50279,
+    },
+    "granite-4.0-h-tiny": {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "model_type": "granitemoehybrid",
+        "vocab_size": 100352,
+        "hidden_size": 1536,
+        "intermediate_size": 512,
+        "shared_intermediate_size": 1024,
+        "num_hidden_layers": 40,
+        "layer_types": [
+            "attention" if index in (5, 15, 25, 35) else "mamba" for index in range(40)
+        ],
+        "position_embedding_type": "nope",
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "num_local_experts": 64,
+        "num_experts_per_tok": 6,
+        "mamba_n_heads": 48,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 128,
+        "mamba_d_head": 64,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "mamba_chunk_size": 256,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "max_position_embeddings": 131072,
+        "rope_theta": 10000.0,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.0078125,
+        "logits_scaling": 6.0,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 100257,
+        "eos_token_id": 100257,
+        "pad_token_id": 100256,
     },
 }
 # How many experts a token takes, and of how many, by names in the families' configs.

@@ -12,7 +12,9 @@ from benchmarks.on_peers.models import Model
 from ingot.graphs.checkpoint import read_header
 
 # Tensors of which a token takes some experts' part, as checkpoints and as ingots spell them.
-EXPERT = re.compile(r"\.experts\.\d+\.|\.experts\.(gate_up|down)_proj|\.(in|out)put_linear\.")
+EXPERT = re.compile(
+    r"\.experts\.\d+\.|\.experts\.(gate_up|down)_proj|(?<!shared_mlp)\.(in|out)put_linear\."
+)
 # A table of which a token looks up one row; where it is the head as well, all of it is read.
 TABLE = re.compile(r"\.(embed_tokens|embeddings)\.weight")
 HEAD = re.compile(r"^lm_head\.weight$")
@@ -52,9 +54,15 @@ def state_bytes(config: Mapping[str, Any], past: int) -> int:
     if "state_size" in config:
         numbers = config["num_heads"] * config["head_dim"] * config["state_size"]
         return int(layers * numbers * FLOAT)
+    kinds = config.get("layer_types") or ["attention"] * layers
+    mixers = kinds.count("mamba")
     heads = config["num_key_value_heads"]
     size = config.get("kv_channels") or config["hidden_size"] // config["num_attention_heads"]
-    return int(layers * 2 * heads * size * past * FLOAT)
+    cached = (layers - mixers) * 2 * heads * size * past
+    if mixers:
+        numbers = config["mamba_n_heads"] * config["mamba_d_head"] * config["mamba_d_state"]
+        return int((cached + mixers * numbers) * FLOAT)
+    return int(cached * FLOAT)
 
 
 def products_per_token(

@@ -1,4 +1,4 @@
-"""What is trained: one small model of each family, by transformers' own classes.
+"""What is trained: one small model of each kind, by transformers' own classes.
 
 Rows of OLMoE's, Granite's and Mamba2's matrices are 256 or 512 numbers long, the experts' too:
 llama.cpp's K-quants take blocks of 256 and fall back to others where a row is no multiple.
@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import (
     GraniteConfig,
+    GraniteMoeHybridConfig,
     JetMoeConfig,
     Mamba2Config,
     OlmoeConfig,
@@ -121,6 +122,34 @@ def recipes() -> dict[str, Recipe]:
                 initializer_range=0.02,
             ),
             steps=700,
+            rate=3e-3,
+        ),
+        # Layers of both kinds, each with experts beside a shared MLP, and two groups.
+        "granitemoehybrid": Recipe(
+            GraniteMoeHybridConfig(
+                **_common() | {"num_hidden_layers": 3},
+                **attention,
+                layer_types=["mamba", "attention", "mamba"],
+                hidden_size=256,
+                intermediate_size=64,
+                shared_intermediate_size=128,
+                num_key_value_heads=1,
+                num_local_experts=6,
+                num_experts_per_tok=2,
+                output_router_logits=False,
+                router_aux_loss_coef=0.01,
+                mamba_n_heads=8,
+                mamba_n_groups=2,
+                mamba_d_state=32,
+                mamba_d_head=64,
+                mamba_chunk_size=32,
+                tie_word_embeddings=True,
+                embedding_multiplier=6.0,
+                attention_multiplier=0.015625,
+                residual_multiplier=0.6,
+                logits_scaling=2.0,
+            ),
+            steps=500,
             rate=3e-3,
         ),
     }
