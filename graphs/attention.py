@@ -19,23 +19,32 @@ from ingot.graphs.rope import RopeParameters, RotaryEmbedding, rotate
 from ingot.graphs.state import State, key_value_states
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RotaryConfig(ModelConfig):
-    """What the config of a ``RotaryDecoder`` has beside every model's."""
+    """What the config of a ``RotaryDecoder`` has beside every model's.
+
+    Attributes:
+        sliding_window: how many tokens one sees, itself included; None for all.
+    """
 
     rms_norm_eps: float
     rope: RopeParameters
+    sliding_window: int | None = None
 
 
-def causal_mask(attention_mask: torch.Tensor, tokens: int) -> torch.Tensor:
+def causal_mask(
+    attention_mask: torch.Tensor, tokens: int, window: int | None = None
+) -> torch.Tensor:
     """Which keys each new token may see.
 
-    A token sees the unmasked keys up to itself. It always sees itself, also where it is padding:
-    a row without any key would be NaN, and poison later layers through the cache.
+    A token sees the unmasked keys up to itself, or the last of them that a window holds. It always
+    sees itself, also where it is padding: a row without any key would be NaN, and poison later
+    layers through the cache.
 
     Args:
         attention_mask: ``[B, S]`` int64, 1 for real tokens, 0 for padding, past included.
         tokens: T, how many of the S are new.
+        window: how many it sees at most, itself included; padding is none of them.
 
     Returns:
         ``[B, 1, T, S]`` bool.
@@ -47,7 +56,12 @@ def causal_mask(attention_mask: torch.Tensor, tokens: int) -> torch.Tensor:
     query_from_end = torch.arange(tokens, device=attention_mask.device).flip(0)
     visible = key_from_end[None, :] >= query_from_end[:, None]
     itself = key_from_end[None, :] == query_from_end[:, None]
-    return (visible & (attention_mask[:, None, None, :] != 0)) | itself
+    visible = visible & (attention_mask[:, None, None, :] != 0)
+    if window is not None:
+        place = attention_mask.cumsum(-1)
+        behind = place[:, -tokens:, None] - place[:, None, :]
+        visible = visible & (behind < window)[:, None]
+    return visible | itself
 
 
 def attention(
@@ -181,4 +195,5 @@ class RotaryDecoder(Decoder):
         """See ``Decoder.begin``."""
         x = self.embed_tokens(input_ids)
         cos, sin = (table.to(x.dtype) for table in self.rotary_emb(position_ids))
-        return x, Step(causal_mask(attention_mask, input_ids.shape[1]), cos=cos, sin=sin)
+        visible = causal_mask(attention_mask, input_ids.shape[1], self.config.sliding_window)
+        return x, Step(visible, cos=cos, sin=sin)

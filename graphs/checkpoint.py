@@ -321,7 +321,7 @@ def check_sizes(config: ModelConfig, stored: Mapping[str, Entry]) -> None:
     damage and malice are refused before a module is made for each of a billion layers.
 
     Args:
-        config: every integer of it a size, but for the length of a scan's chunks.
+        config: every integer of it a size, but for the lengths of a scan's chunks and of a window.
         stored: the tensors by name.
 
     Raises:
@@ -330,7 +330,7 @@ def check_sizes(config: ModelConfig, stored: Mapping[str, Entry]) -> None:
     widest = max((size for entry in stored.values() for size in entry.shape), default=0)
     for field_ in fields(config):
         value = getattr(config, field_.name)
-        if type(value) is not int or field_.name == "chunk_size":
+        if type(value) is not int or field_.name in ("chunk_size", "sliding_window"):
             continue
         of_layers = field_.name == "num_hidden_layers"
         most = len(stored) if of_layers else widest

@@ -2,8 +2,7 @@
 
 Source: Jiang et al. 2024, "Mixtral of Experts", arXiv:2401.04088, section 2. Config and tensor
 names are those of transformers 5; the hub's checkpoints have older ones. The weights of the chosen
-experts are the softmax of their logits alone. Attention over a sliding window, which a config may
-ask for, is refused.
+experts are the softmax of their logits alone. Attention may be over a sliding window.
 """
 
 from __future__ import annotations
@@ -61,6 +60,7 @@ class MixtralConfig(RotaryConfig):
         context = config.size("max_position_embeddings", 131072, MOST_POSITIONS)
         rope = RopeParameters.read(config, head_dim, context, rope_theta=1000000.0)
         layers = config.layers(default=32)
+        window = config.size("sliding_window", MOST_POSITIONS, MOST_POSITIONS)
         config.all_layers(layers, layer_types=ATTENTION, mlp_layer_types=EXPERTS)
         result = cls(
             vocab_size=config.size("vocab_size", 32000),
@@ -76,6 +76,7 @@ class MixtralConfig(RotaryConfig):
             num_experts_per_tok=chosen,
             tie_word_embeddings=config.take("tie_word_embeddings", bool, False),
             rope=rope,
+            sliding_window=window if raw.get("sliding_window") is not None else None,
             facts=Facts(
                 routers=(1,) * layers,
                 experts_per_token=chosen,

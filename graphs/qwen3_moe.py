@@ -1,7 +1,7 @@
 """Qwen3 with experts: norms of every head's queries and keys, and dense layers where asked for.
 
 Source: Qwen team 2025, "Qwen3 Technical Report", arXiv:2505.09388, section 2. Config and tensor
-names are Hugging Face's. Attention over a sliding window, which a config may ask for, is refused.
+names are Hugging Face's. Attention may be over a sliding window.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class Qwen3MoeConfig(RotaryConfig):
         if any(sparse):
             config.at_most("num_experts_per_tok", "num_experts")
         config.all_layers(layers, layer_types=ATTENTION)
-        # The size of a window says nothing where there is none.
-        config.must_be("use_sliding_window", False, "every layer attends to all tokens before")
-        config.ignore("sliding_window")
+        # The size of a window says nothing where it is not used.
+        window = config.size("sliding_window", 4096, MOST_POSITIONS)
+        used = config.take("use_sliding_window", bool, False)
         inner = config.size("intermediate_size", 6144)
         of_expert = config.size("moe_intermediate_size", 768)
         result = cls(
@@ -100,6 +100,7 @@ class Qwen3MoeConfig(RotaryConfig):
             norm_topk_prob=config.take("norm_topk_prob", bool, False),
             tie_word_embeddings=config.take("tie_word_embeddings", bool, False),
             rope=rope,
+            sliding_window=window if used else None,
             facts=Facts(
                 routers=tuple(int(each) for each in sparse),
                 experts_per_token=chosen if any(sparse) else 0,

@@ -187,11 +187,16 @@ def check_logits_and_states(subject: Subject, way: str) -> None:
         state = session.state()
         assert state.keys() == want.keys() - {"logits"}
         for name, array in state.items():
-            assert array.shape == want[name].shape
             pair = want[name], array
             if name.startswith("present."):
+                # transformers forgets what its window has passed.
+                kept = want[name].shape[2]
+                assert kept == end or "window" in subject.name
+                array = array[:, :, -kept:]
                 # Of padding a cache holds anything.
-                pair = want[name].swapaxes(1, 2)[seen], array.swapaxes(1, 2)[seen]
+                real_keys = seen[:, -kept:]
+                pair = want[name].swapaxes(1, 2)[real_keys], array.swapaxes(1, 2)[real_keys]
+            assert array.shape == want[name].shape
             assert relative_rms(*pair) < LIMIT, name
         at = end
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from benchmarks import peers
 from benchmarks.on_peers import ceilings, environments, ingots, section, shares, table
 from benchmarks.on_peers.ceilings import Best
-from benchmarks.on_peers.models import CONFIGS, FAMILIES, Model
+from benchmarks.on_peers.models import CONFIGS, FAMILIES, RELEASED, Model
 from benchmarks.on_peers.program import Format, Made, PeerError, refusal
 from benchmarks.on_peers.samples import Samples
 from benchmarks.on_peers.table import Row
@@ -91,6 +91,15 @@ def test_a_tied_table_is_read_whole() -> None:
 def test_a_scan_reads_its_state_however_long_the_past_is() -> None:
     config = model_of("mamba2").config
     assert shares.state_bytes(config, 1) == shares.state_bytes(config, 999) == 24**2 * 64 * 128 * 4
+
+
+def test_a_hybrid_reads_states_of_both_kinds_and_its_shared_mlp_whole() -> None:
+    hybrid = Model("granite-4.0-h-tiny", Path(), RELEASED["granite-4.0-h-tiny"])
+    caches, scans = 4 * 2 * 4 * 128, 36 * 48 * 64 * 128
+    assert shares.state_bytes(hybrid.config, 10) == (10 * caches + scans) * 4
+    assert shares.part("model.layers.0.shared_mlp.input_linear.weight", hybrid) == 1
+    experts = "model.layers.0.block_sparse_moe.input_linear.weight.3"
+    assert shares.part(experts, hybrid) == 6 / 64
 
 
 def test_products_are_of_matrices_and_of_the_chosen_experts() -> None:

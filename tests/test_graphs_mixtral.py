@@ -23,6 +23,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "hidden_act": {"hidden_act": "gelu"},
     "rms_norm_eps": {"rms_norm_eps": 0.05},
     "rope_theta": {"rope_theta": 100.0},
+    "sliding_window": {"sliding_window": 5},
     "every expert chosen": {"num_experts_per_tok": 4},
     "one expert": {"num_local_experts": 1, "num_experts_per_tok": 1},
     "rope yarn": {
@@ -54,7 +55,7 @@ class TestAgainstTransformers(AgainstTransformers):
     [
         ({"num_experts_per_tok": 5}, "num_experts_per_tok"),
         ({"num_experts": 8}, "another name of num_local_experts"),
-        ({"sliding_window": 128}, "sliding_window"),
+        ({"sliding_window": 0}, "sliding_window is 0"),
         ({"attention_bias": True}, "attention_bias"),
     ],
 )

@@ -24,6 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "rms_norm_eps": {"rms_norm_eps": 0.05},
     "rope_theta": {"rope_theta": 100.0},
     "no experts": {"num_experts": 0},
+    "a window": {"use_sliding_window": True, "sliding_window": 5},
     "a window that is not used": {"sliding_window": 4, "rope_theta": 50.0},
     "rope yarn": {
         "rope_parameters": {
@@ -53,7 +54,7 @@ class TestAgainstTransformers(AgainstTransformers):
     ("change", "why"),
     [
         ({"num_experts_per_tok": 9}, "num_experts_per_tok"),
-        ({"use_sliding_window": True, "sliding_window": 128}, "use_sliding_window"),
+        ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0"),
         ({"mlp_only_layers": ["1"]}, "mlp_only_layers"),
         ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size"),
     ],
