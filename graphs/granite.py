@@ -26,7 +26,15 @@ from ingot.graphs.granite_multipliers import (
     ScaledLM,
     read_multipliers,
 )
-from ingot.graphs.layers import HIDDEN_ACT, GatedMLP, Layer, Mixed, RMSNorm, Step
+from ingot.graphs.layers import (
+    HIDDEN_ACT,
+    GatedMLP,
+    Layer,
+    Mixed,
+    RMSNorm,
+    SequenceClassifier,
+    Step,
+)
 from ingot.graphs.rope import RopeParameters
 from ingot.graphs.state import State
 
@@ -89,6 +97,7 @@ class GraniteConfig(RotaryConfig, MultipliedConfig):
                 switch_length=rope.switch_length,
                 eos_token_ids=config.token_ids("eos_token_id"),
                 pad_token_id=config.take("pad_token_id", int, 0),
+                num_labels=config.labels(),
             ),
         )
         config.finish()
@@ -146,6 +155,12 @@ class GraniteForCausalLM(ScaledLM):
     bare = GraniteModel
 
 
+class GraniteForSequenceClassification(SequenceClassifier):
+    """The bare model and a classifier of the last token: ``logits [B, num_labels]``."""
+
+    bare = GraniteModel
+
+
 def preset_gain(name: str, config: dict[str, Any]) -> float:
     """Undo the multipliers, as training does, so that no part of the signal drowns another."""
     if "embed_tokens" in name:
@@ -161,9 +176,13 @@ def preset_gain(name: str, config: dict[str, Any]) -> float:
 FAMILY = Family(
     model_type="granite",
     read_config=GraniteConfig.read,
-    tasks={"generate": GraniteForCausalLM, "features": GraniteModel},
+    tasks={
+        "generate": GraniteForCausalLM,
+        "features": GraniteModel,
+        "classify": GraniteForSequenceClassification,
+    },
     tied={"lm_head.weight": "model.embed_tokens.weight"},
-    head_tensors=("lm_head.weight",),
+    head_tensors=("lm_head.weight", "score.weight"),
     preset_gain=preset_gain,
     presets={
         "tiny": {

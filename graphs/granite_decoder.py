@@ -18,7 +18,7 @@ from torch import nn
 from ingot.graphs.attention import Attention, causal_mask
 from ingot.graphs.config import MOST_EXPERTS, MOST_FACTOR, MOST_POSITIONS, ConfigReader, Facts
 from ingot.graphs.granite_multipliers import MultipliedConfig, ScaledLM, read_multipliers
-from ingot.graphs.layers import HIDDEN_ACT, Decoder, Layer, Mixed, RMSNorm, Step
+from ingot.graphs.layers import HIDDEN_ACT, Decoder, Layer, Mixed, RMSNorm, SequenceClassifier, Step
 from ingot.graphs.mamba2_mixer import Mamba2Mixer, MixerSizes
 from ingot.graphs.moe import FusedMLP, ParallelMoE
 from ingot.graphs.rope import RopeParameters, RotaryEmbedding
@@ -123,6 +123,7 @@ class GraniteDecoderConfig(MultipliedConfig):
                 switch_length=rope.switch_length if rotated else None,
                 eos_token_ids=config.token_ids("eos_token_id"),
                 pad_token_id=config.take("pad_token_id", int, 0),
+                num_labels=config.labels(),
             ),
         )
         config.finish()
@@ -224,6 +225,12 @@ class GraniteDecoder(Decoder):
 
 class GraniteDecoderForCausalLM(ScaledLM):
     """The bare model and a language-model head: ``logits [B, T, V]``."""
+
+    bare = GraniteDecoder
+
+
+class GraniteDecoderForSequenceClassification(SequenceClassifier):
+    """The bare model and a classifier of the last token: ``logits [B, num_labels]``."""
 
     bare = GraniteDecoder
 

@@ -15,6 +15,7 @@ from ingot.graphs.granite_decoder import (
     GraniteDecoder,
     GraniteDecoderConfig,
     GraniteDecoderForCausalLM,
+    GraniteDecoderForSequenceClassification,
     preset_gain,
 )
 from ingot.graphs.moe import newer_parts
@@ -59,10 +60,14 @@ _TINY = {
 FAMILY = Family(
     model_type="granitemoe",
     read_config=read_config,
-    tasks={"generate": GraniteDecoderForCausalLM, "features": GraniteDecoder},
+    tasks={
+        "generate": GraniteDecoderForCausalLM,
+        "features": GraniteDecoder,
+        "classify": GraniteDecoderForSequenceClassification,
+    },
     other_spelling=newer_parts,
     tied={"lm_head.weight": "model.embed_tokens.weight"},
-    head_tensors=("lm_head.weight",),
+    head_tensors=("lm_head.weight", "score.weight"),
     extra_outputs=("router_logits", "hidden_states"),
     preset_gain=preset_gain,
     presets={

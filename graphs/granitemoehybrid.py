@@ -15,6 +15,7 @@ from ingot.graphs.granite_decoder import (
     GraniteDecoder,
     GraniteDecoderConfig,
     GraniteDecoderForCausalLM,
+    GraniteDecoderForSequenceClassification,
     preset_gain,
 )
 from ingot.graphs.mamba2_mixer import draw, read_attention_layers, read_mixer
@@ -73,10 +74,14 @@ _TINY = {
 FAMILY = Family(
     model_type="granitemoehybrid",
     read_config=read_config,
-    tasks={"generate": GraniteDecoderForCausalLM, "features": GraniteDecoder},
+    tasks={
+        "generate": GraniteDecoderForCausalLM,
+        "features": GraniteDecoder,
+        "classify": GraniteDecoderForSequenceClassification,
+    },
     other_spelling=newer_parts,
     tied={"lm_head.weight": "model.embed_tokens.weight"},
-    head_tensors=("lm_head.weight",),
+    head_tensors=("lm_head.weight", "score.weight"),
     extra_outputs=("router_logits", "hidden_states"),
     keep_in_fp32=("A_log", "D", "dt_bias"),
     draw=draw,

@@ -22,12 +22,11 @@ from ingot.graphs.family import Family
 from ingot.graphs.layers import (
     HIDDEN_ACT,
     CausalLM,
-    Decoder,
     Layer,
     Mixed,
-    Model,
     ModelOutput,
     RMSNorm,
+    SequenceClassifier,
     Step,
     load_balancing_loss,
 )
@@ -248,45 +247,10 @@ class JetMoeForCausalLM(CausalLM):
         )
 
 
-class JetMoeForSequenceClassification(Model):
-    """The bare model and a classifier of the last token: ``logits [B, num_labels]``.
+class JetMoeForSequenceClassification(SequenceClassifier):
+    """The bare model and a classifier of the last token: ``logits [B, num_labels]``."""
 
-    It has no state: each call holds whole sequences, padded on either side.
-    """
-
-    main_output = "logits"
-
-    def __init__(self, config: JetMoeConfig) -> None:
-        super().__init__(config)
-        self.model = JetMoeModel(config)
-        self.score = nn.Linear(config.hidden_size, config.facts.num_labels, bias=False)
-
-    @property
-    def states(self) -> tuple[State, ...]:
-        return ()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        past: tuple[torch.Tensor, ...],
-    ) -> ModelOutput:
-        """As ``JetMoeModel.forward``, with the logits of each row's last unmasked token."""
-        out: ModelOutput = self.model(input_ids, attention_mask, position_ids, past)
-        return out._replace(main=self.head(out.main, attention_mask), present=())
-
-    @property
-    def decoder(self) -> Decoder:
-        return self.model
-
-    def head(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """``[B, T, H]`` -> ``logits [B, num_labels]`` of each row's last unmasked token."""
-        place = torch.arange(x.shape[1], device=x.device)
-        last = (place * attention_mask).argmax(-1)
-        index = last[:, None, None].expand(-1, 1, self.config.hidden_size)
-        logits: torch.Tensor = self.score(x.gather(1, index).squeeze(1))
-        return logits
+    bare = JetMoeModel
 
 
 def preset_gain(name: str, config: dict[str, Any]) -> float:

@@ -115,7 +115,7 @@ class Model(nn.Module):
             attention_mask: int64, 1 for tokens, 0 for padding: ``[B, S]``, the past included, where
                 a state grows, and otherwise ``[B, T]``.
             position_ids: ``[B, T]`` int64.
-            past: the states. Where all of them are caches, a call that stands alone may have none.
+            past: the states; a call that stands alone may have none.
 
         Raises:
             ValueError: another number of states.
@@ -216,11 +216,10 @@ class Decoder(Model):
         """See ``Model.forward``."""
         layers = self.by_layer()
         count = sum(len(own) for _, own in layers)
-        caches = all(state.axis is not None for _, own in layers for state in own)
-        if len(past) != count and (past or not caches):
+        if len(past) not in (0, count):
             raise ValueError(
-                f"the model has {count} states and was given {len(past)}; give all of them"
-                f"{', or none for a call that stands alone' if caches else ''}."
+                f"the model has {count} states and was given {len(past)}; give all of them, or "
+                "none for a call that stands alone."
             )
         x, step = self.begin(input_ids, attention_mask, position_ids)
         outputs = [x]
@@ -301,6 +300,51 @@ class CausalLM(Model):
         # Before the product, whose result is the largest tensor of a call.
         kept = out.main[:, -logits_to_keep:] if logits_to_keep else out.main
         return out._replace(main=self.head(kept, attention_mask))
+
+
+class SequenceClassifier(Model):
+    """A bare model and a classifier of the last token: ``logits [B, num_labels]``.
+
+    It has no state: each call holds whole sequences, padded on either side. A subclass names the
+    class of the bare model.
+    """
+
+    main_output = "logits"
+    bare: type[Decoder]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.model = self.bare(config)
+        self.score = nn.Linear(config.hidden_size, config.facts.num_labels, bias=False)
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """None."""
+        return ()
+
+    @property
+    def decoder(self) -> Decoder:
+        """The bare model."""
+        return self.model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: tuple[torch.Tensor, ...],
+    ) -> ModelOutput:
+        """As the bare model's ``forward``, with the logits of each row's last unmasked token."""
+        out: ModelOutput = self.model(input_ids, attention_mask, position_ids, past)
+        return out._replace(main=self.head(out.main, attention_mask), present=())
+
+    def head(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """``[B, T, H]`` -> ``logits [B, num_labels]`` of each row's last unmasked token."""
+        place = torch.arange(x.shape[1], device=x.device)
+        last = (place * attention_mask).argmax(-1)
+        index = last[:, None, None].expand(-1, 1, self.config.hidden_size)
+        logits: torch.Tensor = self.score(x.gather(1, index).squeeze(1))
+        return logits
 
 
 class RMSNorm(nn.Module):

@@ -123,10 +123,16 @@ class Mamba2Mixer(nn.Module):
             x: ``[B, T, H]``.
             step: of which the mixer reads ``real``.
             past: the last W-1 inputs of the convolution, ``[B, C, W-1]``, and the scan's state,
-                ``[B, Hm, Pm, Ns]``, float32 or wider; both zero before the first token.
+                ``[B, Hm, Pm, Ns]``, float32 or wider; both zero before the first token, as they are
+                where none are given.
         """
         s = self.sizes
-        conv, ssm = past
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if past:
+            conv, ssm = past
+        else:
+            conv = x.new_zeros(len(x), s.channels, s.conv_width - 1)
+            ssm = x.new_zeros(len(x), s.heads, s.head_size, s.state_size, dtype=wide)
         gate, xbc, dt = self.in_proj(x).split((s.inner_size, s.channels, s.heads), dim=-1)
         # Padding enters the convolution as nothing at all, as what lies before a sequence does.
         # (Masking the projection's input would let its bias through.)
@@ -135,7 +141,6 @@ class Mamba2Mixer(nn.Module):
         channels = [s.inner_size, s.groups * s.state_size, s.groups * s.state_size]
         x_heads, b_groups, c_groups = torch.split(xbc, channels, dim=-1)
         tokens, group = x.shape[:2], (s.groups, s.state_size)
-        wide = torch.promote_types(x.dtype, torch.float32)
         y, new_ssm = mamba2_scan(
             x_heads.view(*tokens, s.heads, s.head_size),
             dt,

@@ -17,7 +17,15 @@ from ingot.graphs.checkpoint import Part
 from ingot.graphs.config import MOST_EXPERTS, MOST_FACTOR, MOST_POSITIONS, ConfigReader, Facts
 from ingot.graphs.config_fields import ATTENTION, EXPERTS
 from ingot.graphs.family import Family
-from ingot.graphs.layers import HIDDEN_ACT, CausalLM, Layer, Mixed, RMSNorm, Step
+from ingot.graphs.layers import (
+    HIDDEN_ACT,
+    CausalLM,
+    Layer,
+    Mixed,
+    RMSNorm,
+    SequenceClassifier,
+    Step,
+)
 from ingot.graphs.moe import SparseMoeBlock, expert_parts
 from ingot.graphs.rope import RopeParameters
 from ingot.graphs.state import State
@@ -84,6 +92,7 @@ class MixtralConfig(RotaryConfig):
                 switch_length=rope.switch_length,
                 eos_token_ids=config.token_ids("eos_token_id"),
                 pad_token_id=config.take("pad_token_id", int, 0),
+                num_labels=config.labels(),
             ),
         )
         config.finish()
@@ -132,6 +141,12 @@ class MixtralForCausalLM(CausalLM):
     bare = MixtralModel
 
 
+class MixtralForSequenceClassification(SequenceClassifier):
+    """The bare model and a classifier of the last token: ``logits [B, num_labels]``."""
+
+    bare = MixtralModel
+
+
 def hub_parts(name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
     """What the hub's checkpoints call a parameter of the experts; empty for every other one."""
     on_hub = name.replace(".mlp.", ".block_sparse_moe.")
@@ -148,10 +163,14 @@ def preset_gain(name: str, _config: dict[str, Any]) -> float:
 FAMILY = Family(
     model_type="mixtral",
     read_config=MixtralConfig.read,
-    tasks={"generate": MixtralForCausalLM, "features": MixtralModel},
+    tasks={
+        "generate": MixtralForCausalLM,
+        "features": MixtralModel,
+        "classify": MixtralForSequenceClassification,
+    },
     other_spelling=hub_parts,
     tied={"lm_head.weight": "model.embed_tokens.weight"},
-    head_tensors=("lm_head.weight",),
+    head_tensors=("lm_head.weight", "score.weight"),
     extra_outputs=("router_logits", "hidden_states"),
     preset_gain=preset_gain,
     presets={

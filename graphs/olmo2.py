@@ -15,7 +15,16 @@ from ingot.graphs.attention import Attention, RotaryConfig, RotaryDecoder
 from ingot.graphs.config import MOST_FACTOR, MOST_POSITIONS, ConfigReader, Facts
 from ingot.graphs.config_fields import ATTENTION, DENSE
 from ingot.graphs.family import Family
-from ingot.graphs.layers import HIDDEN_ACT, CausalLM, GatedMLP, Layer, Mixed, RMSNorm, Step
+from ingot.graphs.layers import (
+    HIDDEN_ACT,
+    CausalLM,
+    GatedMLP,
+    Layer,
+    Mixed,
+    RMSNorm,
+    SequenceClassifier,
+    Step,
+)
 from ingot.graphs.rope import RopeParameters
 from ingot.graphs.state import State
 
@@ -69,6 +78,7 @@ class Olmo2Config(RotaryConfig):
                 switch_length=rope.switch_length,
                 eos_token_ids=config.token_ids("eos_token_id"),
                 pad_token_id=config.take("pad_token_id", int, 0),
+                num_labels=config.labels(),
             ),
         )
         config.finish()
@@ -112,12 +122,22 @@ class Olmo2ForCausalLM(CausalLM):
     bare = Olmo2Model
 
 
+class Olmo2ForSequenceClassification(SequenceClassifier):
+    """The bare model and a classifier of the last token: ``logits [B, num_labels]``."""
+
+    bare = Olmo2Model
+
+
 FAMILY = Family(
     model_type="olmo2",
     read_config=Olmo2Config.read,
-    tasks={"generate": Olmo2ForCausalLM, "features": Olmo2Model},
+    tasks={
+        "generate": Olmo2ForCausalLM,
+        "features": Olmo2Model,
+        "classify": Olmo2ForSequenceClassification,
+    },
     tied={"lm_head.weight": "model.embed_tokens.weight"},
-    head_tensors=("lm_head.weight",),
+    head_tensors=("lm_head.weight", "score.weight"),
     presets={
         "tiny": {
             "vocab_size": 512,

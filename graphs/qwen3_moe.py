@@ -22,7 +22,16 @@ from ingot.graphs.config import (
 )
 from ingot.graphs.config_fields import ATTENTION
 from ingot.graphs.family import Family
-from ingot.graphs.layers import HIDDEN_ACT, CausalLM, GatedMLP, Layer, Mixed, RMSNorm, Step
+from ingot.graphs.layers import (
+    HIDDEN_ACT,
+    CausalLM,
+    GatedMLP,
+    Layer,
+    Mixed,
+    RMSNorm,
+    SequenceClassifier,
+    Step,
+)
 from ingot.graphs.moe import SparseMoeBlock, expert_parts
 from ingot.graphs.rope import RopeParameters
 from ingot.graphs.state import State
@@ -108,6 +117,7 @@ class Qwen3MoeConfig(RotaryConfig):
                 switch_length=rope.switch_length,
                 eos_token_ids=config.token_ids("eos_token_id"),
                 pad_token_id=config.take("pad_token_id", int, 0),
+                num_labels=config.labels(),
             ),
         )
         config.finish()
@@ -179,6 +189,12 @@ class Qwen3MoeForCausalLM(CausalLM):
     bare = Qwen3MoeModel
 
 
+class Qwen3MoeForSequenceClassification(SequenceClassifier):
+    """The bare model and a classifier of the last token: ``logits [B, num_labels]``."""
+
+    bare = Qwen3MoeModel
+
+
 def preset_gain(name: str, _config: dict[str, Any]) -> float:
     """A router's logits spread over several units, so that its top-k has margins."""
     return 2.0 if name.endswith("gate.weight") else 1.0
@@ -187,10 +203,14 @@ def preset_gain(name: str, _config: dict[str, Any]) -> float:
 FAMILY = Family(
     model_type="qwen3_moe",
     read_config=Qwen3MoeConfig.read,
-    tasks={"generate": Qwen3MoeForCausalLM, "features": Qwen3MoeModel},
+    tasks={
+        "generate": Qwen3MoeForCausalLM,
+        "features": Qwen3MoeModel,
+        "classify": Qwen3MoeForSequenceClassification,
+    },
     other_spelling=expert_parts,
     tied={"lm_head.weight": "model.embed_tokens.weight"},
-    head_tensors=("lm_head.weight",),
+    head_tensors=("lm_head.weight", "score.weight"),
     extra_outputs=("router_logits", "hidden_states"),
     preset_gain=preset_gain,
     presets={

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakeIngot
+from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from ingot.export.codecs.blocks import Blocks
 from ingot.export.ingot import Manifest
-from ingot.graphs.checkpoint import Checkpoint
+from ingot.graphs.checkpoint import SINGLE, Checkpoint
+from ingot.graphs.family import find_family
+from ingot.graphs.preset import preset_config, write_checkpoint
 from ingot.runtime.generate import generate
 from ingot.runtime.loading import load
 from ingot.runtime.session import Session, SessionError
@@ -365,6 +368,29 @@ class AgainstTransformers:
         session = load(make_ingot(folder, "onnx", task="features"))
         session.reset(len(ids), ids.shape[1])
         assert relative_rms(want[mask != 0], session.step(ids, mask)[mask != 0]) < LIMIT
+
+    @torch.no_grad()
+    def test_a_classifier_scores_what_transformers_has_of_each_rows_last_token(
+        self, tmp_path: Path, make_ingot: MakeIngot
+    ) -> None:
+        """transformers has a class for some of them, which does this with its bare model too."""
+        family = find_family(self.model_type)
+        if "classify" not in family.tasks:
+            pytest.skip("the family has no such task")
+        config = {**preset_config(family, "tiny"), "num_labels": 3}
+        write_checkpoint(tmp_path, family, config, task="classify", seed=7)
+        score = load_file(tmp_path / SINGLE)["score.weight"]
+        oracle: Any = AutoModel.from_pretrained(tmp_path, dtype=torch.float32)
+        ids, mask = tokens(512)
+        # Padded on the right as well.
+        mask[1, -3:] = 0
+        session = load(make_ingot(tmp_path, "onnx", task="classify"))
+        session.reset(len(ids), ids.shape[1])
+        found = session.step(ids, mask)
+        assert found.shape == (len(ids), 3)
+        for row, real in enumerate(mask != 0):
+            hidden = oracle(torch.from_numpy(ids[row : row + 1, real])).last_hidden_state
+            assert relative_rms((hidden[:, -1] @ score.T).numpy(), found[row : row + 1]) < LIMIT
 
     def test_configs_differ_in_their_results(self, make_checkpoint: MakeCheckpoint) -> None:
         """A field that changed nothing here would make its comparison above prove nothing."""

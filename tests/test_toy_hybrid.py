@@ -237,11 +237,13 @@ def test_decodes_what_a_prefill_of_all_gives(
     assert relative_rms(full[real], np.concatenate(pieces, axis=1)[real]) < LIMIT
 
 
-def test_refuses_another_number_of_states(checkpoint: Path) -> None:
+def test_takes_all_states_or_none_and_refuses_another_number(checkpoint: Path) -> None:
     model = EagerSession(Checkpoint.open(checkpoint), "generate").model
     ids = torch.ones((1, 3), dtype=torch.int64)
     zeros = [torch.zeros(state.shape(1, 0)) for state in model.states]
-    for past in ([], zeros[:-1], [*zeros, zeros[0]]):
+    alone = model(ids, ids, ids, ())
+    assert torch.equal(alone.main, model(ids, ids, ids, tuple(zeros)).main)
+    for past in (zeros[:-1], [*zeros, zeros[0]]):
         with pytest.raises(ValueError, match=f"has 8 states and was given {len(past)}; give all"):
             model(ids, ids, ids, tuple(past))
 
