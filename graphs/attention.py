@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ingot.graphs.config import ModelConfig
-from ingot.graphs.layers import Decoder, Layer, Mixed, RMSNorm, Step
+from ingot.graphs.config import MOST_FACTOR, MOST_POSITIONS, ConfigReader, Facts, ModelConfig
+from ingot.graphs.layers import HIDDEN_ACT, Decoder, Layer, Mixed, RMSNorm, Step
 from ingot.graphs.rope import RopeParameters, RotaryEmbedding, rotate
 from ingot.graphs.state import State, key_value_states
 
@@ -30,6 +30,113 @@ class RotaryConfig(ModelConfig):
     rms_norm_eps: float
     rope: RopeParameters
     sliding_window: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedConfig(RotaryConfig):
+    """The fields that every config with ``Attention`` in all layers has, by their own names."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+
+    @staticmethod
+    def common(
+        config: ConfigReader,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        num_key_value_heads: int | None = None,
+        max_position_embeddings: int,
+        rms_norm_eps: float,
+        rope_theta: float = 10000.0,
+    ) -> dict[str, Any]:
+        """Those fields by name, but for ``facts``.
+
+        Args:
+            config: of the model.
+            vocab_size: transformers' default, as are those below.
+            hidden_size: see ``vocab_size``.
+            num_hidden_layers: see ``vocab_size``.
+            num_attention_heads: see ``vocab_size``.
+            num_key_value_heads: see ``vocab_size``; None for as many as heads.
+            max_position_embeddings: see ``vocab_size``.
+            rms_norm_eps: see ``vocab_size``.
+            rope_theta: see ``vocab_size``.
+
+        Raises:
+            ConfigError: a field of another type, or one that the graph does not implement.
+        """
+        hidden = config.size("hidden_size", hidden_size)
+        heads, shared, size = read_heads(config, hidden, num_attention_heads, num_key_value_heads)
+        context = config.size("max_position_embeddings", max_position_embeddings, MOST_POSITIONS)
+        return {
+            "vocab_size": config.size("vocab_size", vocab_size),
+            "hidden_size": hidden,
+            "num_hidden_layers": config.layers(default=num_hidden_layers),
+            "num_attention_heads": heads,
+            "num_key_value_heads": shared,
+            "head_dim": size,
+            "hidden_act": config.choice("hidden_act", HIDDEN_ACT, "silu"),
+            "rms_norm_eps": config.epsilon("rms_norm_eps", rms_norm_eps),
+            "rope": RopeParameters.read(config, size, context, rope_theta=rope_theta),
+            "tie_word_embeddings": config.take("tie_word_embeddings", bool, False),
+        }
+
+
+def read_heads(
+    config: ConfigReader, hidden_size: int, heads: int, key_value_heads: int | None = None
+) -> tuple[int, int, int]:
+    """``num_attention_heads``, ``num_key_value_heads`` and ``head_dim``.
+
+    Args:
+        config: of the model.
+        hidden_size: H, which heads share where the config does not say their size.
+        heads: transformers' default.
+        key_value_heads: transformers' default of a config that does not have the field; with null
+            in it, or None here, there are as many as heads.
+
+    Raises:
+        ConfigError: numbers that do not go together.
+    """
+    heads = config.size("num_attention_heads", heads, MOST_FACTOR)
+    if key_value_heads is None or "num_key_value_heads" in config.raw:
+        key_value_heads = heads
+    key_value_heads = config.size("num_key_value_heads", key_value_heads, MOST_FACTOR)
+    if config.raw.get("head_dim") is None:
+        config.multiple("hidden_size", of="num_attention_heads")
+    config.multiple("num_attention_heads", of="num_key_value_heads")
+    return heads, key_value_heads, config.size("head_dim", hidden_size // heads, MOST_FACTOR)
+
+
+def rotary_facts(
+    config: ConfigReader,
+    rope: RopeParameters,
+    routers: tuple[int, ...],
+    experts_per_token: int = 0,
+    num_labels: int = 0,
+) -> Facts:
+    """What is known of a model whose every layer attends to rotated queries and keys.
+
+    Args:
+        config: of the model.
+        rope: how they are rotated.
+        routers: see ``Facts``, as for those below.
+        experts_per_token: 0 without experts.
+        num_labels: of a classifier, where the family has one.
+    """
+    return Facts(
+        routers=routers,
+        experts_per_token=experts_per_token,
+        context_length=rope.context_length,
+        switch_length=rope.switch_length,
+        num_labels=num_labels,
+        eos_token_ids=config.token_ids("eos_token_id"),
+        pad_token_id=config.take("pad_token_id", int, 0),
+    )
 
 
 def causal_mask(

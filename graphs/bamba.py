@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ingot.graphs.attention import Attention, causal_mask
+from ingot.graphs.attention import Attention, causal_mask, read_heads
 from ingot.graphs.config import (
-    MOST_FACTOR,
     MOST_POSITIONS,
     ConfigError,
     ConfigReader,
@@ -77,14 +76,7 @@ class BambaConfig(ModelConfig):
         """
         config = ConfigReader(raw, "bamba")
         hidden_size = config.size("hidden_size", 4096)
-        heads = config.size("num_attention_heads", 32, MOST_FACTOR)
-        # Of a config that says null there are as many as heads; of one that says nothing, 8.
-        default = heads if "num_key_value_heads" in raw else 8
-        key_value_heads = config.size("num_key_value_heads", default, MOST_FACTOR)
-        if raw.get("head_dim") is None:
-            config.multiple("hidden_size", of="num_attention_heads")
-        config.multiple("num_attention_heads", of="num_key_value_heads")
-        head_dim = config.size("head_dim", hidden_size // heads, MOST_FACTOR)
+        heads, key_value_heads, head_dim = read_heads(config, hidden_size, 32, 8)
         layers = config.layers(default=32)
         attention = _attention_layers(config, layers)
         eps = config.epsilon("rms_norm_eps", 1e-5)

@@ -12,25 +12,20 @@ from typing import Any
 
 import torch
 
-from ingot.graphs.attention import Attention, RotaryConfig, RotaryDecoder
-from ingot.graphs.config import MOST_EXPERTS, MOST_FACTOR, MOST_POSITIONS, ConfigReader, Facts
+from ingot.graphs.attention import Attention, GroupedConfig, RotaryDecoder, rotary_facts
+from ingot.graphs.config import ConfigReader
 from ingot.graphs.config_fields import ATTENTION, EXPERTS
 from ingot.graphs.family import Family
-from ingot.graphs.layers import HIDDEN_ACT, CausalLM, Layer, Mixed, RMSNorm, Step
-from ingot.graphs.moe import SparseMoeBlock, expert_parts
-from ingot.graphs.rope import RopeParameters
+from ingot.graphs.layers import CausalLM, Layer, Mixed, RMSNorm, Step
+from ingot.graphs.moe import SparseMoeBlock, expert_parts, read_experts
 from ingot.graphs.state import State
 
 
 @dataclass(frozen=True)
-class FlexOlmoConfig(RotaryConfig):
+class FlexOlmoConfig(GroupedConfig):
     """The fields of such a ``config.json`` that shape the result, by their own names."""
 
     intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    hidden_act: str
     attention_bias: bool
     num_experts: int
     num_experts_per_tok: int
@@ -44,46 +39,27 @@ class FlexOlmoConfig(RotaryConfig):
             ConfigError: a field of another type, or one that the graph does not implement.
         """
         config = ConfigReader(raw, "flex_olmo")
-        hidden_size = config.size("hidden_size", 4096)
-        heads = config.size("num_attention_heads", 32, MOST_FACTOR)
-        key_value_heads = config.size("num_key_value_heads", heads, MOST_FACTOR)
-        if raw.get("head_dim") is None:
-            config.multiple("hidden_size", of="num_attention_heads")
-        config.multiple("num_attention_heads", of="num_key_value_heads")
-        head_dim = config.size("head_dim", hidden_size // heads, MOST_FACTOR)
-        experts = config.size("num_local_experts", 7, MOST_EXPERTS)
-        experts = config.size("num_experts", experts, MOST_EXPERTS)
-        config.must_be("num_local_experts", experts, "it is another name of num_experts")
-        chosen = config.size("num_experts_per_tok", 5, MOST_EXPERTS)
-        config.at_most("num_experts_per_tok", "num_experts")
-        context = config.size("max_position_embeddings", 4096, MOST_POSITIONS)
-        rope = RopeParameters.read(config, head_dim, context, rope_theta=500000.0)
-        layers = config.layers(default=32)
+        common = cls.common(
+            config,
+            vocab_size=100352,
+            hidden_size=4096,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            max_position_embeddings=4096,
+            rms_norm_eps=1e-6,
+            rope_theta=500000.0,
+        )
+        layers = common["num_hidden_layers"]
         config.all_layers(layers, layer_types=ATTENTION, mlp_layer_types=EXPERTS)
+        experts, chosen = read_experts(config, "num_experts", "num_local_experts", 7, 5)
         result = cls(
-            vocab_size=config.size("vocab_size", 100352),
-            hidden_size=hidden_size,
+            **common,
             intermediate_size=config.size("intermediate_size", 11008),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=key_value_heads,
-            head_dim=head_dim,
-            hidden_act=config.choice("hidden_act", HIDDEN_ACT, "silu"),
-            rms_norm_eps=config.epsilon("rms_norm_eps", 1e-06),
             attention_bias=config.take("attention_bias", bool, False),
             num_experts=experts,
             num_experts_per_tok=chosen,
             norm_topk_prob=config.take("norm_topk_prob", bool, False),
-            tie_word_embeddings=config.take("tie_word_embeddings", bool, False),
-            rope=rope,
-            facts=Facts(
-                routers=(1,) * layers,
-                experts_per_token=chosen,
-                context_length=rope.context_length,
-                switch_length=rope.switch_length,
-                eos_token_ids=config.token_ids("eos_token_id"),
-                pad_token_id=config.take("pad_token_id", int, 0),
-            ),
+            facts=rotary_facts(config, common["rope"], (1,) * layers, chosen),
         )
         config.finish()
         return result

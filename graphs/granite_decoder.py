@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ingot.graphs.attention import Attention, causal_mask
-from ingot.graphs.config import MOST_EXPERTS, MOST_FACTOR, MOST_POSITIONS, ConfigReader, Facts
+from ingot.graphs.attention import Attention, causal_mask, read_heads
+from ingot.graphs.config import MOST_EXPERTS, MOST_POSITIONS, ConfigReader, Facts
 from ingot.graphs.granite_multipliers import MultipliedConfig, ScaledLM, read_multipliers
 from ingot.graphs.layers import HIDDEN_ACT, Decoder, Layer, Mixed, RMSNorm, SequenceClassifier, Step
 from ingot.graphs.mamba2_mixer import Mamba2Mixer, MixerSizes
@@ -79,12 +79,7 @@ class GraniteDecoderConfig(MultipliedConfig):
             ConfigError: a field of another type, or one that the graph does not implement.
         """
         hidden_size = config.size("hidden_size", 4096)
-        heads = config.size("num_attention_heads", 32, MOST_FACTOR)
-        key_value_heads = config.size("num_key_value_heads", heads, MOST_FACTOR)
-        if config.raw.get("head_dim") is None:
-            config.multiple("hidden_size", of="num_attention_heads")
-        config.multiple("num_attention_heads", of="num_key_value_heads")
-        head_dim = config.size("head_dim", hidden_size // heads, MOST_FACTOR)
+        heads, key_value_heads, head_dim = read_heads(config, hidden_size, 32)
         context = config.size("max_position_embeddings", 2048, MOST_POSITIONS)
         # Read in any case: what it says must be known, also where nothing is rotated.
         rope = RopeParameters.read(config, head_dim, context)

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from ingot.graphs.attention import Attention, RotaryConfig, RotaryDecoder
+from ingot.graphs.attention import Attention, GroupedConfig, RotaryDecoder, rotary_facts
 from ingot.graphs.checkpoint import Part
-from ingot.graphs.config import MOST_EXPERTS, MOST_FACTOR, MOST_POSITIONS, ConfigReader, Facts
+from ingot.graphs.config import MOST_POSITIONS, ConfigReader
 from ingot.graphs.config_fields import ATTENTION, EXPERTS
 from ingot.graphs.family import Family
 from ingot.graphs.layers import (
-    HIDDEN_ACT,
     CausalLM,
     Layer,
     Mixed,
@@ -26,20 +25,15 @@ from ingot.graphs.layers import (
     SequenceClassifier,
     Step,
 )
-from ingot.graphs.moe import SparseMoeBlock, expert_parts
-from ingot.graphs.rope import RopeParameters
+from ingot.graphs.moe import SparseMoeBlock, expert_parts, read_experts
 from ingot.graphs.state import State
 
 
 @dataclass(frozen=True)
-class MixtralConfig(RotaryConfig):
+class MixtralConfig(GroupedConfig):
     """The fields of a Mixtral ``config.json`` that shape the result, by their own names."""
 
     intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    hidden_act: str
     num_local_experts: int
     num_experts_per_tok: int
 
@@ -51,48 +45,29 @@ class MixtralConfig(RotaryConfig):
             ConfigError: a field of another type, or one that the graph does not implement.
         """
         config = ConfigReader(raw, "mixtral")
-        hidden_size = config.size("hidden_size", 4096)
-        heads = config.size("num_attention_heads", 32, MOST_FACTOR)
-        # Of a config that says null there are as many as heads; of one that says nothing, 8.
-        default = heads if "num_key_value_heads" in raw else 8
-        key_value_heads = config.size("num_key_value_heads", default, MOST_FACTOR)
-        if raw.get("head_dim") is None:
-            config.multiple("hidden_size", of="num_attention_heads")
-        config.multiple("num_attention_heads", of="num_key_value_heads")
-        head_dim = config.size("head_dim", hidden_size // heads, MOST_FACTOR)
-        experts = config.size("num_experts", 8, MOST_EXPERTS)
-        experts = config.size("num_local_experts", experts, MOST_EXPERTS)
-        config.must_be("num_experts", experts, "it is another name of num_local_experts")
-        chosen = config.size("num_experts_per_tok", 2, MOST_EXPERTS)
-        config.at_most("num_experts_per_tok", "num_local_experts")
-        context = config.size("max_position_embeddings", 131072, MOST_POSITIONS)
-        rope = RopeParameters.read(config, head_dim, context, rope_theta=1000000.0)
-        layers = config.layers(default=32)
-        window = config.size("sliding_window", MOST_POSITIONS, MOST_POSITIONS)
+        common = cls.common(
+            config,
+            vocab_size=32000,
+            hidden_size=4096,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=131072,
+            rms_norm_eps=1e-5,
+            rope_theta=1000000.0,
+        )
+        layers = common["num_hidden_layers"]
         config.all_layers(layers, layer_types=ATTENTION, mlp_layer_types=EXPERTS)
+        experts, chosen = read_experts(config, "num_local_experts", "num_experts", 8, 2)
+        window = config.size("sliding_window", MOST_POSITIONS, MOST_POSITIONS)
         result = cls(
-            vocab_size=config.size("vocab_size", 32000),
-            hidden_size=hidden_size,
+            **common,
             intermediate_size=config.size("intermediate_size", 14336),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=key_value_heads,
-            head_dim=head_dim,
-            hidden_act=config.choice("hidden_act", HIDDEN_ACT, "silu"),
-            rms_norm_eps=config.epsilon("rms_norm_eps", 1e-5),
             num_local_experts=experts,
             num_experts_per_tok=chosen,
-            tie_word_embeddings=config.take("tie_word_embeddings", bool, False),
-            rope=rope,
-            sliding_window=window if raw.get("sliding_window") is not None else None,
-            facts=Facts(
-                routers=(1,) * layers,
-                experts_per_token=chosen,
-                context_length=rope.context_length,
-                switch_length=rope.switch_length,
-                eos_token_ids=config.token_ids("eos_token_id"),
-                pad_token_id=config.take("pad_token_id", int, 0),
-                num_labels=config.labels(),
+            sliding_window=None if raw.get("sliding_window") is None else window,
+            facts=rotary_facts(
+                config, common["rope"], (1,) * layers, chosen, num_labels=config.labels()
             ),
         )
         config.finish()

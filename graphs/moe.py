@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ingot.graphs.checkpoint import Part
+from ingot.graphs.config import MOST_EXPERTS, ConfigReader
 from ingot.plugins.activations import activate
 from ingot.plugins.moe_dispatch import moe_dispatch
 
@@ -18,6 +19,31 @@ from ingot.plugins.moe_dispatch import moe_dispatch
 def wide_logits(logits: torch.Tensor) -> torch.Tensor:
     """A router's logits in float32 or wider, as routing takes them."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def read_experts(
+    config: ConfigReader, name: str, other: str, experts: int, chosen: int, *, least: int = 1
+) -> tuple[int, int]:
+    """How many experts there are, and how many of them a token takes.
+
+    Args:
+        config: of the model.
+        name: of the field that says how many there are.
+        other: a name that it may have instead.
+        experts: transformers' default.
+        chosen: transformers' default of ``num_experts_per_tok``.
+        least: the fewest there may be.
+
+    Raises:
+        ConfigError: numbers that do not go together.
+    """
+    experts = config.size(other, experts, MOST_EXPERTS, least=least)
+    experts = config.size(name, experts, MOST_EXPERTS, least=least)
+    config.must_be(other, experts, f"it is another name of {name}")
+    chosen = config.size("num_experts_per_tok", chosen, MOST_EXPERTS)
+    if experts:
+        config.at_most("num_experts_per_tok", name)
+    return experts, chosen
 
 
 # One tensor of gate and up, and one of down

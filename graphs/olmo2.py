@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from ingot.graphs.attention import Attention, RotaryConfig, RotaryDecoder
-from ingot.graphs.config import MOST_FACTOR, MOST_POSITIONS, ConfigReader, Facts
+from ingot.graphs.attention import Attention, GroupedConfig, RotaryDecoder, rotary_facts
+from ingot.graphs.config import ConfigReader
 from ingot.graphs.config_fields import ATTENTION, DENSE
 from ingot.graphs.family import Family
 from ingot.graphs.layers import (
-    HIDDEN_ACT,
     CausalLM,
     GatedMLP,
     Layer,
@@ -25,19 +24,14 @@ from ingot.graphs.layers import (
     SequenceClassifier,
     Step,
 )
-from ingot.graphs.rope import RopeParameters
 from ingot.graphs.state import State
 
 
 @dataclass(frozen=True)
-class Olmo2Config(RotaryConfig):
+class Olmo2Config(GroupedConfig):
     """The fields of such a ``config.json`` that shape the result, by their own names."""
 
     intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    hidden_act: str
     attention_bias: bool
 
     @classmethod
@@ -48,38 +42,22 @@ class Olmo2Config(RotaryConfig):
             ConfigError: a field of another type, or one that the graph does not implement.
         """
         config = ConfigReader(raw, "olmo2")
-        hidden_size = config.size("hidden_size", 4096)
-        heads = config.size("num_attention_heads", 32, MOST_FACTOR)
-        key_value_heads = config.size("num_key_value_heads", heads, MOST_FACTOR)
-        if raw.get("head_dim") is None:
-            config.multiple("hidden_size", of="num_attention_heads")
-        config.multiple("num_attention_heads", of="num_key_value_heads")
-        head_dim = config.size("head_dim", hidden_size // heads, MOST_FACTOR)
-        context = config.size("max_position_embeddings", 2048, MOST_POSITIONS)
-        rope = RopeParameters.read(config, head_dim, context)
-        layers = config.layers(default=32)
+        common = cls.common(
+            config,
+            vocab_size=50304,
+            hidden_size=4096,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            max_position_embeddings=2048,
+            rms_norm_eps=1e-5,
+        )
+        layers = common["num_hidden_layers"]
         config.all_layers(layers, layer_types=ATTENTION, mlp_layer_types=DENSE)
         result = cls(
-            vocab_size=config.size("vocab_size", 50304),
-            hidden_size=hidden_size,
+            **common,
             intermediate_size=config.size("intermediate_size", 11008),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=key_value_heads,
-            head_dim=head_dim,
-            hidden_act=config.choice("hidden_act", HIDDEN_ACT, "silu"),
-            rms_norm_eps=config.epsilon("rms_norm_eps", 1e-05),
             attention_bias=config.take("attention_bias", bool, False),
-            tie_word_embeddings=config.take("tie_word_embeddings", bool, False),
-            rope=rope,
-            facts=Facts(
-                routers=(0,) * layers,
-                context_length=rope.context_length,
-                switch_length=rope.switch_length,
-                eos_token_ids=config.token_ids("eos_token_id"),
-                pad_token_id=config.take("pad_token_id", int, 0),
-                num_labels=config.labels(),
-            ),
+            facts=rotary_facts(config, common["rope"], (0,) * layers, num_labels=config.labels()),
         )
         config.finish()
         return result

@@ -11,19 +11,15 @@ from typing import Any
 
 import torch
 
-from ingot.graphs.attention import Attention, RotaryConfig, RotaryDecoder
+from ingot.graphs.attention import Attention, GroupedConfig, RotaryDecoder, rotary_facts
 from ingot.graphs.config import (
-    MOST_EXPERTS,
-    MOST_FACTOR,
     MOST_POSITIONS,
     ConfigError,
     ConfigReader,
-    Facts,
 )
 from ingot.graphs.config_fields import ATTENTION
 from ingot.graphs.family import Family
 from ingot.graphs.layers import (
-    HIDDEN_ACT,
     CausalLM,
     GatedMLP,
     Layer,
@@ -32,14 +28,13 @@ from ingot.graphs.layers import (
     SequenceClassifier,
     Step,
 )
-from ingot.graphs.moe import SparseMoeBlock, expert_parts
-from ingot.graphs.rope import RopeParameters
+from ingot.graphs.moe import SparseMoeBlock, expert_parts, read_experts
 from ingot.graphs.state import State
 from ingot.plugins.errors import shown
 
 
 @dataclass(frozen=True)
-class Qwen3MoeConfig(RotaryConfig):
+class Qwen3MoeConfig(GroupedConfig):
     """The fields of a Qwen3 MoE ``config.json`` that shape the result, by their own names.
 
     Attributes:
@@ -51,10 +46,6 @@ class Qwen3MoeConfig(RotaryConfig):
     sparse: tuple[bool, ...]
     intermediate_size: int
     moe_intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    hidden_act: str
     attention_bias: bool
     num_experts: int
     num_experts_per_tok: int
@@ -68,55 +59,42 @@ class Qwen3MoeConfig(RotaryConfig):
             ConfigError: a field of another type, or one that the graph does not implement.
         """
         config = ConfigReader(raw, "qwen3_moe")
-        hidden_size = config.size("hidden_size", 2048)
-        heads = config.size("num_attention_heads", 32, MOST_FACTOR)
-        key_value_heads = config.size("num_key_value_heads", 4, MOST_FACTOR)
-        if raw.get("head_dim") is None:
-            config.multiple("hidden_size", of="num_attention_heads")
-        config.multiple("num_attention_heads", of="num_key_value_heads")
-        head_dim = config.size("head_dim", hidden_size // heads, MOST_FACTOR)
-        experts = config.size("num_local_experts", 128, MOST_EXPERTS, least=0)
-        experts = config.size("num_experts", experts, MOST_EXPERTS, least=0)
-        config.must_be("num_local_experts", experts, "it is another name of num_experts")
-        chosen = config.size("num_experts_per_tok", 8, MOST_EXPERTS)
-        context = config.size("max_position_embeddings", 32768, MOST_POSITIONS)
-        rope = RopeParameters.read(config, head_dim, context)
-        layers = config.layers(default=24)
-        sparse = _sparse_layers(config, layers, experts)
-        if any(sparse):
-            config.at_most("num_experts_per_tok", "num_experts")
+        common = cls.common(
+            config,
+            vocab_size=151936,
+            hidden_size=2048,
+            num_hidden_layers=24,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            max_position_embeddings=32768,
+            rms_norm_eps=1e-6,
+        )
+        layers = common["num_hidden_layers"]
         config.all_layers(layers, layer_types=ATTENTION)
+        experts, chosen = read_experts(config, "num_experts", "num_local_experts", 128, 8, least=0)
+        sparse = _sparse_layers(config, layers, experts)
+        # Without a layer that has them the sizes of experts say nothing, and so for dense layers.
+        dense_size = config.size("intermediate_size", 6144)
+        expert_size = config.size("moe_intermediate_size", 768)
+        experts, chosen = (experts, chosen) if any(sparse) else (0, 0)
         # The size of a window says nothing where it is not used.
         window = config.size("sliding_window", 4096, MOST_POSITIONS)
         used = config.take("use_sliding_window", bool, False)
-        inner = config.size("intermediate_size", 6144)
-        of_expert = config.size("moe_intermediate_size", 768)
         result = cls(
-            vocab_size=config.size("vocab_size", 151936),
-            hidden_size=hidden_size,
+            **common,
             sparse=sparse,
-            intermediate_size=0 if all(sparse) else inner,
-            moe_intermediate_size=of_expert if any(sparse) else 0,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=key_value_heads,
-            head_dim=head_dim,
-            hidden_act=config.choice("hidden_act", HIDDEN_ACT, "silu"),
-            rms_norm_eps=config.epsilon("rms_norm_eps", 1e-6),
+            intermediate_size=0 if all(sparse) else dense_size,
+            moe_intermediate_size=expert_size if experts else 0,
             attention_bias=config.take("attention_bias", bool, False),
-            num_experts=experts if any(sparse) else 0,
-            num_experts_per_tok=chosen if any(sparse) else 0,
+            num_experts=experts,
+            num_experts_per_tok=chosen,
             norm_topk_prob=config.take("norm_topk_prob", bool, False),
-            tie_word_embeddings=config.take("tie_word_embeddings", bool, False),
-            rope=rope,
             sliding_window=window if used else None,
-            facts=Facts(
-                routers=tuple(int(each) for each in sparse),
-                experts_per_token=chosen if any(sparse) else 0,
-                context_length=rope.context_length,
-                switch_length=rope.switch_length,
-                eos_token_ids=config.token_ids("eos_token_id"),
-                pad_token_id=config.take("pad_token_id", int, 0),
+            facts=rotary_facts(
+                config,
+                common["rope"],
+                tuple(int(each) for each in sparse),
+                chosen,
                 num_labels=config.labels(),
             ),
         )
