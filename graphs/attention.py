@@ -19,20 +19,15 @@ from ingot.graphs.rope import RopeParameters, RotaryEmbedding, rotate
 from ingot.graphs.state import State, key_value_states
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RotaryConfig(ModelConfig):
-    """What the config of a ``RotaryDecoder`` has beside every model's.
-
-    Attributes:
-        sliding_window: how many tokens one sees, itself included; None for all.
-    """
+    """What the config of a ``RotaryDecoder`` has beside every model's."""
 
     rms_norm_eps: float
     rope: RopeParameters
-    sliding_window: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class GroupedConfig(RotaryConfig):
     """The fields that every config with ``Attention`` in all layers has, by their own names."""
 
@@ -293,6 +288,11 @@ class RotaryDecoder(Decoder):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config.rope)
 
+    @property
+    def window(self) -> int | None:
+        """How many tokens one sees at most, itself included; None for all."""
+        return None
+
     def begin(
         self,
         input_ids: torch.Tensor,
@@ -302,5 +302,5 @@ class RotaryDecoder(Decoder):
         """See ``Decoder.begin``."""
         x = self.embed_tokens(input_ids)
         cos, sin = (table.to(x.dtype) for table in self.rotary_emb(position_ids))
-        visible = causal_mask(attention_mask, input_ids.shape[1], self.config.sliding_window)
+        visible = causal_mask(attention_mask, input_ids.shape[1], self.window)
         return x, Step(visible, cos=cos, sin=sin)

@@ -20,7 +20,7 @@ from ingot.graphs.config import MOST_EXPERTS, MOST_POSITIONS, ConfigReader, Fact
 from ingot.graphs.granite_multipliers import MultipliedConfig, ScaledLM, read_multipliers
 from ingot.graphs.layers import HIDDEN_ACT, Decoder, Layer, Mixed, RMSNorm, SequenceClassifier, Step
 from ingot.graphs.mamba2_mixer import Mamba2Mixer, MixerSizes
-from ingot.graphs.moe import FusedMLP, ParallelMoE
+from ingot.graphs.moe import FusedMLP, SparseMoeBlock
 from ingot.graphs.rope import RopeParameters, RotaryEmbedding
 from ingot.graphs.state import State
 
@@ -144,12 +144,15 @@ class GraniteDecoderLayer(Layer):
             self.mamba = Mamba2Mixer(config.mixer)
         self.has_experts = config.num_local_experts > 0
         if self.has_experts:
-            self.block_sparse_moe = ParallelMoE(
+            self.block_sparse_moe = SparseMoeBlock(
                 config.hidden_size,
                 config.intermediate_size,
                 config.num_local_experts,
                 config.num_experts_per_tok,
-                config.hidden_act,
+                # The softmax over the chosen logits alone is the one over all, divided by its sum.
+                normalise=True,
+                activation=config.hidden_act,
+                router="router",
             )
         self.has_shared = config.shared_intermediate_size > 0
         if self.has_shared:
@@ -234,10 +237,10 @@ def preset_gain(name: str, config: dict[str, Any]) -> float:
     """Undo the multipliers, as training does, so that no part of the signal drowns another."""
     if "embed_tokens" in name:
         return 1 / float(config["embedding_multiplier"])
-    if name.endswith(("o_proj.weight", "out_proj.weight", "output_linear.weight")):
+    if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj", "output_linear.weight")):
         return 1 / float(config["residual_multiplier"])
     if name.endswith("lm_head.weight"):
         return float(config["logits_scaling"])
     # A router's logits spread over several units, so that its top-k has margins; queries and keys
     # of this size make attention choose rather than average.
-    return 2.0 if name.endswith(("router.layer.weight", "q_proj.weight", "k_proj.weight")) else 1.0
+    return 2.0 if name.endswith(("router.weight", "q_proj.weight", "k_proj.weight")) else 1.0

@@ -18,7 +18,7 @@ from ingot.graphs.granite_decoder import (
     GraniteDecoderForSequenceClassification,
     preset_gain,
 )
-from ingot.graphs.moe import newer_parts
+from ingot.graphs.moe import granite_parts
 
 
 def read_config(raw: dict[str, Any]) -> GraniteDecoderConfig:
@@ -66,7 +66,7 @@ FAMILY = Family(
         "features": GraniteDecoder,
         "classify": GraniteDecoderForSequenceClassification,
     },
-    other_spelling=newer_parts,
+    other_spelling=granite_parts,
     tied={"lm_head.weight": "model.embed_tokens.weight"},
     head_tensors=("lm_head.weight", "score.weight"),
     extra_outputs=("router_logits", "hidden_states"),

@@ -30,10 +30,11 @@ from ingot.graphs.layers import (
     Step,
     load_balancing_loss,
 )
-from ingot.graphs.moe import ParallelExperts, ParallelMoE, Router
+from ingot.graphs.moe import wide_logits
 from ingot.graphs.rope import RopeParameters, rotate
 from ingot.graphs.state import State, key_value_states
 from ingot.plugins.experts import choose_experts
+from ingot.plugins.moe_dispatch import moe_dispatch
 from ingot.plugins.moe_linear import moe_linear
 
 # The released layers take this whatever `rms_norm_eps` says; the field is the final norm's alone.
@@ -108,6 +109,25 @@ class JetMoeConfig(RotaryConfig):
         return result
 
 
+class JetMoeRouter(nn.Module):
+    def __init__(self, hidden_size: int, experts: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(hidden_size, experts, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``[N, H]`` -> router logits ``[N, E]`` float32."""
+        logits: torch.Tensor = self.layer(tokens)
+        return wide_logits(logits)
+
+
+class JetMoeParallelExperts(nn.Module):
+    """One linear layer an expert, ``weight [E, O, Kin]``."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+
+
 class JetMoeMoA(nn.Module):
     """The experts of attention: a query and an output projection each.
 
@@ -120,9 +140,9 @@ class JetMoeMoA(nn.Module):
     def __init__(self, hidden_size: int, width: int, experts: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.empty(hidden_size))
-        self.input_linear = ParallelExperts(experts, hidden_size, width)
-        self.output_linear = ParallelExperts(experts, width, hidden_size)
-        self.router = Router(hidden_size, experts)
+        self.input_linear = JetMoeParallelExperts(experts, hidden_size, width)
+        self.output_linear = JetMoeParallelExperts(experts, width, hidden_size)
+        self.router = JetMoeRouter(hidden_size, experts)
 
 
 class JetMoeAttention(nn.Module):
@@ -186,23 +206,34 @@ class JetMoeAttention(nn.Module):
         return Mixed(y, present, (router_logits,))
 
 
-class JetMoeMoE(ParallelMoE):
+class JetMoeMoE(nn.Module):
     """The MLP: a mixture of gated MLPs with one bias."""
 
     def __init__(self, config: JetMoeConfig) -> None:
-        super().__init__(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_local_experts,
-            config.num_experts_per_tok,
-            config.activation_function,
-        )
-        self.bias = nn.Parameter(torch.empty(config.hidden_size))
+        super().__init__()
+        self.config = config
+        hidden, inner = config.hidden_size, config.intermediate_size
+        experts = config.num_local_experts
+        self.bias = nn.Parameter(torch.empty(hidden))
+        self.input_linear = JetMoeParallelExperts(experts, hidden, 2 * inner)
+        self.output_linear = JetMoeParallelExperts(experts, inner, hidden)
+        self.router = JetMoeRouter(hidden, experts)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``[B, T, H]`` -> ``[B, T, H]`` and router logits ``[B*T, E]`` float32."""
-        y, logits = super().forward(x)
-        return y + self.bias, logits
+        tokens = x.flatten(0, 1)
+        router_logits = self.router(tokens)
+        y = moe_dispatch(
+            tokens,
+            router_logits,
+            self.input_linear.weight,
+            self.output_linear.weight,
+            self.config.num_experts_per_tok,
+            # The softmax over the chosen logits alone is the one over all, divided by its sum.
+            True,
+            self.config.activation_function,
+        )
+        return y.view_as(x) + self.bias, router_logits
 
 
 class JetMoeDecoderLayer(Layer):

@@ -131,8 +131,8 @@ class Mamba2Mixer(nn.Module):
         if past:
             conv, ssm = past
         else:
-            conv = x.new_zeros(len(x), s.channels, s.conv_width - 1)
-            ssm = x.new_zeros(len(x), s.heads, s.head_size, s.state_size, dtype=wide)
+            conv = x.new_zeros(x.shape[0], s.channels, s.conv_width - 1)
+            ssm = x.new_zeros(x.shape[0], s.heads, s.head_size, s.state_size, dtype=wide)
         gate, xbc, dt = self.in_proj(x).split((s.inner_size, s.channels, s.heads), dim=-1)
         # Padding enters the convolution as nothing at all, as what lies before a sequence does.
         # (Masking the projection's input would let its bias through.)

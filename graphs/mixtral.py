@@ -36,6 +36,7 @@ class MixtralConfig(GroupedConfig):
     intermediate_size: int
     num_local_experts: int
     num_experts_per_tok: int
+    sliding_window: int | None
 
     @classmethod
     def read(cls, raw: dict[str, Any]) -> MixtralConfig:
@@ -108,6 +109,12 @@ class MixtralModel(RotaryDecoder):
     """The bare model: ``last_hidden_state [B, T, H]`` after the final norm."""
 
     layer = MixtralDecoderLayer
+    config: MixtralConfig
+
+    @property
+    def window(self) -> int | None:
+        """See ``RotaryDecoder.window``."""
+        return self.config.sliding_window
 
 
 class MixtralForCausalLM(CausalLM):

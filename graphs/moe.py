@@ -1,4 +1,4 @@
-"""Mixtures of gated MLPs, in the two layouts that checkpoints have, and the MLP beside one.
+"""Mixtures of gated MLPs, the spellings that checkpoints have of them, and the MLP beside one.
 
 Source: Shazeer et al. 2017, arXiv:1701.06538, section 2. Tensor names are Hugging Face's.
 """
@@ -46,9 +46,6 @@ def read_experts(
     return experts, chosen
 
 
-# One tensor of gate and up, and one of down
-
-
 class Experts(nn.Module):
     """The experts' weights, fused: rows of gate, then of up."""
 
@@ -68,6 +65,7 @@ class SparseMoeBlock(nn.Module):
         experts_per_token: K.
         normalise: whether the weights of the chosen are made to sum to 1.
         activation: a value of ``layers.HIDDEN_ACT``.
+        router: what checkpoints call the router.
     """
 
     def __init__(
@@ -79,17 +77,18 @@ class SparseMoeBlock(nn.Module):
         *,
         normalise: bool,
         activation: str,
+        router: str = "gate",
     ) -> None:
         super().__init__()
         self.experts_per_token, self.normalise = experts_per_token, normalise
-        self.activation = activation
-        self.gate = nn.Linear(hidden_size, experts, bias=False)
+        self.activation, self.router_name = activation, router
+        self.add_module(router, nn.Linear(hidden_size, experts, bias=False))
         self.experts = Experts(experts, hidden_size, inner_size)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``[B, T, H]`` -> ``[B, T, H]`` and router logits ``[B*T, E]`` float32."""
         tokens = x.flatten(0, 1)
-        logits = wide_logits(self.gate(tokens))
+        logits = wide_logits(getattr(self, self.router_name)(tokens))
         y = moe_dispatch(
             tokens,
             logits,
@@ -134,86 +133,24 @@ def expert_parts(
     return ()
 
 
-# A stack of linear layers each, and a router that is a layer in a module
-
-
-class Router(nn.Module):
-    def __init__(self, hidden_size: int, experts: int) -> None:
-        super().__init__()
-        self.layer = nn.Linear(hidden_size, experts, bias=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """``[N, H]`` -> router logits ``[N, E]`` float32."""
-        return wide_logits(self.layer(tokens))
-
-
-class ParallelExperts(nn.Module):
-    """One linear layer an expert, ``weight [E, O, Kin]``."""
-
-    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
-
-
-class ParallelMoE(nn.Module):
-    """Experts, of which each token takes K, weighted by a softmax over the logits of those K.
-
-    Args:
-        hidden_size: H.
-        inner_size: I, of one expert.
-        experts: E.
-        experts_per_token: K.
-        activation: a value of ``layers.HIDDEN_ACT``.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        inner_size: int,
-        experts: int,
-        experts_per_token: int,
-        activation: str,
-    ) -> None:
-        super().__init__()
-        self.experts_per_token, self.activation = experts_per_token, activation
-        self.input_linear = ParallelExperts(experts, hidden_size, 2 * inner_size)
-        self.output_linear = ParallelExperts(experts, inner_size, hidden_size)
-        self.router = Router(hidden_size, experts)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[B, T, H]`` -> ``[B, T, H]`` and router logits ``[B*T, E]`` float32."""
-        tokens = x.flatten(0, 1)
-        logits = self.router(tokens)
-        y = moe_dispatch(
-            tokens,
-            logits,
-            self.input_linear.weight,
-            self.output_linear.weight,
-            self.experts_per_token,
-            # The softmax over the chosen logits alone is the one over all, divided by its sum.
-            True,
-            self.activation,
-        )
-        return y.view_as(x), logits
-
-
-# How transformers 5 names them in memory.
-_NEWER = {
-    "input_linear.weight": "experts.gate_up_proj",
-    "output_linear.weight": "experts.down_proj",
-    "router.layer.weight": "router.weight",
+# What Granite's checkpoints on the hub call them.
+_ON_HUB = {
+    "experts.gate_up_proj": "input_linear.weight",
+    "experts.down_proj": "output_linear.weight",
+    "router.weight": "router.layer.weight",
 }
 
 
-def newer_parts(name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
-    """What transformers 5 calls a parameter of a ``block_sparse_moe``; empty for every other."""
-    for old, new in _NEWER.items():
-        if name.endswith(f".block_sparse_moe.{old}"):
-            return (Part(name.removesuffix(old) + new, shape),)
+def granite_parts(name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+    """The hub's spelling of a parameter of a ``block_sparse_moe``; empty for every other one.
+
+    Both spellings are those of whole stacks; transformers 5 has this architecture's names in
+    memory.
+    """
+    for ours, theirs in _ON_HUB.items():
+        if name.endswith(f".block_sparse_moe.{ours}"):
+            return (Part(name.removesuffix(ours) + theirs, shape),)
     return ()
-
-
-# Beside the experts
 
 
 class FusedMLP(nn.Module):

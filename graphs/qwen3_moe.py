@@ -41,6 +41,7 @@ class Qwen3MoeConfig(GroupedConfig):
         sparse: of each layer, whether it has experts.
         intermediate_size: of the layers without; 0 where there is none.
         moe_intermediate_size: of one expert; 0 where there is none.
+        sliding_window: how many tokens one sees, itself included; None for all.
     """
 
     sparse: tuple[bool, ...]
@@ -50,6 +51,7 @@ class Qwen3MoeConfig(GroupedConfig):
     num_experts: int
     num_experts_per_tok: int
     norm_topk_prob: bool
+    sliding_window: int | None
 
     @classmethod
     def read(cls, raw: dict[str, Any]) -> Qwen3MoeConfig:
@@ -159,6 +161,12 @@ class Qwen3MoeModel(RotaryDecoder):
     """The bare model: ``last_hidden_state [B, T, H]`` after the final norm."""
 
     layer = Qwen3MoeDecoderLayer
+    config: Qwen3MoeConfig
+
+    @property
+    def window(self) -> int | None:
+        """See ``RotaryDecoder.window``."""
+        return self.config.sliding_window
 
 
 class Qwen3MoeForCausalLM(CausalLM):

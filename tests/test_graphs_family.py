@@ -84,9 +84,9 @@ def test_refuses_an_unknown_model_type_and_lists_the_supported(
 @pytest.mark.parametrize(
     ("model_type", "said"),
     [
-        ("granitemoe", "nearest is granite, but granitemoe has a mixture of experts"),
-        ("granitemoehybrid", "nearest is granite, but granitemoehybrid has Mamba2 layers"),
-        ("bamba", "nearest is mamba2, but bamba has attention layers"),
+        ("nemotron_h", "nearest is granitemoehybrid, but nemotron_h has layers that are an MLP"),
+        ("olmo3", "nearest is olmo2, but olmo3 has attention over a sliding window"),
+        ("zamba2", "nearest is bamba, but zamba2 has attention layers and MLPs that are shared"),
         ("mamba", "nearest is mamba2, but mamba has Mamba1 layers"),
         ("mistral", "nearest is llama, but mistral has attention over a sliding window"),
         ("OLMoE", "nearest name is olmoe."),
@@ -102,7 +102,7 @@ def test_names_the_nearest_model_type_and_what_it_lacks(model_type: str, said: s
 def test_guesses_nothing_of_a_name_like_none_of_them() -> None:
     with pytest.raises(CheckpointError) as caught:
         find_family("whisper")
-    assert str(caught.value).endswith("supported: granite, jetmoe, mamba2, olmoe, llama.")
+    assert str(caught.value).endswith(f"supported: {', '.join(FAMILIES)}, llama.")
 
 
 def test_finds_granite_for_llama() -> None:
@@ -130,7 +130,13 @@ def test_every_family_is_complete(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "facts"),
     [
-        ("granite", Facts((0, 0), context_length=512)),
+        ("granite", Facts((0, 0), context_length=512, num_labels=2)),
+        (
+            "granitemoehybrid",
+            Facts((1,) * 4, experts_per_token=2, chunk_size=8, context_length=512, num_labels=2),
+        ),
+        ("bamba", Facts((0,) * 4, chunk_size=8, context_length=512)),
+        ("qwen3_moe", Facts((1, 0, 1), experts_per_token=2, context_length=512, num_labels=2)),
         ("jetmoe", Facts((2, 2), experts_per_token=2, context_length=512, num_labels=2)),
         ("mamba2", Facts((0, 0), chunk_size=8)),
         ("olmoe", Facts((1, 1), experts_per_token=2, context_length=512, pad_token_id=1)),

@@ -64,26 +64,27 @@ def test_refuses_what_it_does_not_compute(change: dict[str, Any], why: str) -> N
         FAMILY.read_config({"model_type": "mixtral", **FAMILY.presets["tiny"], **change})
 
 
-def test_reads_the_names_of_the_hub(
+def test_reads_the_names_that_transformers_has_in_memory(
     make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot, tmp_path: Path
 ) -> None:
-    """An expert's matrices by themselves, under names of their own."""
+    """The seeded checkpoint has the hub's: an expert's matrices by themselves."""
     folder = make_checkpoint("mixtral")
-    renamed: dict[str, torch.Tensor] = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        here = name.replace(".mlp.", ".block_sparse_moe.")
-        owner = here.rpartition(".")[0]
-        if here.endswith("gate_up_proj"):
-            for expert, both in enumerate(tensor):
-                gate, up = both.chunk(2)
-                renamed[f"{owner}.{expert}.w1.weight"] = gate.clone()
-                renamed[f"{owner}.{expert}.w3.weight"] = up.clone()
-        elif here.endswith("down_proj"):
-            for expert, down in enumerate(tensor):
-                renamed[f"{owner}.{expert}.w2.weight"] = down.clone()
-        else:
-            renamed[here] = tensor
-    save_file(renamed, tmp_path / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    experts = range(FAMILY.presets["tiny"]["num_local_experts"])
+    for layer in range(2):
+        on_hub = f"model.layers.{layer}.block_sparse_moe"
+        here = f"model.layers.{layer}.mlp"
+        tensors[f"{here}.gate.weight"] = tensors.pop(f"{on_hub}.gate.weight")
+        parts = [
+            [tensors.pop(f"{on_hub}.experts.{e}.{name}.weight") for name in ("w1", "w3", "w2")]
+            for e in experts
+        ]
+        tensors[f"{here}.experts.gate_up_proj"] = torch.stack(
+            [torch.cat((gate, up)) for gate, up, _ in parts]
+        )
+        tensors[f"{here}.experts.down_proj"] = torch.stack([down for *_, down in parts])
+    assert not any("block_sparse_moe" in name for name in tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     one, other = make_ingot(folder, "onnx"), make_ingot(tmp_path, "onnx")
     assert (one / "weights.safetensors").read_bytes() == (

@@ -22,14 +22,14 @@ EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight")
 HEAD = "lm_head.weight"
 # The ends of names that are spelled in another way elsewhere; see github.com/state-spaces/mamba.
 SPELLINGS = {"embeddings.weight": "embedding.weight"}
-# Parts of names that are spelled in another way elsewhere, each with the other ways: Mixtral's on
-# the hub, and Granite's experts as transformers 5 has them in memory.
+# Parts of names that are spelled in another way elsewhere, each with the other ways: what the hub's
+# checkpoints call Mixtral's and Granite's experts.
 WITHIN = {
     ".mlp.gate.": (".block_sparse_moe.gate.",),
     ".mlp.experts.": (".block_sparse_moe.experts.",),
-    ".block_sparse_moe.input_linear.weight": (".block_sparse_moe.experts.gate_up_proj",),
-    ".block_sparse_moe.output_linear.weight": (".block_sparse_moe.experts.down_proj",),
-    ".block_sparse_moe.router.layer.weight": (".block_sparse_moe.router.weight",),
+    ".block_sparse_moe.experts.gate_up_proj": (".block_sparse_moe.input_linear.weight",),
+    ".block_sparse_moe.experts.down_proj": (".block_sparse_moe.output_linear.weight",),
+    ".block_sparse_moe.router.weight": (".block_sparse_moe.router.layer.weight",),
 }
 # The last part of a name of all experts' weights -> of each expert's, in the order of their rows.
 EXPERTS = {

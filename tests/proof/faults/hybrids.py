@@ -40,7 +40,7 @@ def mask_beyond_the_mixers(operator: str, index: int, number: int) -> Edit:
     return apply
 
 
-EXPERTS = "layers.{}.block_sparse_moe.output_linear.weight"
+EXPERTS = "layers.{}.block_sparse_moe.experts.down_proj"
 SHARED = "layers.{}.shared_mlp.output_linear.weight"
 
 
