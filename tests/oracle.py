@@ -153,24 +153,37 @@ def tokens(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def oracle_steps(model: Any, ids: np.ndarray, mask: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """transformers with its own cache: a prefill, then one token at a time."""
+def oracle_steps(
+    model: Any, ids: np.ndarray, mask: np.ndarray, *, whole: bool = False
+) -> list[dict[str, np.ndarray]]:
+    """transformers with its own cache: a prefill, then one token at a time.
+
+    Args:
+        model: of transformers.
+        ids: ``[B, T]``.
+        mask: ``[B, T]``.
+        whole: each step is a prefill of all before it; transformers' decode of a scan takes no
+            notice of ``time_step_limit``.
+    """
     cache: Any = DynamicCache(config=model.config)
     results = []
     at = 0
     for count in (PREFILL, *[1] * DECODE):
         end = at + count
+        begin = at
+        if whole:
+            cache, begin = DynamicCache(config=model.config), 0
         seen = torch.from_numpy(mask[:, :end])
-        positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, at:]
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, begin:]
         out = model(
-            torch.from_numpy(ids[:, at:end]),
+            torch.from_numpy(ids[:, begin:end]),
             attention_mask=seen,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
         )
         # What transformers writes in place later on.
-        found = {"logits": out.logits.numpy().copy()}
+        found = {"logits": out.logits[:, -count:].numpy().copy()}
         for index, layer in enumerate(cache.layers):
             if hasattr(layer, "keys"):
                 found[f"present.{index}.key"] = layer.keys.numpy().copy()
@@ -188,7 +201,8 @@ def oracle_steps(model: Any, ids: np.ndarray, mask: np.ndarray) -> list[dict[str
 def check_logits_and_states(subject: Subject, way: str) -> None:
     """Every step of prefill and cached decode, logits and every state."""
     ids, mask = tokens(512)
-    expected = oracle_steps(subject.oracle, ids, mask)
+    whole = "time_step_limit" in subject.name
+    expected = oracle_steps(subject.oracle, ids, mask, whole=whole)
     session = subject.sessions[way]
     session.reset(len(ids), ids.shape[1])
     at = 0
