@@ -27,12 +27,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "every expert chosen": {"num_experts_per_tok": 4},
     "one expert": {"num_local_experts": 1, "num_experts_per_tok": 1},
     "rope yarn": {
+        # transformers needs it said here.
+        "head_dim": 16,
         "rope_parameters": {
             "rope_type": "yarn",
             "factor": 4.0,
             "original_max_position_embeddings": 8,
             "rope_theta": 100.0,
-        }
+        },
     },
 }
 
