@@ -104,7 +104,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         f"{WRONG} has shape [33]; config.json makes it [32]",
     ),
     "truncated": (_truncate, "model.safetensors is not a whole safetensors file"),
-    "another family": (lambda f: _edit_config(f, model_type="mixtral"), "model_type is 'mixtral'"),
+    "another family": (lambda f: _edit_config(f, model_type="phimoe"), "model_type is 'phimoe'"),
     "a NaN": (
         lambda f: _edit_weights(f, lambda w: w["lm_head.weight"][3].fill_(torch.nan)),
         "lm_head.weight holds a nan at index [3, 0]",
@@ -177,7 +177,7 @@ def test_refuses_a_preset_for_a_folder(tiny: Path, out: Path) -> None:
 
 
 def test_refuses_what_is_neither_a_folder_nor_a_name(out: Path) -> None:
-    for model in ("mixtral", "./absent", "org/name/more"):
+    for model in ("phimoe", "./absent", "org/name/more"):
         result = _export("--model", model, "--out", out)
         assert result.exit_code == 2
         _refused(result.stderr, f"{model!r} is neither a folder")

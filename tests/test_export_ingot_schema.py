@@ -60,7 +60,7 @@ CACHE = ["batch", 1, "past_sequence", 16]
 REFUSED: list[tuple[str, Any, str]] = [
     ("model_type", "$(reboot)", "model_type"),
     ("model_type", "../../x", "model_type"),
-    ("model_type", "gpt2", "one of granite"),
+    ("model_type", "gpt2", "one of bamba"),
     ("model_type", ["granite"], "model_type"),
     ("model_type", None, "model_type"),
     ("task", "Generate", "task"),

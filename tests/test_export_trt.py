@@ -30,6 +30,14 @@ PLUGINS = {
     "jetmoe": {"MoeDispatch": 2, "MoeLinear": 4},
     "granite": {},
     "mamba2": {"CausalConv": 2, "Mamba2Scan": 2},
+    "granitemoehybrid": {"CausalConv": 3, "Mamba2Scan": 3, "MoeDispatch": 4},
+    "granitemoe": {"MoeDispatch": 2},
+    "granitemoeshared": {"MoeDispatch": 2},
+    "bamba": {"CausalConv": 3, "Mamba2Scan": 3},
+    "mixtral": {"MoeDispatch": 2},
+    "qwen3_moe": {"MoeDispatch": 2},
+    "olmo2": {},
+    "flex_olmo": {"MoeDispatch": 2},
 }
 # Layers that only a function body has.
 BODY_LAYERS = {"RECURRENCE", "ITERATOR", "LOOP_OUTPUT", "TRIP_LIMIT", "SCATTER", "CUMULATIVE"}
@@ -172,7 +180,7 @@ def test_dtypes_of_an_engine_ingot(case: Lowered, precision: str, engine: Path) 
         assert len(wide) == len(weights)
     else:
         assert {name.rsplit(".", 1)[-1] for name in wide} == (
-            {"A_log", "D", "dt_bias"} if case.family == "mamba2" else set()
+            {"A_log", "D", "dt_bias"} if "Mamba2Scan" in PLUGINS[case.family] else set()
         )
 
 
@@ -202,7 +210,8 @@ def test_half_precision_computes_what_eager_does_in_it(
     truth = run(EagerSession(checkpoint, "generate"))
     eager = run(EagerSession(checkpoint, "generate", precision=torch.float16))
     floor = worst(truth, eager)
-    assert 1e-5 < floor < 2e-2
+    # Of four layers with experts a router chooses otherwise here and there.
+    assert 1e-5 < floor < (1e-1 if family == "granitemoehybrid" else 2e-2)
     assert worst(truth, run(load(ingot))) < 3 * floor
 
 

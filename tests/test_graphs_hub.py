@@ -262,7 +262,7 @@ REPOSITORIES = {
         "training_args.bin": b"pickle",
     },
     "org/none": {"config.json": b"{}", "README.md": b"words"},
-    "org/granitemoe": {**FILES, "config.json": b'{"model_type": "granitemoe"}'},
+    "org/nemotron": {**FILES, "config.json": b'{"model_type": "nemotron_h"}'},
     "org/softcapped": {
         **FILES,
         "config.json": OLMOE[:-1] + b', "attn_logit_softcapping": 30.0}',
@@ -411,7 +411,7 @@ def test_an_adapter_is_downloaded_without_a_model(tmp_path: Path, hub: Hub) -> N
 
 def test_an_export_refuses_a_config_before_it_downloads_weights(tmp_path: Path, hub: Hub) -> None:
     expected = {
-        ("org/granitemoe",): (False, "nearest is granite"),
+        ("org/nemotron",): (False, "nearest is granitemoehybrid"),
         ("org/softcapped",): (True, "attn_logit_softcapping is 30.0"),
         ("org/three-bits",): (True, "GPTQ's bits is 3"),
         ("org/olmoe", "--task", "classify"): (True, "olmoe has no task 'classify'"),
@@ -424,7 +424,7 @@ def test_an_export_refuses_a_config_before_it_downloads_weights(tmp_path: Path, 
         assert status == 2
         assert torch == wanted[0]
         assert wanted[1] in said
-    for model, weights in (("granitemoe", 0), ("softcapped", 0), ("three-bits", 0), ("olmoe", 1)):
+    for model, weights in (("nemotron", 0), ("softcapped", 0), ("three-bits", 0), ("olmoe", 1)):
         assert hub.files(f"org/{model}").count("model.safetensors") == weights
 
 

@@ -50,8 +50,9 @@ def naming(architecture: str) -> set[str]:
     }
 
 
-# Layouts in which other packages than transformers write an architecture.
-LAYOUTS = {"mamba2": {"graphs/mamba_ssm.py"}}
+# Layouts in which other packages than transformers write an architecture, and what configs may call
+# one kind of its layers.
+LAYOUTS = {"mamba2": {"graphs/mamba_ssm.py", "graphs/mamba2_mixer.py"}}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -33,7 +33,7 @@ WINDOW = 256
 # Nats a token below the best of all predictions that look at no other token.
 LEARNED = 0.9
 # What makes router logits in transformers, by the end of its name.
-ROUTERS = (".mlp.gate", ".router.layer")
+ROUTERS = (".mlp.gate", ".router.layer", ".block_sparse_moe.router")
 # The load of the busiest expert of some router, in means of that router.
 UNEVEN = 1.5
 

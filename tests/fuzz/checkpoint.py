@@ -57,7 +57,11 @@ class Fuzzer:
         self._sources = {family: Path(self._made.name) / family for family in FAMILIES}
         for name, folder in self._sources.items():
             family = find_family(name)
-            config = {**preset_config(family, "tiny"), "num_hidden_layers": 1, "vocab_size": 64}
+            preset = preset_config(family, "tiny")
+            # Layers of several kinds are named one by one.
+            mixed = {"layer_types", "attn_layer_indices"} & preset.keys()
+            layers = preset["num_hidden_layers"] if mixed else 1
+            config = {**preset, "num_hidden_layers": layers, "vocab_size": 64}
             folder.mkdir()
             write_checkpoint(folder, family, config, seed=seed)
             # What is imported late is imported before the forks.
