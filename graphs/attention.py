@@ -248,6 +248,17 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(head_size if by_head else width, norm_eps)
             self.k_norm = RMSNorm(head_size if by_head else key_width, norm_eps)
 
+    @classmethod
+    def of(cls, config: GroupedConfig, **more: Any) -> Attention:
+        """Of a config's sizes, and what else ``Attention`` is told."""
+        return cls(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            **more,
+        )
+
     def states(self, index: int) -> tuple[State, ...]:
         """The caches of the layer of that number."""
         return key_value_states(index, self.key_value_heads, self.head_size)
@@ -268,6 +279,62 @@ class Attention(nn.Module):
             query, key = (rotate(part, step.cos, step.sin) for part in (query, key))
         out, present = attention(query, key, value, past, step.visible, self.scale)
         return Mixed(self.o_proj(out), present)
+
+
+def read_by(mlp: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """What an MLP makes of ``x [B, T, H]``, and the logits of its router, if it has one."""
+    made = mlp(x)
+    return (made[0], made[1:]) if isinstance(made, tuple) else (made, ())
+
+
+class PreNormLayer(Layer):
+    """Attention and then an MLP or experts, each behind a norm and beside a residual.
+
+    Args:
+        config: of the model.
+        mlp: gives ``[B, T, H]``, or that and its router's logits.
+        attention: what ``Attention`` is told beside sizes.
+    """
+
+    def __init__(self, config: GroupedConfig, mlp: nn.Module, **attention: Any) -> None:
+        super().__init__()
+        self.self_attn = Attention.of(config, **attention)
+        self.mlp = mlp
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def states(self, index: int) -> tuple[State, ...]:
+        """See ``Layer.states``."""
+        return self.self_attn.states(index)
+
+    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
+        """See ``Layer.forward``."""
+        mixed, present, _ = self.self_attn(self.input_layernorm(x), step, past)
+        x = x + mixed
+        y, router_logits = read_by(self.mlp, self.post_attention_layernorm(x))
+        return Mixed(x + y, present, router_logits)
+
+
+class PostNormLayer(Layer):
+    """The same with a norm behind attention and MLP rather than before."""
+
+    def __init__(self, config: GroupedConfig, mlp: nn.Module, **attention: Any) -> None:
+        super().__init__()
+        self.self_attn = Attention.of(config, **attention)
+        self.mlp = mlp
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def states(self, index: int) -> tuple[State, ...]:
+        """See ``Layer.states``."""
+        return self.self_attn.states(index)
+
+    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
+        """See ``Layer.forward``."""
+        mixed, present, _ = self.self_attn(x, step, past)
+        x = x + self.post_attention_layernorm(mixed)
+        y, router_logits = read_by(self.mlp, x)
+        return Mixed(x + self.post_feedforward_layernorm(y), present, router_logits)
 
 
 class RotaryDecoder(Decoder):

@@ -10,15 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ingot.graphs.attention import Attention, GroupedConfig, RotaryDecoder, rotary_facts
+from ingot.graphs.attention import GroupedConfig, PostNormLayer, RotaryDecoder, rotary_facts
 from ingot.graphs.config import ConfigReader
 from ingot.graphs.config_fields import ATTENTION, EXPERTS
 from ingot.graphs.family import Family
-from ingot.graphs.layers import CausalLM, Layer, Mixed, RMSNorm, Step
+from ingot.graphs.layers import CausalLM
 from ingot.graphs.moe import SparseMoeBlock, expert_parts, read_experts
-from ingot.graphs.state import State
 
 
 @dataclass(frozen=True)
@@ -65,19 +62,9 @@ class FlexOlmoConfig(GroupedConfig):
         return result
 
 
-class FlexOlmoDecoderLayer(Layer):
+class FlexOlmoDecoderLayer(PostNormLayer):
     def __init__(self, config: FlexOlmoConfig, _index: int) -> None:
-        super().__init__()
-        self.self_attn = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            bias=config.attention_bias,
-            normed="all",
-            norm_eps=config.rms_norm_eps,
-        )
-        self.mlp = SparseMoeBlock(
+        mlp = SparseMoeBlock(
             config.hidden_size,
             config.intermediate_size,
             config.num_experts,
@@ -85,17 +72,8 @@ class FlexOlmoDecoderLayer(Layer):
             normalise=config.norm_topk_prob,
             activation=config.hidden_act,
         )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def states(self, index: int) -> tuple[State, ...]:
-        return self.self_attn.states(index)
-
-    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
-        mixed, present, _ = self.self_attn(x, step, past)
-        x = x + self.post_attention_layernorm(mixed)
-        mixed, router_logits = self.mlp(x)
-        return Mixed(x + self.post_feedforward_layernorm(mixed), present, (router_logits,))
+        eps = config.rms_norm_eps
+        super().__init__(config, mlp, bias=config.attention_bias, normed="all", norm_eps=eps)
 
 
 class FlexOlmoModel(RotaryDecoder):

@@ -85,13 +85,8 @@ class GraniteConfig(GroupedConfig, MultipliedConfig):
 class GraniteDecoderLayer(Layer):
     def __init__(self, config: GraniteConfig, _index: int) -> None:
         super().__init__()
-        self.self_attn = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            scale=config.attention_multiplier,
-            bias=config.attention_bias,
+        self.self_attn = Attention.of(
+            config, scale=config.attention_multiplier, bias=config.attention_bias
         )
         self.mlp = GatedMLP(
             config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.mlp_bias

@@ -10,23 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ingot.graphs.attention import Attention, GroupedConfig, RotaryDecoder, rotary_facts
+from ingot.graphs.attention import GroupedConfig, PreNormLayer, RotaryDecoder, rotary_facts
 from ingot.graphs.checkpoint import Part
 from ingot.graphs.config import MOST_POSITIONS, ConfigReader
 from ingot.graphs.config_fields import ATTENTION, EXPERTS
 from ingot.graphs.family import Family
 from ingot.graphs.layers import (
     CausalLM,
-    Layer,
-    Mixed,
-    RMSNorm,
     SequenceClassifier,
-    Step,
 )
 from ingot.graphs.moe import SparseMoeBlock, expert_parts, read_experts
-from ingot.graphs.state import State
 
 
 @dataclass(frozen=True)
@@ -75,16 +68,9 @@ class MixtralConfig(GroupedConfig):
         return result
 
 
-class MixtralDecoderLayer(Layer):
+class MixtralDecoderLayer(PreNormLayer):
     def __init__(self, config: MixtralConfig, _index: int) -> None:
-        super().__init__()
-        self.self_attn = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        self.mlp = SparseMoeBlock(
+        mlp = SparseMoeBlock(
             config.hidden_size,
             config.intermediate_size,
             config.num_local_experts,
@@ -92,17 +78,7 @@ class MixtralDecoderLayer(Layer):
             normalise=True,
             activation=config.hidden_act,
         )
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def states(self, index: int) -> tuple[State, ...]:
-        return self.self_attn.states(index)
-
-    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
-        mixed, present, _ = self.self_attn(self.input_layernorm(x), step, past)
-        x = x + mixed
-        mixed, router_logits = self.mlp(self.post_attention_layernorm(x))
-        return Mixed(x + mixed, present, (router_logits,))
+        super().__init__(config, mlp)
 
 
 class MixtralModel(RotaryDecoder):

@@ -9,22 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ingot.graphs.attention import Attention, GroupedConfig, RotaryDecoder, rotary_facts
+from ingot.graphs.attention import GroupedConfig, PostNormLayer, RotaryDecoder, rotary_facts
 from ingot.graphs.config import ConfigReader
 from ingot.graphs.config_fields import ATTENTION, DENSE
 from ingot.graphs.family import Family
 from ingot.graphs.layers import (
     CausalLM,
     GatedMLP,
-    Layer,
-    Mixed,
-    RMSNorm,
     SequenceClassifier,
-    Step,
 )
-from ingot.graphs.state import State
 
 
 @dataclass(frozen=True)
@@ -63,29 +56,11 @@ class Olmo2Config(GroupedConfig):
         return result
 
 
-class Olmo2DecoderLayer(Layer):
+class Olmo2DecoderLayer(PostNormLayer):
     def __init__(self, config: Olmo2Config, _index: int) -> None:
-        super().__init__()
-        self.self_attn = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            bias=config.attention_bias,
-            normed="all",
-            norm_eps=config.rms_norm_eps,
-        )
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def states(self, index: int) -> tuple[State, ...]:
-        return self.self_attn.states(index)
-
-    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
-        mixed, present, _ = self.self_attn(x, step, past)
-        x = x + self.post_attention_layernorm(mixed)
-        return Mixed(x + self.post_feedforward_layernorm(self.mlp(x)), present)
+        mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        eps = config.rms_norm_eps
+        super().__init__(config, mlp, bias=config.attention_bias, normed="all", norm_eps=eps)
 
 
 class Olmo2Model(RotaryDecoder):

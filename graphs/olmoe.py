@@ -11,15 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ingot.graphs.attention import Attention, GroupedConfig, RotaryDecoder, rotary_facts
+from ingot.graphs.attention import GroupedConfig, PreNormLayer, RotaryDecoder, rotary_facts
 from ingot.graphs.config import ConfigReader
 from ingot.graphs.config_fields import ATTENTION, EXPERTS
 from ingot.graphs.family import Family
-from ingot.graphs.layers import CausalLM, Layer, Mixed, RMSNorm, Step
+from ingot.graphs.layers import CausalLM
 from ingot.graphs.moe import SparseMoeBlock, expert_parts, read_experts
-from ingot.graphs.state import State
 
 
 @dataclass(frozen=True)
@@ -69,20 +66,9 @@ class OlmoeConfig(GroupedConfig):
         return result
 
 
-class OlmoeDecoderLayer(Layer):
+class OlmoeDecoderLayer(PreNormLayer):
     def __init__(self, config: OlmoeConfig, _index: int) -> None:
-        super().__init__()
-        self.self_attn = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            bias=config.attention_bias,
-            normed="all",
-            norm_eps=config.rms_norm_eps,
-            clip=config.clip_qkv,
-        )
-        self.mlp = SparseMoeBlock(
+        mlp = SparseMoeBlock(
             config.hidden_size,
             config.intermediate_size,
             config.num_experts,
@@ -90,17 +76,14 @@ class OlmoeDecoderLayer(Layer):
             normalise=config.norm_topk_prob,
             activation=config.hidden_act,
         )
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def states(self, index: int) -> tuple[State, ...]:
-        return self.self_attn.states(index)
-
-    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
-        mixed, present, _ = self.self_attn(self.input_layernorm(x), step, past)
-        x = x + mixed
-        mixed, router_logits = self.mlp(self.post_attention_layernorm(x))
-        return Mixed(x + mixed, present, (router_logits,))
+        super().__init__(
+            config,
+            mlp,
+            bias=config.attention_bias,
+            normed="all",
+            norm_eps=config.rms_norm_eps,
+            clip=config.clip_qkv,
+        )
 
 
 class OlmoeModel(RotaryDecoder):

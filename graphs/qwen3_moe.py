@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import nn
 
-from ingot.graphs.attention import Attention, GroupedConfig, RotaryDecoder, rotary_facts
+from ingot.graphs.attention import GroupedConfig, PreNormLayer, RotaryDecoder, rotary_facts
 from ingot.graphs.config import (
     MOST_POSITIONS,
     ConfigError,
@@ -22,14 +22,9 @@ from ingot.graphs.family import Family
 from ingot.graphs.layers import (
     CausalLM,
     GatedMLP,
-    Layer,
-    Mixed,
-    RMSNorm,
     SequenceClassifier,
-    Step,
 )
 from ingot.graphs.moe import SparseMoeBlock, expert_parts, read_experts
-from ingot.graphs.state import State
 from ingot.plugins.errors import shown
 
 
@@ -117,21 +112,11 @@ def _sparse_layers(config: ConfigReader, layers: int, experts: int) -> tuple[boo
     )
 
 
-class Qwen3MoeDecoderLayer(Layer):
+class Qwen3MoeDecoderLayer(PreNormLayer):
     def __init__(self, config: Qwen3MoeConfig, index: int) -> None:
-        super().__init__()
-        self.self_attn = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            bias=config.attention_bias,
-            normed="head",
-            norm_eps=config.rms_norm_eps,
-        )
-        self.mlp: SparseMoeBlock | GatedMLP
+        mlp: nn.Module = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
         if config.sparse[index]:
-            self.mlp = SparseMoeBlock(
+            mlp = SparseMoeBlock(
                 config.hidden_size,
                 config.moe_intermediate_size,
                 config.num_experts,
@@ -139,22 +124,13 @@ class Qwen3MoeDecoderLayer(Layer):
                 normalise=config.norm_topk_prob,
                 activation=config.hidden_act,
             )
-        else:
-            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def states(self, index: int) -> tuple[State, ...]:
-        return self.self_attn.states(index)
-
-    def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
-        mixed, present, _ = self.self_attn(self.input_layernorm(x), step, past)
-        x = x + mixed
-        normed = self.post_attention_layernorm(x)
-        if isinstance(self.mlp, GatedMLP):
-            return Mixed(x + self.mlp(normed), present)
-        mixed, router_logits = self.mlp(normed)
-        return Mixed(x + mixed, present, (router_logits,))
+        super().__init__(
+            config,
+            mlp,
+            bias=config.attention_bias,
+            normed="head",
+            norm_eps=config.rms_norm_eps,
+        )
 
 
 class Qwen3MoeModel(RotaryDecoder):
