@@ -210,7 +210,7 @@ FAULTS: list[Fault] = [
         set_of("LinearAttention", 2, "scale", 2.0),
         LAYER,
     ),
-    in_graph("head's width", "granite ort", KIND, integers([0, 0, 4, 16], [0, 0, 4, -1])),
+    in_graph("head's width", "granite onnx", KIND, integers([0, 0, 4, 16], [0, 0, 4, -1])),
     in_graph("end of a slice", "granite onnx", KIND, integers([LAST], [LAST // 2])),
     in_graph(
         "conv of other groups", "mamba2 fp16", KIND, set_of("CausalConv", 1, "activation", "none")
