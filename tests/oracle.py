@@ -51,7 +51,7 @@ def every_other_is_slow(configs: Iterable[str]) -> list[Any]:
     ]
 
 
-def all_but_some_are_slow(configs: Iterable[str], fast: int = 2) -> list[Any]:
+def all_but_some_are_slow(configs: Iterable[str], fast: int = 1) -> list[Any]:
     """The same where most of what is computed is tested with a relative as well."""
     return [
         pytest.param(name, marks=[pytest.mark.slow] * (at >= fast))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import MakeCheckpoint, MakeIngot
-from oracle import AgainstTransformers, Subject, every_other_is_slow
+from oracle import AgainstTransformers, Subject, all_but_some_are_slow
 from safetensors.torch import load_file, save_file
 
 from ingot.graphs.config import ConfigError
@@ -37,7 +37,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=every_other_is_slow(CONFIGS))
+@pytest.fixture(scope="module", params=all_but_some_are_slow(CONFIGS, 5))
 def subject(
     request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint, make_ingot: MakeIngot
 ) -> Subject:
