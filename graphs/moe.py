@@ -40,6 +40,8 @@ def read_experts(
     experts = config.size(other, experts, MOST_EXPERTS, least=least)
     experts = config.size(name, experts, MOST_EXPERTS, least=least)
     config.must_be(other, experts, f"it is another name of {name}")
+    # Other programs' names of the field are held against either.
+    config.taken[other] = experts
     chosen = config.size("num_experts_per_tok", chosen, MOST_EXPERTS)
     if experts:
         config.at_most("num_experts_per_tok", name)
