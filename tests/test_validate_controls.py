@@ -215,8 +215,7 @@ def swapped_experts(read: Read, name: str, block: int) -> torch.Tensor:
 
 
 def flip_renormalisation(layer: Any) -> None:
-    config = layer.mlp.config
-    layer.mlp.config = replace(config, norm_topk_prob=not config.norm_topk_prob)
+    layer.mlp.normalise = not layer.mlp.normalise
 
 
 # A dropped weight is still read: a graph that never reads one is no export at all (see below).
@@ -254,10 +253,12 @@ def drop_residual_multiplier(layer: Any) -> None:
 def see_one_padding_position(patch: pytest.MonkeyPatch) -> None:
     right = attention.causal_mask
 
-    def mask_off_by_one(attention_mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    def mask_off_by_one(
+        attention_mask: torch.Tensor, tokens: int, window: int | None = None
+    ) -> torch.Tensor:
         """A row's mask begins one position early."""
         after = torch.cat((attention_mask[:, 1:], attention_mask[:, -1:]), dim=1)
-        return right(attention_mask | after, tokens)
+        return right(attention_mask | after, tokens, window)
 
     patch.setattr(attention, "causal_mask", mask_off_by_one)
 
