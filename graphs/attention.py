@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +200,19 @@ def attention(
     return out.transpose(1, 2).flatten(2), (key, value)
 
 
+class HasHeads(Protocol):
+    """A config with the sizes of attention."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
 class Attention(nn.Module):
     """Grouped-query attention between linear projections.
 
@@ -249,7 +262,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(head_size if by_head else key_width, norm_eps)
 
     @classmethod
-    def of(cls, config: GroupedConfig, **more: Any) -> Attention:
+    def of(cls, config: HasHeads, **more: Any) -> Attention:
         """Of a config's sizes, and what else ``Attention`` is told."""
         return cls(
             config.hidden_size,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ingot.graphs.attention import Attention, causal_mask, read_heads
+from ingot.graphs.attention import Attention, read_heads
 from ingot.graphs.config import (
     MOST_POSITIONS,
     ConfigError,
@@ -22,25 +22,23 @@ from ingot.graphs.config import (
     ModelConfig,
 )
 from ingot.graphs.family import Family
+from ingot.graphs.hybrid import HybridLayer, hybrid_step
 from ingot.graphs.layers import (
     HIDDEN_ACT,
     CausalLM,
     Decoder,
     GatedMLP,
-    Layer,
     Mixed,
     RMSNorm,
     Step,
 )
 from ingot.graphs.mamba2_mixer import (
-    Mamba2Mixer,
     MixerSizes,
     draw,
     read_attention_layers,
     read_mixer,
 )
 from ingot.graphs.rope import RopeParameters, RotaryEmbedding
-from ingot.graphs.state import State
 from ingot.plugins.errors import shown
 
 # transformers rotates so much of each head whatever the config says.
@@ -134,33 +132,17 @@ def _attention_layers(config: ConfigReader, layers: int) -> tuple[bool, ...]:
     return attention
 
 
-class BambaDecoderLayer(Layer):
+class BambaDecoderLayer(HybridLayer):
     def __init__(self, config: BambaConfig, index: int) -> None:
-        super().__init__()
-        self.attends = config.attention[index]
-        if self.attends:
-            self.self_attn = Attention(
-                config.hidden_size,
-                config.num_attention_heads,
-                config.num_key_value_heads,
-                config.head_dim,
-                bias=config.attention_bias,
-            )
+        if config.attention[index]:
+            super().__init__(Attention.of(config, bias=config.attention_bias))
         else:
-            self.mamba = Mamba2Mixer(config.mixer)
+            super().__init__(config.mixer)
         self.feed_forward = GatedMLP(
             config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.mlp_bias
         )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.pre_ff_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    @property
-    def mixer(self) -> Attention | Mamba2Mixer:
-        """What mixes the tokens."""
-        return self.self_attn if self.attends else self.mamba
-
-    def states(self, index: int) -> tuple[State, ...]:
-        return self.mixer.states(index)
 
     def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
         mixed, present, _ = self.mixer(self.input_layernorm(x), step, past)
@@ -190,14 +172,8 @@ class BambaModel(Decoder):
     ) -> tuple[torch.Tensor, Step]:
         """See ``Decoder.begin``; a step holds what the layers of this model read."""
         x = self.embed_tokens(input_ids)
-        tokens, step = input_ids.shape[1], Step()
-        if any(self.config.attention):
-            cos, sin = (table.to(x.dtype) for table in self.rotary_emb(position_ids))
-            step = Step(visible=causal_mask(attention_mask, tokens), cos=cos, sin=sin)
-        if not all(self.config.attention):
-            # Of a mask over a cache the last are of the new tokens.
-            step = step._replace(real=attention_mask[:, -tokens:].to(x.dtype))
-        return x, step
+        kinds, rotary_emb = self.config.attention, self.rotary_emb
+        return x, hybrid_step(kinds, x, attention_mask, position_ids, rotary_emb)
 
     def end(
         self, outputs: tuple[torch.Tensor, ...]

@@ -9,20 +9,22 @@ same norm; each architecture says which of these it has.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ingot.graphs.attention import Attention, causal_mask, read_heads
+from ingot.graphs.attention import Attention, read_heads
 from ingot.graphs.config import MOST_EXPERTS, MOST_POSITIONS, ConfigReader, Facts
+from ingot.graphs.family import Family
 from ingot.graphs.granite_multipliers import MultipliedConfig, ScaledLM, read_multipliers
-from ingot.graphs.layers import HIDDEN_ACT, Decoder, Layer, Mixed, RMSNorm, SequenceClassifier, Step
-from ingot.graphs.mamba2_mixer import Mamba2Mixer, MixerSizes
-from ingot.graphs.moe import FusedMLP, SparseMoeBlock
+from ingot.graphs.hybrid import HybridLayer, hybrid_step
+from ingot.graphs.layers import HIDDEN_ACT, Decoder, Mixed, RMSNorm, SequenceClassifier, Step
+from ingot.graphs.mamba2_mixer import MixerSizes
+from ingot.graphs.moe import FusedMLP, SparseMoeBlock, granite_parts
 from ingot.graphs.rope import RopeParameters, RotaryEmbedding
-from ingot.graphs.state import State
 
 RMS_NORM_EPS = 1e-6
 
@@ -125,23 +127,15 @@ class GraniteDecoderConfig(MultipliedConfig):
         return result
 
 
-class GraniteDecoderLayer(Layer):
+class GraniteDecoderLayer(HybridLayer):
     def __init__(self, config: GraniteDecoderConfig, index: int) -> None:
-        super().__init__()
-        self.attends = config.attention[index]
-        if self.attends:
-            self.self_attn = Attention(
-                config.hidden_size,
-                config.num_attention_heads,
-                config.num_key_value_heads,
-                config.head_dim,
-                scale=config.attention_multiplier,
-                bias=config.attention_bias,
-                turned=config.rope is not None,
-            )
+        if config.attention[index]:
+            scale, turned = config.attention_multiplier, config.rope is not None
+            bias = config.attention_bias
+            super().__init__(Attention.of(config, scale=scale, bias=bias, turned=turned))
         else:
             assert config.mixer is not None
-            self.mamba = Mamba2Mixer(config.mixer)
+            super().__init__(config.mixer)
         self.has_experts = config.num_local_experts > 0
         if self.has_experts:
             self.block_sparse_moe = SparseMoeBlock(
@@ -162,14 +156,6 @@ class GraniteDecoderLayer(Layer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.residual_multiplier = config.residual_multiplier
-
-    @property
-    def mixer(self) -> Attention | Mamba2Mixer:
-        """What mixes the tokens."""
-        return self.self_attn if self.attends else self.mamba
-
-    def states(self, index: int) -> tuple[State, ...]:
-        return self.mixer.states(index)
 
     def forward(self, x: torch.Tensor, step: Step, past: tuple[torch.Tensor, ...]) -> Mixed:
         mixed, present, _ = self.mixer(self.input_layernorm(x), step, past)
@@ -198,8 +184,7 @@ class GraniteDecoder(Decoder):
             GraniteDecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if config.rope is not None:
-            self.rotary_emb = RotaryEmbedding(config.rope)
+        self.rotary_emb = None if config.rope is None else RotaryEmbedding(config.rope)
 
     def begin(
         self,
@@ -209,16 +194,8 @@ class GraniteDecoder(Decoder):
     ) -> tuple[torch.Tensor, Step]:
         """See ``Decoder.begin``; a step holds what the layers of this model read."""
         x = self.embed_tokens(input_ids) * self.config.embedding_multiplier
-        tokens, step = input_ids.shape[1], Step()
-        if any(self.config.attention):
-            step = step._replace(visible=causal_mask(attention_mask, tokens))
-            if self.config.rope is not None:
-                cos, sin = (table.to(x.dtype) for table in self.rotary_emb(position_ids))
-                step = step._replace(cos=cos, sin=sin)
-        if not all(self.config.attention):
-            # Of a mask over a cache the last are of the new tokens.
-            step = step._replace(real=attention_mask[:, -tokens:].to(x.dtype))
-        return x, step
+        kinds, rotary_emb = self.config.attention, self.rotary_emb
+        return x, hybrid_step(kinds, x, attention_mask, position_ids, rotary_emb)
 
 
 class GraniteDecoderForCausalLM(ScaledLM):
@@ -244,3 +221,28 @@ def preset_gain(name: str, config: dict[str, Any]) -> float:
     # A router's logits spread over several units, so that its top-k has margins; queries and keys
     # of this size make attention choose rather than average.
     return 2.0 if name.endswith(("router.weight", "q_proj.weight", "k_proj.weight")) else 1.0
+
+
+def granite_family(
+    model_type: str,
+    read_config: Callable[[dict[str, Any]], GraniteDecoderConfig],
+    presets: Mapping[str, dict[str, Any]],
+    **more: Any,
+) -> Family:
+    """A ``Family`` of this decoder, and what else it has."""
+    return Family(
+        model_type=model_type,
+        read_config=read_config,
+        tasks={
+            "generate": GraniteDecoderForCausalLM,
+            "features": GraniteDecoder,
+            "classify": GraniteDecoderForSequenceClassification,
+        },
+        other_spelling=granite_parts,
+        tied={"lm_head.weight": "model.embed_tokens.weight"},
+        head_tensors=("lm_head.weight", "score.weight"),
+        extra_outputs=("router_logits", "hidden_states"),
+        preset_gain=preset_gain,
+        presets=presets,
+        **more,
+    )

@@ -9,17 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from ingot.graphs.config import ConfigReader
-from ingot.graphs.family import Family
-from ingot.graphs.granite_decoder import (
-    RMS_NORM_EPS,
-    GraniteDecoder,
-    GraniteDecoderConfig,
-    GraniteDecoderForCausalLM,
-    GraniteDecoderForSequenceClassification,
-    preset_gain,
-)
+from ingot.graphs.granite_decoder import RMS_NORM_EPS, GraniteDecoderConfig, granite_family
 from ingot.graphs.mamba2_mixer import draw, read_attention_layers, read_mixer
-from ingot.graphs.moe import granite_parts
 
 
 def read_config(raw: dict[str, Any]) -> GraniteDecoderConfig:
@@ -71,21 +62,11 @@ _TINY = {
     "pad_token_id": 0,
 }
 
-FAMILY = Family(
+FAMILY = granite_family(
     model_type="granitemoehybrid",
     read_config=read_config,
-    tasks={
-        "generate": GraniteDecoderForCausalLM,
-        "features": GraniteDecoder,
-        "classify": GraniteDecoderForSequenceClassification,
-    },
-    other_spelling=granite_parts,
-    tied={"lm_head.weight": "model.embed_tokens.weight"},
-    head_tensors=("lm_head.weight", "score.weight"),
-    extra_outputs=("router_logits", "hidden_states"),
     keep_in_fp32=("A_log", "D", "dt_bias"),
     draw=draw,
-    preset_gain=preset_gain,
     presets={
         "tiny": _TINY,
         "small": {

@@ -10,15 +10,7 @@ from typing import Any
 
 from ingot.graphs.config import ConfigReader
 from ingot.graphs.config_fields import ATTENTION, EXPERTS
-from ingot.graphs.family import Family
-from ingot.graphs.granite_decoder import (
-    GraniteDecoder,
-    GraniteDecoderConfig,
-    GraniteDecoderForCausalLM,
-    GraniteDecoderForSequenceClassification,
-    preset_gain,
-)
-from ingot.graphs.moe import granite_parts
+from ingot.graphs.granite_decoder import GraniteDecoderConfig, granite_family
 
 
 def read_config(raw: dict[str, Any]) -> GraniteDecoderConfig:
@@ -58,19 +50,9 @@ _TINY = {
     "pad_token_id": 0,
 }
 
-FAMILY = Family(
+FAMILY = granite_family(
     model_type="granitemoeshared",
     read_config=read_config,
-    tasks={
-        "generate": GraniteDecoderForCausalLM,
-        "features": GraniteDecoder,
-        "classify": GraniteDecoderForSequenceClassification,
-    },
-    other_spelling=granite_parts,
-    tied={"lm_head.weight": "model.embed_tokens.weight"},
-    head_tensors=("lm_head.weight", "score.weight"),
-    extra_outputs=("router_logits", "hidden_states"),
-    preset_gain=preset_gain,
     presets={
         "tiny": _TINY,
         "small": {

@@ -19,7 +19,7 @@ from ingot.graphs.layers import (
     CausalLM,
     SequenceClassifier,
 )
-from ingot.graphs.moe import SparseMoeBlock, expert_parts, read_experts
+from ingot.graphs.moe import SparseMoeBlock, expert_parts, read_experts, router_gain
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,6 @@ def hub_parts(name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
     return expert_parts(on_hub, shape, gate_up=("w1", "w3"), down="w2")
 
 
-def preset_gain(name: str, _config: dict[str, Any]) -> float:
-    """A router's logits spread over several units, so that its top-k has margins."""
-    return 2.0 if name.endswith("gate.weight") else 1.0
-
-
 FAMILY = Family(
     model_type="mixtral",
     read_config=MixtralConfig.read,
@@ -130,7 +125,7 @@ FAMILY = Family(
     tied={"lm_head.weight": "model.embed_tokens.weight"},
     head_tensors=("lm_head.weight", "score.weight"),
     extra_outputs=("router_logits", "hidden_states"),
-    preset_gain=preset_gain,
+    preset_gain=router_gain,
     presets={
         "tiny": {
             "vocab_size": 512,

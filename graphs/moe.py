@@ -6,6 +6,7 @@ Source: Shazeer et al. 2017, arXiv:1701.06538, section 2. Tensor names are Huggi
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -101,6 +102,11 @@ class SparseMoeBlock(nn.Module):
             self.activation,
         )
         return y.view_as(x), logits
+
+
+def router_gain(name: str, _config: dict[str, Any]) -> float:
+    """``Family.preset_gain``: router logits spread over several units, so top-k has margins."""
+    return 2.0 if name.endswith("gate.weight") else 1.0
 
 
 def expert_parts(

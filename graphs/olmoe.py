@@ -16,7 +16,7 @@ from ingot.graphs.config import ConfigReader
 from ingot.graphs.config_fields import ATTENTION, EXPERTS
 from ingot.graphs.family import Family
 from ingot.graphs.layers import CausalLM
-from ingot.graphs.moe import SparseMoeBlock, expert_parts, read_experts
+from ingot.graphs.moe import SparseMoeBlock, expert_parts, read_experts, router_gain
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,6 @@ class OlmoeForCausalLM(CausalLM):
     bare = OlmoeModel
 
 
-def preset_gain(name: str, _config: dict[str, Any]) -> float:
-    """A router's logits spread over several units, so that its top-k has margins."""
-    return 2.0 if name.endswith("gate.weight") else 1.0
-
-
 FAMILY = Family(
     model_type="olmoe",
     read_config=OlmoeConfig.read,
@@ -112,7 +107,7 @@ FAMILY = Family(
     head_tensors=("lm_head.weight",),
     tokenizer_class="GPTNeoXTokenizer",
     extra_outputs=("router_logits", "hidden_states"),
-    preset_gain=preset_gain,
+    preset_gain=router_gain,
     presets={
         "tiny": {
             "vocab_size": 512,

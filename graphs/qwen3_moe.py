@@ -24,7 +24,7 @@ from ingot.graphs.layers import (
     GatedMLP,
     SequenceClassifier,
 )
-from ingot.graphs.moe import SparseMoeBlock, expert_parts, read_experts
+from ingot.graphs.moe import SparseMoeBlock, expert_parts, read_experts, router_gain
 from ingot.plugins.errors import shown
 
 
@@ -157,11 +157,6 @@ class Qwen3MoeForSequenceClassification(SequenceClassifier):
     bare = Qwen3MoeModel
 
 
-def preset_gain(name: str, _config: dict[str, Any]) -> float:
-    """A router's logits spread over several units, so that its top-k has margins."""
-    return 2.0 if name.endswith("gate.weight") else 1.0
-
-
 FAMILY = Family(
     model_type="qwen3_moe",
     read_config=Qwen3MoeConfig.read,
@@ -174,7 +169,7 @@ FAMILY = Family(
     tied={"lm_head.weight": "model.embed_tokens.weight"},
     head_tensors=("lm_head.weight", "score.weight"),
     extra_outputs=("router_logits", "hidden_states"),
-    preset_gain=preset_gain,
+    preset_gain=router_gain,
     presets={
         "tiny": {
             "vocab_size": 512,

@@ -58,11 +58,11 @@ def state_bytes(config: Mapping[str, Any], past: int) -> int:
     mixers = kinds.count("mamba")
     heads = config["num_key_value_heads"]
     size = config.get("kv_channels") or config["hidden_size"] // config["num_attention_heads"]
-    cached = (layers - mixers) * 2 * heads * size * past
+    numbers = (layers - mixers) * 2 * heads * size * past
     if mixers:
-        numbers = config["mamba_n_heads"] * config["mamba_d_head"] * config["mamba_d_state"]
-        return int((cached + mixers * numbers) * FLOAT)
-    return int(cached * FLOAT)
+        of_one = config["mamba_n_heads"] * config["mamba_d_head"] * config["mamba_d_state"]
+        numbers += mixers * of_one
+    return int(numbers * FLOAT)
 
 
 def products_per_token(
